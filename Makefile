@@ -1,0 +1,28 @@
+# Everything runs in .venv, made on first use. Paths are relative, so a directory with spaces is fine.
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+.PHONY: all demo test test-gpu bench lint clean
+all: test
+
+# The extension builds against the torch it will be loaded by, so torch goes in first and isolation is off.
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q "setuptools>=77" wheel ninja numpy torch
+	$(PY) -m pip install -q --no-build-isolation -e ".[demo,export,test]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(PY) -m acnet_kernels demo
+
+test: lint
+	$(PY) -m pytest
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf .venv build *.egg-info acnet_kernels/*.so .pytest_cache .mypy_cache .ruff_cache

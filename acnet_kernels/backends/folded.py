@@ -1,0 +1,34 @@
+"""One k×k convolution with weights folded on the fly: the block whenever running statistics normalise."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.fusion import fold
+from ..spec import Problem, Step
+
+NAME = "folded"
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run on this machine, or None."""
+    return None
+
+
+def declines(problem: Problem) -> str | None:
+    """Why this backend cannot compute the problem, or None."""
+    return "a batch norm normalises by the batch" if any(problem.batch_stats) else None
+
+
+def saved_bytes(problem: Problem) -> int:
+    """Bytes of maps kept for backward: x alone."""
+    return problem.input_bytes if problem.grad else 0
+
+
+def forward(x: Tensor, step: Step) -> Tensor:
+    """One step on x (N×C×H×W, already padded where the padding mode is not zeros); differentiable."""
+    geometry = step.geometry
+    weight, bias = fold(step)
+    args = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    return F.conv2d(x, weight, bias, *args)

@@ -1,0 +1,48 @@
+"""Chooses the backend for a step and says why."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+from ..spec import Problem
+from . import eager, folded
+
+# In order of preference: 'auto' takes the first that does not decline.
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (folded, eager)}
+CHOICES = ("auto", *BACKENDS)
+
+
+class Plan(NamedTuple):
+    """The backend that runs a step, and why."""
+
+    backend: ModuleType
+    reason: str
+
+
+def check_choice(backend: str) -> str:
+    """backend itself; ValueError where it names none."""
+    if backend not in CHOICES:
+        raise ValueError(f"backend must be one of {CHOICES}, got {backend!r}")
+    return backend
+
+
+def choose(problem: Problem, requested: str = "auto") -> Plan:
+    """The backend for problem: the requested one unless it declines, else the first that does not."""
+    refused = ""
+    if requested != "auto":
+        module = BACKENDS[requested]
+        why = module.unavailable() or module.declines(problem)
+        if why is None:
+            return Plan(module, "requested")
+        refused = f"{requested} was requested but declines: {why}; "
+    for module in BACKENDS.values():
+        if module.unavailable() is None and module.declines(problem) is None:
+            return Plan(module, refused + REASONS[module.NAME])
+    raise AssertionError("eager declines nothing")
+
+
+REASONS = {
+    "folded": "running statistics normalise, so one folded convolution is exact",
+    "eager": "the definition; no faster path covers this step",
+}

@@ -1,0 +1,72 @@
+"""acblock(): one call, one step of a block, whatever computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .backends import planner
+from .geometry import Geometry
+from .spec import Branch, Norm, Problem, Step, problem_of
+
+
+def acblock(
+    x: Tensor,
+    branches: Mapping[str, Branch],
+    geometry: Geometry,
+    *,
+    norm: Norm | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Σ_b BN_b(W_b * x), or BN(Σ_b W_b * x) where norm is given (arXiv 1908.03930 §3.2).
+
+    Running statistics and batch counters of the norms that normalise by the batch are updated in place.
+
+    Args:
+        x: input, N×C×H×W, any memory layout; the result has the layout nn.Conv2d would give.
+        branches: 'square' and any of 'hor', 'ver' → Branch.
+        geometry: where the branches sit.
+        norm: the batch norm after the sum; then every branch's own norm must be None.
+        backend: 'auto' or a backend's name; one that cannot compute the step gives way, and the plan says so.
+
+    Raises:
+        ValueError: x is not 4-D, has other channels than the weights, or gives an empty output; the branches
+            lack 'square' or mix the two kinds of norm; backend is unknown.
+    """
+    step, problem = describe(x, branches, geometry, norm)
+    plan = planner.choose(problem, planner.check_choice(backend))
+    if geometry.padding_mode != "zeros":
+        x, step = geometry.pad_input(x), step._replace(geometry=geometry.explicit())
+    return plan.backend.forward(x, step)
+
+
+def plan(
+    x: Tensor,
+    branches: Mapping[str, Branch],
+    geometry: Geometry,
+    *,
+    norm: Norm | None = None,
+    backend: str = "auto",
+) -> tuple[Problem, planner.Plan]:
+    """What acblock() would run on the same arguments, and why; x may be a meta tensor. Computes nothing."""
+    problem = describe(x, branches, geometry, norm)[1]
+    return problem, planner.choose(problem, planner.check_choice(backend))
+
+
+def describe(
+    x: Tensor, branches: Mapping[str, Branch], geometry: Geometry, norm: Norm | None
+) -> tuple[Step, Problem]:
+    """Checks the arguments and puts them in the form the backends take."""
+    if "square" not in branches:
+        raise ValueError(f"branches must hold 'square', got {sorted(branches)}")
+    if any((branch.norm is None) != (norm is not None) for branch in branches.values()):
+        raise ValueError("each branch needs its own norm, or none of them and one norm for the sum")
+    if x.dim() != 4:
+        raise ValueError(f"input must be 4-D (N×C×H×W), got {x.dim()}-D of shape {tuple(x.shape)}")
+    channels = branches["square"].weight.shape[1] * geometry.groups
+    if x.shape[1] != channels:
+        raise ValueError(f"input must have {channels} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
+    geometry.output_size(x.shape[2], x.shape[3])
+    step = Step(geometry, dict(branches), norm)
+    return step, problem_of(step, x)

@@ -1,0 +1,190 @@
+"""How the three branches of an asymmetric convolution block sit on their input: the one place that knows.
+
+For a k×k convolution of padding p and dilation d, the 1×k (hor) and k×1 (ver) branches share the centre
+row and column of the square kernel. With off = p − d·(k//2), hor is padded (off, p) and ver (p, off); a
+negative off crops the input on that axis by −off (arXiv 1908.03930 §3.2; the original code lacks dilation).
+A shift moves hor down and ver right of the centre (paper Fig. 6c, the border-shifted variant).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor
+
+BRANCHES = ("square", "hor", "ver")
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+PADDING_MODES = get_args(PaddingMode)
+
+Pair = tuple[int, int]
+IntOrPair = int | Sequence[int]
+
+
+def as_pair(name: str, value: IntOrPair, least: int) -> Pair:
+    """An int or a pair of ints as a pair; TypeError or ValueError naming the argument otherwise."""
+    items = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if (
+        isinstance(value, (bool, str))
+        or len(items) != 2
+        or not all(isinstance(item, int) and not isinstance(item, bool) for item in items)
+    ):
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    if min(items) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return items[0], items[1]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one branch's convolution sits.
+
+    Attributes:
+        kernel: (rows, columns) of the branch's kernel.
+        edges: (left, right, top, bottom) in F.pad's order, applied to the input before the convolution;
+            positive entries pad in the block's padding mode, negative ones crop.
+        padding: the symmetric (rows, columns) padding left to the convolution itself.
+    """
+
+    kernel: Pair
+    edges: tuple[int, int, int, int]
+    padding: Pair
+
+    def apply(self, x: Tensor, padding_mode: PaddingMode = "zeros") -> Tensor:
+        """The branch's view of x (N×C×H×W): padded where an edge is positive, cropped (no copy) elsewhere."""
+        left, right, top, bottom = self.edges
+        x = pad(x, (max(left, 0), max(right, 0), max(top, 0), max(bottom, 0)), padding_mode)
+        if min(self.edges) < 0:
+            rows = slice(max(-top, 0), x.shape[2] - max(-bottom, 0))
+            x = x[:, :, rows, max(-left, 0) : x.shape[3] - max(-right, 0)]
+        return x
+
+
+def pad(x: Tensor, edges: tuple[int, int, int, int], padding_mode: PaddingMode) -> Tensor:
+    """F.pad with nn.Conv2d's names of the modes; returns x itself when there is nothing to pad."""
+    if not any(edges):
+        return x
+    return F.pad(x, edges, "constant" if padding_mode == "zeros" else padding_mode)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Kernel, stride, padding, dilation, groups, padding mode and shift of a block, validated.
+
+    Build it with `Geometry.make`. Pairs are (rows, columns); shift is (rows hor moves down,
+    columns ver moves right).
+    """
+
+    kernel: int
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    padding_mode: PaddingMode
+    shift: Pair
+
+    @classmethod
+    def make(
+        cls,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: IntOrPair | str = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        padding_mode: PaddingMode = "zeros",
+        shift: IntOrPair = (0, 0),
+    ) -> Geometry:
+        """Normalises nn.Conv2d's arguments.
+
+        Raises:
+            TypeError: an argument is not an int, a pair of ints or (padding) 'same' or 'valid'.
+            ValueError: an even or non-square kernel, a shift beyond the kernel, 'same' with a stride,
+                an unknown padding mode, or a number out of range.
+        """
+        rows, columns = as_pair("kernel_size", kernel_size, 1)
+        if rows != columns or rows % 2 == 0:
+            raise ValueError(
+                "kernel_size must be odd and square: hor and ver need one centre row and column to share, "
+                f"got {kernel_size!r}"
+            )
+        stride = as_pair("stride", stride, 1)
+        dilation = as_pair("dilation", dilation, 1)
+        if isinstance(padding, str):
+            if padding not in ("same", "valid"):
+                raise ValueError(f"padding must be ints, 'same' or 'valid', got {padding!r}")
+            if padding == "same" and stride != (1, 1):
+                raise ValueError(f"padding='same' needs stride 1, got stride {stride}")
+            padding = (dilation[0] * (rows // 2), dilation[1] * (rows // 2)) if padding == "same" else (0, 0)
+        padding = as_pair("padding", padding, 0)
+        if isinstance(groups, bool) or not isinstance(groups, int):
+            raise TypeError(f"groups must be an int, got {groups!r}")
+        if groups < 1:
+            raise ValueError(f"groups must be at least 1, got {groups}")
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}")
+        half = rows // 2
+        shift = as_pair("shift", shift, -half)
+        if max(shift) > half:
+            raise ValueError(
+                f"shift must keep hor and ver inside the {rows}×{rows} kernel: each between {-half} and "
+                f"{half}, got {shift}"
+            )
+        return cls(rows, stride, padding, dilation, groups, padding_mode, shift)
+
+    @property
+    def hor_row(self) -> int:
+        """The row of the square kernel that hor strengthens."""
+        return self.kernel // 2 + self.shift[0]
+
+    @property
+    def ver_column(self) -> int:
+        """The column of the square kernel that ver strengthens."""
+        return self.kernel // 2 + self.shift[1]
+
+    def placement(self, branch: str) -> Placement:
+        """Where a branch ('square', 'hor' or 'ver') sits."""
+        k, (p_rows, p_columns) = self.kernel, self.padding
+        if branch == "square":
+            return Placement((k, k), (0, 0, 0, 0), self.padding)
+        if branch == "hor":
+            before, after = self._offsets(0)
+            if before == after >= 0:
+                return Placement((1, k), (0, 0, 0, 0), (before, p_columns))
+            return Placement((1, k), (0, 0, before, after), (0, p_columns))
+        if branch == "ver":
+            before, after = self._offsets(1)
+            if before == after >= 0:
+                return Placement((k, 1), (0, 0, 0, 0), (p_rows, before))
+            return Placement((k, 1), (before, after, 0, 0), (p_rows, 0))
+        raise ValueError(f"branch must be one of {BRANCHES}, got {branch!r}")
+
+    def _offsets(self, axis: int) -> Pair:
+        # Kernel row k//2+s reads input row o·stride − p + d·(k//2+s): the padding before shrinks by d·s,
+        # the one after grows by as much.
+        d, s = self.dilation[axis], self.shift[axis]
+        off = self.padding[axis] - d * (self.kernel // 2)
+        return off - d * s, off + d * s
+
+    def explicit(self) -> Geometry:
+        """The same geometry for an input that `pad_input` has padded already."""
+        return replace(self, padding=(0, 0), padding_mode="zeros")
+
+    def pad_input(self, x: Tensor) -> Tensor:
+        """x padded on all sides in the block's padding mode."""
+        rows, columns = self.padding
+        return pad(x, (columns, columns, rows, rows), self.padding_mode)
+
+    def output_size(self, height: int, width: int) -> Pair:
+        """(rows, columns) of the output for a height×width input; ValueError if it would be empty."""
+        rows, columns = (
+            (size + 2 * p - d * (self.kernel - 1) - 1) // s + 1
+            for size, p, d, s in zip((height, width), self.padding, self.dilation, self.stride, strict=True)
+        )
+        if rows < 1 or columns < 1:
+            raise ValueError(
+                f"the output would be empty: input of {height}×{width} pixels, kernel_size {self.kernel}, "
+                f"stride {self.stride}, padding {self.padding}, dilation {self.dilation}"
+            )
+        return rows, columns

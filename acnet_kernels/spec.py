@@ -1,0 +1,118 @@
+"""The tensors and the problem description that the block hands to a backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry, Pair
+
+
+class Norm(NamedTuple):
+    """One batch norm's tensors and settings, as nn.BatchNorm2d holds them (K channels).
+
+    `batch_stats` says whether this call normalises by the batch's own statistics; running statistics are
+    updated in that case wherever `running_mean` is given. `momentum=None` is the cumulative average.
+    """
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    eps: float
+    momentum: float | None
+    batch_stats: bool
+
+
+class Branch(NamedTuple):
+    """One branch: weight (K×C/groups×rows×columns), optional convolution bias (K), its batch norm.
+
+    `norm` is None where one batch norm follows the sum of the branches.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    norm: Norm | None
+
+
+class Step(NamedTuple):
+    """Everything one block computes with. `norm` is the batch norm after the sum, or None."""
+
+    geometry: Geometry
+    branches: dict[str, Branch]
+    norm: Norm | None
+
+    @property
+    def norms(self) -> list[Norm]:
+        """The batch norms in use: the one after the sum, or one a branch."""
+        if self.norm is not None:
+            return [self.norm]
+        return [branch.norm for branch in self.branches.values() if branch.norm is not None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice of a backend may depend on: shapes, dtypes and flags, no tensors.
+
+    `dtype` is what the convolutions compute in (autocast taken into account); `batch_stats` has one entry a
+    batch norm; `grad` says whether anything needs a gradient.
+    """
+
+    shape: tuple[int, int, int, int]
+    out_channels: int
+    geometry: Geometry
+    branches: tuple[str, ...]
+    norm: str
+    batch_stats: tuple[bool, ...]
+    dtype: torch.dtype
+    device: str
+    channels_last: bool
+    grad: bool
+
+    @property
+    def output_size(self) -> Pair:
+        """(rows, columns) of the output."""
+        return self.geometry.output_size(self.shape[2], self.shape[3])
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of the input map in the compute dtype."""
+        n, c, h, w = self.shape
+        return n * c * h * w * self.dtype.itemsize
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of one output-sized map in the compute dtype."""
+        rows, columns = self.output_size
+        return self.shape[0] * self.out_channels * rows * columns * self.dtype.itemsize
+
+
+def problem_of(step: Step, x: Tensor) -> Problem:
+    """Describes step on input x (any tensor with a shape: meta and fake ones too)."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) if device != "meta" else False
+    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
+    tensors = [x, *(t for b in step.branches.values() for t in (b.weight, b.bias))]
+    tensors += [t for n in step.norms for t in (n.gamma, n.beta)]
+    square = step.branches["square"].weight
+    return Problem(
+        shape=(x.shape[0], x.shape[1], x.shape[2], x.shape[3]),
+        out_channels=square.shape[0],
+        geometry=step.geometry,
+        branches=tuple(step.branches),
+        norm="branch" if step.norm is None else "sum",
+        batch_stats=tuple(n.batch_stats for n in step.norms),
+        dtype=dtype,
+        device=device,
+        channels_last=prefers_channels_last(x, square),
+        grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
+    )
+
+
+def prefers_channels_last(x: Tensor, weight: Tensor) -> bool:
+    """Whether nn.Conv2d would return channels_last: its rule is that either of the two has that layout."""
+    return any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
