@@ -1,9 +1,12 @@
 """Fast, exact asymmetric convolution blocks (ACNet, ICCV 2019) for PyTorch."""
 
+from . import checkpoint
 from .block import ACBlock
+from .explanation import explain
 from .functional import acblock
 from .geometry import Geometry
 from .spec import Branch, Norm
+from .surgery import convert, fold, fuse
 
 __version__ = "0.1.0"
-__all__ = ["ACBlock", "Branch", "Geometry", "Norm", "acblock"]
+__all__ = ["ACBlock", "Branch", "Geometry", "Norm", "acblock", "checkpoint", "convert", "explain", "fold", "fuse"]

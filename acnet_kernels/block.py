@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrize, prune
 
 from .backends import planner
 from .functional import acblock
 from .functional import plan as plan_step
 from .geometry import BRANCHES, Geometry, IntOrPair, PaddingMode, Pair
 from .ops.fusion import fold
-from .spec import Branch, Norm, Problem, Step
+from .spec import Branch, Norm, Problem, Step, prefers_channels_last
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple("_global" + name for name in _HOOKS)
@@ -258,22 +259,41 @@ class ACBlock(nn.Module):
         if self.deploy:
             assert self.fused_conv.bias is not None
             return self.fused_conv.weight, self.fused_conv.bias
+        return fold(self.fold_step())
+
+    def fold_step(self) -> Step:
+        """step(), for folding: checks that one fixed convolution equals the block in eval.
+
+        Raises:
+            ValueError: the block is deployed, a batch norm keeps no running statistics, or a submodule was
+                replaced by a class whose eval arithmetic is not known.
+        """
+        if self.deploy:
+            raise ValueError("cannot fold: the block is deployed, its convolution is folded already")
+        for name, conv in self.convs().items():
+            if type(conv) is not nn.Conv2d and not parametrize.is_parametrized(conv):
+                raise ValueError(f"cannot fold: {name}_conv is a {type(conv).__name__}, not an nn.Conv2d")
+            for hook in conv._forward_pre_hooks.values():
+                if isinstance(hook, prune.BasePruningMethod):
+                    hook(conv, None)  # pruning refreshes the weight in the hook, not when the optimizer steps
         for name, bn in self.norms().items():
+            if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                raise ValueError(f"cannot fold: the {name} batch norm is a {type(bn).__name__}")
             if bn.running_mean is None:
                 raise ValueError(
-                    f"cannot fold: the {name} batch norm has track_running_stats=False, so it always normalises "
-                    "by the batch and no fixed convolution equals it"
+                    f"cannot fold: the {name} batch norm has track_running_stats=False, so it always normalises by "
+                    "the batch and no fixed convolution equals it"
                 )
-        return fold(self.step())
+        return self.step()
 
     def switch_to_deploy(self) -> None:
         """Replaces the branches by their one folded convolution, in place; a second call does nothing.
 
-        Device, dtype, memory layout, training flag and requires_grad are kept (the folded weight needs a
-        gradient where any weight or γ did). Warns in training mode: the batch's statistics are lost.
+        Device, dtype, memory layout, training flag and requires_grad are kept (the folded convolution needs a
+        gradient where any parameter did). Warns in training mode: the batch's statistics are lost.
 
         Raises:
-            ValueError: as `get_equivalent_kernel_bias`; the block is then as it was.
+            ValueError: as `fold_step`; the block is then as it was.
         """
         if self.deploy:
             return
@@ -283,16 +303,19 @@ class ACBlock(nn.Module):
                 "batch's; call eval() first to see its output",
                 stacklevel=2,
             )
-        # A normal tensor is wanted even under inference_mode, so that the result can be trained on.
+        # Normal tensors are wanted even under inference_mode, so that the result can be trained on.
         with torch.inference_mode(False), torch.no_grad():
-            weight, bias = self.get_equivalent_kernel_bias()
-            conv = self._fused_conv({"device": "meta", "dtype": weight.dtype})
-            square = self.square_conv.weight
-            if square.is_contiguous(memory_format=torch.channels_last) and not square.is_contiguous():
-                weight = weight.contiguous(memory_format=torch.channels_last)
-            trained = any(p.requires_grad for p in self.parameters())
-            conv.weight = nn.Parameter(weight.clone(memory_format=torch.preserve_format), trained)
-            conv.bias = nn.Parameter(bias.clone(), trained)
+            self.become(*self.get_equivalent_kernel_bias())
+
+    def become(self, weight: Tensor, bias: Tensor) -> None:
+        """Replaces the branches by a convolution with this weight (K×C/groups×k×k) and bias (K)."""
+        conv = self._fused_conv({"device": "meta"})
+        square = self.square_conv.weight
+        if prefers_channels_last(square, square):
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        trained = any(p.requires_grad for p in self.parameters())
+        conv.weight = nn.Parameter(weight.detach(), trained)
+        conv.bias = nn.Parameter(bias.detach(), trained)
         conv.train(self.training)
         for name in self.branches:
             delattr(self, f"{name}_conv")

@@ -6,6 +6,8 @@ W = Σ_b s_b·embed(W_b), bias = Σ_b (β_b + s_b·(conv_bias_b − μ_b)), s_b 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -60,3 +62,17 @@ def fold(step: Step) -> tuple[Tensor, Tensor]:
             shift = shift + part
         weight = add_branches(kernels, step.geometry)
     return weight.to(square.dtype), shift.to(square.dtype)
+
+
+def fold_steps(
+    steps: Sequence[Step], out: Sequence[tuple[Tensor, Tensor]] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """fold() of several blocks; out, one (weight, bias) a block, is written in place and returned."""
+    folded = [fold(step) for step in steps]
+    if out is None:
+        return folded
+    with torch.no_grad():
+        for target, source in zip(out, folded, strict=True):
+            for t, s in zip(target, source, strict=True):
+                t.copy_(s)
+    return list(out)

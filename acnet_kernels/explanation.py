@@ -1,0 +1,178 @@
+"""explain(): which path runs for every block of a model and why, and what convert() did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backends import eager, folded
+from .block import ACBlock
+from .surgery import RECORD, Conversion, blocks_of
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One call of one block: its input and output shapes (None if not known), the path taken and why.
+
+    `saved_bytes` counts the maps the path keeps for backward (0 where nothing needs a gradient).
+    """
+
+    name: str
+    input_shape: tuple[int, ...] | None
+    output_shape: tuple[int, ...] | None
+    backend: str
+    reason: str
+    parameters: int
+    saved_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The blocks in the order they run, and every convolution convert() looked at. str() is a table."""
+
+    blocks: list[BlockReport]
+    conversions: list[Conversion]
+
+    def __str__(self) -> str:
+        lines = []
+        if self.blocks:
+            header = ("block", "input", "output", "backend", "parameters", "saved", "reason")
+            lines += _table(header, [_cells(block) for block in self.blocks])
+            saved = [b.saved_bytes for b in self.blocks if b.saved_bytes is not None]
+            total = f", {_size(sum(saved))} saved for backward" if saved else ""
+            parameters = sum({b.name: b.parameters for b in self.blocks}.values())
+            lines += [f"{len({b.name for b in self.blocks})} blocks, {parameters:,} parameters{total}"]
+        else:
+            lines += ["no ACBlock in this model"]
+        if self.conversions:
+            rows = [(c.name, "converted" if c.converted else "left", c.note) for c in self.conversions]
+            lines += ["", *_table(("convolution", "convert()", "why"), rows)]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, inputs: Sequence[int] | Tensor | None = None) -> Explanation:
+    """What runs for every ACBlock of model, and why.
+
+    The planner is asked about each block in the mode (train, eval, frozen) it is in now. To learn the shapes,
+    model is run once in eval mode without gradients; parameters, statistics and modes stay as they are.
+
+    Args:
+        model: any module with ACBlocks.
+        inputs: an input tensor, or its shape (zeros in the dtype and on the device of the first parameter);
+            None to list the blocks without shapes.
+
+    Raises:
+        TypeError: inputs is neither.
+    """
+    conversions = list(getattr(model, RECORD, []))
+    blocks = {block: name or "(model)" for name, block in blocks_of(model).items()}
+    if inputs is None:
+        return Explanation([_without_shape(name, block) for block, name in blocks.items()], conversions)
+    x = _input(model, inputs)
+    reports: list[BlockReport] = []
+    modes = {module: module.training for module in model.modules()}
+    autocast = torch.is_autocast_enabled(x.device.type)
+
+    def look(block: ACBlock, args: tuple[Any, ...]) -> None:
+        with _modes({module: modes[module] for module in block.modules()}), torch.enable_grad():
+            reports.append(_report(blocks[block], block, args[0]))
+
+    handles = [block.register_forward_pre_hook(look) for block in blocks]
+    try:
+        with _modes(dict.fromkeys(modes, False)), torch.no_grad(), torch.autocast(x.device.type, enabled=autocast):
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    called = {report.name for report in reports}
+    reports += [_without_shape(name, block) for block, name in blocks.items() if name not in called]
+    return Explanation(reports, conversions)
+
+
+@contextmanager
+def _modes(wanted: dict[nn.Module, bool]) -> Iterator[None]:
+    before = {module: module.training for module in wanted}
+    try:
+        for module, mode in wanted.items():
+            module.training = mode
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def _input(model: nn.Module, inputs: Sequence[int] | Tensor) -> Tensor:
+    if isinstance(inputs, Tensor):
+        return inputs
+    if not isinstance(inputs, Sequence) or isinstance(inputs, str) or not all(isinstance(n, int) for n in inputs):
+        raise TypeError(f"inputs must be a tensor or its shape, got {inputs!r}")
+    like = next(model.parameters(), torch.empty(0))
+    return torch.zeros(tuple(inputs), dtype=like.dtype, device=like.device)
+
+
+def _parameters(block: ACBlock) -> int:
+    return sum(parameter.numel() for parameter in block.parameters())
+
+
+def _report(name: str, block: ACBlock, x: Tensor) -> BlockReport:
+    rows, columns = block.geometry.output_size(x.shape[2], x.shape[3])
+    backend, reason, saved = _path(block, x)
+    shape = (x.shape[0], block.out_channels, rows, columns)
+    return BlockReport(name, tuple(x.shape), shape, backend, reason, _parameters(block), saved)
+
+
+def _path(block: ACBlock, x: Tensor) -> tuple[str, str, int]:
+    if block.deploy:
+        conv = block.fused_conv
+        needed = x.requires_grad or any(p.requires_grad for p in conv.parameters())
+        return "deployed", "folded for good: one convolution", x.numel() * x.element_size() if needed else 0
+    problem, plan = block.plan(x)
+    forced = block.module_path_reason()
+    if forced is not None:
+        return eager.NAME, f"through the submodules: {forced}", eager.saved_bytes(problem)
+    return plan.backend.NAME, plan.reason, plan.backend.saved_bytes(problem)
+
+
+def _without_shape(name: str, block: ACBlock) -> BlockReport:
+    forced = block.module_path_reason()
+    if block.deploy:
+        backend, reason = "deployed", "folded for good: one convolution"
+    elif forced is not None:
+        backend, reason = eager.NAME, f"through the submodules: {forced}"
+    elif not any(norm.batch_stats for norm in block.step().norms):
+        backend, reason = folded.NAME, "running statistics normalise"
+    else:
+        backend, reason = "?", "depends on the input: give explain() one, or its shape"
+    return BlockReport(name, None, None, backend, reason, _parameters(block), None)
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "?" if shape is None else "×".join(map(str, shape))
+
+
+def _cells(block: BlockReport) -> tuple[str, ...]:
+    saved = "?" if block.saved_bytes is None else _size(block.saved_bytes)
+    shapes = _shape(block.input_shape), _shape(block.output_shape)
+    return block.name, *shapes, block.backend, f"{block.parameters:,}", saved, block.reason
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, tuple("-" * width for width in widths), *rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]

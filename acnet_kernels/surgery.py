@@ -1,0 +1,295 @@
+"""Turning networks into ACNets and back: convert() conv(+BN) → ACBlock, fuse() ACBlock → conv, fold()."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .block import ACBlock
+from .ops.fusion import fold_steps
+from .spec import Step, prefers_channels_last
+from .tracing import Usage, find_usage
+
+Skip = Callable[[str, nn.Conv2d], bool] | Collection[str] | None
+RECORD = "_acnet_conversions"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What convert() did with one convolution, and why."""
+
+    name: str
+    converted: bool
+    note: str
+
+
+def convert(
+    model: nn.Module,
+    *,
+    kernel_sizes: Collection[int] = (3, 5),
+    init: str = "fresh",
+    skip: Skip = None,
+    gamma: float | None = None,
+    backend: str = "auto",
+    inplace: bool = False,
+) -> nn.Module:
+    """Turns each Conv2d, with the BatchNorm2d that consumes it alone, into an ACBlock.
+
+    The consumer is found by torch.fx, by Sequential order where a module cannot be traced; the absorbed batch
+    norm leaves an nn.Identity behind. Shared modules and tied weights stay shared. What was and was not
+    converted, and why, is in `explain(model)`.
+
+    Args:
+        model: any module; itself an nn.Conv2d, the block is returned.
+        kernel_sizes: the square kernels to convert; 7×7 stems and 1×1 stay unless named here.
+        init: 'fresh' initialises the blocks anew; 'from_conv' keeps the function: the square branch takes the
+            convolution and its batch norm over, γ = 0 silences the others until training wakes them. Eval
+            outputs are then equal before and after; so are training outputs where the batch norm was absorbed.
+        skip: names or fnmatch patterns to leave alone, or a predicate (name, conv) → bool.
+        gamma: starting γ of fresh blocks (the paper's CIFAR networks: 1/3).
+        backend: the blocks' backend.
+        inplace: change model itself instead of a deep copy.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        ValueError, TypeError: an argument out of range; the model is then as it was.
+    """
+    if init not in ("fresh", "from_conv"):
+        raise ValueError(f"init must be 'fresh' or 'from_conv', got {init!r}")
+    if init == "from_conv" and gamma is not None:
+        raise ValueError(
+            f"gamma is for init='fresh': init='from_conv' fixes every γ to keep the function, got {gamma}"
+        )
+    sizes = set(kernel_sizes)
+    bad = [k for k in sizes if not isinstance(k, int) or k < 1 or k % 2 == 0]
+    if bad:
+        raise ValueError(f"kernel_sizes must be odd positive ints, got {sorted(kernel_sizes)}")
+    if not inplace:
+        model = copy.deepcopy(model)
+    names = _convolutions(model)
+    usage = find_usage(model)
+    refusals = {conv: _refusal(conv, aliases, sizes, skip, usage) for conv, aliases in names.items()}
+    _refuse_ties(model, refusals)
+    builder = _Builder(init, gamma, backend)
+    replacements: dict[nn.Module, nn.Module] = {}
+    record = []
+    for conv, aliases in names.items():
+        note = refusals[conv]
+        if note is None:
+            bn, note = _absorbed(conv, usage)
+            replacements[conv] = builder.block(conv, bn)
+            if bn is not None:
+                replacements[bn] = nn.Identity()
+        record += [Conversion(name or "(model)", conv in replacements, note) for name in aliases]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements and parent not in replacements:
+                parent._modules[name] = replacements[child]
+    model = replacements.get(model, model)
+    setattr(model, RECORD, [*getattr(model, RECORD, []), *record])
+    return model
+
+
+def _convolutions(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
+    """Every Conv2d outside existing blocks → all its names."""
+    blocks = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, ACBlock)]
+    found: dict[nn.Conv2d, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Conv2d) and not any(name.startswith(f"{b}." if b else "") for b in blocks):
+            found.setdefault(module, []).append(name)
+    return found
+
+
+def _refusal(conv: nn.Conv2d, names: list[str], sizes: set[int], skip: Skip, usage: Usage) -> str | None:
+    """Why conv stays as it is, or None."""
+    if type(conv) is not nn.Conv2d:
+        return f"a {type(conv).__name__}, not a plain nn.Conv2d: its forward may differ"
+    rows, columns = conv.kernel_size
+    if rows != columns or rows not in sizes:
+        return f"kernel {rows}×{columns} is not among kernel_sizes={sorted(sizes)}"
+    if any(skip(name, conv) if callable(skip) else _matches(name, skip) for name in names):
+        return "skipped as asked"
+    if any(getattr(conv, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")):
+        return "it has hooks (pruning and weight norm use them), which a block would lose"
+    if conv in usage.convs and usage.convs[conv].weight_read:
+        return "its weight is read outside its own forward"
+    return None
+
+
+def _matches(name: str, patterns: Collection[str] | None) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns or ())
+
+
+def _refuse_ties(model: nn.Module, refusals: dict[nn.Conv2d, str | None]) -> None:
+    """Adds a refusal where a parameter also belongs to a module that is not being converted alike."""
+    owners: dict[Tensor, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append(module)
+    changed = True
+    while changed:  # one refusal can leave another convolution's weight tied to what stays
+        changed = False
+        for conv, refusal in refusals.items():
+            if refusal is None and not all(
+                isinstance(other, nn.Conv2d)
+                and refusals.get(other, "not listed") is None
+                and other.kernel_size == conv.kernel_size
+                for other in owners[conv.weight]
+            ):
+                refusals[conv] = "its weight is tied to a module that is not being converted"
+                changed = True
+            elif refusal is None and conv.bias is not None and len(owners[conv.bias]) > 1:
+                refusals[conv] = "its bias is tied to another module"
+                changed = True
+
+
+def _absorbed(conv: nn.Conv2d, usage: Usage) -> tuple[nn.BatchNorm2d | None, str]:
+    """The batch norm the block takes over, and the note that says so or why there is none."""
+    bn = usage.absorbable(conv)
+    if bn is None:
+        return None, "no BatchNorm2d was found to consume it alone"
+    if type(bn) is not nn.BatchNorm2d:
+        return None, f"its consumer is a {type(bn).__name__}, which stays after the block"
+    if bn.num_features != conv.out_channels or not bn.affine or bn.running_mean is None:
+        return None, "its batch norm has no γ or no running statistics and stays after the block"
+    if bn._forward_hooks or bn._forward_pre_hooks or bn._backward_hooks:
+        return None, "its batch norm has hooks and stays after the block"
+    return bn, "with its batch norm"
+
+
+class _Builder:
+    """Builds the blocks of one convert() call, tied where the convolutions' weights were tied."""
+
+    def __init__(self, init: str, gamma: float | None, backend: str) -> None:
+        self.init, self.gamma, self.backend = init, gamma, backend
+        self.tied: dict[Tensor, ACBlock] = {}
+
+    def block(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> ACBlock:
+        """The ACBlock that takes the place of conv and bn."""
+        block = ACBlock(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.padding_mode,
+            gamma_init=self.gamma,
+            eps=1e-5 if bn is None else bn.eps,
+            momentum=0.1 if bn is None else bn.momentum,
+            backend=self.backend,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
+        frozen_norm = conv if bn is None else bn
+        for name, norm in block.norms().items():
+            if bn is not None:
+                norm.to(bn.weight.dtype)
+            for parameter in (norm.weight, norm.bias):
+                parameter.requires_grad_(frozen_norm.weight.requires_grad)
+            norm.train(frozen_norm.training)
+            branch = getattr(block, f"{name}_conv")
+            branch.weight.requires_grad_(conv.weight.requires_grad)
+            branch.train(conv.training)
+            if prefers_channels_last(conv.weight, conv.weight):
+                branch.to(memory_format=torch.channels_last)
+        block.training = conv.training
+        if self.init == "from_conv":
+            self._take_over(block, conv, bn)
+        first = self.tied.setdefault(conv.weight, block)
+        for name in block.branches:
+            getattr(block, f"{name}_conv").weight = getattr(first, f"{name}_conv").weight
+        return block
+
+    @staticmethod
+    def _take_over(block: ACBlock, conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> None:
+        block.single_init()
+        block.square_conv.weight = conv.weight
+        with torch.no_grad():
+            if bn is not None:
+                block.square_bn = bn
+                if conv.bias is not None and bn.running_mean is not None:
+                    bn.running_mean -= conv.bias  # s·(y + b − μ) = s·(y − (μ − b))
+            else:
+                assert block.square_bn.running_var is not None
+                block.square_bn.running_var.fill_(1 - block.eps)  # so that s = 1
+                if conv.bias is not None:
+                    block.square_bn.bias.copy_(conv.bias)
+
+
+def blocks_of(model: nn.Module | Iterable[nn.Module]) -> dict[str, ACBlock]:
+    """Name → every ACBlock of a model or of a sequence of modules, in order, each once."""
+    if isinstance(model, nn.Module):
+        return {name: module for name, module in model.named_modules() if isinstance(module, ACBlock)}
+    found: dict[str, ACBlock] = {}
+    for index, module in enumerate(model):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"model_or_blocks must be a module or modules, got {type(module).__name__} at {index}")
+        found.update({f"{index}.{name}" if name else str(index): b for name, b in blocks_of(module).items()})
+    return found
+
+
+def fold(
+    model_or_blocks: nn.Module | Iterable[nn.Module], *, out: Sequence[tuple[Tensor, Tensor]] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """(weight, bias) of the one convolution each ACBlock equals in eval, all computed in one call.
+
+    Differentiable in every weight, convolution bias, γ and β, unless `out` is given.
+
+    Args:
+        model_or_blocks: a module, whose blocks are taken in the order of named_modules(), or modules.
+        out: one (weight K×C/groups×k×k, bias K) a block, written in place and returned.
+
+    Raises:
+        ValueError: a deployed block, one that no convolution equals, or an `out` of other lengths or shapes.
+    """
+    blocks = blocks_of(model_or_blocks)
+    return fold_steps([_fold_step(name, block) for name, block in blocks.items()], out)
+
+
+def _fold_step(name: str, block: ACBlock) -> Step:
+    try:
+        return block.fold_step()
+    except ValueError as error:
+        raise ValueError(f"block {name or '(model)'}: {error}") from None
+
+
+def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Folds every ACBlock of model into one convolution, all in one call; a second time nothing changes.
+
+    Device, dtype, training flags, requires_grad, memory layout and hooks on the blocks are kept. Folded in
+    float32 or better, rounded to the weights' dtype at the end. Warns about blocks in train mode: their batch
+    statistics are not what the folded convolution uses.
+
+    Returns:
+        The folded network: a deep copy unless inplace.
+
+    Raises:
+        ValueError: a block that no convolution equals (the message names it); the model is then as it was.
+    """
+    with torch.inference_mode(False):
+        if not inplace:
+            model = copy.deepcopy(model)
+        blocks = {name: block for name, block in blocks_of(model).items() if not block.deploy}
+        with torch.no_grad():
+            folded = fold(list(blocks.values()))
+    training = [name for name, block in blocks.items() if block.training]
+    if training:
+        warnings.warn(
+            f"{len(training)} of {len(blocks)} blocks are folded in train mode (first: {training[0]!r}); the folded "
+            "convolutions use the running statistics, not the batch's: call eval() to see their output",
+            stacklevel=2,
+        )
+    for block, (weight, bias) in zip(blocks.values(), folded, strict=True):
+        block.become(weight, bias)
+    return model
