@@ -87,7 +87,7 @@ def convert(
             bn, note = _absorbed(conv, usage)
             replacements[conv] = builder.block(conv, bn)
             if bn is not None:
-                replacements[bn] = nn.Identity()
+                replacements[bn] = nn.Identity().train(bn.training)
         record += [Conversion(name or "(model)", conv in replacements, note) for name in aliases]
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -286,8 +286,8 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     training = [name for name, block in blocks.items() if block.training]
     if training:
         warnings.warn(
-            f"{len(training)} of {len(blocks)} blocks are folded in train mode (first: {training[0]!r}); the folded "
-            "convolutions use the running statistics, not the batch's: call eval() to see their output",
+            f"{len(training)} of {len(blocks)} blocks are folded in train mode (first: {training[0]!r}); the "
+            "folded convolutions use the running statistics, not the batch's: call eval() to see their output",
             stacklevel=2,
         )
     for block, (weight, bias) in zip(blocks.values(), folded, strict=True):

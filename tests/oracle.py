@@ -1,0 +1,95 @@
+"""What the tests compare with: the reference in float64, and the rule of how far from it a path may be."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from acnet_kernels import ACBlock, reference
+
+# Relative error ‖a−b‖/‖b‖ a tensor may always have, by dtype; beyond it, twice eager's own error.
+FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def scramble(module: nn.Module) -> nn.Module:
+    """Random γ, β and running statistics, so that no term of the fold vanishes."""
+    for bn in module.modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            if bn.running_mean is not None and bn.running_var is not None:
+                nn.init.uniform_(bn.running_mean, -1, 1)
+                nn.init.uniform_(bn.running_var, 0.3, 2)
+            if bn.affine:
+                nn.init.uniform_(bn.weight, 0.3, 1.5)
+                nn.init.normal_(bn.bias)
+    return module
+
+
+def rel(a: Tensor, b: Tensor) -> float:
+    """‖a−b‖/‖b‖."""
+    a, b = a.detach().double(), b.detach().double()
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def border(t: Tensor, width: int = 1) -> Tensor:
+    """The pixels within width of the edge of an N×K×H×W map, flattened."""
+    mask = torch.ones(t.shape[2:], dtype=torch.bool)
+    if min(t.shape[2:]) > 2 * width:
+        mask[width:-width, width:-width] = False
+    return t[:, :, mask]
+
+
+def reference_block(block: ACBlock, x: Tensor) -> Tensor:
+    """The block's output by acnet_kernels.reference on the block's own tensors, in x's dtype."""
+    g = block.geometry
+    norms = block.norms()
+    own = not block.training
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(x.dtype)
+
+    out, _ = reference.acblock(
+        x,
+        {name: cast(conv.weight) for name, conv in block.convs().items()},
+        {name: (cast(bn.weight), cast(bn.bias)) for name, bn in norms.items()},
+        stats={n: (cast(bn.running_mean), cast(bn.running_var)) for n, bn in norms.items()} if own else None,
+        stride=g.stride,
+        padding=g.padding,
+        dilation=g.dilation,
+        groups=g.groups,
+        padding_mode=g.padding_mode,
+        shift=g.shift,
+        eps={name: bn.eps for name, bn in norms.items()},
+        norm=block.norm,
+    )
+    return out
+
+
+def run(block: nn.Module, x: Tensor, grad: Tensor, forward=None) -> dict[str, Tensor]:
+    """Output and every gradient of one step: {'out', 'x', parameter names…}."""
+    block = copy.deepcopy(block)
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    out = forward(block, x) if forward else block(x)
+    out.backward(grad.to(out.dtype))
+    found = {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), "x": x.grad, **found}
+
+
+def truth(block: ACBlock, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """run() of the reference in float64."""
+    return run(copy.deepcopy(block).double(), x.double(), grad.double(), reference_block)
+
+
+def assert_as_good_as(got: dict[str, Tensor], eager: dict[str, Tensor], true: dict[str, Tensor]) -> None:
+    """Every tensor of got is within max(2 × eager's error, the floor) of true; maps on their border too."""
+    assert got.keys() == true.keys()
+    for name, t in true.items():
+        floor = FLOORS[got["out"].dtype]
+        parts = [(name, lambda v: v)]
+        if t.dim() == 4 and name in ("out", "x"):
+            parts.append((f"{name} (border)", border))
+        for label, part in parts:
+            error = rel(part(got[name]), part(t))
+            allowed = max(2 * rel(part(eager[name]), part(t)), floor)
+            assert error <= allowed, f"{label}: error {error:.2e}, allowed {allowed:.2e}"

@@ -1,0 +1,105 @@
+"""The placement of the branches, against a definition that knows nothing of it: kernels laid into k×k ones."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from acnet_kernels.geometry import PADDING_MODES, Geometry
+from acnet_kernels.reference import embed
+
+
+def branch_by_placement(g: Geometry, name: str, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    place = g.placement(name)
+    x = place.apply(x, g.padding_mode)
+    if g.padding_mode != "zeros" and any(place.padding):  # what nn.Conv2d does with its padding mode
+        (rows, columns), padding = place.padding, 0
+        x = F.pad(x, (columns, columns, rows, rows), g.padding_mode)
+    else:
+        padding = place.padding
+    return F.conv2d(x, w, None, g.stride, padding, g.dilation, g.groups)
+
+
+def branch_by_embedding(g: Geometry, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(g.pad_input(x), embed(w, g.kernel, g.shift), None, g.stride, 0, g.dilation, g.groups)
+
+
+def check(g: Geometry, size: tuple[int, int], channels: int = 4) -> None:
+    x = torch.randn(2, channels, *size, dtype=torch.float64)
+    for name in ("square", "hor", "ver"):
+        w = torch.randn(channels, channels // g.groups, *g.placement(name).kernel, dtype=torch.float64)
+        got, want = branch_by_placement(g, name, x, w), branch_by_embedding(g, x, w)
+        assert got.shape[2:] == g.output_size(*size)
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=f"{name} {g}")
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 7])
+def test_every_placement(k):
+    for d, s, p, groups in itertools.product((1, 2, 3), (1, 2, 3), range(8), (1, 2, 4)):
+        check(Geometry.make(k, s, p, d, groups), (23, 20))
+
+
+@pytest.mark.parametrize("mode", PADDING_MODES)
+@pytest.mark.parametrize("k", [3, 5])
+def test_padding_modes_and_shifts(mode, k):
+    shifts = [(0, 0), (1, 1), (-1, 1), (k // 2, 0)]
+    for d, s, p, shift in itertools.product((1, 2), (1, 2), (0, 1, 2, 4), shifts):
+        check(Geometry.make(k, s, p, d, 1, mode, shift), (14, 11))
+
+
+def test_pairs_differ_by_axis():
+    check(Geometry.make(3, (2, 1), (0, 3), (1, 2)), (9, 12))
+    check(Geometry.make((5, 5), (1, 3), (4, 1), (3, 1), 2), (17, 12))
+
+
+def test_smallest_inputs():
+    check(Geometry.make(3, padding=1), (1, 1))
+    check(Geometry.make(3, padding=0), (3, 3))
+    check(Geometry.make(7, padding=3), (1, 4))
+
+
+def test_same_and_valid_as_conv2d():
+    for k, d in itertools.product((1, 3, 5), (1, 2)):
+        conv = torch.nn.Conv2d(1, 1, k, padding="same", dilation=d)
+        assert (
+            Geometry.make(k, padding="same", dilation=d).output_size(9, 7)
+            == conv(torch.zeros(1, 1, 9, 7)).shape[2:]
+        )
+    assert Geometry.make(3, padding="valid").padding == (0, 0)
+
+
+def test_a_negative_offset_crops_without_a_copy():
+    x = torch.randn(1, 1, 8, 8)
+    assert Geometry.make(3, padding=0).placement("hor").apply(x).data_ptr() == x[:, :, 1:].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"kernel_size": 2}, ValueError, "kernel_size must be odd"),
+        ({"kernel_size": (3, 5)}, ValueError, "square"),
+        ({"kernel_size": 3.0}, TypeError, "kernel_size must be an int"),
+        ({"kernel_size": 3, "stride": 0}, ValueError, "stride must be at least 1, got 0"),
+        ({"kernel_size": 3, "stride": (1, 2, 3)}, TypeError, "stride"),
+        ({"kernel_size": 3, "padding": -1}, ValueError, "padding must be at least 0"),
+        ({"kernel_size": 3, "padding": "full"}, ValueError, "'same' or 'valid'"),
+        ({"kernel_size": 3, "padding": "same", "stride": 2}, ValueError, "needs stride 1"),
+        ({"kernel_size": 3, "dilation": True}, TypeError, "dilation"),
+        ({"kernel_size": 3, "groups": 0}, ValueError, "groups"),
+        ({"kernel_size": 3, "groups": 1.5}, TypeError, "groups"),
+        ({"kernel_size": 3, "padding_mode": "mirror"}, ValueError, "padding_mode"),
+        ({"kernel_size": 3, "shift": (2, 0)}, ValueError, "shift"),
+        ({"kernel_size": 1, "shift": (0, -1)}, ValueError, "shift"),
+    ],
+)
+def test_wrong_arguments(arguments, error, words):
+    with pytest.raises(error, match=words):
+        Geometry.make(**arguments)
+
+
+def test_empty_output_names_the_shapes():
+    with pytest.raises(ValueError, match=r"input of 2×9 pixels, kernel_size 3"):
+        Geometry.make(3).output_size(2, 9)
+    with pytest.raises(ValueError, match="branch must be one of"):
+        Geometry.make(3).placement("diagonal")
