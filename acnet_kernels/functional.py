@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -37,7 +38,7 @@ def acblock(
     step, problem = describe(x, branches, geometry, norm)
     plan = planner.choose(problem, planner.check_choice(backend))
     if geometry.padding_mode != "zeros":
-        x, step = geometry.pad_input(x), step._replace(geometry=geometry.explicit())
+        x, step = geometry.pad_input(x), replace(step, geometry=geometry.explicit())
     return plan.backend.forward(x, step)
 
 

@@ -39,7 +39,8 @@ class Branch(NamedTuple):
     norm: Norm | None
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """Everything one block computes with. `norm` is the batch norm after the sum, or None."""
 
     geometry: Geometry
