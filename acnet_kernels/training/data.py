@@ -1,0 +1,193 @@
+"""Data sets by name, as deterministic streams of augmented batches.
+
+Epoch e of seed s is one fixed sequence of batches: order and augmentation of a whole epoch are drawn at its
+start from (s, e), so a run can be resumed before any batch and goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, require
+from . import files
+from .files import Split
+
+NAMES = ("digits", "fashion-mnist", "cifar10", "cifar100")
+FASHION_FOLDERS = (Path("data/FashionMNIST/raw"), Path("/usr/share/datasets/fashion-mnist"))
+DEFAULT_FOLDER = Path("data")
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Data(Protocol):
+    """A data set; batches are (images N×C×H×W float32, channels_last and normalised; labels (N,) int64)."""
+
+    name: str
+    source: str
+    classes: int
+    channels: int
+    size: tuple[int, int]
+    train_images: int
+    test_images: int
+
+    def train_batches(self, seed: int, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """The epoch's batches from number `start` on, augmented."""
+
+    def test_batches(self, batch_size: int) -> Iterator[Batch]:
+        """The test images in their own order."""
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """The generator that draws one epoch's order and augmentation."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+
+def subset(images: int, limit: int | None) -> Tensor | None:
+    """Which images a limited run trains on: the same random ones whatever the seed; None for all."""
+    if limit is None:
+        return None
+    if limit > images:
+        raise UserError(f"--limit must be at most the {images} training images there are, got {limit}")
+    return torch.randperm(images, generator=torch.Generator().manual_seed(0))[:limit]
+
+
+class MemoryData:
+    """A small data set held on the device as bytes; cropping, flipping and normalising a batch is one gather.
+
+    Args:
+        name, source: what it is and where it came from.
+        train, test: images N×H×W×C uint8, labels (N,).
+        classes: number of classes.
+        pad: random crops move by up to this many black pixels (the paper: 4 on 32×32).
+        flip: mirror half of the training images; off where that changes the class.
+        limit: train on this many of the images only.
+        device: where batches are wanted.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        train: Split,
+        test: Split,
+        classes: int,
+        *,
+        pad: int,
+        flip: bool,
+        limit: int | None,
+        device: torch.device,
+    ) -> None:
+        chosen = subset(len(train.labels), limit)
+        if chosen is not None:
+            train = Split(train.images[chosen], train.labels[chosen])
+        self.name, self.source, self.classes, self.pad, self.flip = name, source, classes, pad, flip
+        self.size = (train.images.shape[1], train.images.shape[2])
+        self.channels = train.images.shape[3]
+        self.train_images, self.test_images = len(train.labels), len(test.labels)
+        mean, std = _mean_std(train.images)
+        self.device, self._mean, self._std = device, mean.to(device), std.to(device)
+        padded = torch.nn.functional.pad(train.images, (0, 0, pad, pad, pad, pad))
+        self._train = Split(padded.to(device), train.labels.to(device))
+        self._test = Split(test.images.to(device), test.labels.to(device))
+
+    def train_batches(self, seed: int, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        n, (height, width), generator = self.train_images, self.size, epoch_generator(seed, epoch)
+        order = torch.randperm(n, generator=generator)
+        top, left = torch.randint(2 * self.pad + 1, (2, n), generator=generator)
+        mirrored = torch.rand(n, generator=generator) < (0.5 if self.flip else 0.0)
+        for first in range(start * batch_size, n, batch_size):
+            at = slice(first, first + batch_size)
+            rows = top[at, None] + torch.arange(height)
+            columns = torch.arange(width).expand(len(rows), width)
+            columns = left[at, None] + torch.where(mirrored[at, None], width - 1 - columns, columns)
+            which, rows, columns = (t.to(self.device) for t in (order[at], rows, columns))
+            images = self._train.images[which[:, None, None], rows[:, :, None], columns[:, None, :]]
+            yield self._normalise(images), self._train.labels[which]
+
+    def test_batches(self, batch_size: int) -> Iterator[Batch]:
+        for images, labels in zip(*(t.split(batch_size) for t in self._test), strict=True):
+            yield self._normalise(images), labels
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        # N×H×W×C seen as N×C×H×W is channels_last already.
+        return images.to(torch.float32).sub_(self._mean).div_(self._std).permute(0, 3, 1, 2)
+
+
+def _mean_std(images: Tensor) -> tuple[Tensor, Tensor]:
+    # Integer sums are exact, and a chunk at a time keeps the temporaries small.
+    total, square = torch.zeros(2, images.shape[3], dtype=torch.int64)
+    for chunk in images.flatten(0, 2).split(1 << 22):
+        total += chunk.sum(0, dtype=torch.int64)
+        square += chunk.to(torch.int32).square_().sum(0, dtype=torch.int64)
+    mean = total.double() / images[..., 0].numel()
+    std = (square.double() / images[..., 0].numel() - mean.square()).sqrt()
+    return mean.float(), std.clamp_min(1.0).float()
+
+
+def find_fashion_mnist(folder: Path | None) -> Path | None:
+    """The directory with Fashion-MNIST's files: in `folder` if one is given, else in the usual places; or None."""
+    places = FASHION_FOLDERS if folder is None else (folder, folder / "FashionMNIST/raw")
+    return next((place for place in places if files.has_fashion_mnist(place)), None)
+
+
+def _download_fashion_mnist(folder: Path) -> Path:
+    require("Fashion-MNIST is not on this machine, and downloading it", torchvision="torchvision")
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        FashionMNIST(folder, download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"Fashion-MNIST is not in {folder} and cannot be downloaded ({error}): give its directory as "
+            "--data-dir, or install Debian's dataset-fashion-mnist"
+        ) from None
+    return folder / "FashionMNIST/raw"
+
+
+def open_data(
+    name: str,
+    device: torch.device,
+    *,
+    folder: Path | None = None,
+    limit: int | None = None,
+    image_size: int = 224,
+    workers: int = 0,
+) -> Data:
+    """The data set `name`: one of `NAMES`, or a directory of images in one folder a class.
+
+    Args:
+        name: which one.
+        device: where batches are wanted.
+        folder: where the files are; Fashion-MNIST is else looked for in the usual places, then downloaded.
+        limit: train on this many images only.
+        image_size, workers: for a directory of images: what they are cropped to, and how many processes read.
+
+    Raises:
+        UserError: files are missing, truncated or wrong; limit exceeds what is there.
+    """
+    if name == "digits":
+        require("the digits", sklearn="scikit-learn")
+        train, test = files.digits()
+        source = "scikit-learn's load_digits"
+        return MemoryData(name, source, train, test, 10, pad=1, flip=False, limit=limit, device=device)
+    if name == "fashion-mnist":
+        place = find_fashion_mnist(folder) or _download_fashion_mnist(folder or DEFAULT_FOLDER)
+        train, test = files.fashion_mnist(place)
+        return MemoryData(name, str(place), train, test, 10, pad=4, flip=True, limit=limit, device=device)
+    if name in files.CIFAR:
+        layout, place = files.CIFAR[name], folder or DEFAULT_FOLDER
+        place = place / layout.folder if (place / layout.folder).is_dir() else place
+        train, test = files.cifar(name, place)
+        classes = layout.classes
+        return MemoryData(name, str(place), train, test, classes, pad=4, flip=True, limit=limit, device=device)
+    if not Path(name).is_dir():
+        raise UserError(f"--data must be one of {', '.join(NAMES)} or a directory of images, got {name!r}")
+    require("a directory of images", torchvision="torchvision")
+    from .folder import FolderData
+
+    return FolderData(Path(name), image_size, limit, workers, device)
