@@ -1,0 +1,249 @@
+"""The training loop: the paper's recipe, resumable before any step with bit-identical results."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import models
+from ..errors import UserError
+from . import checkpoints
+from .data import Data
+
+AMP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAST, BEST = "last.pt", "best.pt"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run's weights on one machine; a resumed run must have the same.
+
+    SGD with momentum 0.9, the learning rate falling to zero along a cosine over all steps, the weight decay on
+    every parameter (arXiv 1908.03930 §4). `bias_lr_factor` scales the rate of all biases, batch norms' β
+    included (the authors' code: 2).
+    """
+
+    data: str = "digits"
+    net: str = "resnet20"
+    block: str = "acb"
+    epochs: int = 30
+    lr: float = 0.1
+    batch_size: int = 128
+    weight_decay: float = 1e-4
+    bias_lr_factor: float = 1.0
+    amp: str = "no"
+    backend: str = "auto"
+    seed: int = 0
+    limit: int | None = None
+    image_size: int = 224
+
+
+class Observer(Protocol):
+    """Is told how a run goes."""
+
+    def start(self, epochs: int, steps: int, epoch: int, step: int) -> None:
+        """The run has `epochs` of `steps` steps, and begins at this place."""
+
+    def step(self, images: int) -> None:
+        """A step over so many images is done."""
+
+    def epoch(self, row: dict[str, float]) -> None:
+        """An epoch is done and evaluated; row is its entry in the history."""
+
+
+def build_model(recipe: Recipe, data: Data) -> nn.Module:
+    """The recipe's network for the data, on the CPU; UserError where there is none such."""
+    options = {"backend": recipe.backend} if recipe.block == "acb" else {}
+    try:
+        return models.build(recipe.net, data.classes, data.channels, recipe.block, **options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Optimizer groups: everything but biases, and biases, each with the factor on its learning rate."""
+    biases = [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+    ids = {id(p) for p in biases}
+    others = [p for p in model.parameters() if id(p) not in ids]
+    return [{"params": others, "factor": 1.0}, {"params": biases, "factor": recipe.bias_lr_factor}]
+
+
+class Trainer:
+    """One run: network, optimizer and its place in the epochs.
+
+    Attributes:
+        epoch, step: the next step's place.
+        history: one row an epoch: lr, train_loss, train_accuracy, test_loss, test_accuracy, images_per_second.
+        best: the best test accuracy so far and its epoch.
+    """
+
+    def __init__(self, recipe: Recipe, data: Data, device: torch.device) -> None:
+        self.recipe, self.data, self.device = recipe, data, device
+        random.seed(recipe.seed)
+        np.random.seed(recipe.seed % 2**32)
+        torch.manual_seed(recipe.seed)
+        self.model = build_model(recipe, data).to(device)
+        self.model.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            parameter_groups(self.model, recipe), recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
+        self.steps = math.ceil(data.train_images / recipe.batch_size)
+        self.epoch, self.step, self.seconds = 0, 0, 0.0
+        self.history: list[dict[str, float]] = []
+        self.best = {"accuracy": -1.0, "epoch": -1}
+        self._totals = self._zero_totals()
+
+    def _zero_totals(self) -> Tensor:
+        return torch.zeros(2, dtype=torch.float64, device=self.device)  # Σ loss, correct
+
+    def learning_rate(self) -> float:
+        """The cosine's value at the next step."""
+        done = (self.epoch * self.steps + self.step) / (self.recipe.epochs * self.steps)
+        return self.recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    def autocast(self) -> torch.autocast:
+        """The context that computes in the recipe's dtype."""
+        dtype = AMP_DTYPES[self.recipe.amp]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        """Forward, backward and update on one batch; adds to the epoch's totals, waits for nothing."""
+        rate = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        with self.autocast():
+            logits = self.model(images)
+            loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        correct = (logits.detach().argmax(1) == labels).sum()
+        self._totals += torch.stack((loss.detach().double() * len(labels), correct.double()))
+        self.step += 1
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """(mean loss, accuracy) on the test images."""
+        self.model.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for images, labels in self.data.test_batches(self.recipe.batch_size):
+            with self.autocast():
+                logits = self.model(images)
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            totals += torch.stack((loss.double(), (logits.argmax(1) == labels).sum().double()))
+        loss, correct = (totals / self.data.test_images).tolist()
+        return loss, correct
+
+    def run(self, out: Path, observer: Observer, stopping: Callable[[], bool] = lambda: False) -> bool:
+        """Trains to the end from wherever the run is, with a checkpoint after every epoch.
+
+        Args:
+            out: existing directory for last.pt (everything) and best.pt (the network with the best test accuracy).
+            observer: is told of every step and epoch.
+            stopping: asked after every step and epoch; true leaves a checkpoint there and ends.
+
+        Returns:
+            Whether the run is complete.
+
+        Raises:
+            UserError: the training loss of an epoch is not finite.
+        """
+        checkpoints.save(self.state_dict(), out / LAST)
+        observer.start(self.recipe.epochs, self.steps, self.epoch, self.step)
+        while self.epoch < self.recipe.epochs and not stopping():
+            if not self._run_epoch(observer, stopping):
+                checkpoints.save(self.state_dict(), out / LAST)
+                break
+            row = self._finish_epoch()
+            # best.pt first: killed between the two, the run repeats this epoch and writes both.
+            if self.best["epoch"] == self.epoch - 1:
+                state = {"recipe": asdict(self.recipe), "model": self.model.state_dict(), **self.best}
+                checkpoints.save(state, out / BEST)
+            checkpoints.save(self.state_dict(), out / LAST)
+            observer.epoch(row)
+        return self.epoch == self.recipe.epochs
+
+    def _run_epoch(self, observer: Observer, stopping: Callable[[], bool]) -> bool:
+        self.model.train()
+        start = time.perf_counter()
+        recipe = self.recipe
+        for images, labels in self.data.train_batches(recipe.seed, self.epoch, recipe.batch_size, self.step):
+            self.train_step(images, labels)
+            observer.step(len(labels))
+            if stopping():
+                break
+        self.seconds += time.perf_counter() - start
+        return self.step == self.steps
+
+    def _finish_epoch(self) -> dict[str, float]:
+        (loss, correct), images = self._totals.tolist(), self.data.train_images
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the training loss of epoch {self.epoch + 1} is {loss}: --lr {self.recipe.lr} is too high"
+            )
+        test_loss, test_accuracy = self.evaluate()
+        row = {
+            "epoch": self.epoch + 1,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": loss / images,
+            "train_accuracy": correct / images,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "images_per_second": images / self.seconds,
+        }
+        self.history.append(row)
+        if test_accuracy > self.best["accuracy"]:
+            self.best = {"accuracy": test_accuracy, "epoch": self.epoch}
+        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+        self._totals = self._zero_totals()
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on exactly."""
+        return {
+            "recipe": asdict(self.recipe),
+            "train_images": self.data.train_images,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": checkpoints.random_state(),
+            "place": (self.epoch, self.step, self.seconds),
+            "totals": self._totals,
+            "history": self.history,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to where `state_dict` was taken.
+
+        Raises:
+            UserError: the state belongs to a run with another recipe or other data; nothing is changed then.
+        """
+        if "recipe" not in state or "place" not in state:
+            raise UserError("the checkpoint is not one of a training run")
+        mine = {**asdict(self.recipe), "train_images": self.data.train_images}
+        theirs = {**state["recipe"], "train_images": state["train_images"]}
+        for name, value in mine.items():
+            if theirs.get(name) != value:
+                raise UserError(
+                    f"the run to resume has {name} {theirs.get(name)}, got {value}: give the same, or another --out"
+                )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        checkpoints.set_random_state(state["random"])
+        self.epoch, self.step, self.seconds = state["place"]
+        self._totals = state["totals"].to(self.device)
+        self.history, self.best = state["history"], state["best"]

@@ -1,0 +1,328 @@
+"""The training loop: the recipe, exact resumption, checkpoints, and what is measured and drawn afterwards."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from acnet_kernels import cli, fuse
+from acnet_kernels.errors import UserError
+from acnet_kernels.training import checkpoints, interrupt, measure, report
+from acnet_kernels.training.data import open_data
+from acnet_kernels.training.folding import check_fold
+from acnet_kernels.training.loop import BEST, LAST, Recipe, Trainer
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(net="resnet8", epochs=2, batch_size=40, seed=3, limit=100)
+
+
+class Silent:
+    """An observer that only remembers the epochs' rows."""
+
+    def __init__(self):
+        self.rows = []
+
+    def start(self, epochs, steps, epoch, step):
+        self.begun = (epochs, steps, epoch, step)
+
+    def step(self, images):
+        pass
+
+    def epoch(self, row):
+        self.rows.append(row)
+
+
+class StopAfter(Silent):
+    """Asks to stop once so many steps are done."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.left = steps
+
+    def step(self, images):
+        self.left -= 1
+
+    def reached(self):
+        return self.left <= 0
+
+
+@pytest.fixture
+def one_thread():
+    """Results depend on the number of threads in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trainer(**changes):
+    recipe = replace(RECIPE, **changes)
+    return Trainer(recipe, open_data(recipe.data, CPU, limit=recipe.limit), CPU)
+
+
+def noisy_trainer(**changes):
+    """A trainer whose network draws from all three global generators in training."""
+
+    def disturb(module, inputs, out):
+        if not module.training:
+            return out
+        return F.dropout(out, 0.1) * (0.9 + 0.1 * random.random() + 0.1 * float(np.random.rand()))
+
+    run = trainer(**changes)
+    run.model.stages.register_forward_hook(disturb)
+    return run
+
+
+def assert_equal(one, other, where=""):
+    """Bit-for-bit, through dicts, lists and tensors; only measured speeds may differ."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            if key not in ("images_per_second", "seconds"):
+                assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal(a, b, f"{where}[{i}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "amp", "block"), [(1, "no", "acb"), (3, "no", "acb"), (4, "bf16", "acb"), (4, "fp16", "plain")]
+)
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, stop_after, amp, block):
+    # 3 steps an epoch: stopped within the first, exactly at its end, and within the second.
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    whole.mkdir()
+    part.mkdir()
+    reference = noisy_trainer(amp=amp, block=block)
+    assert reference.run(whole, Silent())
+    counter = StopAfter(stop_after)
+    assert not noisy_trainer(amp=amp, block=block).run(part, counter, counter.reached)
+    torch.rand(5), np.random.rand(5), random.random()
+    resumed, observer = noisy_trainer(amp=amp, block=block), Silent()
+    resumed.load_state_dict(checkpoints.load(part / LAST))
+    assert resumed.run(part, observer)
+    assert observer.begun == (2, 3, stop_after // 3, stop_after % 3)
+    for name in (LAST, BEST):
+        assert_equal(checkpoints.load(part / name), checkpoints.load(whole / name), name)
+
+
+ARGUMENTS = ["--net=resnet8", "--limit=96", "--batch-size=32", "--epochs=24", "--seed=5", "--threads=1"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    before = torch.get_num_threads()
+    assert cli.main(["train", *ARGUMENTS, "--out", str(out)]) == 0
+    torch.set_num_threads(before)
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_process_resumes_to_the_same_weights(tmp_path, uninterrupted, one_thread, number, capsys):
+    command = [sys.executable, "-m", "acnet_kernels", "train", *ARGUMENTS, "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / BEST).exists():
+        assert process.poll() is None, "ended before its first epoch"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.3))
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert ("--resume goes on" in output) == (number != signal.SIGKILL)
+    assert not (tmp_path / "report.json").exists()
+    assert cli.main(["train", *ARGUMENTS, "--out", str(tmp_path), "--resume"]) == 0
+    assert "resuming at epoch" in capsys.readouterr().out
+    ours, theirs = checkpoints.load(tmp_path / LAST), checkpoints.load(uninterrupted / LAST)
+    assert_equal(ours, theirs)
+
+
+def test_a_second_signal_acts_as_before():
+    def handler(number, frame):
+        raise InterruptedError
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with interrupt.catching() as stopping:
+            assert not stopping()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stopping()
+            assert stopping.exit_code == 130
+            with pytest.raises(InterruptedError):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"lr": 0.2}, "has lr 0.1, got 0.2"), ({"limit": 90}, "has limit 100, got 90")]
+)
+def test_another_recipe_is_not_resumed(tmp_path, change, said):
+    state = trainer().state_dict()
+    other = trainer(**change)
+    before = {name: value.clone() for name, value in other.model.state_dict().items()}
+    with pytest.raises(UserError, match=said):
+        other.load_state_dict(state)
+    assert_equal(dict(other.model.state_dict()), before)
+
+
+def test_learning_rate_falls_to_zero_along_the_cosine(tmp_path):
+    run = trainer(bias_lr_factor=2.0)
+    parameter = nn.Parameter(torch.zeros(()))
+    theirs = torch.optim.SGD([parameter], 0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, T_max=6)
+    seen = []
+
+    class Watch(Silent):
+        def step(self, images):
+            seen.append([group["lr"] for group in run.optimizer.param_groups])
+
+    run.run(tmp_path, Watch())
+    for weights, biases in seen:
+        assert weights == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-6)
+        assert biases == 2 * weights
+        theirs.step()
+        schedule.step()
+    assert len(seen) == 6
+    assert theirs.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_only_biases_are_in_the_second_group_and_all_decay_alike():
+    run = trainer(bias_lr_factor=2.0, weight_decay=0.03)
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    weights, biases = ({names[id(p)] for p in group["params"]} for group in run.optimizer.param_groups)
+    assert biases == {name for name in names.values() if name.endswith(".bias")}
+    assert weights | biases == set(names.values())
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.03, 0.03]
+    assert [group["momentum"] for group in run.optimizer.param_groups] == [0.9, 0.9]
+
+
+def test_it_learns(tmp_path):
+    observer = Silent()
+    trainer(epochs=3, limit=None, batch_size=64).run(tmp_path, observer)
+    first, last = observer.rows[0], observer.rows[-1]
+    assert last["train_loss"] < 0.5 * first["train_loss"]
+    assert last["test_accuracy"] > 0.7
+    best = checkpoints.load(tmp_path / BEST)
+    assert best["accuracy"] == max(row["test_accuracy"] for row in observer.rows)
+
+
+def test_a_diverging_run_says_why(tmp_path):
+    with pytest.raises(UserError, match=r"training loss of epoch \d is nan: --lr 1e\+30 is too high"):
+        trainer(lr=1e30, block="plain").run(tmp_path, Silent())
+
+
+def test_saving_leaves_the_old_file_whole_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    checkpoints.save({"a": torch.ones(3)}, path)
+
+    def fail(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save({"a": torch.zeros(3)}, path)
+    monkeypatch.undo()
+    assert torch.equal(checkpoints.load(path)["a"], torch.ones(3))
+    assert os.listdir(tmp_path) == ["x.pt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_a_broken_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / LAST
+    checkpoints.save({"a": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:2000] if content is None else content)
+    with pytest.raises(UserError, match=r"last\.pt is no intact checkpoint"):
+        checkpoints.load(path)
+
+
+def test_random_states_come_back():
+    def draw():
+        return random.random(), float(np.random.rand()), torch.rand(2)
+
+    state = checkpoints.random_state()
+    expected = draw()
+    draw()
+    checkpoints.set_random_state(state)
+    assert_equal(draw(), expected)
+
+
+def test_fold_check_sees_what_differs():
+    run = trainer()
+    for images, labels in run.data.train_batches(0, 0, 50):
+        run.train_step(images, labels)
+    folded = fuse(run.model.eval())
+    check = check_fold(run.model, folded, run.data, 100)
+    assert check.images == 360
+    assert 0 < check.max_relative_difference < 1e-5
+    assert check.differing_predictions == 0
+    assert check.accuracy_folded == check.accuracy_unfolded == run.evaluate()[1]
+    with torch.no_grad():
+        folded.classifier.bias[4] += 1e4
+    wrong = check_fold(run.model, folded, run.data, 100)
+    images, labels = next(run.data.test_batches(360))
+    assert wrong.differing_predictions == int((run.model(images).argmax(1) != 4).sum())
+    assert wrong.accuracy_folded == pytest.approx(float((labels == 4).float().mean()))
+    assert wrong.accuracy_unfolded == check.accuracy_unfolded
+    assert wrong.max_relative_difference > 100
+
+
+def test_kernel_magnitudes_of_hand_made_kernels():
+    # Skeleton 2 and corners 1, in one layer ten times as large and negative: A has 0.5 in the corners.
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 3), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, (1, 3)))
+    kernel = torch.tensor([[1.0, 2, 1], [2, 2, 2], [1, 2, 1]])
+    for conv, scale in ((model[0], 1.0), (model[1], -10.0)):
+        conv.weight.data.copy_(scale * kernel)
+    layers = report.kernel_magnitudes(model)
+    assert list(layers) == ["0", "1"]
+    assert torch.equal(report.mean_magnitude(layers), (kernel / 2).double())
+    assert report.kernel_magnitudes(nn.Linear(2, 2)) == {}
+
+
+def test_plots_are_pictures(tmp_path):
+    row = {"train_loss": 1.0, "test_loss": 2.0, "train_accuracy": 0.5, "test_accuracy": 0.4}
+    rows = [{**row, "epoch": epoch} for epoch in (1, 2)]
+    report.plot_curves({"plain": rows, "ACNet": rows}, "title", tmp_path / "curves.png")
+    report.plot_kernels({"plain": torch.rand(3, 3), "ACNet": torch.rand(5, 5)}, "title", tmp_path / "kernels.png")
+    for name in ("curves.png", "kernels.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 700
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_saved_activations_count_each_storage_once():
+    n, classes = 6, 5
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 4, classes))
+    images, labels = torch.randn(n, 2, 6, 6), torch.randint(classes, (n,))
+    # x, ReLU's result (which Linear saves again), log-softmax's result, the labels and the loss's total weight.
+    expected = 4 * n * 2 * 6 * 6 + 4 * n * 3 * 4 * 4 + 4 * n * classes + 8 * n + 4
+    assert measure.saved_activation_bytes(model, images, labels) == expected
+
+
+def test_measured_calls_take_turns():
+    calls = []
+    times = {"a": lambda: calls.append("a"), "b": lambda: (calls.append("b"), time.sleep(0.002))}
+    medians = measure.interleaved_medians(times, rounds=3, warm_up=2)
+    assert calls == ["a", "b"] * 5
+    assert medians["b"] >= 0.002 > medians["a"]
