@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
@@ -54,9 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 2 with one sentence where the user can mend what is wrong."""
     arguments = parser().parse_args(argv)
     try:
-        return COMMANDS[arguments.command].main(arguments)
+        code = COMMANDS[arguments.command].main(arguments)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"{PROGRAM} {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader (head, less) has gone: keep the interpreter's last flush quiet
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,15 @@ def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "acnet_kernels"]
     done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in cli.COMMANDS)
+
+
+def test_a_closed_pipe_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "acnet_kernels", "doctor"]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_demo_prints_its_table(tmp_path, capsys, monkeypatch):
