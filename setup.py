@@ -43,12 +43,8 @@ def extension() -> dict:
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    module = CppExtension(
-        "acnet_kernels._C",
-        sources,
-        extra_compile_args=["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"],
-        py_limited_api=True,
-    )
+    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    module = CppExtension("acnet_kernels._C", sources, extra_compile_args=flags, py_limited_api=True)
     return {
         "ext_modules": [module],
         "cmdclass": {"build_ext": BuildExtension},

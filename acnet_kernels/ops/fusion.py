@@ -1,8 +1,4 @@
-"""Folding branches and batch norms into one k×k convolution: the arithmetic, in PyTorch.
-
-W = Σ_b s_b·embed(W_b), bias = Σ_b (β_b + s_b·(conv_bias_b − μ_b)), s_b = γ_b/√(σ²_b + ε_b)
-(arXiv 1908.03930 §3.3). Differentiable in every weight, conv bias, γ and β.
-"""
+"""Folding blocks, all in one operator call: W = Σ_b s_b·embed(W_b) and its bias (arXiv 1908.03930 §3.3)."""
 
 from __future__ import annotations
 
@@ -11,68 +7,81 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..geometry import Geometry
-from ..spec import Branch, Norm, Step
+from ..spec import Norm, Step
+from .fuse_blocks import ERROR, Arguments
 
-
-def add_branches(kernels: dict[str, Tensor], geometry: Geometry) -> Tensor:
-    """hor (K×C×1×k) and ver (K×C×k×1) added into their row and column of square (K×C×k×k), as a new tensor."""
-    total = kernels["square"].clone()
-    if "hor" in kernels:
-        total[:, :, geometry.hor_row : geometry.hor_row + 1] += kernels["hor"]
-    if "ver" in kernels:
-        total[:, :, :, geometry.ver_column : geometry.ver_column + 1] += kernels["ver"]
-    return total
-
-
-def scale_shift(norm: Norm, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(s, β + s·(bias − μ)) of a batch norm in eval, both (K,) of dtype."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
-    if norm.gamma is not None:
-        scale = norm.gamma.to(dtype) * scale
-    mean = norm.running_mean.to(dtype)
-    shift = -mean * scale if bias is None else (bias.to(dtype) - mean) * scale
-    return scale, shift if norm.beta is None else norm.beta.to(dtype) + shift
-
-
-def _sum_bias(branches: dict[str, Branch]) -> Tensor | None:
-    biases = [branch.bias for branch in branches.values() if branch.bias is not None]
-    return torch.stack(biases).sum(0) if biases else None
+_ABSENT = Norm(None, None, None, None, None, 0.0, None, False)
+_fuse_blocks = torch.ops.acnet_kernels.fuse_blocks.default
+_fuse_blocks_out = torch.ops.acnet_kernels.fuse_blocks_out.default
 
 
 def fold(step: Step) -> tuple[Tensor, Tensor]:
-    """(weight K×C/groups×k×k, bias K) of the one convolution that equals the block in eval.
-
-    Computed in float32 or better, returned in the square weight's dtype.
-    """
-    square = step.branches["square"].weight
-    dtype = torch.promote_types(square.dtype, torch.float32)
-    kernels = {name: branch.weight.to(dtype) for name, branch in step.branches.items()}
-    if step.norm is not None:
-        scale, shift = scale_shift(step.norm, _sum_bias(step.branches), dtype)
-        weight = add_branches(kernels, step.geometry) * scale[:, None, None, None]
-    else:
-        shift = torch.zeros((), dtype=dtype, device=square.device)
-        for name, branch in step.branches.items():
-            assert branch.norm is not None
-            scale, part = scale_shift(branch.norm, branch.bias, dtype)
-            kernels[name] = kernels[name] * scale[:, None, None, None]
-            shift = shift + part
-        weight = add_branches(kernels, step.geometry)
-    return weight.to(square.dtype), shift.to(square.dtype)
+    """(weight K×C/groups×k×k, bias K) of the one convolution that equals the block in eval; as `fold_steps`."""
+    return fold_steps([step])[0]
 
 
 def fold_steps(
     steps: Sequence[Step], out: Sequence[tuple[Tensor, Tensor]] | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """fold() of several blocks; out, one (weight, bias) a block, is written in place and returned."""
-    folded = [fold(step) for step in steps]
-    if out is None:
-        return folded
-    with torch.no_grad():
-        for target, source in zip(out, folded, strict=True):
-            for t, s in zip(target, source, strict=True):
-                t.copy_(s)
+    """One (weight K×C/groups×k×k, bias K) a step: the one convolution that equals the block in eval.
+
+    Computed in float32 (float64 for float64 weights), in the square weight's dtype and memory format, for all
+    steps in one call. Blocks may differ in everything but their device. Differentiable in every weight,
+    convolution bias, γ and β unless `out` is given.
+
+    Args:
+        steps: what `ACBlock.step()` returns. Every batch norm must have running statistics.
+        out: (weight, bias) pairs to write into, contiguous or channels_last, sharing no memory with the inputs;
+            no gradient is recorded then. Saves the page faults of fresh memory.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, a missing running variance, or on the CPU a
+            negative or non-finite one; names block and argument. Nothing has been written then.
+    """
+    arguments = _arguments(steps)
+    try:
+        if out is None:
+            weights, biases = _call(_fuse_blocks, arguments, torch.is_grad_enabled())
+            return list(zip(weights, biases, strict=True))
+        targets = [weight for weight, _ in out], [bias for _, bias in out]
+        _call(_fuse_blocks_out, (*arguments, *targets), False)
+    except RuntimeError as error:  # all that the stable ABI lets a C++ operator raise
+        message = str(error)
+        if not message.startswith(ERROR):
+            raise
+        raise ValueError(message.removeprefix(ERROR).split("\n")[0]) from None
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([*targets[0], *targets[1]])
     return list(out)
+
+
+def _call(operator, arguments, differentiable: bool):  # type: ignore[no-untyped-def]
+    if differentiable or torch.compiler.is_compiling():
+        return operator(*arguments)
+    # Straight to the kernel: for a whole network's tensors, finding out that none needs a gradient takes as long
+    # as the call itself.
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def _arguments(steps: Sequence[Step]) -> Arguments:
+    square, hor, ver, norms, conv_bias, place = [], [], [], [], [], []
+    for geometry, branches, total in steps:
+        for name, kernels in (("square", square), ("hor", hor), ("ver", ver)):
+            branch = branches.get(name)
+            if branch is None:
+                kernels.append(None)
+                norms.append(_ABSENT)
+                conv_bias.append(None)
+                continue
+            weight, bias, norm = branch
+            kernels.append(weight)
+            conv_bias.append(bias)
+            if total is None:
+                assert norm is not None
+                norms.append(norm)
+            else:  # the norm of the sum: its μ and β once, its scale for every branch
+                norms.append(total if name == "square" else total._replace(beta=None, running_mean=None))
+        place += (geometry.hor_row, geometry.ver_column)
+    gamma, beta, mean, var, _, eps, _, _ = zip(*norms, strict=True) if norms else ((),) * 8
+    return Arguments(square, hor, ver, gamma, beta, mean, var, conv_bias, eps, place)

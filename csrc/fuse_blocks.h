@@ -1,0 +1,270 @@
+// The arguments of fuse_blocks and fuse_blocks_out: checked, and turned into descriptors. Included by the CPU and by
+// the CUDA source, which go into libraries of their own.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fuse_math.h"
+
+namespace acnet {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using OptionalTensors = std::vector<std::optional<Tensor>>;
+
+// As the schema names them; L blocks, branch order square, hor, ver.
+struct FuseArguments {
+  const Tensors& square;             // L
+  const OptionalTensors& hor;        // L
+  const OptionalTensors& ver;        // L
+  const OptionalTensors& gamma;      // 3L
+  const OptionalTensors& beta;       // 3L
+  const OptionalTensors& mean;       // 3L
+  const OptionalTensors& var;        // 3L; present exactly where the branch is
+  const OptionalTensors& conv_bias;  // 3L
+  const std::vector<double>& eps;    // 3L
+  const std::vector<int64_t>& place; // 2L: hor's row and ver's column
+};
+
+struct Fusion {
+  std::vector<Block> blocks;
+  Tensors weights, biases;  // the outputs
+  Tensors copies;           // contiguous copies of strided parameters: alive as long as the descriptors
+};
+
+constexpr const char* kSlotNames[] = {"square", "hor", "ver"};
+constexpr const char* kParamNames[] = {"gamma", "beta", "mean", "var", "conv_bias"};
+
+[[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error("acnet_kernels::fuse_blocks: " + message); }
+
+inline std::string at(size_t block, const char* argument) { return "block " + std::to_string(block) + ": " + argument; }
+
+// "block 3: var of hor"
+inline std::string label(size_t block, int slot, int param) {
+  return at(block, kParamNames[param]) + " of " + kSlotNames[slot];
+}
+
+struct View {  // a tensor's properties, read once
+  void* data;
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t dim;
+  int32_t dtype, device_type, device_index;
+
+  explicit View(const Tensor& t) {
+    AtenTensorHandle const handle = t.get();
+    int64_t *size, *stride;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &size));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &stride));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
+    sizes = size;
+    strides = stride;
+  }
+
+  // Dense in (0, 1, 2, 3) or, channels_last, in (0, 2, 3, 1); strides of dimensions of size 1 do not matter.
+  bool dense(bool channels_last) const {
+    constexpr int orders[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};
+    int64_t expected = 1;
+    for (int i : orders[channels_last]) {
+      if (sizes[i] != 1 && strides[i] != expected) return false;
+      expected *= sizes[i];
+    }
+    return true;
+  }
+
+  bool aligned() const { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+};
+
+inline std::string shape(const View& v) {
+  std::ostringstream out;
+  out << "(";
+  for (int64_t i = 0; i < v.dim; ++i) out << (i ? ", " : "") << v.sizes[i];
+  out << (v.dim == 1 ? ",)" : ")");
+  return out.str();
+}
+
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream out;
+  (out << ... << parts);
+  fail(out.str());
+}
+
+inline const int32_t* float_dtypes() {  // torch's number of each Dtype
+  static int32_t const dtypes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(), aoti_torch_dtype_float16(),
+                                   aoti_torch_dtype_bfloat16()};
+  return dtypes;
+}
+
+inline uint32_t dtype_of(const View& v, size_t block, const char* argument) {
+  for (uint32_t dtype : {kFloat, kBFloat16, kHalf, kDouble})
+    if (float_dtypes()[dtype] == v.dtype) return dtype;
+  fail(at(block, argument) + " must be float32, float64, float16 or bfloat16");
+}
+
+inline void check_device(const View& v, const View& first, size_t block, const char* argument) {
+  require(v.device_type == first.device_type && v.device_index == first.device_index, at(block, argument),
+          " must be on the device of block 0's square");
+}
+
+inline void check_lengths(const FuseArguments& a, const Tensors* weight_out, const Tensors* bias_out) {
+  size_t const count = a.square.size();
+  auto check = [](const char* name, size_t got, size_t expected) {
+    require(got == expected, name, " must have ", expected, " entries, got ", got);
+  };
+  check("hor", a.hor.size(), count);
+  check("ver", a.ver.size(), count);
+  check("gamma", a.gamma.size(), 3 * count);
+  check("beta", a.beta.size(), 3 * count);
+  check("mean", a.mean.size(), 3 * count);
+  check("var", a.var.size(), 3 * count);
+  check("conv_bias", a.conv_bias.size(), 3 * count);
+  check("eps", a.eps.size(), 3 * count);
+  check("place", a.place.size(), 2 * count);
+  if (weight_out) check("weight_out", weight_out->size(), count);
+  if (bias_out) check("bias_out", bias_out->size(), count);
+}
+
+inline int32_t narrow32(int64_t stride, size_t block, const char* argument) {
+  require(stride >= 0 && stride <= std::numeric_limits<int32_t>::max(), at(block, argument), " has a stride of ",
+          stride, ": more than 2^31 - 1 elements");
+  return int32_t(stride);
+}
+
+// A branch of rows×columns taps: its pointer, and its strides of o, c and, where it has more than one, r and s.
+inline void describe_branch(Block& block, Slot slot, const View& v, const View& square, const View& first, size_t i) {
+  const char* name = kSlotNames[slot];
+  int64_t const k = square.sizes[2], rows = slot == kHor ? 1 : k, columns = slot == kVer ? 1 : k;
+  require(v.dim == 4 && v.sizes[0] == square.sizes[0] && v.sizes[1] == square.sizes[1] && v.sizes[2] == rows &&
+              v.sizes[3] == columns,
+          at(i, name), " must have shape (", square.sizes[0], ", ", square.sizes[1], ", ", rows, ", ", columns,
+          ") to go with square, got ", shape(v));
+  require(v.dtype == square.dtype, at(i, name), " must have square's dtype");
+  check_device(v, first, i, name);
+  block.kernels[slot] = v.data;
+  int32_t* out = slot == kSquare ? block.square_strides : slot == kHor ? block.hor_strides : block.ver_strides;
+  *out++ = narrow32(v.strides[0], i, name);
+  *out++ = narrow32(v.strides[1], i, name);
+  if (slot != kHor) *out++ = narrow32(v.strides[2], i, name);
+  if (slot != kVer) *out++ = narrow32(v.strides[3], i, name);
+}
+
+inline void describe_norm(Block& block, int slot, const FuseArguments& a, const View& first, size_t i, Fusion& fusion) {
+  const OptionalTensors* const lists[] = {&a.gamma, &a.beta, &a.mean, &a.var, &a.conv_bias};
+  bool const present = block.kernels[slot];
+  size_t const entry = 3 * i + slot;
+  require(a.var[entry].has_value() == present, label(i, slot, kVar),
+          present ? " is missing: without running statistics there is no folded form"
+                  : " is given, but the branch is absent");
+  if (!present) return;
+  require(a.eps[entry] >= 0 && a.eps[entry] <= std::numeric_limits<double>::max(), "block ", i, ": eps of ",
+          kSlotNames[slot], " must be finite and not negative, got ", a.eps[entry]);
+  block.eps[slot] = a.eps[entry];
+  for (int param = 0; param < kParams; ++param) {
+    const std::optional<Tensor>& given = (*lists[param])[entry];
+    if (!given) continue;
+    View v(*given);
+    require(v.dim == 1 && v.sizes[0] == block.channels, label(i, slot, param), " must have shape (", block.channels,
+            ",), got ", shape(v));
+    check_device(v, first, i, kParamNames[param]);
+    uint32_t const dtype = dtype_of(v, i, kParamNames[param]);
+    if (v.strides[0] != 1 && v.sizes[0] > 1) {
+      fusion.copies.push_back(torch::stable::contiguous(*given));
+      v = View(fusion.copies.back());
+    }
+    block.norms[slot][param] = v.data;
+    block.norm_dtypes |= dtype << 2 * (slot * kParams + param);
+  }
+}
+
+inline Tensor empty(const View& like, std::vector<int64_t> sizes, bool channels_last) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  if (sizes.size() == 4) {
+    int64_t const c = sizes[1], h = sizes[2], w = sizes[3];
+    strides = channels_last ? std::vector<int64_t>{h * w * c, 1, w * c, c} : std::vector<int64_t>{c * h * w, h * w, w, 1};
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), like.dtype,
+                                                  like.device_type, like.device_index, &handle));
+  return Tensor(handle);
+}
+
+inline void describe_output(Block& block, const View& square, const View& weight, const View& bias, const View& first, size_t i) {
+  bool same = weight.dim == 4;
+  for (int d = 0; same && d < 4; ++d) same = weight.sizes[d] == square.sizes[d];
+  require(same, at(i, "weight_out"), " must have square's shape ", shape(square), ", got ", shape(weight));
+  require(bias.dim == 1 && bias.sizes[0] == block.channels, at(i, "bias_out"), " must have shape (", block.channels,
+          ",), got ", shape(bias));
+  require(weight.dtype == square.dtype, at(i, "weight_out"), " must have square's dtype");
+  require(bias.dtype == square.dtype, at(i, "bias_out"), " must have square's dtype");
+  check_device(weight, first, i, "weight_out");
+  check_device(bias, first, i, "bias_out");
+  block.channels_last = !weight.dense(false);
+  require(!block.channels_last || weight.dense(true), at(i, "weight_out"), " must be contiguous or channels_last");
+  require(bias.strides[0] == 1 || bias.sizes[0] <= 1, at(i, "bias_out"), " must be contiguous");
+  block.weight = weight.data;
+  block.bias = bias.data;
+  block.same_order = square.dense(block.channels_last);
+  block.aligned = block.same_order && square.aligned() && weight.aligned();
+}
+
+// Checks everything that can be told without reading data, and describes the blocks. Outputs are those given, or new
+// ones in square's memory layout. Throws before anything is written.
+inline Fusion describe_blocks(const FuseArguments& a, const Tensors* weight_out, const Tensors* bias_out) {
+  check_lengths(a, weight_out, bias_out);
+  size_t const count = a.square.size();
+  Fusion fusion;
+  if (count == 0) return fusion;
+  fusion.blocks.resize(count);
+  View const first(a.square[0]);
+  for (size_t i = 0; i < count; ++i) {
+    Block& block = fusion.blocks[i] = Block{};
+    View const square(a.square[i]);
+    require(square.dim == 4 && square.sizes[0] > 0 && square.sizes[1] > 0 && square.sizes[2] == square.sizes[3] &&
+                square.sizes[2] % 2 == 1 && square.sizes[2] < 256,
+            at(i, "square"), " must have shape (K, C, k, k) with K, C > 0 and odd k < 256, got ", shape(square));
+    block.dtype = dtype_of(square, i, "square") & 3;
+    block.channels = narrow32(square.sizes[0], i, "square");
+    block.inputs = narrow32(square.sizes[1], i, "square");
+    block.k = uint8_t(square.sizes[2]);
+    require(block.row() <= std::numeric_limits<int32_t>::max(), at(i, "square"), " has a channel of ", block.row(),
+            " elements: more than 2^31 - 1");
+    describe_branch(block, kSquare, square, square, first, i);
+    if (a.hor[i]) describe_branch(block, kHor, View(*a.hor[i]), square, first, i);
+    if (a.ver[i]) describe_branch(block, kVer, View(*a.ver[i]), square, first, i);
+    int64_t const row = a.place[2 * i], column = a.place[2 * i + 1];
+    require(row >= 0 && row < block.k && column >= 0 && column < block.k, at(i, "place"),
+            " (hor's row, ver's column) must be within the kernel of ", int(block.k), ", got (", row, ", ", column, ")");
+    block.hor_row = uint8_t(row);
+    block.ver_column = uint8_t(column);
+    for (int slot = 0; slot < kSlots; ++slot) describe_norm(block, slot, a, first, i, fusion);
+    if (weight_out) {
+      describe_output(block, square, View((*weight_out)[i]), View((*bias_out)[i]), first, i);
+    }
+  }
+  if (weight_out) return fusion;
+  for (size_t i = 0; i < count; ++i) {  // after all checks: an error allocates nothing
+    View const square(a.square[i]);
+    bool const channels_last = square.dense(true) && !square.dense(false);
+    fusion.weights.push_back(empty(square, {square.sizes, square.sizes + 4}, channels_last));
+    fusion.biases.push_back(empty(square, {square.sizes[0]}, false));
+    describe_output(fusion.blocks[i], square, View(fusion.weights[i]), View(fusion.biases[i]), first, i);
+  }
+  return fusion;
+}
+
+}  // namespace acnet

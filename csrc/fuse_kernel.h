@@ -1,0 +1,146 @@
+// The CUDA kernel's body: which elements a (tile, thread) folds, in what order, through what accesses. Plain C++, so
+// that tests run every thread of a launch on the host. A launch is one grid for all blocks: tile t belongs to the
+// last block whose first_tile is ≤ t, and covers a contiguous piece of that block's output. The kernel runs
+// fold_scales() on all threads of the CTA, a barrier, then fold_tile() on all threads.
+#pragma once
+
+#include "fuse_math.h"
+
+namespace acnet {
+
+constexpr int kThreads = 256;
+constexpr int kTileElements = 4096;
+constexpr int kTileChannels = 512;  // at most as many channels meet one tile
+constexpr int kVectorBytes = 16;
+
+#if defined(CUDART_VERSION) && CUDART_VERSION < 12010
+constexpr int kParameterBytes = 4096;
+#else
+constexpr int kParameterBytes = 32764;  // sm_70 and later, since CUDA 12.1
+#endif
+constexpr int kMaxBlocks = (kParameterBytes - 16) / int(sizeof(Block));
+
+// The launch's parameters: descriptors travel with the launch, so that nothing is copied to the device, nothing is
+// kept alive, and a captured CUDA graph holds them by value.
+struct Launch {
+  Block blocks[kMaxBlocks];
+  int32_t count;
+};
+
+struct Scales {  // the CTA's shared memory: of the channels its tile meets
+  alignas(16) unsigned char bytes[kTileChannels * kSlots * sizeof(double)];
+};
+
+// Output elements of a tile: a whole number of vectors, small enough that it meets ≤ kTileChannels channels.
+ACNET_HD int64_t tile_elements(const Block& block) {
+  int64_t const most = (kTileChannels - 2) * block.row() / kVectorBytes * kVectorBytes;
+  return most < kTileElements ? most : kTileElements;
+}
+
+ACNET_HD int64_t tile_count(const Block& block) {
+  int64_t const tile = tile_elements(block);
+  return (block.numel() + tile - 1) / tile;
+}
+
+ACNET_HD const Block& block_of(const Launch& launch, int tile) {
+  int low = 0, high = launch.count;  // the block is in [low, high)
+  while (high - low > 1) {
+    int const middle = (low + high) / 2;
+    if (launch.blocks[middle].first_tile <= tile) low = middle;
+    else high = middle;
+  }
+  return launch.blocks[low];
+}
+
+struct Piece {  // a tile's elements [begin, end) of its block's output in memory order, and its first channel
+  int64_t begin, end, channel;
+};
+
+ACNET_HD Piece piece_of(const Block& block, int tile) {
+  int64_t const size = tile_elements(block), numel = block.numel(), begin = (tile - block.first_tile) * size;
+  return {begin, begin + size < numel ? begin + size : numel, begin / block.row()};
+}
+
+// Puts the scales of the tile's channels into shared memory, and writes the biases of those that begin in it.
+template <class T>
+ACNET_HD void fold_scales(const Block& block, int tile, int thread, Scales& shared) {
+  using A = typename Accumulate<T>::type;
+  Piece const piece = piece_of(block, tile);
+  A* scales = reinterpret_cast<A*>(shared.bytes);
+  for (int64_t o = piece.channel + thread; o * block.row() < piece.end; o += kThreads) {
+    Channel<A> const channel = fold_channel<A>(block, o);
+    for (int slot = 0; slot < kSlots; ++slot) scales[(o - piece.channel) * kSlots + slot] = channel.scale[slot];
+    if (o * block.row() >= piece.begin) static_cast<T*>(block.bias)[o] = T(channel.bias);
+  }
+}
+
+template <class T>
+struct alignas(kVectorBytes) Vector {
+  T lanes[kVectorBytes / sizeof(T)];
+};
+
+struct Index {  // of one output element
+  int64_t o;
+  int c, r, s;
+};
+
+ACNET_HD Index index_of(const Block& block, int64_t element) {
+  int64_t const o = element / block.row();
+  int const rest = int(element - o * block.row());
+  int const k = block.k;
+  if (block.channels_last) {
+    int const tap = rest / block.inputs;
+    return {o, rest - tap * block.inputs, tap / k, tap % k};
+  }
+  int const c = rest / (k * k), tap = rest - c * k * k;
+  return {o, c, tap / k, tap % k};
+}
+
+// To the next element in memory order.
+ACNET_HD void advance(const Block& block, Index& at) {
+  if (block.channels_last) {
+    if (++at.c < block.inputs) return;
+    at.c = 0;
+  }
+  if (++at.s < block.k) return;
+  at.s = 0;
+  if (++at.r < block.k) return;
+  at.r = 0;
+  if (!block.channels_last && ++at.c < block.inputs) return;
+  if (!block.channels_last) at.c = 0;
+  ++at.o;
+}
+
+// Folds this thread's elements: vector i of the tile for i = thread, thread + kThreads, …; 16-byte accesses to square
+// and weight where both are aligned and the vector is whole.
+template <class T>
+ACNET_HD void fold_tile(const Block& block, int tile, int thread, const Scales& shared) {
+  using A = typename Accumulate<T>::type;
+  constexpr int lanes = kVectorBytes / sizeof(T);
+  Piece const piece = piece_of(block, tile);
+  const A* scales = reinterpret_cast<const A*>(shared.bytes);
+  T* weight = static_cast<T*>(block.weight);
+  const T* square = static_cast<const T*>(block.kernels[kSquare]);
+  for (int64_t e = piece.begin + int64_t(thread) * lanes; e < piece.end; e += int64_t(kThreads) * lanes) {
+    bool const whole = block.aligned && e + lanes <= piece.end;
+    int const count = piece.end - e < lanes ? int(piece.end - e) : lanes;
+    Vector<T> values;
+    if (whole) values = *reinterpret_cast<const Vector<T>*>(square + e);
+    Index at = index_of(block, e);
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+    for (int lane = 0; lane < lanes; ++lane) {
+      if (lane >= count) break;
+      A const x = whole ? A(values.lanes[lane]) : load_square<T, A>(block, at.o, at.c, at.r, at.s);
+      const A* scale = scales + (at.o - piece.channel) * kSlots;
+      T const folded = T(fold_element<T, A>(block, scale, x, at.o, at.c, at.r, at.s));
+      if (whole) values.lanes[lane] = folded;
+      else weight[e + lane] = folded;
+      advance(block, at);
+    }
+    if (whole) *reinterpret_cast<Vector<T>*>(weight + e) = values;
+  }
+}
+
+}  // namespace acnet
