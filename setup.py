@@ -43,7 +43,7 @@ def extension() -> dict:
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     module = CppExtension("acnet_kernels._C", sources, extra_compile_args=flags, py_limited_api=True)
     return {
         "ext_modules": [module],

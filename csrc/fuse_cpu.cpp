@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "fuse_blocks.h"
+#include "fuse_simd.h"
 
 // One compilation per instruction set, chosen when the library is loaded: the build itself targets any x86-64.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -19,9 +20,9 @@ namespace {
 constexpr int64_t kGrain = 16384;     // elements worth a thread of their own
 constexpr int kCrossElements = 2048;  // of the buffer that holds what hor and ver add: it stays in the first cache
 
-// Row o of a contiguous weight. hor and ver touch 2k−1 of each k×k kernel: they are laid out in `sums` first, whose
-// other elements stay 0 for the whole block, so that the pass over square and weight is one straight vector loop.
-// K is k where it is known at compile time, else 0.
+// Row o of a contiguous weight. hor and ver touch 2k−1 of each k×k kernel: they are laid out in
+// `sums` first, whose other elements stay 0 for the whole block, so that the pass over square and weight is one straight
+// vector loop. K is k where it is known at compile time, else 0.
 template <int K, class T, class A>
 ACNET_HD void fold_row(const Block& block, int64_t o, const A* scale, A* sums) {
   int const k = K ? K : block.k, taps = k * k, hor_row = block.hor_row, ver_column = block.ver_column;
@@ -37,11 +38,14 @@ ACNET_HD void fold_row(const Block& block, int64_t o, const A* scale, A* sums) {
     for (int c = 0; ver && c < count; ++c)
       for (int r = 0; r < k; ++r)
         sums[c * taps + r * k + ver_column] = cross(scale[kHor], A(0), scale[kVer], A(ver[(first + c) * k + r]));
-    for (int c = 0; hor && c < count; ++c)
-      for (int s = 0; s < k; ++s) {
-        A const v = ver && s == ver_column ? A(ver[(first + c) * k + hor_row]) : A(0);
-        sums[c * taps + hor_row * k + s] = cross(scale[kHor], A(hor[(first + c) * k + s]), scale[kVer], v);
-      }
+    for (int c = 0; hor && c < count; ++c) {
+      for (int s = 0; s < k; ++s)
+        if (s != ver_column || !ver)
+          sums[c * taps + hor_row * k + s] = cross(scale[kHor], A(hor[(first + c) * k + s]), scale[kVer], A(0));
+      if (ver)
+        sums[c * taps + hor_row * k + ver_column] = cross(scale[kHor], A(hor[(first + c) * k + ver_column]), scale[kVer],
+                                                          A(ver[(first + c) * k + hor_row]));
+    }
     const T* x = square + int64_t(first) * taps;
     T* y = weight + int64_t(first) * taps;
     for (int i = 0; i < count * taps; ++i) y[i] = T(scale[kSquare] * A(x[i]) + sums[i]);
@@ -114,6 +118,46 @@ ACNET_CLONES void fold_rows(const Block& block, int64_t begin, int64_t end) {
   }
 }
 
+#ifdef ACNET_SIMD
+// The same for contiguous float32, where the instruction set ISA has a pattern for the kernel; false where not.
+template <class ISA>
+bool fold_rows_simd(const Block& block, int64_t begin, int64_t end, Pattern<ISA::width>& pattern) {
+  if (block.dtype != kFloat || block.channels_last || !block.same_order || !dense_branches(block)) return false;
+  if (!block.kernels[kHor] || !block.kernels[kVer] || !pattern.prepare(block)) return false;
+  int const k = block.k;
+  for (int64_t o = begin; o < end; ++o) {
+    Channel<float> const channel = fold_channel<float>(block, o);
+    static_cast<float*>(block.bias)[o] = channel.bias;
+    for (int64_t e = fold_row_simd(block, o, channel.scale, pattern); e < block.row(); ++e) {
+      int64_t const c = e / (k * k);
+      int const r = int(e / k % k), s = int(e % k);
+      float const x = load_square<float, float>(block, o, c, r, s);
+      static_cast<float*>(block.weight)[o * block.row() + e] = fold_element<float>(block, channel.scale, x, o, c, r, s);
+    }
+  }
+  return true;
+}
+#endif
+
+// Folds ranges of channels with the widest instructions there are; one a thread.
+class Folder {
+ public:
+  void operator()(const Block& block, int64_t begin, int64_t end) {
+#ifdef ACNET_SIMD
+    static bool const has_avx512 = __builtin_cpu_supports("avx512f"), has_avx2 = __builtin_cpu_supports("avx2");
+    if (has_avx512 && fold_rows_simd<Avx512>(block, begin, end, avx512_)) return;
+    if (has_avx2 && fold_rows_simd<Avx2>(block, begin, end, avx2_)) return;
+#endif
+    fold_rows(block, begin, end);
+  }
+
+ private:
+#ifdef ACNET_SIMD
+  Pattern<Avx512::width> avx512_;
+  Pattern<Avx2::width> avx2_;
+#endif
+};
+
 void check_variances(const std::vector<Block>& blocks) {
   for (size_t i = 0; i < blocks.size(); ++i)
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -135,11 +179,12 @@ void run(const std::vector<Block>& blocks) {
   for (const Block& block : blocks) starts.push_back(starts.back() + block.numel());
   // A thread's range of elements stands for the channels that begin in it.
   auto range = [&](int64_t begin, int64_t end) {
+    Folder fold;
     size_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
     for (; i < blocks.size() && starts[i] < end; ++i) {
       int64_t const row = blocks[i].row();
       auto first_from = [&](int64_t element) { return (std::max(element - starts[i], int64_t(0)) + row - 1) / row; };
-      fold_rows(blocks[i], first_from(begin), std::min(first_from(end), int64_t(blocks[i].channels)));
+      fold(blocks[i], first_from(begin), std::min(first_from(end), int64_t(blocks[i].channels)));
     }
   };
   using Range = decltype(range);

@@ -66,7 +66,8 @@ def _call(operator, arguments, differentiable: bool):  # type: ignore[no-untyped
 
 def _arguments(steps: Sequence[Step]) -> Arguments:
     square, hor, ver, norms, conv_bias, place = [], [], [], [], [], []
-    for geometry, branches, total in steps:
+    for step in steps:
+        geometry, branches, total = step.geometry, step.branches, step.norm
         for name, kernels in (("square", square), ("hor", hor), ("ver", ver)):
             branch = branches.get(name)
             if branch is None:
