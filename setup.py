@@ -1,17 +1,23 @@
-"""Builds csrc/ into acnet_kernels/_C.abi3.so where that is possible; everything else is in pyproject.toml.
+"""Builds csrc/ into acnet_kernels/_C.abi3.so (and _C_cuda.abi3.so) where possible; the rest is in pyproject.toml.
 
 ACNET_KERNELS_BUILD=auto (default) builds where a C++ compiler and torch are found and installs without the
-extension where not; 1 makes a missing compiler an error; 0 never builds.
+extension where not; 1 makes a missing compiler an error; 0 never builds. The CUDA kernels are a library of their
+own, built where nvcc is found and torch has CUDA, so that the CPU part loads everywhere.
 """
 
 import glob
 import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 from setuptools import setup
 
 TORCH_TARGET = "0x020a000000000000"  # the LibTorch stable ABI of torch 2.10: one binary for every later torch
+FLAGS = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+HOST_FLAGS = ["-fvisibility=hidden", "-ffp-contract=off"]  # the same arithmetic on every instruction set
+CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 
 
 def why_not_build() -> str | None:
@@ -26,14 +32,45 @@ def why_not_build() -> str | None:
     return None
 
 
+def why_not_cuda() -> str | None:
+    """The reason the CUDA kernels cannot be built here, or None."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    nvcc = shutil.which("nvcc") or (CUDA_HOME and shutil.which("nvcc", path=f"{CUDA_HOME}/bin"))
+    if not nvcc:
+        return "nvcc was not found"
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = version.split("release ")[1].split(",")[0]
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {release}, torch of {torch.version.cuda}"
+    return None
+
+
+def cuda_module():  # type: ignore[no-untyped-def]
+    """The extension with the CUDA kernels."""
+    import torch
+    from torch.utils.cpp_extension import CUDAExtension
+
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    # Headers that a bare nvcc lacks come with torch's own packages: site-packages/nvidia/cu13/include.
+    wheels = Path(torch.__file__).parents[1] / "nvidia"
+    return CUDAExtension(
+        "acnet_kernels._C_cuda",
+        sorted(glob.glob("csrc/*.cu")),
+        include_dirs=[str(path) for path in wheels.glob("cu*/include")],
+        extra_compile_args={"cxx": FLAGS + HOST_FLAGS, "nvcc": [*FLAGS, "-DUSE_CUDA"]},
+        py_limited_api=True,
+    )
+
+
 def extension() -> dict:
     """The setup() arguments that build csrc/, or {} with the reason printed."""
     switch = os.environ.get("ACNET_KERNELS_BUILD", "auto")
     if switch not in ("auto", "0", "1"):
         raise SystemExit(f"ACNET_KERNELS_BUILD must be auto, 0 or 1, got {switch!r}")
-    sources = sorted(glob.glob("csrc/*.cpp"))
-    if not sources:
-        return {}
     reason = "ACNET_KERNELS_BUILD=0" if switch == "0" else why_not_build()
     if reason is not None:
         message = f"acnet_kernels: installing without the C++ extension: {reason}"
@@ -43,10 +80,17 @@ def extension() -> dict:
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    module = CppExtension("acnet_kernels._C", sources, extra_compile_args=flags, py_limited_api=True)
+    sources = sorted(glob.glob("csrc/*.cpp"))
+    modules = [
+        CppExtension("acnet_kernels._C", sources, extra_compile_args=FLAGS + HOST_FLAGS, py_limited_api=True)
+    ]
+    no_cuda = why_not_cuda()
+    if no_cuda is None:
+        modules.append(cuda_module())
+    else:
+        print(f"acnet_kernels: building without CUDA kernels: {no_cuda}", file=sys.stderr)
     return {
-        "ext_modules": [module],
+        "ext_modules": modules,
         "cmdclass": {"build_ext": BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

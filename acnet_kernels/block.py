@@ -17,6 +17,7 @@ from .geometry import BRANCHES, Geometry, IntOrPair, PaddingMode, Pair
 from .ops.fusion import fold
 from .spec import Branch, Norm, Problem, Step, prefers_channels_last
 
+_MODULES = {name: (f"{name}_conv", f"{name}_bn") for name in BRANCHES}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple("_global" + name for name in _HOOKS)
 
@@ -193,13 +194,15 @@ class ACBlock(nn.Module):
         """Branch name, or 'sum', → its batch norm; empty once deployed."""
         if self.deploy:
             return {}
+        modules = self._modules
         if self.norm == "sum":
-            return {"sum": self.bn}
-        return {name: getattr(self, f"{name}_bn") for name in self.branches}
+            return {"sum": modules["bn"]}  # type: ignore[dict-item]
+        return {name: modules[_MODULES[name][1]] for name in self.branches}  # type: ignore[misc]
 
     def convs(self) -> dict[str, nn.Conv2d]:
         """Branch name → its convolution; empty once deployed."""
-        return {} if self.deploy else {name: getattr(self, f"{name}_conv") for name in self.branches}
+        modules = self._modules
+        return {} if self.deploy else {name: modules[_MODULES[name][0]] for name in self.branches}  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """N×C×H×W → N×K×H'×W', as nn.Conv2d."""
@@ -213,7 +216,13 @@ class ACBlock(nn.Module):
     def step(self) -> Step:
         """The tensors and settings one step computes with, read from the submodules as they are now."""
         norms = {name: _norm_of(bn) for name, bn in self.norms().items()}
-        branches = {name: Branch(conv.weight, conv.bias, norms.get(name)) for name, conv in self.convs().items()}
+        branches = {}
+        for name, conv in self.convs().items():
+            own = conv._parameters
+            if "weight" not in own or "bias" not in own:  # as in _norm_of
+                branches[name] = Branch(conv.weight, conv.bias, norms.get(name))
+                continue
+            branches[name] = Branch(own["weight"], own["bias"], norms.get(name))  # type: ignore[arg-type]
         return Step(self.geometry, branches, norms.get("sum"))
 
     def plan(self, x: Tensor) -> tuple[Problem, planner.Plan]:
@@ -380,8 +389,16 @@ class ACBlock(nn.Module):
 def _norm_of(bn: nn.BatchNorm2d) -> Norm:
     # nn.BatchNorm2d.forward's own rules: it normalises by the batch in training, or without buffers, and
     # touches the buffers in training only if it tracks them.
-    mean, var, counter = bn.running_mean, bn.running_var, bn.num_batches_tracked
+    # nn.Module.__getattr__ costs five times a dictionary's look-up, and folding a network reads thousands of
+    # attributes. Whatever is no plain parameter or buffer (parametrised, replaced) goes through it.
+    own, buffers = bn._parameters, bn._buffers
+    if "weight" in own and "bias" in own and "running_mean" in buffers and "running_var" in buffers:
+        gamma, beta = own["weight"], own["bias"]
+        mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers.get("num_batches_tracked")
+    else:
+        gamma, beta = bn.weight, bn.bias
+        mean, var, counter = bn.running_mean, bn.running_var, bn.num_batches_tracked
     batch_stats = bn.training or (mean is None and var is None)
     if bn.training and not bn.track_running_stats:
         mean = var = counter = None
-    return Norm(bn.weight, bn.bias, mean, var, counter, bn.eps, bn.momentum, batch_stats)
+    return Norm(gamma, beta, mean, var, counter, bn.eps, bn.momentum, batch_stats)

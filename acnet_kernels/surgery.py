@@ -228,15 +228,29 @@ class _Builder:
 
 
 def blocks_of(model: nn.Module | Iterable[nn.Module]) -> dict[str, ACBlock]:
-    """Name → every ACBlock of a model or of a sequence of modules, in order, each once."""
-    if isinstance(model, nn.Module):
-        return {name: module for name, module in model.named_modules() if isinstance(module, ACBlock)}
+    """Name → every ACBlock of a model or of a sequence of modules, in order, each once in a model."""
     found: dict[str, ACBlock] = {}
+    if isinstance(model, nn.Module):
+        _collect(model, "", found, set())
+        return found
     for index, module in enumerate(model):
         if not isinstance(module, nn.Module):
             raise TypeError(f"model_or_blocks must be a module or modules, got {type(module).__name__} at {index}")
-        found.update({f"{index}.{name}" if name else str(index): b for name, b in blocks_of(module).items()})
+        _collect(module, str(index), found, set())
     return found
+
+
+def _collect(module: nn.Module, name: str, found: dict[str, ACBlock], seen: set[int]) -> None:
+    # named_modules() without the blocks' own submodules, which are most of a network's modules.
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, ACBlock):
+        found[name] = module
+        return
+    for key, child in module._modules.items():
+        if child is not None:
+            _collect(child, f"{name}.{key}" if name else key, found, seen)
 
 
 def fold(

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <limits>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -19,21 +18,24 @@ namespace acnet {
 
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
-using OptionalTensors = std::vector<std::optional<Tensor>>;
 
-// As the schema names them; L blocks, branch order square, hor, ver.
+// As the schema names them; L blocks, branch order square, hor, ver. The lists of tensors hold those that are present.
 struct FuseArguments {
-  const Tensors& square;             // L
-  const OptionalTensors& hor;        // L
-  const OptionalTensors& ver;        // L
-  const OptionalTensors& gamma;      // 3L
-  const OptionalTensors& beta;       // 3L
-  const OptionalTensors& mean;       // 3L
-  const OptionalTensors& var;        // 3L; present exactly where the branch is
-  const OptionalTensors& conv_bias;  // 3L
-  const std::vector<double>& eps;    // 3L
-  const std::vector<int64_t>& place; // 2L: hor's row and ver's column
+  const Tensors& square;  // L
+  const Tensors& hor;
+  const Tensors& ver;
+  const Tensors& gamma;
+  const Tensors& beta;
+  const Tensors& mean;
+  const Tensors& var;
+  const Tensors& conv_bias;
+  const std::vector<int64_t>& present;  // 3L: which of a branch's tensors there are, as a sum of Present
+  const std::vector<double>& eps;       // 3L
+  const std::vector<int64_t>& place;    // 2L: hor's row and ver's column
 };
+
+enum Present : int64_t { kHasBranch = 1, kHasGamma = 2, kHasBeta = 4, kHasMean = 8, kHasConvBias = 16 };
+constexpr int64_t kPresentBits[kParams] = {kHasGamma, kHasBeta, kHasMean, kHasBranch, kHasConvBias};  // by Param
 
 struct Fusion {
   std::vector<Block> blocks;
@@ -126,15 +128,22 @@ inline void check_lengths(const FuseArguments& a, const Tensors* weight_out, con
   auto check = [](const char* name, size_t got, size_t expected) {
     require(got == expected, name, " must have ", expected, " entries, got ", got);
   };
-  check("hor", a.hor.size(), count);
-  check("ver", a.ver.size(), count);
-  check("gamma", a.gamma.size(), 3 * count);
-  check("beta", a.beta.size(), 3 * count);
-  check("mean", a.mean.size(), 3 * count);
-  check("var", a.var.size(), 3 * count);
-  check("conv_bias", a.conv_bias.size(), 3 * count);
+  check("present", a.present.size(), 3 * count);
   check("eps", a.eps.size(), 3 * count);
   check("place", a.place.size(), 2 * count);
+  size_t kernels[kSlots] = {}, params[kParams] = {};
+  for (size_t entry = 0; entry < 3 * count; ++entry) {
+    int64_t const present = a.present[entry];
+    bool const branch = present & kHasBranch;
+    require(present >= 0 && present < 32 && (branch || (present == 0 && entry % 3 != kSquare)), "block ", entry / 3,
+            ": present of ", kSlotNames[entry % 3], " cannot be ", present);
+    kernels[entry % 3] += branch;
+    for (int param = 0; param < kParams; ++param) params[param] += (present & kPresentBits[param]) != 0;
+  }
+  check("hor", a.hor.size(), kernels[kHor]);
+  check("ver", a.ver.size(), kernels[kVer]);
+  const Tensors* const lists[] = {&a.gamma, &a.beta, &a.mean, &a.var, &a.conv_bias};
+  for (int param = 0; param < kParams; ++param) check(kParamNames[param], lists[param]->size(), params[param]);
   if (weight_out) check("weight_out", weight_out->size(), count);
   if (bias_out) check("bias_out", bias_out->size(), count);
 }
@@ -163,27 +172,25 @@ inline void describe_branch(Block& block, Slot slot, const View& v, const View& 
   if (slot != kVer) *out++ = narrow32(v.strides[3], i, name);
 }
 
-inline void describe_norm(Block& block, int slot, const FuseArguments& a, const View& first, size_t i, Fusion& fusion) {
-  const OptionalTensors* const lists[] = {&a.gamma, &a.beta, &a.mean, &a.var, &a.conv_bias};
-  bool const present = block.kernels[slot];
+// `next` counts how many of each parameter's list earlier branches have taken.
+inline void describe_norm(Block& block, int slot, const FuseArguments& a, const View& first, size_t i, size_t* next,
+                          Fusion& fusion) {
+  const Tensors* const lists[] = {&a.gamma, &a.beta, &a.mean, &a.var, &a.conv_bias};
   size_t const entry = 3 * i + slot;
-  require(a.var[entry].has_value() == present, label(i, slot, kVar),
-          present ? " is missing: without running statistics there is no folded form"
-                  : " is given, but the branch is absent");
-  if (!present) return;
+  if (!block.kernels[slot]) return;
   require(a.eps[entry] >= 0 && a.eps[entry] <= std::numeric_limits<double>::max(), "block ", i, ": eps of ",
           kSlotNames[slot], " must be finite and not negative, got ", a.eps[entry]);
   block.eps[slot] = a.eps[entry];
   for (int param = 0; param < kParams; ++param) {
-    const std::optional<Tensor>& given = (*lists[param])[entry];
-    if (!given) continue;
-    View v(*given);
+    if (!(a.present[entry] & kPresentBits[param])) continue;
+    const Tensor& given = (*lists[param])[next[param]++];
+    View v(given);
     require(v.dim == 1 && v.sizes[0] == block.channels, label(i, slot, param), " must have shape (", block.channels,
             ",), got ", shape(v));
     check_device(v, first, i, kParamNames[param]);
     uint32_t const dtype = dtype_of(v, i, kParamNames[param]);
     if (v.strides[0] != 1 && v.sizes[0] > 1) {
-      fusion.copies.push_back(torch::stable::contiguous(*given));
+      fusion.copies.push_back(torch::stable::contiguous(given));
       v = View(fusion.copies.back());
     }
     block.norms[slot][param] = v.data;
@@ -231,6 +238,7 @@ inline Fusion describe_blocks(const FuseArguments& a, const Tensors* weight_out,
   if (count == 0) return fusion;
   fusion.blocks.resize(count);
   View const first(a.square[0]);
+  size_t next_hor = 0, next_ver = 0, next[kParams] = {};
   for (size_t i = 0; i < count; ++i) {
     Block& block = fusion.blocks[i] = Block{};
     View const square(a.square[i]);
@@ -244,14 +252,14 @@ inline Fusion describe_blocks(const FuseArguments& a, const Tensors* weight_out,
     require(block.row() <= std::numeric_limits<int32_t>::max(), at(i, "square"), " has a channel of ", block.row(),
             " elements: more than 2^31 - 1");
     describe_branch(block, kSquare, square, square, first, i);
-    if (a.hor[i]) describe_branch(block, kHor, View(*a.hor[i]), square, first, i);
-    if (a.ver[i]) describe_branch(block, kVer, View(*a.ver[i]), square, first, i);
+    if (a.present[3 * i + kHor]) describe_branch(block, kHor, View(a.hor[next_hor++]), square, first, i);
+    if (a.present[3 * i + kVer]) describe_branch(block, kVer, View(a.ver[next_ver++]), square, first, i);
     int64_t const row = a.place[2 * i], column = a.place[2 * i + 1];
     require(row >= 0 && row < block.k && column >= 0 && column < block.k, at(i, "place"),
             " (hor's row, ver's column) must be within the kernel of ", int(block.k), ", got (", row, ", ", column, ")");
     block.hor_row = uint8_t(row);
     block.ver_column = uint8_t(column);
-    for (int slot = 0; slot < kSlots; ++slot) describe_norm(block, slot, a, first, i, fusion);
+    for (int slot = 0; slot < kSlots; ++slot) describe_norm(block, slot, a, first, i, next, fusion);
     if (weight_out) {
       describe_output(block, square, View((*weight_out)[i]), View((*bias_out)[i]), first, i);
     }

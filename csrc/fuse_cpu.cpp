@@ -192,23 +192,24 @@ void run(const std::vector<Block>& blocks) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, starts.back(), kGrain, call, &range));
 }
 
-std::tuple<Tensors, Tensors> fuse_blocks(const Tensors& square, const OptionalTensors& hor, const OptionalTensors& ver,
-                                         const OptionalTensors& gamma, const OptionalTensors& beta,
-                                         const OptionalTensors& mean, const OptionalTensors& var,
-                                         const OptionalTensors& conv_bias, const std::vector<double>& eps,
+std::tuple<Tensors, Tensors> fuse_blocks(const Tensors& square, const Tensors& hor, const Tensors& ver,
+                                         const Tensors& gamma, const Tensors& beta, const Tensors& mean,
+                                         const Tensors& var, const Tensors& conv_bias,
+                                         const std::vector<int64_t>& present, const std::vector<double>& eps,
                                          const std::vector<int64_t>& place) {
-  Fusion fusion =
-      describe_blocks({square, hor, ver, gamma, beta, mean, var, conv_bias, eps, place}, nullptr, nullptr);
+  Fusion fusion = describe_blocks({square, hor, ver, gamma, beta, mean, var, conv_bias, present, eps, place}, nullptr, nullptr);
   run(fusion.blocks);
   return {std::move(fusion.weights), std::move(fusion.biases)};
 }
 
-void fuse_blocks_out(const Tensors& square, const OptionalTensors& hor, const OptionalTensors& ver,
-                     const OptionalTensors& gamma, const OptionalTensors& beta, const OptionalTensors& mean,
-                     const OptionalTensors& var, const OptionalTensors& conv_bias, const std::vector<double>& eps,
-                     const std::vector<int64_t>& place, const Tensors& weight_out, const Tensors& bias_out) {
-  run(describe_blocks({square, hor, ver, gamma, beta, mean, var, conv_bias, eps, place}, &weight_out, &bias_out)
-          .blocks);
+void fuse_blocks_out(const Tensors& square, const Tensors& hor, const Tensors& ver,
+                     const Tensors& gamma, const Tensors& beta, const Tensors& mean,
+                     const Tensors& var, const Tensors& conv_bias,
+                     const std::vector<int64_t>& present, const std::vector<double>& eps,
+                     const std::vector<int64_t>& place, const Tensors& weight_out,
+                     const Tensors& bias_out) {
+  Fusion const fusion = describe_blocks({square, hor, ver, gamma, beta, mean, var, conv_bias, present, eps, place}, &weight_out, &bias_out);
+  run(fusion.blocks);
 }
 
 }  // namespace
@@ -216,11 +217,11 @@ void fuse_blocks_out(const Tensors& square, const OptionalTensors& hor, const Op
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, library) {
   library.def(
-      "fuse_blocks(Tensor[] square, Tensor?[] hor, Tensor?[] ver, Tensor?[] gamma, Tensor?[] beta, Tensor?[] mean, "
-      "Tensor?[] var, Tensor?[] conv_bias, float[] eps, int[] place) -> (Tensor[], Tensor[])");
+      "fuse_blocks(Tensor[] square, Tensor[] hor, Tensor[] ver, Tensor[] gamma, Tensor[] beta, Tensor[] mean, "
+      "Tensor[] var, Tensor[] conv_bias, int[] present, float[] eps, int[] place) -> (Tensor[], Tensor[])");
   library.def(
-      "fuse_blocks_out(Tensor[] square, Tensor?[] hor, Tensor?[] ver, Tensor?[] gamma, Tensor?[] beta, "
-      "Tensor?[] mean, Tensor?[] var, Tensor?[] conv_bias, float[] eps, int[] place, Tensor(a!)[] weight_out, "
+      "fuse_blocks_out(Tensor[] square, Tensor[] hor, Tensor[] ver, Tensor[] gamma, Tensor[] beta, Tensor[] mean, "
+      "Tensor[] var, Tensor[] conv_bias, int[] present, float[] eps, int[] place, Tensor(a!)[] weight_out, "
       "Tensor(b!)[] bias_out) -> ()");
 }
 

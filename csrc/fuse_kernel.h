@@ -63,9 +63,8 @@ ACNET_HD Piece piece_of(const Block& block, int tile) {
 
 // Puts the scales of the tile's channels into shared memory, and writes the biases of those that begin in it.
 template <class T>
-ACNET_HD void fold_scales(const Block& block, int tile, int thread, Scales& shared) {
+ACNET_HD void fold_scales(const Block& block, const Piece& piece, int thread, Scales& shared) {
   using A = typename Accumulate<T>::type;
-  Piece const piece = piece_of(block, tile);
   A* scales = reinterpret_cast<A*>(shared.bytes);
   for (int64_t o = piece.channel + thread; o * block.row() < piece.end; o += kThreads) {
     Channel<A> const channel = fold_channel<A>(block, o);
@@ -84,10 +83,11 @@ struct Index {  // of one output element
   int c, r, s;
 };
 
-ACNET_HD Index index_of(const Block& block, int64_t element) {
-  int64_t const o = element / block.row();
-  int const rest = int(element - o * block.row());
-  int const k = block.k;
+// From the start of the tile's first channel on, an element's offset fits 32 bits: a row has fewer than 2^31 elements.
+ACNET_HD Index index_of(const Block& block, const Piece& piece, int64_t element) {
+  uint32_t const row = uint32_t(block.row()), offset = uint32_t(element - piece.channel * row);
+  int64_t const o = piece.channel + offset / row;
+  int const rest = int(offset % row), k = block.k;
   if (block.channels_last) {
     int const tap = rest / block.inputs;
     return {o, rest - tap * block.inputs, tap / k, tap % k};
@@ -114,10 +114,9 @@ ACNET_HD void advance(const Block& block, Index& at) {
 // Folds this thread's elements: vector i of the tile for i = thread, thread + kThreads, …; 16-byte accesses to square
 // and weight where both are aligned and the vector is whole.
 template <class T>
-ACNET_HD void fold_tile(const Block& block, int tile, int thread, const Scales& shared) {
+ACNET_HD void fold_tile(const Block& block, const Piece& piece, int thread, const Scales& shared) {
   using A = typename Accumulate<T>::type;
   constexpr int lanes = kVectorBytes / sizeof(T);
-  Piece const piece = piece_of(block, tile);
   const A* scales = reinterpret_cast<const A*>(shared.bytes);
   T* weight = static_cast<T*>(block.weight);
   const T* square = static_cast<const T*>(block.kernels[kSquare]);
@@ -126,7 +125,7 @@ ACNET_HD void fold_tile(const Block& block, int tile, int thread, const Scales& 
     int const count = piece.end - e < lanes ? int(piece.end - e) : lanes;
     Vector<T> values;
     if (whole) values = *reinterpret_cast<const Vector<T>*>(square + e);
-    Index at = index_of(block, e);
+    Index at = index_of(block, piece, e);
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif

@@ -1,4 +1,4 @@
-"""Loads the compiled extension, acnet_kernels/_C.abi3.so, which registers the C++ operators."""
+"""Loads the compiled extension, which registers the C++ operators: _C.abi3.so, and _C_cuda.abi3.so for CUDA."""
 
 from __future__ import annotations
 
@@ -6,21 +6,35 @@ from pathlib import Path
 
 import torch
 
-_LIBRARY = Path(__file__).parent.parent / "_C.abi3.so"
+_PACKAGE = Path(__file__).parent.parent
 
 
-def _load() -> str | None:
-    if not _LIBRARY.exists():
-        return (
-            "the C++ extension is not built (install with a C++ compiler present and "
-            "`pip install --no-build-isolation`, in which ACNET_KERNELS_BUILD=1 turns a failure into an error)"
-        )
+def _load(library: Path, what: str, remedy: str) -> str | None:
+    if not library.exists():
+        return f"{what} is not built ({remedy})"
     try:
-        torch.ops.load_library(_LIBRARY)
+        torch.ops.load_library(library)
     except OSError as error:
-        return f"the C++ extension does not load into torch {torch.__version__}: {error}"
+        return f"{what} does not load into torch {torch.__version__}: {error.__cause__ or error}"
     return None
 
 
 # Why the C++ operators are missing, or None when they are registered.
-MISSING = _load()
+MISSING = _load(
+    _PACKAGE / "_C.abi3.so",
+    "the C++ extension",
+    "install with a C++ compiler present and `pip install --no-build-isolation`, in which ACNET_KERNELS_BUILD=1 "
+    "turns a failure into an error",
+)
+
+
+def _load_cuda() -> str | None:
+    if MISSING is not None:
+        return MISSING
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    return _load(_PACKAGE / "_C_cuda.abi3.so", "the CUDA part of the extension", "install where nvcc is found")
+
+
+# Why the CUDA kernels among them are missing, or None. Without them CUDA tensors go through plain PyTorch.
+MISSING_CUDA = _load_cuda()

@@ -1,10 +1,11 @@
 """The operators acnet_kernels::fuse_blocks and fuse_blocks_out: what is not C++ about them.
 
-Both take L blocks as lists: square L × (K×C×k×k), hor and ver L × (K×C×1×k, K×C×k×1, or None where absent);
-gamma, beta, mean, var, conv_bias and eps 3L, block after block and square, hor, ver within a block, each (K,) or
-None; place 2L: the row of hor and the column of ver. `fuse_blocks` returns L weights (K×C×k×k, contiguous or
-channels_last as square) and L biases (K,) in square's dtype; `fuse_blocks_out` writes into L given ones, which
-must share no memory with the inputs, and records no gradient.
+Both take L blocks as lists, block after block and square, hor, ver within a block: weights square (K×C×k×k), hor
+(K×C×1×k), ver (K×C×k×1), and gamma, beta, mean, var, conv_bias, each (K,). These lists hold the tensors that are
+there, and no None for those that are not: `register_autograd` does not see into a list with None. `present` (3L)
+says which are there, as a sum of the constants below; eps has 3L entries; place 2L: hor's row and ver's column.
+`fuse_blocks` returns L weights (K×C×k×k, contiguous or channels_last as square) and L biases (K,) in square's
+dtype; `fuse_blocks_out` writes into L given ones, which must share no memory with the inputs, and records no gradient.
 
 A block's result is W = Σ_b s_b·embed(W_b), bias = Σ_b (β_b + s_b·(conv_bias_b − μ_b)), s_b = γ_b/√(σ²_b + ε_b)
 (arXiv 1908.03930 §3.3), computed in float32, or in float64 for float64 weights. An absent μ or β counts as 0, an
@@ -18,7 +19,7 @@ negative one makes NaN.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,80 +29,110 @@ from ._extension import MISSING
 
 ERROR = "acnet_kernels::fuse_blocks: "  # what the C++ operators' messages begin with
 _INPUTS = (
-    "Tensor[] square, Tensor?[] hor, Tensor?[] ver, Tensor?[] gamma, Tensor?[] beta, Tensor?[] mean, "
-    "Tensor?[] var, Tensor?[] conv_bias, float[] eps, int[] place"
+    "Tensor[] square, Tensor[] hor, Tensor[] ver, Tensor[] gamma, Tensor[] beta, Tensor[] mean, "
+    "Tensor[] var, Tensor[] conv_bias, int[] present, float[] eps, int[] place"
 )
 SCHEMAS = (  # as in csrc/fuse_cpu.cpp
     f"fuse_blocks({_INPUTS}) -> (Tensor[], Tensor[])",
     f"fuse_blocks_out({_INPUTS}, Tensor(a!)[] weight_out, Tensor(b!)[] bias_out) -> ()",
 )
 SLOTS = ("square", "hor", "ver")
-
-OptionalTensors = Sequence[Tensor | None]
+PARAMS = ("gamma", "beta", "mean", "var", "conv_bias")
+BRANCH, GAMMA, BETA, MEAN, CONV_BIAS = 1, 2, 4, 8, 16  # in `present`; BRANCH stands for weight and var
+_BITS = {"gamma": GAMMA, "beta": BETA, "mean": MEAN, "var": BRANCH, "conv_bias": CONV_BIAS}
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Arguments(NamedTuple):
     """The operators' inputs, in the schema's order."""
 
-    square: Sequence[Tensor]
-    hor: OptionalTensors
-    ver: OptionalTensors
-    gamma: OptionalTensors
-    beta: OptionalTensors
-    mean: OptionalTensors
-    var: OptionalTensors
-    conv_bias: OptionalTensors
-    eps: Sequence[float]
-    place: Sequence[int]
-
-    def kernels(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Block i's square, hor and ver."""
-        return self.square[i], self.hor[i], self.ver[i]
-
-    def region(self, i: int, slot: int) -> tuple[slice, slice]:
-        """Rows and columns of the k×k kernel that a branch covers."""
-        row, column = self.place[2 * i : 2 * i + 2]
-        everything = slice(None)
-        return (
-            (everything, everything),
-            (slice(row, row + 1), everything),
-            (everything, slice(column, column + 1)),
-        )[slot]
+    square: list[Tensor]
+    hor: list[Tensor]
+    ver: list[Tensor]
+    gamma: list[Tensor]
+    beta: list[Tensor]
+    mean: list[Tensor]
+    var: list[Tensor]
+    conv_bias: list[Tensor]
+    present: list[int]
+    eps: list[float]
+    place: list[int]
 
 
-def _scale(a: Arguments, entry: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(s, 1/√(σ²+ε)) of one branch."""
-    var, gamma = a.var[entry], a.gamma[entry]
-    assert var is not None
-    rstd = (var.to(dtype) + a.eps[entry]).rsqrt()
+class _Branch(NamedTuple):
+    """One branch of one block. `region` is the rows and columns of the k×k kernel that it covers.
+
+    `tensors` and `positions` are by name (slot or parameter): the tensor, and its place in the schema's list.
+    """
+
+    block: int
+    slot: str
+    region: tuple[slice, slice]
+    eps: float
+    tensors: dict[str, Tensor]
+    positions: dict[str, int]
+
+
+def _weight(branch: _Branch) -> Tensor:
+    return branch.tensors[branch.slot]
+
+
+def _scale(branch: _Branch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(s, 1/√(σ²+ε)), each (K,)."""
+    rstd = (branch.tensors["var"].to(dtype) + branch.eps).rsqrt()
+    gamma = branch.tensors.get("gamma")
     return (rstd if gamma is None else gamma.to(dtype) * rstd), rstd
 
 
-def _centre(a: Arguments, entry: int, dtype: torch.dtype) -> Tensor | float:
+def _centre(branch: _Branch, dtype: torch.dtype) -> Tensor | float:
     """conv_bias − μ."""
-    mean, bias = a.mean[entry], a.conv_bias[entry]
+    mean, bias = branch.tensors.get("mean"), branch.tensors.get("conv_bias")
     return (0.0 if bias is None else bias.to(dtype)) - (0.0 if mean is None else mean.to(dtype))
 
 
-def _fold_block(a: Arguments, i: int) -> tuple[Tensor, Tensor]:
-    square = a.square[i]
+def _branches(a: Arguments) -> list[list[_Branch]]:
+    """Every block's branches; the lists' lengths must have been checked."""
+    lists: dict[str, Any] = dict(zip(Arguments._fields, a, strict=True))
+    used = dict.fromkeys((*SLOTS, *PARAMS), 0)
+    everything, blocks = slice(None), []
+    for i in range(len(a.square)):
+        row, column = a.place[2 * i : 2 * i + 2]
+        regions = (
+            (everything, everything),
+            (slice(row, row + 1), everything),
+            (everything, slice(column, column + 1)),
+        )
+        block = []
+        for entry, slot, region in zip(range(3 * i, 3 * i + 3), SLOTS, regions, strict=True):
+            present = a.present[entry]
+            if not present:
+                continue
+            names = [slot, *(name for name in PARAMS if present & _BITS[name])]
+            positions = {name: used[name] for name in names}
+            for name in names:
+                used[name] += 1
+            tensors = {name: lists[name][at] for name, at in positions.items()}
+            block.append(_Branch(i, slot, region, a.eps[entry], tensors, positions))
+        blocks.append(block)
+    return blocks
+
+
+def _fold_block(branches: list[_Branch]) -> tuple[Tensor, Tensor]:
+    square = _weight(branches[0])
     dtype = torch.promote_types(square.dtype, torch.float32)
     weight = torch.empty_strided(square.shape, _strides(square), dtype=dtype, device=square.device)
     bias = torch.zeros(square.shape[0], dtype=dtype, device=square.device)
-    for slot, kernel in enumerate(a.kernels(i)):
-        if kernel is None:
-            continue
-        scale = _scale(a, 3 * i + slot, dtype)[0]
-        rows, columns = a.region(i, slot)
-        scaled = kernel.to(dtype) * scale[:, None, None, None]
-        if slot == 0:
+    for branch in branches:
+        scale = _scale(branch, dtype)[0]
+        rows, columns = branch.region
+        scaled = _weight(branch).to(dtype) * scale[:, None, None, None]
+        if branch.slot == "square":
             weight.copy_(scaled)
         else:
             weight[:, :, rows, columns] += scaled
-        bias += scale * _centre(a, 3 * i + slot, dtype)
-        beta = a.beta[3 * i + slot]
-        if beta is not None:
-            bias += beta
+        bias += scale * _centre(branch, dtype)
+        if "beta" in branch.tensors:
+            bias += branch.tensors["beta"]
     return weight.to(square.dtype), bias.to(square.dtype)
 
 
@@ -118,70 +149,76 @@ def check(
 ) -> None:
     """ValueError naming block and argument for whatever does not fit; reads no data."""
     count = len(a.square)
-    lengths = [("hor", a.hor, 1), ("ver", a.ver, 1)]
-    lengths += [(name, getattr(a, name), 3) for name in ("gamma", "beta", "mean", "var", "conv_bias")]
-    lengths += [("eps", a.eps, 3), ("place", a.place, 2), ("weight_out", weight_out, 1), ("bias_out", bias_out, 1)]  # type: ignore[list-item]
-    for name, given, each in lengths:
-        if given is not None and len(given) != each * count:
-            raise ValueError(f"{name} must have {each * count} entries, got {len(given)}")
-    for i, square in enumerate(a.square):
-        _check_block(a, i, square)
+    _check_lengths(a, count, weight_out, bias_out)
+    for i, branches in enumerate(_branches(a)):
+        square = a.square[i]
+        _check_square(a.square[0], i, square, a.place[2 * i : 2 * i + 2])
+        for branch in branches:
+            _check_branch(a.square[0], square, branch)
         if weight_out is not None and bias_out is not None:
             _check_out(i, square, weight_out[i], bias_out[i])
 
 
-def _check_block(a: Arguments, i: int, square: Tensor) -> None:
+def _check_lengths(
+    a: Arguments, count: int, weight_out: Sequence[Tensor] | None, bias_out: Sequence[Tensor] | None
+) -> None:
+    def length(name: str, given: Sequence[Any], expected: int) -> None:
+        if len(given) != expected:
+            raise ValueError(f"{name} must have {expected} entries, got {len(given)}")
+
+    length("present", a.present, 3 * count)
+    length("eps", a.eps, 3 * count)
+    length("place", a.place, 2 * count)
+    for entry, present in enumerate(a.present):
+        if not 0 <= present < 32 or not (present & BRANCH or (present == 0 and entry % 3)):
+            raise ValueError(f"block {entry // 3}: present of {SLOTS[entry % 3]} cannot be {present}")
+    for slot, name in enumerate(SLOTS[1:], 1):
+        length(name, getattr(a, name), sum(present & BRANCH for present in a.present[slot::3]))
+    for name in PARAMS:
+        length(name, getattr(a, name), sum(bool(present & _BITS[name]) for present in a.present))
+    if weight_out is not None and bias_out is not None:
+        length("weight_out", weight_out, count)
+        length("bias_out", bias_out, count)
+
+
+def _check_square(first: Tensor, i: int, square: Tensor, place: Sequence[int]) -> None:
     shape = tuple(square.shape)
     if square.dim() != 4 or min(shape) < 1 or shape[2] != shape[3] or shape[2] % 2 == 0 or shape[2] > 255:
         raise ValueError(
             f"block {i}: square must have shape (K, C, k, k) with K, C > 0 and odd k < 256, got {shape}"
         )
-    if square.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    if square.dtype not in _DTYPES:
         raise ValueError(f"block {i}: square must be float32, float64, float16 or bfloat16")
-    channels, k = square.shape[0], square.shape[2]
-    _check_device(a.square[0], square, f"block {i}: square")
-    for name, kernel, window in (("hor", a.hor[i], (1, k)), ("ver", a.ver[i], (k, 1))):
-        if kernel is None:
-            continue
-        wanted = (*square.shape[:2], *window)
-        if tuple(kernel.shape) != wanted:
-            raise ValueError(
-                f"block {i}: {name} must have shape {tuple(wanted)} to go with square, got {tuple(kernel.shape)}"
-            )
-        if kernel.dtype != square.dtype:
-            raise ValueError(f"block {i}: {name} must have square's dtype")
-        _check_device(a.square[0], kernel, f"block {i}: {name}")
-    row, column = a.place[2 * i : 2 * i + 2]
-    if not (0 <= row < k and 0 <= column < k):
+    _check_device(first, square, f"block {i}: square")
+    row, column = place
+    if not (0 <= row < shape[2] and 0 <= column < shape[2]):
         raise ValueError(
-            f"block {i}: place (hor's row, ver's column) must be within the kernel of {k}, got ({row}, {column})"
+            f"block {i}: place (hor's row, ver's column) must be within the kernel of {shape[2]}, "
+            f"got ({row}, {column})"
         )
-    for slot, kernel in enumerate(a.kernels(i)):
-        _check_norm(a, i, slot, kernel is not None, channels)
 
 
-def _check_norm(a: Arguments, i: int, slot: int, present: bool, channels: int) -> None:
-    entry, name = 3 * i + slot, SLOTS[slot]
-    if (a.var[entry] is not None) != present:
-        why = (
-            "is missing: without running statistics there is no folded form"
-            if present
-            else "is given, but the branch is absent"
-        )
-        raise ValueError(f"block {i}: var of {name} {why}")
-    if not present:
-        return
-    if not 0 <= a.eps[entry] < float("inf"):
-        raise ValueError(f"block {i}: eps of {name} must be finite and not negative, got {a.eps[entry]:g}")
-    for param in ("gamma", "beta", "mean", "var", "conv_bias"):
-        tensor = getattr(a, param)[entry]
-        if tensor is None:
+def _check_branch(first: Tensor, square: Tensor, branch: _Branch) -> None:
+    i, slot, kernel = branch.block, branch.slot, _weight(branch)
+    channels, inputs, k = square.shape[:3]
+    wanted = (channels, inputs, 1 if slot == "hor" else k, 1 if slot == "ver" else k)
+    if tuple(kernel.shape) != wanted:
+        raise ValueError(f"block {i}: {slot} must have shape {wanted} to go with square, got {tuple(kernel.shape)}")
+    if kernel.dtype != square.dtype:
+        raise ValueError(f"block {i}: {slot} must have square's dtype")
+    _check_device(first, kernel, f"block {i}: {slot}")
+    if not 0 <= branch.eps < float("inf"):
+        raise ValueError(f"block {i}: eps of {slot} must be finite and not negative, got {branch.eps:g}")
+    for name, tensor in branch.tensors.items():
+        if name == slot:
             continue
         if tuple(tensor.shape) != (channels,):
             raise ValueError(
-                f"block {i}: {param} of {name} must have shape ({channels},), got {tuple(tensor.shape)}"
+                f"block {i}: {name} of {slot} must have shape ({channels},), got {tuple(tensor.shape)}"
             )
-        _check_device(a.square[0], tensor, f"block {i}: {param}")
+        _check_device(first, tensor, f"block {i}: {name}")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"block {i}: {name} must be float32, float64, float16 or bfloat16")
 
 
 def _check_device(first: Tensor, tensor: Tensor, label: str) -> None:
@@ -206,16 +243,17 @@ def _check_out(i: int, square: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError(f"block {i}: bias_out must be contiguous")
 
 
-def _check_variances(a: Arguments) -> None:
-    for entry, var in enumerate(a.var):
-        if var is None or var.device.type != "cpu":
+def _check_variances(blocks: list[list[_Branch]]) -> None:
+    for branch in (branch for branches in blocks for branch in branches):
+        var = branch.tensors["var"]
+        if var.device.type != "cpu":
             continue
-        good = torch.isfinite(var) & (var >= 0) & (var + a.eps[entry] > 0)
+        good = torch.isfinite(var) & (var >= 0) & (var + branch.eps > 0)
         if not bool(good.all()):
             o = int((~good).nonzero()[0])
             raise ValueError(
-                f"block {entry // 3}: var of {SLOTS[entry % 3]} must be finite, not negative, and positive with "
-                f"eps added, got {float(var[o]):f} in channel {o}"
+                f"block {branch.block}: var of {branch.slot} must be finite, not negative, and positive with eps "
+                f"added, got {float(var[o]):f} in channel {o}"
             )
 
 
@@ -223,8 +261,9 @@ def fuse_blocks(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
     """The functional operator in PyTorch."""
     a = Arguments(*inputs)
     check(a)
-    _check_variances(a)
-    folded = [_fold_block(a, i) for i in range(len(a.square))]
+    blocks = _branches(a)
+    _check_variances(blocks)
+    folded = [_fold_block(branches) for branches in blocks]
     return [weight for weight, _ in folded], [bias for _, bias in folded]
 
 
@@ -232,9 +271,10 @@ def fuse_blocks_out(*inputs: Any) -> None:
     """The writing operator in PyTorch."""
     a, weight_out, bias_out = Arguments(*inputs[:-2]), inputs[-2], inputs[-1]
     check(a, weight_out, bias_out)
-    _check_variances(a)
-    for i, (weight, bias) in enumerate(zip(weight_out, bias_out, strict=True)):
-        folded = _fold_block(a, i)
+    blocks = _branches(a)
+    _check_variances(blocks)
+    for branches, weight, bias in zip(blocks, weight_out, bias_out, strict=True):
+        folded = _fold_block(branches)
         weight.copy_(folded[0])
         bias.copy_(folded[1])
 
@@ -253,7 +293,7 @@ def _fake_out(*inputs: Any) -> None:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     a = Arguments(*inputs)
     ctx.save_for_backward(*(t for tensors in a[:8] for t in tensors))
-    ctx.lengths, ctx.eps, ctx.place = [len(tensors) for tensors in a[:8]], a.eps, a.place
+    ctx.lengths, ctx.rest = [len(tensors) for tensors in a[:8]], a[8:]
 
 
 def _backward(ctx: Any, weight_grads: Sequence[Tensor], bias_grads: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -262,52 +302,40 @@ def _backward(ctx: Any, weight_grads: Sequence[Tensor], bias_grads: Sequence[Ten
     ∂W_b = s_b·D, ∂s_b = ⟨W_b, D⟩ + d·(conv_bias_b − μ_b), ∂β_b = d, ∂conv_bias_b = −∂μ_b = s_b·d,
     ∂γ_b = ∂s_b/√(σ²_b+ε_b), ∂σ²_b = −∂s_b·s_b/(2(σ²_b+ε_b)).
     """
-    saved, lists = iter(ctx.saved_tensors), []
-    for length in ctx.lengths:
-        lists.append([next(saved) for _ in range(length)])
-    a = Arguments(*lists, ctx.eps, ctx.place)
-    grads: list[list[Tensor | None]] = [[None] * length for length in ctx.lengths]
+    saved = iter(ctx.saved_tensors)
+    a = Arguments(*([next(saved) for _ in range(length)] for length in ctx.lengths), *ctx.rest)
     # needs_input_grad has the inputs' structure: a list of flags for a list of tensors.
-    needs = Arguments(*ctx.needs_input_grad)
-    for i, square in enumerate(a.square):
-        dtype = torch.promote_types(square.dtype, torch.float32)
+    needs = dict(zip(Arguments._fields, ctx.needs_input_grad, strict=True))
+    grads: dict[str, list[Tensor | None]] = {
+        name: [None] * length for name, length in zip(Arguments._fields, ctx.lengths, strict=False)
+    }
+    for i, branches in enumerate(_branches(a)):
+        dtype = torch.promote_types(a.square[i].dtype, torch.float32)
         dw, db = weight_grads[i].to(dtype), bias_grads[i].to(dtype)
-        for slot, kernel in enumerate(a.kernels(i)):
-            if kernel is not None:
-                _branch_backward(a, needs, grads, i, slot, kernel, dw[(slice(None),) * 2 + a.region(i, slot)], db)
-    return (*grads, None, None)
+        for branch in branches:
+            rows, columns = branch.region
+            wanted = {name for name, at in branch.positions.items() if needs[name][at]}
+            for name, grad in _branch_backward(branch, wanted, dw[:, :, rows, columns], db):
+                grads[name][branch.positions[name]] = grad.to(branch.tensors[name].dtype)
+    return (*grads.values(), None, None, None)
 
 
-def _branch_backward(
-    a: Arguments,
-    needs: Arguments,
-    grads: list[list[Tensor | None]],
-    i: int,
-    slot: int,
-    kernel: Tensor,
-    dw: Tensor,
-    db: Tensor,
-) -> None:
-    entry, out = 3 * i + slot, Arguments(*grads, (), ())
-    scale, rstd = _scale(a, entry, dw.dtype)
-    if needs[slot][i]:
-        grads[slot][i] = (dw * scale[:, None, None, None]).to(kernel.dtype)
-
-    def put(name: str, value: Tensor) -> None:
-        getattr(out, name)[entry] = value.to(getattr(a, name)[entry].dtype)
-
-    if needs.beta[entry]:
-        put("beta", db)
-    if needs.conv_bias[entry]:
-        put("conv_bias", scale * db)
-    if needs.mean[entry]:
-        put("mean", -scale * db)
-    if needs.gamma[entry] or needs.var[entry]:
-        dscale = (kernel.to(dw.dtype) * dw).sum((1, 2, 3)) + db * _centre(a, entry, dw.dtype)
-        if needs.gamma[entry]:
-            put("gamma", dscale * rstd)
-        if needs.var[entry]:
-            put("var", -0.5 * dscale * scale * rstd * rstd)
+def _branch_backward(branch: _Branch, wanted: set[str], dw: Tensor, db: Tensor) -> Iterator[tuple[str, Tensor]]:
+    scale, rstd = _scale(branch, dw.dtype)
+    if branch.slot in wanted:
+        yield branch.slot, dw * scale[:, None, None, None]
+    if "beta" in wanted:
+        yield "beta", db
+    if "conv_bias" in wanted:
+        yield "conv_bias", scale * db
+    if "mean" in wanted:
+        yield "mean", -scale * db
+    if wanted & {"gamma", "var"}:
+        dscale = (_weight(branch).to(dw.dtype) * dw).sum((1, 2, 3)) + db * _centre(branch, dw.dtype)
+        if "gamma" in wanted:
+            yield "gamma", dscale * rstd
+        if "var" in wanted:
+            yield "var", -0.5 * dscale * scale * rstd * rstd
 
 
 _library = torch.library.Library("acnet_kernels", "FRAGMENT")

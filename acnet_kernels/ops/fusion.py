@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..spec import Norm, Step
-from .fuse_blocks import ERROR, Arguments
+from ..spec import Step
+from .fuse_blocks import BETA, BRANCH, CONV_BIAS, ERROR, GAMMA, MEAN, Arguments
 
-_ABSENT = Norm(None, None, None, None, None, 0.0, None, False)
 _fuse_blocks = torch.ops.acnet_kernels.fuse_blocks.default
 _fuse_blocks_out = torch.ops.acnet_kernels.fuse_blocks_out.default
 
@@ -55,7 +55,7 @@ def fold_steps(
     return list(out)
 
 
-def _call(operator, arguments, differentiable: bool):  # type: ignore[no-untyped-def]
+def _call(operator: Any, arguments: tuple[Any, ...], differentiable: bool) -> Any:
     if differentiable or torch.compiler.is_compiling():
         return operator(*arguments)
     # Straight to the kernel: for a whole network's tensors, finding out that none needs a gradient takes as long
@@ -65,24 +65,39 @@ def _call(operator, arguments, differentiable: bool):  # type: ignore[no-untyped
 
 
 def _arguments(steps: Sequence[Step]) -> Arguments:
-    square, hor, ver, norms, conv_bias, place = [], [], [], [], [], []
-    for step in steps:
-        geometry, branches, total = step.geometry, step.branches, step.norm
-        for name, kernels in (("square", square), ("hor", hor), ("ver", ver)):
+    a = Arguments([], [], [], [], [], [], [], [], [], [], [])
+    for i, step in enumerate(steps):
+        branches, total = step.branches, step.norm
+        for name, kernels in (("square", a.square), ("hor", a.hor), ("ver", a.ver)):
             branch = branches.get(name)
             if branch is None:
-                kernels.append(None)
-                norms.append(_ABSENT)
-                conv_bias.append(None)
+                a.present.append(0)
+                a.eps.append(0.0)
                 continue
-            weight, bias, norm = branch
-            kernels.append(weight)
-            conv_bias.append(bias)
-            if total is None:
-                assert norm is not None
-                norms.append(norm)
-            else:  # the norm of the sum: its μ and β once, its scale for every branch
-                norms.append(total if name == "square" else total._replace(beta=None, running_mean=None))
-        place += (geometry.hor_row, geometry.ver_column)
-    gamma, beta, mean, var, _, eps, _, _ = zip(*norms, strict=True) if norms else ((),) * 8
-    return Arguments(square, hor, ver, gamma, beta, mean, var, conv_bias, eps, place)
+            kernels.append(branch.weight)
+            norm, present = branch.norm if total is None else total, BRANCH
+            assert norm is not None
+            if norm.running_var is None:
+                raise ValueError(
+                    f"block {i}: var of {name} is missing: a batch norm without running statistics normalises by "
+                    "the batch, and no fixed convolution equals it"
+                )
+            a.var.append(norm.running_var)
+            a.eps.append(norm.eps)
+            if norm.gamma is not None:
+                present |= GAMMA
+                a.gamma.append(norm.gamma)
+            if branch.bias is not None:
+                present |= CONV_BIAS
+                a.conv_bias.append(branch.bias)
+            # The norm of the sum: its μ and β count once, its scale for every branch.
+            if total is None or name == "square":
+                if norm.beta is not None:
+                    present |= BETA
+                    a.beta.append(norm.beta)
+                if norm.running_mean is not None:
+                    present |= MEAN
+                    a.mean.append(norm.running_mean)
+            a.present.append(present)
+        a.place.extend((step.geometry.hor_row, step.geometry.ver_column))
+    return a
