@@ -50,17 +50,19 @@ def why_not_cuda() -> str | None:
 
 
 def cuda_module():  # type: ignore[no-untyped-def]
-    """The extension with the CUDA kernels."""
+    """The extension with the CUDA kernels: the CUDA runtime linked in, so that only the driver must fit."""
     import torch
-    from torch.utils.cpp_extension import CUDAExtension
+    from torch.utils.cpp_extension import CUDA_HOME, CppExtension
 
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-    # Headers that a bare nvcc lacks come with torch's own packages: site-packages/nvidia/cu13/include.
+    # What a bare nvcc lacks comes with torch's own packages: site-packages/nvidia/cu13/{include,lib}.
     wheels = Path(torch.__file__).parents[1] / "nvidia"
-    return CUDAExtension(
+    return CppExtension(
         "acnet_kernels._C_cuda",
         sorted(glob.glob("csrc/*.cu")),
         include_dirs=[str(path) for path in wheels.glob("cu*/include")],
+        library_dirs=[f"{CUDA_HOME}/lib64", *(str(path) for path in wheels.glob("cu*/lib"))],
+        libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
         extra_compile_args={"cxx": FLAGS + HOST_FLAGS, "nvcc": [*FLAGS, "-DUSE_CUDA"]},
         py_limited_api=True,
     )

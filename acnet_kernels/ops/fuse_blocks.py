@@ -5,7 +5,8 @@ Both take L blocks as lists, block after block and square, hor, ver within a blo
 there, and no None for those that are not: `register_autograd` does not see into a list with None. `present` (3L)
 says which are there, as a sum of the constants below; eps has 3L entries; place 2L: hor's row and ver's column.
 `fuse_blocks` returns L weights (K×C×k×k, contiguous or channels_last as square) and L biases (K,) in square's
-dtype; `fuse_blocks_out` writes into L given ones, which must share no memory with the inputs, and records no gradient.
+dtype; `fuse_blocks_out` writes into L given ones, which must share no memory with the inputs, and records no
+gradient.
 
 A block's result is W = Σ_b s_b·embed(W_b), bias = Σ_b (β_b + s_b·(conv_bias_b − μ_b)), s_b = γ_b/√(σ²_b + ε_b)
 (arXiv 1908.03930 §3.3), computed in float32, or in float64 for float64 weights. An absent μ or β counts as 0, an
