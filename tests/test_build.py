@@ -1,0 +1,81 @@
+"""The optional build: what setup.py decides and says without a compiler, without torch, and when told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def setup(*, path: str | None = None, hide_torch: bool = False, **environment: str):
+    """Runs `setup.py --name`, which decides everything and builds nothing."""
+    env = os.environ | environment
+    if path is not None:
+        env |= {"PATH": path, "CXX": "c++"}
+    hide = "import sys; sys.modules['torch'] = None; " if hide_torch else ""
+    code = f"{hide}import runpy, sys; sys.argv = ['setup.py', '--name']; runpy.run_path('setup.py', run_name='__main__')"
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+
+
+def test_auto_without_a_compiler_installs_without_the_extension(tmp_path):
+    result = setup(path=str(tmp_path), ACNET_KERNELS_BUILD="auto")
+    assert result.returncode == 0
+    assert "installing without the C++ extension: no C++ compiler found (tried c++, g++, clang++)" in result.stderr
+
+
+def test_one_without_a_compiler_is_an_error(tmp_path):
+    result = setup(path=str(tmp_path), ACNET_KERNELS_BUILD="1")
+    assert result.returncode != 0
+    assert "no C++ compiler found" in result.stderr
+    assert "ACNET_KERNELS_BUILD=1 asked for it" in result.stderr
+
+
+def test_without_torch():
+    result = setup(hide_torch=True, ACNET_KERNELS_BUILD="auto")
+    assert result.returncode == 0
+    assert "torch is not installed in the building environment" in result.stderr
+    assert setup(hide_torch=True, ACNET_KERNELS_BUILD="1").returncode != 0
+
+
+def test_zero_never_builds():
+    result = setup(ACNET_KERNELS_BUILD="0")
+    assert result.returncode == 0
+    assert "installing without the C++ extension: ACNET_KERNELS_BUILD=0" in result.stderr
+
+
+def test_another_value_is_an_error():
+    result = setup(ACNET_KERNELS_BUILD="yes")
+    assert result.returncode != 0
+    assert "ACNET_KERNELS_BUILD must be auto, 0 or 1, got 'yes'" in result.stderr
+
+
+MISSING = """
+from pathlib import Path
+exists = Path.exists
+Path.exists = lambda self: False if self.name.endswith('abi3.so') else exists(self)
+import torch, acnet_kernels as ak
+from acnet_kernels.ops import _extension
+assert 'the C++ extension is not built' in _extension.MISSING, _extension.MISSING
+assert 'ACNET_KERNELS_BUILD=1' in _extension.MISSING
+assert _extension.MISSING_CUDA == _extension.MISSING
+block = ak.ACBlock(3, 4, 3, padding=1).eval()
+x = torch.randn(2, 3, 5, 5)
+expected = sum(bn(conv(x)) for bn, conv in zip(block.norms().values(), block.convs().values()))
+torch.testing.assert_close(block(x), expected)
+from acnet_kernels.ops.fuse_blocks import SCHEMAS
+op = torch.ops.acnet_kernels.fuse_blocks.default
+assert str(op._schema) == str(torch._C.parse_schema('acnet_kernels::' + SCHEMAS[0]))
+"""
+
+
+@pytest.mark.parametrize("code", [MISSING])
+def test_without_the_extension_the_same_operator_runs_in_pytorch(code):
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
