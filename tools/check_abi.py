@@ -2,8 +2,9 @@
 
     python tools/check_abi.py /path/to/other/python
 
-Copies the package with the built library, nothing else, into an empty directory, and runs the fusion tests there with
-the other interpreter, which needs torch >= 2.10 and pytest. Prints both sides' versions; exits with pytest's status.
+Copies the package with the built library, nothing else, into an empty directory, and runs the fusion tests there
+with the other interpreter, which needs torch >= 2.10 and pytest. Prints both sides' versions; exits with pytest's
+status.
 """
 
 from __future__ import annotations
