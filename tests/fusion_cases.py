@@ -67,6 +67,7 @@ def truth(block: ak.ACBlock) -> tuple[torch.Tensor, torch.Tensor]:
 def assert_close(got, expected, dtype) -> None:
     floor = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     for g, e, what in zip(got, expected, ("weight", "bias"), strict=True):
+        g = g.detach()
         assert g.dtype == dtype
         # A bias is a sum of terms around 1 that may cancel: its error is measured against them.
         size = e.norm() if what == "weight" else max(e.norm().item(), len(e) ** 0.5)
