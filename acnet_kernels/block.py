@@ -14,7 +14,8 @@ from .backends import planner
 from .functional import acblock
 from .functional import plan as plan_step
 from .geometry import BRANCHES, Geometry, IntOrPair, PaddingMode, Pair
-from .ops.fusion import fold
+from .ops.fuse_blocks import Arguments
+from .ops.fusion import append_absent, append_branch, append_step, fold
 from .spec import Branch, Norm, Problem, Step, prefers_channels_last
 
 _MODULES = {name: (f"{name}_conv", f"{name}_bn") for name in BRANCHES}
@@ -294,6 +295,36 @@ class ACBlock(nn.Module):
                     "the batch and no fixed convolution equals it"
                 )
         return self.step()
+
+    def append_fold(self, a: Arguments) -> None:
+        """Appends the block's tensors to the fold operator's lists: what `fold_step` gives, in a fifth of its time.
+
+        Raises:
+            ValueError: as `fold_step`; a is then as it was.
+        """
+        found: list[tuple[Any, ...] | None] = []
+        modules = self._modules
+        for conv_name, bn_name in _MODULES.values() if self.norm == "branch" else ():
+            conv, bn = modules.get(conv_name), modules.get(bn_name)
+            if conv is None and bn is None and found:
+                found.append(None)
+                continue
+            if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d or conv._forward_pre_hooks:
+                break
+            own, affine, buffers = conv._parameters, bn._parameters, bn._buffers
+            weight, mean, var = own.get("weight"), buffers.get("running_mean"), buffers.get("running_var")
+            if weight is None or mean is None or var is None:
+                break
+            found.append((weight, own["bias"], affine["weight"], affine["bias"], mean, var, bn.eps))
+        if len(found) != len(BRANCHES):  # something special, or wrong: fold_step knows
+            append_step(a, self.fold_step())
+            return
+        for tensors, kernels in zip(found, (a.square, a.hor, a.ver), strict=True):
+            if tensors is None:
+                append_absent(a)
+            else:
+                append_branch(a, kernels, *tensors)
+        a.place.extend((self.geometry.hor_row, self.geometry.ver_column))
 
     def switch_to_deploy(self) -> None:
         """Replaces the branches by their one folded convolution, in place; a second call does nothing.

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .block import ACBlock
-from .ops.fusion import fold_steps
-from .spec import Step, prefers_channels_last
+from .ops.fuse_blocks import Arguments
+from .ops.fusion import fold_arguments
+from .spec import prefers_channels_last
 from .tracing import Usage, find_usage
 
 Skip = Callable[[str, nn.Conv2d], bool] | Collection[str] | None
@@ -267,15 +268,13 @@ def fold(
     Raises:
         ValueError: a deployed block, one that no convolution equals, or an `out` of other lengths or shapes.
     """
-    blocks = blocks_of(model_or_blocks)
-    return fold_steps([_fold_step(name, block) for name, block in blocks.items()], out)
-
-
-def _fold_step(name: str, block: ACBlock) -> Step:
-    try:
-        return block.fold_step()
-    except ValueError as error:
-        raise ValueError(f"block {name or '(model)'}: {error}") from None
+    arguments = Arguments.empty()
+    for name, block in blocks_of(model_or_blocks).items():
+        try:
+            block.append_fold(arguments)
+        except ValueError as error:
+            raise ValueError(f"block {name or '(model)'}: {error}") from None
+    return fold_arguments(arguments, out)
 
 
 def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:

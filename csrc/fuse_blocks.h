@@ -46,13 +46,21 @@ struct Fusion {
 constexpr const char* kSlotNames[] = {"square", "hor", "ver"};
 constexpr const char* kParamNames[] = {"gamma", "beta", "mean", "var", "conv_bias"};
 
-[[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error("acnet_kernels::fuse_blocks: " + message); }
+// Parts of messages, turned into text only when a check fails: there are thousands of checks a call.
+struct At {  // "block 3: var"
+  size_t block;
+  const char* argument;
+};
 
-inline std::string at(size_t block, const char* argument) { return "block " + std::to_string(block) + ": " + argument; }
+struct Label {  // "block 3: var of hor"
+  size_t block;
+  int slot, param;
+};
 
-// "block 3: var of hor"
-inline std::string label(size_t block, int slot, int param) {
-  return at(block, kParamNames[param]) + " of " + kSlotNames[slot];
+inline std::ostream& operator<<(std::ostream& out, const At& at) { return out << "block " << at.block << ": " << at.argument; }
+
+inline std::ostream& operator<<(std::ostream& out, const Label& label) {
+  return out << At{label.block, kParamNames[label.param]} << " of " << kSlotNames[label.slot];
 }
 
 struct View {  // a tensor's properties, read once
@@ -90,20 +98,23 @@ struct View {  // a tensor's properties, read once
   bool aligned() const { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 };
 
-inline std::string shape(const View& v) {
-  std::ostringstream out;
+inline std::ostream& operator<<(std::ostream& out, const View& v) {  // its shape: "(4, 3)"
   out << "(";
   for (int64_t i = 0; i < v.dim; ++i) out << (i ? ", " : "") << v.sizes[i];
-  out << (v.dim == 1 ? ",)" : ")");
-  return out.str();
+  return out << (v.dim == 1 ? ",)" : ")");
+}
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream out;
+  out << "acnet_kernels::fuse_blocks: ";
+  (out << ... << parts);
+  throw std::runtime_error(out.str());
 }
 
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream out;
-  (out << ... << parts);
-  fail(out.str());
+  if (!condition) fail(parts...);
 }
 
 inline const int32_t* float_dtypes() {  // torch's number of each Dtype
@@ -115,11 +126,11 @@ inline const int32_t* float_dtypes() {  // torch's number of each Dtype
 inline uint32_t dtype_of(const View& v, size_t block, const char* argument) {
   for (uint32_t dtype : {kFloat, kBFloat16, kHalf, kDouble})
     if (float_dtypes()[dtype] == v.dtype) return dtype;
-  fail(at(block, argument) + " must be float32, float64, float16 or bfloat16");
+  fail(At{block, argument}, " must be float32, float64, float16 or bfloat16");
 }
 
 inline void check_device(const View& v, const View& first, size_t block, const char* argument) {
-  require(v.device_type == first.device_type && v.device_index == first.device_index, at(block, argument),
+  require(v.device_type == first.device_type && v.device_index == first.device_index, At{block, argument},
           " must be on the device of block 0's square");
 }
 
@@ -149,7 +160,7 @@ inline void check_lengths(const FuseArguments& a, const Tensors* weight_out, con
 }
 
 inline int32_t narrow32(int64_t stride, size_t block, const char* argument) {
-  require(stride >= 0 && stride <= std::numeric_limits<int32_t>::max(), at(block, argument), " has a stride of ",
+  require(stride >= 0 && stride <= std::numeric_limits<int32_t>::max(), At{block, argument}, " has a stride of ",
           stride, ": more than 2^31 - 1 elements");
   return int32_t(stride);
 }
@@ -160,9 +171,9 @@ inline void describe_branch(Block& block, Slot slot, const View& v, const View& 
   int64_t const k = square.sizes[2], rows = slot == kHor ? 1 : k, columns = slot == kVer ? 1 : k;
   require(v.dim == 4 && v.sizes[0] == square.sizes[0] && v.sizes[1] == square.sizes[1] && v.sizes[2] == rows &&
               v.sizes[3] == columns,
-          at(i, name), " must have shape (", square.sizes[0], ", ", square.sizes[1], ", ", rows, ", ", columns,
-          ") to go with square, got ", shape(v));
-  require(v.dtype == square.dtype, at(i, name), " must have square's dtype");
+          At{i, name}, " must have shape (", square.sizes[0], ", ", square.sizes[1], ", ", rows, ", ", columns,
+          ") to go with square, got ", v);
+  require(v.dtype == square.dtype, At{i, name}, " must have square's dtype");
   check_device(v, first, i, name);
   block.kernels[slot] = v.data;
   int32_t* out = slot == kSquare ? block.square_strides : slot == kHor ? block.hor_strides : block.ver_strides;
@@ -185,8 +196,8 @@ inline void describe_norm(Block& block, int slot, const FuseArguments& a, const 
     if (!(a.present[entry] & kPresentBits[param])) continue;
     const Tensor& given = (*lists[param])[next[param]++];
     View v(given);
-    require(v.dim == 1 && v.sizes[0] == block.channels, label(i, slot, param), " must have shape (", block.channels,
-            ",), got ", shape(v));
+    require(v.dim == 1 && v.sizes[0] == block.channels, Label{i, slot, param}, " must have shape (", block.channels,
+            ",), got ", v);
     check_device(v, first, i, kParamNames[param]);
     uint32_t const dtype = dtype_of(v, i, kParamNames[param]);
     if (v.strides[0] != 1 && v.sizes[0] > 1) {
@@ -213,16 +224,16 @@ inline Tensor empty(const View& like, std::vector<int64_t> sizes, bool channels_
 inline void describe_output(Block& block, const View& square, const View& weight, const View& bias, const View& first, size_t i) {
   bool same = weight.dim == 4;
   for (int d = 0; same && d < 4; ++d) same = weight.sizes[d] == square.sizes[d];
-  require(same, at(i, "weight_out"), " must have square's shape ", shape(square), ", got ", shape(weight));
-  require(bias.dim == 1 && bias.sizes[0] == block.channels, at(i, "bias_out"), " must have shape (", block.channels,
-          ",), got ", shape(bias));
-  require(weight.dtype == square.dtype, at(i, "weight_out"), " must have square's dtype");
-  require(bias.dtype == square.dtype, at(i, "bias_out"), " must have square's dtype");
+  require(same, At{i, "weight_out"}, " must have square's shape ", square, ", got ", weight);
+  require(bias.dim == 1 && bias.sizes[0] == block.channels, At{i, "bias_out"}, " must have shape (", block.channels,
+          ",), got ", bias);
+  require(weight.dtype == square.dtype, At{i, "weight_out"}, " must have square's dtype");
+  require(bias.dtype == square.dtype, At{i, "bias_out"}, " must have square's dtype");
   check_device(weight, first, i, "weight_out");
   check_device(bias, first, i, "bias_out");
   block.channels_last = !weight.dense(false);
-  require(!block.channels_last || weight.dense(true), at(i, "weight_out"), " must be contiguous or channels_last");
-  require(bias.strides[0] == 1 || bias.sizes[0] <= 1, at(i, "bias_out"), " must be contiguous");
+  require(!block.channels_last || weight.dense(true), At{i, "weight_out"}, " must be contiguous or channels_last");
+  require(bias.strides[0] == 1 || bias.sizes[0] <= 1, At{i, "bias_out"}, " must be contiguous");
   block.weight = weight.data;
   block.bias = bias.data;
   block.same_order = square.dense(block.channels_last);
@@ -244,18 +255,18 @@ inline Fusion describe_blocks(const FuseArguments& a, const Tensors* weight_out,
     View const square(a.square[i]);
     require(square.dim == 4 && square.sizes[0] > 0 && square.sizes[1] > 0 && square.sizes[2] == square.sizes[3] &&
                 square.sizes[2] % 2 == 1 && square.sizes[2] < 256,
-            at(i, "square"), " must have shape (K, C, k, k) with K, C > 0 and odd k < 256, got ", shape(square));
+            At{i, "square"}, " must have shape (K, C, k, k) with K, C > 0 and odd k < 256, got ", square);
     block.dtype = dtype_of(square, i, "square") & 3;
     block.channels = narrow32(square.sizes[0], i, "square");
     block.inputs = narrow32(square.sizes[1], i, "square");
     block.k = uint8_t(square.sizes[2]);
-    require(block.row() <= std::numeric_limits<int32_t>::max(), at(i, "square"), " has a channel of ", block.row(),
+    require(block.row() <= std::numeric_limits<int32_t>::max(), At{i, "square"}, " has a channel of ", block.row(),
             " elements: more than 2^31 - 1");
     describe_branch(block, kSquare, square, square, first, i);
     if (a.present[3 * i + kHor]) describe_branch(block, kHor, View(a.hor[next_hor++]), square, first, i);
     if (a.present[3 * i + kVer]) describe_branch(block, kVer, View(a.ver[next_ver++]), square, first, i);
     int64_t const row = a.place[2 * i], column = a.place[2 * i + 1];
-    require(row >= 0 && row < block.k && column >= 0 && column < block.k, at(i, "place"),
+    require(row >= 0 && row < block.k && column >= 0 && column < block.k, At{i, "place"},
             " (hor's row, ver's column) must be within the kernel of ", int(block.k), ", got (", row, ", ", column, ")");
     block.hor_row = uint8_t(row);
     block.ver_column = uint8_t(column);

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import acnet_kernels as ak
+from acnet_kernels.ops.fuse_blocks import Arguments
 from acnet_kernels.reference import embed
 
 # One list for every test: shapes that differ, with primes, groups, and all that may be absent.
@@ -81,3 +82,11 @@ def strided(t: torch.Tensor) -> torch.Tensor:
     larger = torch.full([2 * n + 1 for n in t.shape], float("nan"), dtype=t.dtype)
     view = larger[tuple(slice(1, None, 2) for _ in t.shape)]
     return view.copy_(t)
+
+
+def arguments(blocks):
+    """The fold operator's lists, as `fold` fills them."""
+    lists = Arguments.empty()
+    for block in blocks:
+        block.append_fold(lists)
+    return lists

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fusion_cases import CONFIGS, assert_close, random_block, strided, truth
-
-from acnet_kernels.ops.fusion import _arguments
+from fusion_cases import CONFIGS, arguments, assert_close, random_block, strided, truth
 
 CSRC = Path(__file__).parent.parent / "csrc"
 INCLUDE = Path(torch.__file__).parent / "include"
@@ -106,7 +104,7 @@ def test_equals_the_cpu_operator(host):
     blocks = [random_block(**config) for config in PER_BRANCH]
     out, _ = launch(host, blocks)
     with torch.no_grad():
-        weights, biases = torch.ops.acnet_kernels.fuse_blocks(*_arguments([block.step() for block in blocks]))
+        weights, biases = torch.ops.acnet_kernels.fuse_blocks(*arguments(blocks))
     for (weight, bias), expected, expected_bias in zip(out, weights, biases, strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(bias, expected_bias, rtol=1e-6, atol=1e-6)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusion_cases import CONFIGS, DTYPES, assert_close, random_block, strided, truth
+from fusion_cases import CONFIGS, DTYPES, arguments, assert_close, random_block, strided, truth
 from torch import nn
 
 from acnet_kernels.ops import _extension, fuse_blocks
-from acnet_kernels.ops.fusion import _arguments, fold_steps
+from acnet_kernels.ops.fusion import fold_steps
 
 OP, OUT_OP = torch.ops.acnet_kernels.fuse_blocks.default, torch.ops.acnet_kernels.fuse_blocks_out.default
 
@@ -27,7 +27,7 @@ def test_against_float64(run, dtype, channels_last, conv_bias):
     if channels_last:
         blocks = [block.to(memory_format=torch.channels_last) for block in blocks]
     with torch.no_grad():
-        weights, biases = run(*_arguments([block.step() for block in blocks]))
+        weights, biases = run(*arguments(blocks))
     for block, weight, bias in zip(blocks, weights, biases, strict=True):
         assert_close((weight, bias), truth(block), dtype)
         square = block.square_conv.weight
@@ -39,14 +39,14 @@ def test_against_float64(run, dtype, channels_last, conv_bias):
 def test_norms_of_another_dtype(run, dtype):
     blocks = [random_block(dtype, norm, **CONFIGS[0]) for norm in (torch.float32, torch.float64, torch.bfloat16)]
     with torch.no_grad():
-        weights, biases = run(*_arguments([block.step() for block in blocks]))
+        weights, biases = run(*arguments(blocks))
     for block, *got in zip(blocks, weights, biases, strict=True):
         assert_close(got, truth(block), dtype)
 
 
 def test_any_strides(run):
     blocks = [random_block(**config) for config in CONFIGS]
-    args = _arguments([block.step() for block in blocks])
+    args = arguments(blocks)
     args = [[strided(t.detach()) for t in tensors] for tensors in args[:8]] + list(args[8:])
     for block, *got in zip(blocks, *run(*args), strict=True):
         assert_close(got, truth(block), torch.float32)
@@ -54,7 +54,7 @@ def test_any_strides(run):
 
 def test_unaligned_weights(run):
     block = random_block(**CONFIGS[0])
-    args = _arguments([block.step()])
+    args = arguments([block])
     shifted = [torch.empty(t.numel() + 1).narrow(0, 1, t.numel()).view_as(t).copy_(t.detach()) for t in args.square]
     assert_close([t[0] for t in run(shifted, *args[1:])], truth(block), torch.float32)
 
@@ -92,7 +92,7 @@ def leaves(step) -> list[torch.Tensor]:
 def test_gradients_of_every_tensor(index):
     config = CONFIGS[index] | {"in_channels": 1, "out_channels": 2, "groups": 1}
     block = random_block(torch.float64, conv_bias=True, **config)
-    args = _arguments([block.step()])
+    args = arguments([block])
     flat = [t.detach().clone().requires_grad_() for tensors in args[:8] for t in tensors]
     lengths = [len(tensors) for tensors in args[:8]]
 
@@ -124,7 +124,7 @@ def test_a_frozen_tensor_gets_no_gradient():
 def test_opcheck():
     blocks = [random_block(conv_bias=i == 1, **CONFIGS[i]) for i in (1, 8, 9)]
     blocks[0].to(memory_format=torch.channels_last)
-    args = _arguments([block.step() for block in blocks])
+    args = arguments(blocks)
     torch.library.opcheck(OP, tuple(args))
     frozen = [[t.detach() for t in tensors] for tensors in args[:8]]
     out = [torch.empty_like(t) for t in args.square], [torch.empty(len(t)) for t in args.square]
@@ -214,12 +214,7 @@ BAD = {
 def test_bad_input_is_named_before_anything_is_written(case):
     change, message = BAD[case]
     blocks = [random_block(in_channels=2, out_channels=4, kernel_size=3) for _ in range(2)]
-    args = change(
-        [
-            [t.detach() if isinstance(t, torch.Tensor) else t for t in part]
-            for part in _arguments([b.step() for b in blocks])
-        ]
-    )
+    args = change([[t.detach() if isinstance(t, torch.Tensor) else t for t in part] for part in arguments(blocks)])
     out = [torch.full((4, 2, 3, 3), 7.0) for _ in blocks], [torch.full((4,), 7.0) for _ in blocks]
     for function in (OP, fuse_blocks.fuse_blocks):
         with pytest.raises((ValueError, RuntimeError), match=message):
@@ -246,7 +241,7 @@ def test_bad_input_is_named_before_anything_is_written(case):
 )
 def test_bad_out(weight, bias, message):
     block = random_block(in_channels=2, out_channels=4, kernel_size=3)
-    args = _arguments([block.step()])
+    args = arguments([block])
     if weight.device.type == "cpu":  # the dispatcher takes mixed devices to the meta kernel
         with pytest.raises(ValueError, match=message):
             fold_steps([block.step()], [(weight, bias)])

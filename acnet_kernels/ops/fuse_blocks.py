@@ -59,6 +59,11 @@ class Arguments(NamedTuple):
     eps: list[float]
     place: list[int]
 
+    @classmethod
+    def empty(cls) -> Arguments:
+        """No blocks yet."""
+        return cls([], [], [], [], [], [], [], [], [], [], [])
+
 
 class _Branch(NamedTuple):
     """One branch of one block. `region` is the rows and columns of the k×k kernel that it covers.

@@ -38,7 +38,16 @@ def fold_steps(
         ValueError: a shape, dtype or device that does not fit, a missing running variance, or on the CPU a
             negative or non-finite one; names block and argument. Nothing has been written then.
     """
-    arguments = _arguments(steps)
+    arguments = Arguments.empty()
+    for step in steps:
+        append_step(arguments, step)
+    return fold_arguments(arguments, out)
+
+
+def fold_arguments(
+    arguments: Arguments, out: Sequence[tuple[Tensor, Tensor]] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """`fold_steps` of blocks whose tensors are already in the operator's lists."""
     try:
         if out is None:
             weights, biases = _call(_fuse_blocks, arguments, torch.is_grad_enabled())
@@ -64,40 +73,64 @@ def _call(operator: Any, arguments: tuple[Any, ...], differentiable: bool) -> An
         return operator(*arguments)
 
 
-def _arguments(steps: Sequence[Step]) -> Arguments:
-    a = Arguments([], [], [], [], [], [], [], [], [], [], [])
-    for i, step in enumerate(steps):
-        branches, total = step.branches, step.norm
-        for name, kernels in (("square", a.square), ("hor", a.hor), ("ver", a.ver)):
-            branch = branches.get(name)
-            if branch is None:
-                a.present.append(0)
-                a.eps.append(0.0)
-                continue
-            kernels.append(branch.weight)
-            norm, present = branch.norm if total is None else total, BRANCH
-            assert norm is not None
-            if norm.running_var is None:
-                raise ValueError(
-                    f"block {i}: var of {name} is missing: a batch norm without running statistics normalises by "
-                    "the batch, and no fixed convolution equals it"
-                )
-            a.var.append(norm.running_var)
-            a.eps.append(norm.eps)
-            if norm.gamma is not None:
-                present |= GAMMA
-                a.gamma.append(norm.gamma)
-            if branch.bias is not None:
-                present |= CONV_BIAS
-                a.conv_bias.append(branch.bias)
-            # The norm of the sum: its μ and β count once, its scale for every branch.
-            if total is None or name == "square":
-                if norm.beta is not None:
-                    present |= BETA
-                    a.beta.append(norm.beta)
-                if norm.running_mean is not None:
-                    present |= MEAN
-                    a.mean.append(norm.running_mean)
-            a.present.append(present)
-        a.place.extend((step.geometry.hor_row, step.geometry.ver_column))
-    return a
+def append_step(a: Arguments, step: Step) -> None:
+    """Appends one block to the operator's lists.
+
+    Raises:
+        ValueError: a batch norm has no running variance; a is then of no more use.
+    """
+    branches, total = step.branches, step.norm
+    for name, kernels in (("square", a.square), ("hor", a.hor), ("ver", a.ver)):
+        branch = branches.get(name)
+        if branch is None:
+            append_absent(a)
+            continue
+        norm = branch.norm if total is None else total
+        assert norm is not None
+        if norm.running_var is None:
+            raise ValueError(
+                f"block {len(a.place) // 2}: var of {name} is missing: a batch norm without running statistics "
+                "normalises by the batch, and no fixed convolution equals it"
+            )
+        # The norm of the sum: its μ and β count once, its scale for every branch.
+        once = total is None or name == "square"
+        beta, mean = (norm.beta, norm.running_mean) if once else (None, None)
+        append_branch(a, kernels, branch.weight, branch.bias, norm.gamma, beta, mean, norm.running_var, norm.eps)
+    a.place.extend((step.geometry.hor_row, step.geometry.ver_column))
+
+
+def append_branch(
+    a: Arguments,
+    kernels: list[Tensor],
+    weight: Tensor,
+    conv_bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor,
+    eps: float,
+) -> None:
+    """Appends one branch to the operator's lists; kernels is a's list for its weight."""
+    present = BRANCH
+    kernels.append(weight)
+    a.var.append(var)
+    a.eps.append(eps)
+    if gamma is not None:
+        present |= GAMMA
+        a.gamma.append(gamma)
+    if beta is not None:
+        present |= BETA
+        a.beta.append(beta)
+    if mean is not None:
+        present |= MEAN
+        a.mean.append(mean)
+    if conv_bias is not None:
+        present |= CONV_BIAS
+        a.conv_bias.append(conv_bias)
+    a.present.append(present)
+
+
+def append_absent(a: Arguments) -> None:
+    """Appends a branch that the block does not have."""
+    a.present.append(0)
+    a.eps.append(0.0)
