@@ -1,0 +1,69 @@
+// Batch-norm sums on the CPU: out = Σ_b BN_b(y_b) and its gradient, over N×K×H×W maps y_b, b < 3.
+//
+// Four passes over the maps, each written once (bn_sum_kernels.h) and compiled for several instruction sets
+// (bn_sum_{generic,avx2,avx512}.cpp). bn_sum.cpp holds the operators: it cuts the maps into slabs, runs the passes
+// over them in parallel and merges what they return in slab order. Slabs depend on the shape alone, so results are
+// the same bits for every number of threads.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+
+namespace acnet::bn_sum {
+
+constexpr int kMaxBranches = 3;
+
+// How the maps lie in memory and how they are cut.
+struct Plan {
+  int branches;
+  // channels_last: pixels are rows of K channels. `fold` pixels are read as one row of fold·K columns, so that narrow
+  // maps fill vectors. A slab is `slab` rows; the last pixels that make no whole row are part of the last slab.
+  // Otherwise NCHW: planes of `pixels` per image and channel, and a slab is `slab` images.
+  bool channels_last;
+  int64_t images, channels, pixels;
+  int64_t fold, slab, slabs;
+
+  int64_t width() const { return fold * channels; }
+  // Work units: slabs, or slabs × channels (channel fastest) in NCHW.
+  int64_t tasks() const { return channels_last ? slabs : slabs * channels; }
+  // Elements per channel of slab i.
+  int64_t count(int64_t i) const {
+    if (!channels_last) return (end(i, images) - i * slab) * pixels;
+    const int64_t total = images * pixels, rows = total / fold;
+    return (end(i, rows) - i * slab) * fold + (i == slabs - 1 ? total % fold : 0);
+  }
+  int64_t end(int64_t i, int64_t limit) const { return i == slabs - 1 ? limit : (i + 1) * slab; }
+};
+
+// The passes over tasks [begin, end). T is the maps' type; A, the type of everything else, is double for double and
+// float otherwise. Coefficients are [branches][width()], partial results [slabs][…][channels].
+template <class A>
+struct Passes {
+  // mean and M2 = Σ(y − mean)² of each slab, [slabs][branches][channels].
+  void (*statistics)(const Plan&, const void* const* y, A* mean, A* m2, int64_t begin, int64_t end);
+  // out = Σ_b scale_b (y_b − center_b) + shift.
+  void (*apply)(const Plan&, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
+                int64_t begin, int64_t end);
+  // Σ g (y_b − center_b) for each branch, then Σ g: [slabs][branches + 1][channels].
+  void (*reduce)(const Plan&, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
+                 int64_t end);
+  // dy_b = scale_b (g − grad_mean) + slope_b (y_b − center_b), for the branches whose dy is not null; dy may be y.
+  void (*gradient)(const Plan&, const void* grad, const void* const* y, const A* center, const A* scale,
+                   const A* slope, const A* grad_mean, void* const* dy, int64_t begin, int64_t end);
+};
+
+// The passes for maps of type T with one instruction set.
+#define ACNET_BN_SUM_DECLARE(isa) \
+  namespace isa {                 \
+  template <class T, class A>     \
+  Passes<A> passes();             \
+  }
+ACNET_BN_SUM_DECLARE(generic)
+#if defined(__x86_64__)
+ACNET_BN_SUM_DECLARE(avx2)
+ACNET_BN_SUM_DECLARE(avx512)
+#endif
+#undef ACNET_BN_SUM_DECLARE
+
+}  // namespace acnet::bn_sum

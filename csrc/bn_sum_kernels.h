@@ -1,0 +1,457 @@
+// The four passes of bn_sum.h for one instruction set. Included once by each bn_sum_<isa>.cpp, which defines
+//   ACNET_ISA    the namespace,
+//   ACNET_BYTES  the bytes of a vector register,
+//   load_half / store_half  for c10::Half.
+// Vectors are GCC's and Clang's own vector types, so the same lines compile to SSE2, NEON, AVX2 and AVX-512.
+// Nothing here may call an inline function from elsewhere: compiled for this instruction set, it could be the copy
+// that the linker keeps for everybody.
+
+namespace acnet::bn_sum::ACNET_ISA {
+namespace {
+
+template <class A>
+struct Simd {
+  typedef A Vec __attribute__((vector_size(ACNET_BYTES)));
+  static constexpr int64_t lanes = ACNET_BYTES / sizeof(A);
+};
+template <class A>
+using Vec = typename Simd<A>::Vec;
+typedef uint16_t Bits16 __attribute__((vector_size(ACNET_BYTES / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(ACNET_BYTES)));
+
+// A whole vector at p.
+inline Vec<float> load(const float* p) {
+  Vec<float> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec<double> load(const double* p) {
+  Vec<double> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec<float> load(const c10::BFloat16* p) {
+  Bits16 bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return (Vec<float>)(__builtin_convertvector(bits, Bits32) << 16);
+}
+inline Vec<float> load(const c10::Half* p) { return load_half(p); }
+
+inline void store(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store(c10::BFloat16* p, Vec<float> v) {
+  // Round to nearest even; a NaN stays one.
+  const Bits32 bits = (Bits32)v;
+  const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits16 half = __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, Bits16);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+inline void store(c10::Half* p, Vec<float> v) { store_half(p, v); }
+
+// The first n < lanes elements at p; the others are zero.
+template <class A, class T>
+inline Vec<A> load_part(const T* p, int64_t n) {
+  T buffer[Simd<A>::lanes];
+  __builtin_memset(buffer, 0, sizeof buffer);
+  __builtin_memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <class A, class T>
+inline void store_part(T* p, Vec<A> v, int64_t n) {
+  T buffer[Simd<A>::lanes];
+  store(buffer, v);
+  __builtin_memcpy(p, buffer, n * sizeof(T));
+}
+
+// body(column, load, store) for each vector of a row of `width` columns; the last one may be partial.
+template <class A, class Body>
+inline __attribute__((always_inline)) void for_vectors(int64_t width, const Body& body) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  int64_t c = 0;
+  for (; c + lanes <= width; c += lanes)
+    body(c, [](auto* p) __attribute__((always_inline)) { return load(p); },
+         [](auto* p, Vec<A> v) __attribute__((always_inline)) { store(p, v); });
+  if (const int64_t n = width - c; n > 0)
+    body(c, [n](auto* p) { return load_part<A>(p, n); }, [n](auto* p, Vec<A> v) { store_part<A>(p, v, n); });
+}
+
+template <class A>
+inline A lane_sum(Vec<A> v) {
+  A total = 0;
+  for (int64_t i = 0; i < Simd<A>::lanes; ++i) total += v[i];
+  return total;
+}
+
+// Chan's rule: (mean, m2) of `count` elements merged with those of `more` elements.
+template <class A>
+inline void merge(A& mean, A& m2, int64_t count, A mean_more, A m2_more, int64_t more) {
+  const A delta = mean_more - mean, share = A(more) / A(count + more);
+  mean += delta * share;
+  m2 += m2_more + delta * delta * A(count) * share;
+}
+
+constexpr int64_t kChunkBytes = 16 << 10;  // read twice by statistics(): half of an L1 cache at most
+
+// ---- channels_last: rows of width() columns ----
+
+// mean and M2 of each column of rows×width at y.
+template <class T, class A>
+void column_moments(const T* y, int64_t rows, int64_t width, A* mean, A* m2) {
+  __builtin_memset(mean, 0, width * sizeof(A));
+  __builtin_memset(m2, 0, width * sizeof(A));
+  int64_t r = 0;
+  // Four rows at a time: one read and write of the accumulators for four of the map.
+  for (; r + 4 <= rows; r += 4) {
+    const T* p = y + r * width;
+    for_vectors<A>(width, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
+      const Vec<A> sum = (get(p + c) + get(p + width + c)) + (get(p + 2 * width + c) + get(p + 3 * width + c));
+      put(mean + c, get(mean + c) + sum);
+    });
+  }
+  for (; r < rows; ++r)
+    for_vectors<A>(width, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
+      put(mean + c, get(mean + c) + get(y + r * width + c));
+    });
+  for (int64_t c = 0; c < width; ++c) mean[c] /= A(rows);
+  for (r = 0; r + 4 <= rows; r += 4) {
+    const T* p = y + r * width;
+    for_vectors<A>(width, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
+      const Vec<A> m = get(mean + c);
+      const Vec<A> d0 = get(p + c) - m, d1 = get(p + width + c) - m;
+      const Vec<A> d2 = get(p + 2 * width + c) - m, d3 = get(p + 3 * width + c) - m;
+      put(m2 + c, get(m2 + c) + ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)));
+    });
+  }
+  for (; r < rows; ++r)
+    for_vectors<A>(width, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
+      const Vec<A> d = get(y + r * width + c) - get(mean + c);
+      put(m2 + c, get(m2 + c) + d * d);
+    });
+}
+
+// The rows of slab i: [first, last), and how many pixels beyond whole rows belong to it.
+struct Rows {
+  int64_t first, last, rest;
+};
+inline Rows rows_of(const Plan& plan, int64_t i) {
+  const int64_t total = plan.images * plan.pixels;
+  return {i * plan.slab, plan.end(i, total / plan.fold), i == plan.slabs - 1 ? total % plan.fold : 0};
+}
+
+// Scratch memory of one task.
+template <class A>
+struct Scratch {
+  explicit Scratch(int64_t n) : data(static_cast<A*>(__builtin_malloc(n * sizeof(A)))) {}
+  ~Scratch() { __builtin_free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  A* data;
+};
+
+template <class T, class A>
+void statistics_rows(const Plan& plan, const void* const* y, A* mean, A* m2, int64_t begin, int64_t end) {
+  const int64_t width = plan.width(), channels = plan.channels;
+  int64_t chunk = kChunkBytes / (width * int64_t(sizeof(T)));
+  chunk = chunk < 8 ? 8 : chunk;
+  const Scratch<A> scratch(4 * width);
+  A *chunk_mean = scratch.data, *chunk_m2 = chunk_mean + width, *wide_mean = chunk_m2 + width,
+    *wide_m2 = wide_mean + width;
+  for (int64_t i = begin; i < end; ++i) {
+    const Rows rows = rows_of(plan, i);
+    for (int b = 0; b < plan.branches; ++b) {
+      const T* map = static_cast<const T*>(y[b]);
+      int64_t count = 0;
+      for (int64_t r = rows.first; r < rows.last; r += chunk) {
+        const int64_t more = rows.last - r < chunk ? rows.last - r : chunk;
+        if (count == 0) {
+          column_moments(map + r * width, more, width, wide_mean, wide_m2);
+        } else {
+          column_moments(map + r * width, more, width, chunk_mean, chunk_m2);
+          for (int64_t c = 0; c < width; ++c)
+            merge(wide_mean[c], wide_m2[c], count, chunk_mean[c], chunk_m2[c], more);
+        }
+        count += more;
+      }
+      // The `fold` pixels of a row are pixels of the same channels.
+      A *slab_mean = mean + (i * plan.branches + b) * channels, *slab_m2 = m2 + (i * plan.branches + b) * channels;
+      int64_t pixels = 0;
+      if (count > 0) {
+        __builtin_memcpy(slab_mean, wide_mean, channels * sizeof(A));
+        __builtin_memcpy(slab_m2, wide_m2, channels * sizeof(A));
+        pixels = count;
+        for (int64_t f = 1; f < plan.fold; ++f, pixels += count)
+          for (int64_t c = 0; c < channels; ++c)
+            merge(slab_mean[c], slab_m2[c], pixels, wide_mean[f * channels + c], wide_m2[f * channels + c], count);
+      }
+      if (rows.rest > 0) {
+        const T* rest = map + rows.last * width;
+        if (pixels == 0) {
+          column_moments(rest, rows.rest, channels, slab_mean, slab_m2);
+        } else {
+          column_moments(rest, rows.rest, channels, chunk_mean, chunk_m2);
+          for (int64_t c = 0; c < channels; ++c)
+            merge(slab_mean[c], slab_m2[c], pixels, chunk_mean[c], chunk_m2[c], rows.rest);
+        }
+      }
+    }
+  }
+}
+
+template <class T, class A, int B>
+void apply_rows(const Plan& plan, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
+                int64_t begin, int64_t end) {
+  const int64_t width = plan.width();
+  const auto row = [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
+    for_vectors<A>(columns, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
+      Vec<A> sum = get(shift + c);
+      for (int b = 0; b < B; ++b)
+        sum += get(scale + b * width + c) * (get(static_cast<const T*>(y[b]) + at + c) - get(center + b * width + c));
+      put(static_cast<T*>(out) + at + c, sum);
+    });
+  };
+  // Backwards: the end of the maps is what the pass before left in the cache.
+  for (int64_t i = end - 1; i >= begin; --i) {
+    const Rows rows = rows_of(plan, i);
+    if (rows.rest > 0) row(rows.last * width, rows.rest * plan.channels);
+    for (int64_t r = rows.last - 1; r >= rows.first; --r) row(r * width, width);
+  }
+}
+
+template <int U>
+struct Unroll {
+  static constexpr int value = U;
+};
+
+template <class T, class A, int B>
+void reduce_rows(const Plan& plan, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
+                 int64_t end) {
+  const int64_t width = plan.width(), channels = plan.channels;
+  const T* g = static_cast<const T*>(grad);
+  // Sums of a chunk, then of the slab: no accumulator adds up more than a few hundred terms.
+  constexpr int64_t kChunk = 256;
+  const Scratch<A> scratch(2 * (B + 1) * width);
+  A *chunk = scratch.data, *slab = chunk + (B + 1) * width;
+  const auto add_rows = [&](int64_t at, int64_t columns, auto unroll) __attribute__((always_inline)) {
+    constexpr int U = decltype(unroll)::value;
+    for_vectors<A>(columns, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
+      Vec<A> v[U], total = get(chunk + B * width + c);
+      for (int u = 0; u < U; ++u) {
+        v[u] = get(g + at + u * width + c);
+        total += v[u];
+      }
+      put(chunk + B * width + c, total);
+      for (int b = 0; b < B; ++b) {
+        const Vec<A> m = get(center + b * width + c);
+        Vec<A> sum = get(chunk + b * width + c);
+        for (int u = 0; u < U; ++u) sum += v[u] * (get(static_cast<const T*>(y[b]) + at + u * width + c) - m);
+        put(chunk + b * width + c, sum);
+      }
+    });
+  };
+  for (int64_t i = begin; i < end; ++i) {
+    const Rows rows = rows_of(plan, i);
+    __builtin_memset(slab, 0, (B + 1) * width * sizeof(A));
+    for (int64_t first = rows.first; first < rows.last; first += kChunk) {
+      const int64_t last = rows.last - first < kChunk ? rows.last : first + kChunk;
+      __builtin_memset(chunk, 0, (B + 1) * width * sizeof(A));
+      int64_t r = first;
+      for (; r + 4 <= last; r += 4) add_rows(r * width, width, Unroll<4>{});
+      for (; r < last; ++r) add_rows(r * width, width, Unroll<1>{});
+      for (int64_t c = 0; c < (B + 1) * width; ++c) slab[c] += chunk[c];
+    }
+    if (rows.rest > 0) {
+      __builtin_memset(chunk, 0, (B + 1) * width * sizeof(A));
+      add_rows(rows.last * width, rows.rest * channels, Unroll<1>{});
+      for (int64_t c = 0; c < (B + 1) * width; ++c) slab[c] += chunk[c];
+    }
+    for (int b = 0; b <= B; ++b)
+      for (int64_t c = 0; c < channels; ++c) {
+        A sum = 0;
+        for (int64_t f = 0; f < plan.fold; ++f) sum += slab[b * width + f * channels + c];
+        sums[(i * (B + 1) + b) * channels + c] = sum;
+      }
+  }
+}
+
+template <class T, class A, int B>
+void gradient_rows(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
+                   const A* slope, const A* grad_mean, void* const* dy, int64_t begin, int64_t end) {
+  const int64_t width = plan.width();
+  const T* g = static_cast<const T*>(grad);
+  const auto row = [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
+    for_vectors<A>(columns, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
+      const Vec<A> v = get(g + at + c) - get(grad_mean + c);
+      for (int b = 0; b < B; ++b)
+        if (dy[b] != nullptr) {
+          const Vec<A> d = get(static_cast<const T*>(y[b]) + at + c) - get(center + b * width + c);
+          put(static_cast<T*>(dy[b]) + at + c, get(scale + b * width + c) * v + get(slope + b * width + c) * d);
+        }
+    });
+  };
+  for (int64_t i = end - 1; i >= begin; --i) {
+    const Rows rows = rows_of(plan, i);
+    if (rows.rest > 0) row(rows.last * width, rows.rest * plan.channels);
+    for (int64_t r = rows.last - 1; r >= rows.first; --r) row(r * width, width);
+  }
+}
+
+// ---- NCHW: planes of `pixels` ----
+
+template <class T, class A>
+void plane_moments(const T* y, int64_t n, A& mean, A& m2) {
+  Vec<A> sums[2] = {}, squares[2] = {};
+  int which = 0;
+  for_vectors<A>(n, [&](int64_t c, auto get, auto) __attribute__((always_inline)) {
+    sums[which] += get(y + c);
+    which ^= 1;
+  });
+  mean = lane_sum<A>(sums[0] + sums[1]) / A(n);
+  const int64_t whole = n / Simd<A>::lanes * Simd<A>::lanes;
+  const Vec<A> m = mean - Vec<A>{};
+  for_vectors<A>(whole, [&](int64_t c, auto get, auto) __attribute__((always_inline)) {
+    const Vec<A> d = get(y + c) - m;
+    squares[which] += d * d;
+    which ^= 1;
+  });
+  m2 = lane_sum<A>(squares[0] + squares[1]);
+  // Lanes beyond the plane must not count as −mean.
+  for (int64_t c = whole; c < n; ++c) {
+    const A d = load_part<A>(y + c, 1)[0] - mean;
+    m2 += d * d;
+  }
+}
+
+// body(image) for the images of task t, in order.
+template <class Body>
+inline __attribute__((always_inline)) void for_planes(const Plan& plan, int64_t t, const Body& body) {
+  const int64_t slab = t / plan.channels, channel = t % plan.channels;
+  for (int64_t n = slab * plan.slab; n < plan.end(slab, plan.images); ++n)
+    body((n * plan.channels + channel) * plan.pixels);
+}
+
+template <class T, class A>
+void statistics_planes(const Plan& plan, const void* const* y, A* mean, A* m2, int64_t begin, int64_t end) {
+  const int64_t chunk = kChunkBytes / int64_t(sizeof(T));
+  for (int64_t t = begin; t < end; ++t)
+    for (int b = 0; b < plan.branches; ++b) {
+      A slab_mean = 0, slab_m2 = 0;
+      int64_t count = 0;
+      for_planes(plan, t, [&](int64_t at) {
+        for (int64_t p = 0; p < plan.pixels; p += chunk) {
+          const int64_t more = plan.pixels - p < chunk ? plan.pixels - p : chunk;
+          A chunk_mean, chunk_m2;
+          plane_moments(static_cast<const T*>(y[b]) + at + p, more, chunk_mean, chunk_m2);
+          merge(slab_mean, slab_m2, count, chunk_mean, chunk_m2, more);
+          count += more;
+        }
+      });
+      const int64_t at = (t / plan.channels * plan.branches + b) * plan.channels + t % plan.channels;
+      mean[at] = slab_mean;
+      m2[at] = slab_m2;
+    }
+}
+
+template <class T, class A, int B>
+void apply_planes(const Plan& plan, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
+                  int64_t begin, int64_t end) {
+  for (int64_t t = end - 1; t >= begin; --t) {
+    const int64_t k = t % plan.channels;
+    for_planes(plan, t, [&](int64_t at) {
+      for_vectors<A>(plan.pixels, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
+        Vec<A> sum = shift[k] - Vec<A>{};
+        for (int b = 0; b < B; ++b)
+          sum += scale[b * plan.channels + k] *
+                 (get(static_cast<const T*>(y[b]) + at + c) - center[b * plan.channels + k]);
+        put(static_cast<T*>(out) + at + c, sum);
+      });
+    });
+  }
+}
+
+template <class T, class A, int B>
+void reduce_planes(const Plan& plan, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
+                   int64_t end) {
+  const T* g = static_cast<const T*>(grad);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t k = t % plan.channels;
+    double slab[B + 1] = {};
+    for_planes(plan, t, [&](int64_t at) {
+      Vec<A> chunk[B + 1] = {};
+      // Lanes beyond the plane have g = 0 and add nothing.
+      for_vectors<A>(plan.pixels, [&](int64_t c, auto get, auto) __attribute__((always_inline)) {
+        const Vec<A> v = get(g + at + c);
+        chunk[B] += v;
+        for (int b = 0; b < B; ++b)
+          chunk[b] += v * (get(static_cast<const T*>(y[b]) + at + c) - center[b * plan.channels + k]);
+      });
+      for (int b = 0; b <= B; ++b) slab[b] += double(lane_sum<A>(chunk[b]));
+    });
+    for (int b = 0; b <= B; ++b) sums[(t / plan.channels * (B + 1) + b) * plan.channels + k] = A(slab[b]);
+  }
+}
+
+template <class T, class A, int B>
+void gradient_planes(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
+                     const A* slope, const A* grad_mean, void* const* dy, int64_t begin, int64_t end) {
+  const T* g = static_cast<const T*>(grad);
+  for (int64_t t = end - 1; t >= begin; --t) {
+    const int64_t k = t % plan.channels;
+    for_planes(plan, t, [&](int64_t at) {
+      for_vectors<A>(plan.pixels, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
+        const Vec<A> v = get(g + at + c) - grad_mean[k];
+        for (int b = 0; b < B; ++b)
+          if (dy[b] != nullptr) {
+            const Vec<A> d = get(static_cast<const T*>(y[b]) + at + c) - center[b * plan.channels + k];
+            put(static_cast<T*>(dy[b]) + at + c, scale[b * plan.channels + k] * v + slope[b * plan.channels + k] * d);
+          }
+      });
+    });
+  }
+}
+
+// ---- choice of the layout and the number of branches ----
+
+#define ACNET_CALL(name, ...)                                                              \
+  (plan.channels_last ? (plan.branches == 1   ? name##_rows<T, A, 1>(__VA_ARGS__)          \
+                         : plan.branches == 2 ? name##_rows<T, A, 2>(__VA_ARGS__)          \
+                                              : name##_rows<T, A, 3>(__VA_ARGS__))         \
+                      : (plan.branches == 1   ? name##_planes<T, A, 1>(__VA_ARGS__)        \
+                         : plan.branches == 2 ? name##_planes<T, A, 2>(__VA_ARGS__)        \
+                                              : name##_planes<T, A, 3>(__VA_ARGS__)))
+
+template <class T, class A>
+void statistics(const Plan& plan, const void* const* y, A* mean, A* m2, int64_t begin, int64_t end) {
+  if (plan.channels_last)
+    statistics_rows<T, A>(plan, y, mean, m2, begin, end);
+  else
+    statistics_planes<T, A>(plan, y, mean, m2, begin, end);
+}
+template <class T, class A>
+void apply(const Plan& plan, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
+           int64_t begin, int64_t end) {
+  ACNET_CALL(apply, plan, y, center, scale, shift, out, begin, end);
+}
+template <class T, class A>
+void reduce(const Plan& plan, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
+            int64_t end) {
+  ACNET_CALL(reduce, plan, grad, y, center, sums, begin, end);
+}
+template <class T, class A>
+void gradient(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
+              const A* slope, const A* grad_mean, void* const* dy, int64_t begin, int64_t end) {
+  ACNET_CALL(gradient, plan, grad, y, center, scale, slope, grad_mean, dy, begin, end);
+}
+#undef ACNET_CALL
+
+}  // namespace
+
+template <class T, class A>
+Passes<A> passes() {
+  return {statistics<T, A>, apply<T, A>, reduce<T, A>, gradient<T, A>};
+}
+template Passes<float> passes<float, float>();
+template Passes<double> passes<double, double>();
+template Passes<float> passes<c10::BFloat16, float>();
+template Passes<float> passes<c10::Half, float>();
+
+}  // namespace acnet::bn_sum::ACNET_ISA
