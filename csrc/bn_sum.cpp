@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -22,7 +21,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
-using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 constexpr int64_t kSlabElements = 16 << 10;  // a slab is worth a task of its own from here on
 constexpr int64_t kMostSlabs = 64;
@@ -119,16 +117,21 @@ std::vector<const void*> pointers(const Tensors& maps) {
   return p;
 }
 
-// K values as A; `missing` where there is no tensor.
+void check_affine(const char* name, const Tensors& values, size_t branches) {
+  STD_TORCH_CHECK(values.empty() || values.size() == branches, name, " must have one entry per map, or none");
+}
+
+// The K values of branch b as A; `missing` where there are none at all.
 template <class A>
-std::vector<A> channel_values(const char* name, const std::optional<Tensor>& t, int64_t channels, A missing) {
+std::vector<A> channel_values(const char* name, const Tensors& all, size_t b, int64_t channels, A missing) {
   std::vector<A> values(channels, missing);
-  if (!t.has_value()) return values;
-  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == channels && t->is_contiguous(), name,
+  if (all.empty()) return values;
+  const Tensor& t = all[b];
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == channels && t.is_contiguous(), name,
                   " must be contiguous CPU vectors of ", channels, " channels");
-  dispatch(t->scalar_type(), [&](auto element, auto) {
+  dispatch(t.scalar_type(), [&](auto element, auto) {
     using E = decltype(element);
-    const E* p = static_cast<const E*>(t->const_data_ptr());
+    const E* p = static_cast<const E*>(t.const_data_ptr());
     for (int64_t k = 0; k < channels; ++k) values[k] = static_cast<A>(p[k]);
     return 0;
   });
@@ -159,12 +162,12 @@ Tensor make_statistics(const Tensor& like, std::vector<int64_t> sizes, const std
   return t;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensors ys, OptionalTensors gammas, OptionalTensors betas,
-                                           std::vector<double> eps) {
+std::tuple<Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps) {
   const Plan plan = plan_of(ys);
   const size_t branches = ys.size();
-  STD_TORCH_CHECK(gammas.size() == branches && betas.size() == branches && eps.size() == branches,
-                  "gammas, betas and eps must have one entry per map");
+  check_affine("gammas", gammas, branches);
+  check_affine("betas", betas, branches);
+  STD_TORCH_CHECK(eps.size() == branches, "eps must have one entry per map");
   Tensor out = torch::stable::empty_like(ys[0]);
   return dispatch(ys[0].scalar_type(), [&](auto element, auto accumulator) {
     using A = decltype(accumulator);
@@ -189,8 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensors ys, OptionalTensors gammas, O
     }
     std::vector<A> center(mean.begin(), mean.end()), rstd(per_slab), scale(per_slab), shift(channels);
     for (size_t b = 0; b < branches; ++b) {
-      const std::vector<A> gamma = channel_values<A>("gammas", gammas[b], channels, 1);
-      const std::vector<A> beta = channel_values<A>("betas", betas[b], channels, 0);
+      const std::vector<A> gamma = channel_values<A>("gammas", gammas, b, channels, 1);
+      const std::vector<A> beta = channel_values<A>("betas", betas, b, channels, 0);
       for (int64_t k = 0; k < channels; ++k) {
         const int64_t c = b * channels + k;
         rstd[c] = static_cast<A>(1 / std::sqrt(m2[c] / count + eps[b]));
@@ -212,14 +215,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensors ys, OptionalTensors gammas, O
 
 // dγ (branches×K) and dβ (K); dy_b into dys[b] wherever that is not null.
 std::tuple<Tensor, Tensor> backward_into(const Tensor& grad, const Tensors& ys, const Tensor& means,
-                                         const Tensor& rstds, const OptionalTensors& gammas,
+                                         const Tensor& rstds, const Tensors& gammas,
                                          const std::vector<void*>& dys) {
   const Plan plan = plan_of(ys);
   bool same = grad.scalar_type() == ys[0].scalar_type() && grad.dim() == 4;
   for (int d = 0; same && d < 4; ++d) same = grad.size(d) == ys[0].size(d);
   STD_TORCH_CHECK(same && (plan.channels_last ? is_channels_last(grad) : grad.is_contiguous()),
                   "grad must agree with ys in shape, dtype and layout");
-  STD_TORCH_CHECK(gammas.size() == ys.size(), "gammas must have one entry per map");
+  check_affine("gammas", gammas, ys.size());
   for (const Tensor* t : {&means, &rstds})
     STD_TORCH_CHECK(t->numel() == plan.branches * plan.channels && t->is_contiguous() &&
                         t->element_size() == (ys[0].element_size() == 8 ? 8 : 4),
@@ -243,7 +246,7 @@ std::tuple<Tensor, Tensor> backward_into(const Tensor& grad, const Tensors& ys, 
     std::vector<A> dbeta(total, total + channels), grad_mean(channels);
     for (int64_t k = 0; k < channels; ++k) grad_mean[k] = static_cast<A>(total[k] / count);
     for (int b = 0; b < plan.branches; ++b) {
-      const std::vector<A> gamma = channel_values<A>("gammas", gammas[b], channels, 1);
+      const std::vector<A> gamma = channel_values<A>("gammas", gammas, b, channels, 1);
       for (int64_t k = 0; k < channels; ++k) {
         const int64_t c = b * channels + k;
         dgamma[c] = static_cast<A>(sums[c] * rstd[c]);
@@ -267,7 +270,7 @@ std::tuple<Tensor, Tensor> backward_into(const Tensor& grad, const Tensors& ys, 
 }
 
 std::tuple<Tensors, Tensor, Tensor> backward(Tensor grad, Tensors ys, Tensor means, Tensor rstds,
-                                             OptionalTensors gammas, std::vector<bool> needs_dy) {
+                                             Tensors gammas, std::vector<bool> needs_dy) {
   STD_TORCH_CHECK(needs_dy.size() == ys.size(), "needs_dy must have one entry per map");
   Tensors dys;
   std::vector<void*> targets(ys.size(), nullptr);
@@ -280,7 +283,7 @@ std::tuple<Tensors, Tensor, Tensor> backward(Tensor grad, Tensors ys, Tensor mea
   return {std::move(dys), std::move(dgammas), std::move(dbeta)};
 }
 
-std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tensor rstds, OptionalTensors gammas,
+std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tensor rstds, Tensors gammas,
                                      std::vector<bool> needs_dy) {
   STD_TORCH_CHECK(needs_dy.size() == ys.size(), "needs_dy must have one entry per map");
   std::vector<void*> targets(ys.size(), nullptr);
@@ -292,12 +295,12 @@ std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
-  m.def("bn_sum_forward(Tensor[] ys, Tensor?[] gammas, Tensor?[] betas, float[] eps) -> (Tensor, Tensor, Tensor)");
+  m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "bn_sum_backward(Tensor grad, Tensor[] ys, Tensor means, Tensor rstds, Tensor?[] gammas, bool[] needs_dy)"
+      "bn_sum_backward(Tensor grad, Tensor[] ys, Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy)"
       " -> (Tensor[], Tensor, Tensor)");
   m.def(
-      "bn_sum_backward_(Tensor grad, Tensor(a!)[] ys, Tensor means, Tensor rstds, Tensor?[] gammas, bool[] needs_dy)"
+      "bn_sum_backward_(Tensor grad, Tensor(a!)[] ys, Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy)"
       " -> (Tensor, Tensor)");
 }
 
