@@ -1,0 +1,209 @@
+"""Batch-norm sums, out = Σ_b BN_b(y_b) with the batch's own statistics, and their gradient, as operators.
+
+    bn_sum_forward(ys, gammas, betas, eps) -> (out, means, rstds)
+        out = Σ_b γ_b·(y_b − μ_b)·rstd_b + β_b, in the dtype and layout of ys.
+    bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy) -> (dys, dgammas, dbeta)
+        dys holds dy_b for every b with needs_dy[b], in order, in the dtype and layout of ys. Every branch's dβ is the
+        same Σ grad, hence one dbeta.
+    bn_sum_backward_(…same…) -> (dgammas, dbeta)
+        The same, with dy_b written over y_b where needs_dy[b].
+
+Arguments: `ys`, 1 to 3 maps N×K×H×W of one shape, dtype (float32, float64, bfloat16, float16) and layout (all contiguous
+or all channels_last); `gammas` and `betas`, (K,) or None (1 and 0) a map; `eps`, a float a map; `grad` like out.
+`means`, `rstds` and `dgammas` are (branches, K) and `dbeta` (K,), float64 for float64 maps, float32 otherwise.
+Statistics are merged from per-slab means and M2 by Chan's rule; running statistics are the caller's (backends/batchnorm).
+
+With ŷ_b = (y_b − μ_b)·rstd_b, M = N·H·W and g = grad:
+    dβ = Σ g,   dγ_b = Σ g·ŷ_b,   dy_b = γ_b·rstd_b·(g − dβ/M − ŷ_b·dγ_b/M).
+The CPU kernels are C++ (csrc/bn_sum.cpp) where the extension is built; they return the same bits for any number of threads.
+The implementation in PyTorch, below, serves CUDA and the CPU without the extension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._extension import MISSING
+
+_LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
+
+if MISSING is not None:
+    _COMMON = "Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy"
+    _LIBRARY.define(
+        "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps) -> (Tensor, Tensor, Tensor)"
+    )
+    _LIBRARY.define(f"bn_sum_backward(Tensor grad, Tensor[] ys, {_COMMON}) -> (Tensor[], Tensor, Tensor)")
+    _LIBRARY.define(f"bn_sum_backward_(Tensor grad, Tensor(a!)[] ys, {_COMMON}) -> (Tensor, Tensor)")
+
+bn_sum_forward = torch.ops.acnet_kernels.bn_sum_forward.default
+bn_sum_backward = torch.ops.acnet_kernels.bn_sum_backward.default
+bn_sum_backward_ = torch.ops.acnet_kernels.bn_sum_backward_.default
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What statistics of maps of this dtype are computed and returned in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check(ys: Sequence[Tensor]) -> None:
+    if not 1 <= len(ys) <= 3:
+        raise ValueError(f"ys must hold 1 to 3 maps, got {len(ys)}")
+    if ys[0].dim() != 4 or ys[0].numel() == 0:
+        raise ValueError(f"ys must be non-empty N×K×H×W maps, got shape {tuple(ys[0].shape)}")
+    if any(y.shape != ys[0].shape or y.dtype != ys[0].dtype for y in ys):
+        raise ValueError(f"ys must agree in shape and dtype, got {[(tuple(y.shape), y.dtype) for y in ys]}")
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values[:, None, None]
+
+
+def _forward(
+    ys: list[Tensor], gammas: list[Tensor], betas: list[Tensor], eps: list[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(ys)
+    dtype = statistics_dtype(ys[0].dtype)
+    means, rstds = [], []
+    total = torch.zeros_like(ys[0], dtype=dtype)
+    for b, (y, e) in enumerate(zip(ys, eps, strict=True)):
+        y = y.to(dtype)
+        var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+        rstd = (var + e).rsqrt()
+        total.addcmul_(y - _per_channel(mean), _per_channel(rstd * gammas[b] if gammas else rstd))
+        if betas:
+            total += _per_channel(betas[b])
+        means.append(mean)
+        rstds.append(rstd)
+    return total.to(ys[0].dtype), torch.stack(means), torch.stack(rstds)
+
+
+def _backward_into(
+    grad: Tensor,
+    ys: list[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    gammas: list[Tensor],
+    targets: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    _check(ys)
+    if grad.shape != ys[0].shape or grad.dtype != ys[0].dtype:
+        raise ValueError(
+            f"grad must agree with ys in shape and dtype, got {tuple(grad.shape)} and {grad.dtype}, "
+            f"ys have {tuple(ys[0].shape)} and {ys[0].dtype}"
+        )
+    g = grad.to(means.dtype)
+    count = grad.numel() // grad.shape[1]
+    dbeta = g.sum((0, 2, 3))
+    g_centred = g - _per_channel(dbeta / count)
+    dgammas = []
+    for b, (y, mean, rstd, target) in enumerate(zip(ys, means, rstds, targets, strict=True)):
+        normed = (y.to(means.dtype) - _per_channel(mean)) * _per_channel(rstd)
+        dgamma = (g * normed).sum((0, 2, 3))
+        dgammas.append(dgamma)
+        if target is not None:
+            scale = rstd * gammas[b] if gammas else rstd
+            target.copy_(_per_channel(scale) * (g_centred - normed * _per_channel(dgamma / count)))
+    return torch.stack(dgammas), dbeta
+
+
+def _backward(
+    grad: Tensor,
+    ys: list[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    gammas: list[Tensor],
+    needs_dy: list[bool],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    targets = [torch.empty_like(y) if need else None for y, need in zip(ys, needs_dy, strict=True)]
+    dgammas, dbeta = _backward_into(grad, ys, means, rstds, gammas, targets)
+    return [target for target in targets if target is not None], dgammas, dbeta
+
+
+def _backward_(
+    grad: Tensor,
+    ys: list[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    gammas: list[Tensor],
+    needs_dy: list[bool],
+) -> tuple[Tensor, Tensor]:
+    targets = [y if need else None for y, need in zip(ys, needs_dy, strict=True)]
+    return _backward_into(grad, ys, means, rstds, gammas, targets)
+
+
+for _key in ("CUDA", "CPU") if MISSING is not None else ("CUDA",):
+    _LIBRARY.impl("bn_sum_forward", _forward, _key)
+    _LIBRARY.impl("bn_sum_backward", _backward, _key)
+    _LIBRARY.impl("bn_sum_backward_", _backward_, _key)
+
+
+@torch.library.register_fake("acnet_kernels::bn_sum_forward")
+def _(ys: list[Tensor], gammas: Any, betas: Any, eps: Any) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = ys[0].new_empty((len(ys), ys[0].shape[1]), dtype=statistics_dtype(ys[0].dtype))
+    return torch.empty_like(ys[0]), statistics, torch.empty_like(statistics)
+
+
+@torch.library.register_fake("acnet_kernels::bn_sum_backward")
+def _(
+    grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, gammas: Any, needs_dy: list[bool]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    dys = [torch.empty_like(y) for y, need in zip(ys, needs_dy, strict=True) if need]
+    return dys, torch.empty_like(means), means.new_empty(means.shape[1])
+
+
+@torch.library.register_fake("acnet_kernels::bn_sum_backward_")
+def _(
+    grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, gammas: Any, needs_dy: list[bool]
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(means), means.new_empty(means.shape[1])
+
+
+def like(grad: Tensor, y: Tensor) -> Tensor:
+    """grad in y's dtype and memory layout, as bn_sum_backward takes it; grad itself where it is so already."""
+    layout = torch.channels_last if is_channels_last(y) else torch.contiguous_format
+    return grad.to(y.dtype).contiguous(memory_format=layout)
+
+
+def is_channels_last(y: Tensor) -> bool:
+    """Whether y is channels_last and not contiguous as well."""
+    return y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ys, gammas, betas, _ = inputs
+    _, means, rstds = output
+    ctx.mark_non_differentiable(means, rstds)
+    ctx.count = len(ys)
+    ctx.beta_dtypes = [beta.dtype for beta in betas]
+    ctx.needs_dy = [y.requires_grad for y in ys]
+    ctx.save_for_backward(*ys, means, rstds, *gammas)
+
+
+def _autograd(
+    ctx: Any, grad: Tensor, *_: Tensor | None
+) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], None]:
+    saved = list(ctx.saved_tensors)
+    ys, (means, rstds), gammas = saved[: ctx.count], saved[ctx.count : ctx.count + 2], saved[ctx.count + 2 :]
+    dys, dgammas, dbeta = bn_sum_backward(like(grad, ys[0]), ys, means, rstds, gammas, ctx.needs_dy)
+    given = iter(dys)
+    return (
+        [next(given) if need else None for need in ctx.needs_dy],
+        [d.to(gamma.dtype) for gamma, d in zip(gammas, dgammas, strict=False)],
+        [dbeta.to(dtype) for dtype in ctx.beta_dtypes],
+        None,
+    )
+
+
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError(
+        "bn_sum_backward has no derivative of its own; for second derivatives use acblock(), whose backward is "
+        "differentiable, or torch.nn.functional.batch_norm"
+    )
+
+
+torch.library.register_autograd("acnet_kernels::bn_sum_forward", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("acnet_kernels::bn_sum_backward", _refuse)
