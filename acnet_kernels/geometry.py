@@ -61,6 +61,15 @@ class Placement:
             x = x[:, :, rows, max(-left, 0) : x.shape[3] - max(-right, 0)]
         return x
 
+    def add_adjoint(self, dx: Tensor, dview: Tensor) -> Tensor:
+        """Adds the gradient of apply(x) (zero padding) to dx, the gradient of x, in place; returns dx."""
+        left, right, top, bottom = self.edges
+        rows, columns = dx.shape[2:]
+        target = dx[:, :, max(-top, 0) : rows - max(-bottom, 0), max(-left, 0) : columns - max(-right, 0)]
+        rows, columns = dview.shape[2:]
+        target += dview[:, :, max(top, 0) : rows - max(bottom, 0), max(left, 0) : columns - max(right, 0)]
+        return dx
+
 
 def pad(x: Tensor, edges: tuple[int, int, int, int], padding_mode: PaddingMode) -> Tensor:
     """F.pad with nn.Conv2d's names of the modes; returns x itself when there is nothing to pad."""

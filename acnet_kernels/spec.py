@@ -59,7 +59,8 @@ class Step:
 class Problem:
     """What the choice of a backend may depend on: shapes, dtypes and flags, no tensors.
 
-    `dtype` is what the convolutions compute in (autocast taken into account); `batch_stats` has one entry a
+    `dtype` is what the convolutions compute in (autocast taken into account), `input_dtype` what the input
+    came in; `batch_stats` has one entry a
     batch norm; `grad` says whether anything needs a gradient.
     """
 
@@ -70,6 +71,7 @@ class Problem:
     norm: str
     batch_stats: tuple[bool, ...]
     dtype: torch.dtype
+    input_dtype: torch.dtype
     device: str
     channels_last: bool
     grad: bool
@@ -108,6 +110,7 @@ def problem_of(step: Step, x: Tensor) -> Problem:
         norm="branch" if step.norm is None else "sum",
         batch_stats=tuple(n.batch_stats for n in step.norms),
         dtype=dtype,
+        input_dtype=x.dtype,
         device=device,
         channels_last=prefers_channels_last(x, square),
         grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),

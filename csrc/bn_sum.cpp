@@ -150,13 +150,7 @@ std::vector<A> widen(const Plan& plan, const std::vector<A>& values) {
 }
 
 template <class A>
-std::vector<A> statistics_of(const Tensor& t) {
-  const A* p = static_cast<const A*>(t.const_data_ptr());
-  return std::vector<A>(p, p + t.numel());
-}
-
-template <class A>
-Tensor make_statistics(const Tensor& like, std::vector<int64_t> sizes, const std::vector<A>& values) {
+Tensor make_tensor(const Tensor& like, std::vector<int64_t> sizes, const std::vector<A>& values) {
   Tensor t = torch::stable::new_empty(like, sizes, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
   std::copy(values.begin(), values.end(), static_cast<A*>(t.mutable_data_ptr()));
   return t;
@@ -190,19 +184,23 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors b
       }
       count += more;
     }
-    std::vector<A> center(mean.begin(), mean.end()), rstd(per_slab), scale(per_slab), shift(channels);
+    // The passes subtract the mean rounded to A; what that leaves of a mean far larger than the deviation is made up
+    // for in the shift, here, and in the offset, in the gradient.
+    std::vector<A> center(mean.begin(), mean.end()), scale(per_slab);
+    std::vector<double> rstd(per_slab), sum(channels);
     for (size_t b = 0; b < branches; ++b) {
       const std::vector<A> gamma = channel_values<A>("gammas", gammas, b, channels, 1);
       const std::vector<A> beta = channel_values<A>("betas", betas, b, channels, 0);
       for (int64_t k = 0; k < channels; ++k) {
         const int64_t c = b * channels + k;
-        rstd[c] = static_cast<A>(1 / std::sqrt(m2[c] / count + eps[b]));
-        scale[c] = gamma[k] * rstd[c];
-        shift[k] += beta[k];
+        rstd[c] = 1 / std::sqrt(m2[c] / count + eps[b]);
+        scale[c] = static_cast<A>(gamma[k] * rstd[c]);
+        sum[k] += beta[k] - scale[c] * (mean[c] - center[c]);
       }
     }
-    Tensor means = make_statistics(ys[0], {plan.branches, channels}, center);
-    Tensor rstds = make_statistics(ys[0], {plan.branches, channels}, rstd);
+    std::vector<A> shift(sum.begin(), sum.end());
+    Tensor means = make_tensor(ys[0], {plan.branches, channels}, mean);
+    Tensor rstds = make_tensor(ys[0], {plan.branches, channels}, rstd);
     center = widen(plan, center);
     scale = widen(plan, scale);
     shift = widen(plan, shift);
@@ -225,14 +223,16 @@ std::tuple<Tensor, Tensor> backward_into(const Tensor& grad, const Tensors& ys, 
   check_affine("gammas", gammas, ys.size());
   for (const Tensor* t : {&means, &rstds})
     STD_TORCH_CHECK(t->numel() == plan.branches * plan.channels && t->is_contiguous() &&
-                        t->element_size() == (ys[0].element_size() == 8 ? 8 : 4),
+                        t->scalar_type() == ScalarType::Double,
                     "means and rstds must be what bn_sum_forward returned");
   return dispatch(ys[0].scalar_type(), [&](auto element, auto accumulator) {
     using A = decltype(accumulator);
     const Passes<A>& pass = passes<decltype(element), A>();
     const std::vector<const void*> y = pointers(ys);
     const int64_t channels = plan.channels, per_slab = (plan.branches + 1) * channels;
-    const std::vector<A> mean = statistics_of<A>(means), rstd = statistics_of<A>(rstds), center = widen(plan, mean);
+    const double* mean = static_cast<const double*>(means.const_data_ptr());
+    const double* rstd = static_cast<const double*>(rstds.const_data_ptr());
+    const std::vector<A> rounded(mean, mean + plan.branches * channels), center = widen(plan, rounded);
     std::vector<A> slab_sums(plan.slabs * per_slab);
     run(plan, [&](int64_t begin, int64_t end) {
       pass.reduce(plan, grad.const_data_ptr(), y.data(), center.data(), slab_sums.data(), begin, end);
@@ -242,27 +242,28 @@ std::tuple<Tensor, Tensor> backward_into(const Tensor& grad, const Tensors& ys, 
       for (int64_t c = 0; c < per_slab; ++c) sums[c] += slab_sums[i * per_slab + c];
     const double count = static_cast<double>(plan.images) * static_cast<double>(plan.pixels);
     const double* total = sums.data() + plan.branches * channels;
-    std::vector<A> dgamma(plan.branches * channels), scale(dgamma.size()), slope(dgamma.size());
-    std::vector<A> dbeta(total, total + channels), grad_mean(channels);
-    for (int64_t k = 0; k < channels; ++k) grad_mean[k] = static_cast<A>(total[k] / count);
+    std::vector<A> dgamma(plan.branches * channels), scale(dgamma.size()), slope(dgamma.size()), offset(dgamma.size());
+    const std::vector<A> dbeta(total, total + channels);
     for (int b = 0; b < plan.branches; ++b) {
       const std::vector<A> gamma = channel_values<A>("gammas", gammas, b, channels, 1);
       for (int64_t k = 0; k < channels; ++k) {
         const int64_t c = b * channels + k;
-        dgamma[c] = static_cast<A>(sums[c] * rstd[c]);
-        scale[c] = gamma[k] * rstd[c];
-        slope[c] = static_cast<A>(-double(scale[c]) * rstd[c] * rstd[c] * sums[c] / count);
+        const double left = mean[c] - rounded[c], d = (sums[c] - left * total[k]) * rstd[c];
+        dgamma[c] = static_cast<A>(d);
+        scale[c] = static_cast<A>(gamma[k] * rstd[c]);
+        slope[c] = static_cast<A>(-double(scale[c]) * rstd[c] * d / count);
+        offset[c] = static_cast<A>(-double(scale[c]) * total[k] / count - slope[c] * left);
       }
     }
-    Tensor dgammas = make_statistics(grad, {plan.branches, channels}, dgamma);
-    Tensor dbetas = make_statistics(grad, {channels}, dbeta);
+    Tensor dgammas = make_tensor(grad, {plan.branches, channels}, dgamma);
+    Tensor dbetas = make_tensor(grad, {channels}, dbeta);
     if (std::any_of(dys.begin(), dys.end(), [](const void* p) { return p != nullptr; })) {
       scale = widen(plan, scale);
       slope = widen(plan, slope);
-      grad_mean = widen(plan, grad_mean);
+      offset = widen(plan, offset);
       run(plan, [&](int64_t begin, int64_t end) {
         pass.gradient(plan, grad.const_data_ptr(), y.data(), center.data(), scale.data(), slope.data(),
-                      grad_mean.data(), dys.data(), begin, end);
+                      offset.data(), dys.data(), begin, end);
       });
     }
     return std::make_tuple(dgammas, dbetas);

@@ -48,9 +48,9 @@ struct Passes {
   // Σ g (y_b − center_b) for each branch, then Σ g: [slabs][branches + 1][channels].
   void (*reduce)(const Plan&, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
                  int64_t end);
-  // dy_b = scale_b (g − grad_mean) + slope_b (y_b − center_b), for the branches whose dy is not null; dy may be y.
+  // dy_b = scale_b g + slope_b (y_b − center_b) + offset_b, for the branches whose dy is not null; dy may be y.
   void (*gradient)(const Plan&, const void* grad, const void* const* y, const A* center, const A* scale,
-                   const A* slope, const A* grad_mean, void* const* dy, int64_t begin, int64_t end);
+                   const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end);
 };
 
 // The passes for maps of type T with one instruction set.

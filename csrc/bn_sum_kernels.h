@@ -275,16 +275,17 @@ void reduce_rows(const Plan& plan, const void* grad, const void* const* y, const
 
 template <class T, class A, int B>
 void gradient_rows(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
-                   const A* slope, const A* grad_mean, void* const* dy, int64_t begin, int64_t end) {
+                   const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end) {
   const int64_t width = plan.width();
   const T* g = static_cast<const T*>(grad);
   const auto row = [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
     for_vectors<A>(columns, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-      const Vec<A> v = get(g + at + c) - get(grad_mean + c);
+      const Vec<A> v = get(g + at + c);
       for (int b = 0; b < B; ++b)
         if (dy[b] != nullptr) {
           const Vec<A> d = get(static_cast<const T*>(y[b]) + at + c) - get(center + b * width + c);
-          put(static_cast<T*>(dy[b]) + at + c, get(scale + b * width + c) * v + get(slope + b * width + c) * d);
+          const Vec<A> scaled = get(scale + b * width + c) * v + get(offset + b * width + c);
+          put(static_cast<T*>(dy[b]) + at + c, scaled + get(slope + b * width + c) * d);
         }
     });
   };
@@ -392,17 +393,18 @@ void reduce_planes(const Plan& plan, const void* grad, const void* const* y, con
 
 template <class T, class A, int B>
 void gradient_planes(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
-                     const A* slope, const A* grad_mean, void* const* dy, int64_t begin, int64_t end) {
+                     const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end) {
   const T* g = static_cast<const T*>(grad);
   for (int64_t t = end - 1; t >= begin; --t) {
     const int64_t k = t % plan.channels;
     for_planes(plan, t, [&](int64_t at) {
       for_vectors<A>(plan.pixels, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-        const Vec<A> v = get(g + at + c) - grad_mean[k];
+        const Vec<A> v = get(g + at + c);
         for (int b = 0; b < B; ++b)
           if (dy[b] != nullptr) {
-            const Vec<A> d = get(static_cast<const T*>(y[b]) + at + c) - center[b * plan.channels + k];
-            put(static_cast<T*>(dy[b]) + at + c, scale[b * plan.channels + k] * v + slope[b * plan.channels + k] * d);
+            const int64_t bk = b * plan.channels + k;
+            const Vec<A> d = get(static_cast<const T*>(y[b]) + at + c) - center[bk];
+            put(static_cast<T*>(dy[b]) + at + c, scale[bk] * v + offset[bk] + slope[bk] * d);
           }
       });
     });
@@ -438,8 +440,8 @@ void reduce(const Plan& plan, const void* grad, const void* const* y, const A* c
 }
 template <class T, class A>
 void gradient(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
-              const A* slope, const A* grad_mean, void* const* dy, int64_t begin, int64_t end) {
-  ACNET_CALL(gradient, plan, grad, y, center, scale, slope, grad_mean, dy, begin, end);
+              const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end) {
+  ACNET_CALL(gradient, plan, grad, y, center, scale, slope, offset, dy, begin, end);
 }
 #undef ACNET_CALL
 

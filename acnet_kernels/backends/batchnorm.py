@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,3 +30,40 @@ def batch_norm(y: Tensor, norm: Norm) -> Tensor:
     norm.running_mean.lerp_(mean, factor)
     norm.running_var.lerp_(var, factor)
     return out
+
+
+def update_running(
+    norms: Sequence[Norm], means: Tensor, rstds: Tensor, count: int, biases: Sequence[Tensor | None]
+) -> None:
+    """Moves the running statistics and batch counters of all norms as nn.BatchNorm2d does, in place.
+
+    Args:
+        norms: the batch norms, all normalising by the batch.
+        means, rstds: (norms, K) float64, of maps without their convolution's bias, as `ops.bn_sum` returns them.
+        count: elements per channel, more than 1; the running variance is the unbiased one.
+        biases: the convolution's bias (K) of each norm, or None; it moves the mean only.
+    """
+    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    tracked = [b for b, norm in enumerate(norms) if norm.running_mean is not None]
+    if not tracked:
+        return
+    eps = rstds.new_tensor([norm.eps for norm in norms])
+    # rstd = 1/√(σ² + ε); rounding may leave a constant channel's σ² a hair below 0.
+    variances = (rstds.square().reciprocal() - eps[:, None]).clamp_min_(0) * (count / (count - 1))
+    for b in tracked:
+        norm, mean, variance, bias = norms[b], means[b], variances[b], biases[b]
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        if bias is not None:
+            mean = mean + bias
+        dtype = norm.running_mean.dtype
+        factor: float | Tensor
+        if norm.momentum is not None:
+            factor = norm.momentum
+        else:  # the cumulative average; 1/n stays a tensor, so nothing waits for it
+            assert norm.num_batches_tracked is not None
+            factor = norm.num_batches_tracked.to(dtype).reciprocal()
+        norm.running_mean.lerp_(mean.to(dtype), factor)
+        norm.running_var.lerp_(variance.to(dtype), factor)

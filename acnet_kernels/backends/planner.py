@@ -6,10 +6,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 from ..spec import Problem
-from . import eager, folded
+from . import branches, eager, folded
 
 # In order of preference: 'auto' takes the first that does not decline.
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (folded, eager)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (folded, branches, eager)}
 CHOICES = ("auto", *BACKENDS)
 
 
@@ -44,5 +44,6 @@ def choose(problem: Problem, requested: str = "auto") -> Plan:
 
 REASONS = {
     "folded": "running statistics normalise, so one folded convolution is exact",
+    "branches": "fused batch-norm sums move less memory than three batch norms and two additions",
     "eager": "the definition; no faster path covers this step",
 }

@@ -3,20 +3,22 @@
     bn_sum_forward(ys, gammas, betas, eps) -> (out, means, rstds)
         out = Σ_b γ_b·(y_b − μ_b)·rstd_b + β_b, in the dtype and layout of ys.
     bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy) -> (dys, dgammas, dbeta)
-        dys holds dy_b for every b with needs_dy[b], in order, in the dtype and layout of ys. Every branch's dβ is the
-        same Σ grad, hence one dbeta.
+        dys holds dy_b for every b with needs_dy[b], in order, in the dtype and layout of ys. Every branch's dβ is
+        the same Σ grad, hence one dbeta.
     bn_sum_backward_(…same…) -> (dgammas, dbeta)
         The same, with dy_b written over y_b where needs_dy[b].
 
-Arguments: `ys`, 1 to 3 maps N×K×H×W of one shape, dtype (float32, float64, bfloat16, float16) and layout (all contiguous
-or all channels_last); `gammas` and `betas`, (K,) or None (1 and 0) a map; `eps`, a float a map; `grad` like out.
-`means`, `rstds` and `dgammas` are (branches, K) and `dbeta` (K,), float64 for float64 maps, float32 otherwise.
-Statistics are merged from per-slab means and M2 by Chan's rule; running statistics are the caller's (backends/batchnorm).
+Arguments: `ys`, 1 to 3 maps N×K×H×W of one shape, dtype (float32, float64, bfloat16, float16) and layout (all
+contiguous or all channels_last); `gammas` and `betas`, one (K,) a map, or [] for γ = 1 and β = 0; `eps`, a float a
+map; `grad` like out. `means` and `rstds` are (branches, K) float64: float32 would round away the deviation of a map
+whose mean is far larger. `dgammas` is (branches, K) and `dbeta` (K,), float64 for float64 maps, float32 otherwise.
+Running statistics are the caller's (backends/batchnorm.py).
 
 With ŷ_b = (y_b − μ_b)·rstd_b, M = N·H·W and g = grad:
     dβ = Σ g,   dγ_b = Σ g·ŷ_b,   dy_b = γ_b·rstd_b·(g − dβ/M − ŷ_b·dγ_b/M).
-The CPU kernels are C++ (csrc/bn_sum.cpp) where the extension is built; they return the same bits for any number of threads.
-The implementation in PyTorch, below, serves CUDA and the CPU without the extension.
+The CPU kernels are C++ (csrc/bn_sum.cpp) where the extension is built: per-slab means and M2 merged by Chan's rule
+in a fixed order, the same bits for any number of threads. The implementation in PyTorch, below, serves CUDA and the
+CPU without the extension.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ bn_sum_backward = torch.ops.acnet_kernels.bn_sum_backward.default
 bn_sum_backward_ = torch.ops.acnet_kernels.bn_sum_backward_.default
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What statistics of maps of this dtype are computed and returned in."""
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over maps of this dtype are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -66,7 +68,7 @@ def _forward(
     ys: list[Tensor], gammas: list[Tensor], betas: list[Tensor], eps: list[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(ys)
-    dtype = statistics_dtype(ys[0].dtype)
+    dtype = accumulation_dtype(ys[0].dtype)
     means, rstds = [], []
     total = torch.zeros_like(ys[0], dtype=dtype)
     for b, (y, e) in enumerate(zip(ys, eps, strict=True)):
@@ -78,7 +80,7 @@ def _forward(
             total += _per_channel(betas[b])
         means.append(mean)
         rstds.append(rstd)
-    return total.to(ys[0].dtype), torch.stack(means), torch.stack(rstds)
+    return total.to(ys[0].dtype), torch.stack(means).double(), torch.stack(rstds).double()
 
 
 def _backward_into(
@@ -95,13 +97,14 @@ def _backward_into(
             f"grad must agree with ys in shape and dtype, got {tuple(grad.shape)} and {grad.dtype}, "
             f"ys have {tuple(ys[0].shape)} and {ys[0].dtype}"
         )
-    g = grad.to(means.dtype)
+    dtype = accumulation_dtype(grad.dtype)
+    means, rstds, g = means.to(dtype), rstds.to(dtype), grad.to(dtype)
     count = grad.numel() // grad.shape[1]
     dbeta = g.sum((0, 2, 3))
     g_centred = g - _per_channel(dbeta / count)
     dgammas = []
     for b, (y, mean, rstd, target) in enumerate(zip(ys, means, rstds, targets, strict=True)):
-        normed = (y.to(means.dtype) - _per_channel(mean)) * _per_channel(rstd)
+        normed = (y.to(dtype) - _per_channel(mean)) * _per_channel(rstd)
         dgamma = (g * normed).sum((0, 2, 3))
         dgammas.append(dgamma)
         if target is not None:
@@ -143,8 +146,13 @@ for _key in ("CUDA", "CPU") if MISSING is not None else ("CUDA",):
 
 @torch.library.register_fake("acnet_kernels::bn_sum_forward")
 def _(ys: list[Tensor], gammas: Any, betas: Any, eps: Any) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = ys[0].new_empty((len(ys), ys[0].shape[1]), dtype=statistics_dtype(ys[0].dtype))
+    statistics = ys[0].new_empty((len(ys), ys[0].shape[1]), dtype=torch.float64)
     return torch.empty_like(ys[0]), statistics, torch.empty_like(statistics)
+
+
+def _fake_parameters(grad: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    dgammas = torch.empty_like(means, dtype=accumulation_dtype(grad.dtype))
+    return dgammas, dgammas.new_empty(means.shape[1])
 
 
 @torch.library.register_fake("acnet_kernels::bn_sum_backward")
@@ -152,14 +160,14 @@ def _(
     grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, gammas: Any, needs_dy: list[bool]
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     dys = [torch.empty_like(y) for y, need in zip(ys, needs_dy, strict=True) if need]
-    return dys, torch.empty_like(means), means.new_empty(means.shape[1])
+    return dys, *_fake_parameters(grad, means)
 
 
 @torch.library.register_fake("acnet_kernels::bn_sum_backward_")
 def _(
     grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, gammas: Any, needs_dy: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(means), means.new_empty(means.shape[1])
+    return _fake_parameters(grad, means)
 
 
 def like(grad: Tensor, y: Tensor) -> Tensor:

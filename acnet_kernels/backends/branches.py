@@ -1,0 +1,253 @@
+"""Three vendor convolutions, with all their batch norms and additions done by two operators (ops/bn_sum.py).
+
+Forward: y_b = W_b * x, then out = Σ_b BN_b(y_b) in two passes over the maps. Backward: two passes write every dy_b,
+over y_b's memory where nothing else can hold it, then come the vendor's convolution gradients, dx summed in place
+into the first branch's. Saved: x as it came, y_b, and two numbers a channel and branch.
+
+A convolution's bias cancels against the batch mean: it moves the running mean alone, and it gets no gradient
+(eager's is rounding noise around zero). The step is differentiable twice: a backward with create_graph=True
+recomputes it by eager formulas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import platform
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import BRANCHES, Pair, Placement
+from ..ops import bn_sum
+from ..ops.fusion import add_branches
+from ..spec import Branch, Problem, Step
+from .batchnorm import update_running
+
+NAME = "branches"
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run on this machine, or None."""
+    return None
+
+
+def declines(problem: Problem) -> str | None:
+    """Why this backend cannot compute the problem, or None."""
+    if not all(problem.batch_stats):
+        return "a batch norm normalises by running statistics"
+    if problem.shape[0] == 0:
+        return "the batch is empty"
+    if problem.dtype not in _DTYPES:
+        return f"{problem.dtype} has no batch-norm sum"
+    if problem.device not in ("cpu", "cuda", "meta"):
+        return f"device type {problem.device} has no batch-norm sum"
+    return None
+
+
+def saved_bytes(problem: Problem) -> int:
+    """Bytes of maps kept for backward: x as it came, and every y_b."""
+    if not problem.grad:
+        return 0
+    inputs = problem.input_bytes // problem.dtype.itemsize * problem.input_dtype.itemsize
+    return inputs + len(problem.batch_stats) * problem.output_bytes
+
+
+@functools.cache
+def convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What the vendor's convolutions compute maps of this dtype fastest in.
+
+    x86-64 without AMX has no fast half-precision convolution: oneDNN's bfloat16 ones take up to twice as long as its
+    float32 ones, and its float16 weight gradient is a scalar loop. There the convolutions run in float32 between
+    casts; maps are kept in their own dtype as everywhere.
+    """
+    if device != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return dtype
+    native = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
+    return torch.float32 if dtype in native and not native[dtype]() else dtype
+
+
+class _Plan(NamedTuple):
+    """Everything about a step but its tensors."""
+
+    places: tuple[Placement, ...]
+    stride: Pair
+    dilation: Pair
+    groups: int
+    eps: tuple[float, ...]
+    affine: int  # how many γ there are: one a branch, or none
+    map_dtype: torch.dtype  # of x and the y_b
+    conv_dtype: torch.dtype
+
+    def maps(self, x: Tensor, weights: tuple[Tensor, ...]) -> list[Tensor]:
+        """Every y_b, in the layout of the first; differentiable."""
+        x = x.to(self.conv_dtype)
+        ys: list[Tensor] = []
+        for place, weight in zip(self.places, weights, strict=True):
+            args = (None, self.stride, place.padding, self.dilation, self.groups)
+            y = F.conv2d(place.apply(x), weight.to(self.conv_dtype), *args).to(self.map_dtype)
+            ys.append(bn_sum.like(y, ys[0] if ys else y))
+        return ys
+
+    def split(self, tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any], list[Any]]:
+        """(weights, γs, βs) of what is passed in this order."""
+        n = len(self.places)
+        return tensors[:n], list(tensors[n : n + self.affine]), list(tensors[n + self.affine :])
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    # The casts are made by hand: autocast would undo the wider convolution.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def _composed(plan: _Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, means, rstds) from operators that torch.compile can trace and differentiate."""
+    weights, gammas, betas = plan.split(tensors)
+    with _without_autocast(x.device.type):
+        return bn_sum.bn_sum_forward(plan.maps(x, weights), gammas, betas, plan.eps)
+
+
+class _Step(torch.autograd.Function):
+    """The same in one node, which knows that nobody else needs the y_b."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights, gammas, betas = plan.split(tensors)
+        with _without_autocast(x.device.type):
+            ys = plan.maps(x, weights)
+            out, means, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, plan.eps)
+        ctx.plan = plan
+        # A hook on saved tensors may keep what it was given.
+        ctx.owns_maps = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        ctx.save_for_backward(x, *weights, *gammas, means, rstds, *ys)
+        ctx.mark_non_differentiable(means, rstds)
+        ctx.set_materialize_grads(False)
+        return out, means, rstds
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        if grad is None:
+            return (None,) * len(needs)
+        plan: _Plan = ctx.plan
+        x, *saved = ctx.saved_tensors
+        weights, gammas, (means, rstds, *ys) = plan.split(saved)
+        # Autograd casts what is returned to the inputs' dtypes.
+        with _without_autocast(x.device.type):
+            if torch.is_grad_enabled():
+                found = _differentiable_gradients(plan, grad, (x, *weights, *gammas), needs[1:])
+                return None, *found, *[_sum(grad) if need else None for need in plan.split(needs[2:])[2]]
+            needs_x, needs_w = needs[1], plan.split(needs[2:])[0]
+            needs_dy = [needs_x or need for need in needs_w]
+            grad = bn_sum.like(grad, ys[0])
+            if ctx.owns_maps and not torch._C._autograd._get_current_graph_task_keep_graph():
+                dgammas, dbeta = bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy)
+                dys = [y for y, need in zip(ys, needs_dy, strict=True) if need]
+            else:
+                dys, dgammas, dbeta = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy)
+            dx, dws = _convolution_gradients(plan, dys, x, weights, needs_x, needs_w)
+        parameters = (*dgammas[: plan.affine], *(dbeta for _ in needs[2 + len(weights) + plan.affine :]))
+        return None, dx, *dws, *parameters
+
+
+def _convolution_gradients(
+    plan: _Plan, dys: list[Tensor], x: Tensor, weights: tuple[Tensor, ...], needs_x: bool, needs_w: tuple[bool, ...]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(dx, every dW_b), None where not needed; dys holds the dy_b of the branches with work to do."""
+    x = x.to(plan.conv_dtype)
+    dx: Tensor | None = None
+    dws: list[Tensor | None] = []
+    remaining = iter(dys)
+    for place, weight, need in zip(plan.places, weights, needs_w, strict=True):
+        if not (needs_x or need):
+            dws.append(None)
+            continue
+        dx_b, dw, _ = torch.ops.aten.convolution_backward(
+            next(remaining).to(plan.conv_dtype),
+            place.apply(x),
+            weight.to(plan.conv_dtype),
+            None,
+            plan.stride,
+            place.padding,
+            plan.dilation,
+            False,
+            (0, 0),
+            plan.groups,
+            (needs_x, need, False),
+        )
+        dws.append(dw)
+        if needs_x:
+            dx = dx_b if dx is None else place.add_adjoint(dx, dx_b)
+    return dx, dws
+
+
+def _differentiable_gradients(
+    plan: _Plan, grad: Tensor, inputs: tuple[Tensor, ...], needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Gradients of x, weights and γs by eager formulas, themselves differentiable."""
+    weights, gammas, _ = plan.split(inputs[1:])
+    out = torch.zeros((), dtype=plan.map_dtype, device=grad.device)
+    for b, y in enumerate(plan.maps(inputs[0], weights)):
+        out = out + F.batch_norm(y, None, None, gammas[b] if gammas else None, None, True, 0.0, plan.eps[b])
+    wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True) if wanted else ())
+    return [next(found) if need else None for _, need in zip(inputs, needs, strict=False)]
+
+
+def _sum(grad: Tensor) -> Tensor:
+    return grad.to(bn_sum.accumulation_dtype(grad.dtype)).sum((0, 2, 3))
+
+
+def forward(x: Tensor, step: Step) -> Tensor:
+    """One step on x (N×C×H×W, already padded where the padding mode is not zeros).
+
+    Raises:
+        ValueError: there is one value per channel, which has no variance (as nn.BatchNorm2d).
+    """
+    geometry = step.geometry
+    size = geometry.output_size(x.shape[2], x.shape[3])
+    count = x.shape[0] * size[0] * size[1]
+    if count == 1:
+        shape = (x.shape[0], step.branches["square"].weight.shape[0], *size)
+        raise ValueError(f"batch norm needs more than 1 value per channel in training, got a map of shape {shape}")
+    branches = {name: step.branches[name] for name in BRANCHES if name in step.branches}
+    if step.norm is not None:
+        branches = {"square": _summed(branches, step)}
+    norms = [branch.norm for branch in branches.values() if branch.norm is not None]
+    gammas = _all_or_none([norm.gamma for norm in norms], 1.0)
+    betas = _all_or_none([norm.beta for norm in norms], 0.0)
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    map_dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    plan = _Plan(
+        tuple(geometry.placement(name) for name in branches),
+        geometry.stride,
+        geometry.dilation,
+        geometry.groups,
+        tuple(norm.eps for norm in norms),
+        len(gammas),
+        map_dtype,
+        convolution_dtype(map_dtype, device),
+    )
+    compute = _composed if torch.compiler.is_compiling() else _Step.apply
+    out, means, rstds = compute(plan, x, *(branch.weight for branch in branches.values()), *gammas, *betas)
+    with torch.no_grad():
+        update_running(norms, means, rstds, count, [branch.bias for branch in branches.values()])
+    return out
+
+
+def _summed(branches: dict[str, Branch], step: Step) -> Branch:
+    """The branches as one: with one batch norm after the sum, one convolution with the summed kernel is exact."""
+    weight = add_branches({name: branch.weight for name, branch in branches.items()}, step.geometry)
+    biases = [branch.bias for branch in branches.values() if branch.bias is not None]
+    return Branch(weight, torch.stack(biases).sum(0) if biases else None, step.norm)
+
+
+def _all_or_none(tensors: list[Tensor | None], missing: float) -> list[Tensor]:
+    """The tensors with constants for the missing ones; [] where all are missing."""
+    given = [t for t in tensors if t is not None]
+    return [torch.full_like(given[0], missing) if t is None else t for t in tensors] if given else []
