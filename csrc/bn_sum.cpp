@@ -164,13 +164,19 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors b
   STD_TORCH_CHECK(eps.size() == branches, "eps must have one entry per map");
   Tensor out = torch::stable::empty_like(ys[0]);
   return dispatch(ys[0].scalar_type(), [&](auto element, auto accumulator) {
+    using E = decltype(element);
     using A = decltype(accumulator);
-    const Passes<A>& pass = passes<decltype(element), A>();
+    const Passes<A>& pass = passes<E, A>();
     const std::vector<const void*> y = pointers(ys);
     const int64_t channels = plan.channels, per_slab = plan.branches * channels;
     std::vector<A> slab_mean(plan.slabs * per_slab), slab_m2(plan.slabs * per_slab);
+    std::vector<A> pivot(per_slab);
+    for (size_t b = 0; b < branches; ++b)
+      for (int64_t k = 0; k < channels; ++k)
+        pivot[b * channels + k] = static_cast<A>(static_cast<const E*>(y[b])[k * ys[b].stride(1)]);
+    const std::vector<A> wide_pivot = widen(plan, pivot);
     run(plan, [&](int64_t begin, int64_t end) {
-      pass.statistics(plan, y.data(), slab_mean.data(), slab_m2.data(), begin, end);
+      pass.statistics(plan, y.data(), wide_pivot.data(), slab_mean.data(), slab_m2.data(), begin, end);
     });
     // Chan's rule, slab after slab, in double.
     std::vector<double> mean(per_slab), m2(per_slab);
@@ -184,6 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors b
       }
       count += more;
     }
+    for (int64_t c = 0; c < per_slab; ++c) mean[c] += pivot[c];
     // The passes subtract the mean rounded to A; what that leaves of a mean far larger than the deviation is made up
     // for in the shift, here, and in the offset, in the gradient.
     std::vector<A> center(mean.begin(), mean.end()), scale(per_slab);

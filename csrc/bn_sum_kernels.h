@@ -90,13 +90,13 @@ inline void merge(A& mean, A& m2, int64_t count, A mean_more, A m2_more, int64_t
   m2 += m2_more + delta * delta * A(count) * share;
 }
 
-constexpr int64_t kChunkBytes = 16 << 10;  // read twice by statistics(): half of an L1 cache at most
+constexpr int64_t kChunkBytes = 32 << 10;  // statistics() reads a chunk twice, the second time from the cache
 
 // ---- channels_last: rows of width() columns ----
 
-// mean and M2 of each column of rows×width at y.
+// mean and M2 of each column of rows×width at y, less the column's pivot.
 template <class T, class A>
-void column_moments(const T* y, int64_t rows, int64_t width, A* mean, A* m2) {
+void column_moments(const T* y, int64_t rows, int64_t width, const A* pivot, A* mean, A* m2) {
   __builtin_memset(mean, 0, width * sizeof(A));
   __builtin_memset(m2, 0, width * sizeof(A));
   int64_t r = 0;
@@ -104,27 +104,29 @@ void column_moments(const T* y, int64_t rows, int64_t width, A* mean, A* m2) {
   for (; r + 4 <= rows; r += 4) {
     const T* p = y + r * width;
     for_vectors<A>(width, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-      const Vec<A> sum = (get(p + c) + get(p + width + c)) + (get(p + 2 * width + c) + get(p + 3 * width + c));
+      const Vec<A> v = get(pivot + c);
+      const Vec<A> sum = ((get(p + c) - v) + (get(p + width + c) - v)) +
+                         ((get(p + 2 * width + c) - v) + (get(p + 3 * width + c) - v));
       put(mean + c, get(mean + c) + sum);
     });
   }
   for (; r < rows; ++r)
     for_vectors<A>(width, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-      put(mean + c, get(mean + c) + get(y + r * width + c));
+      put(mean + c, get(mean + c) + (get(y + r * width + c) - get(pivot + c)));
     });
   for (int64_t c = 0; c < width; ++c) mean[c] /= A(rows);
   for (r = 0; r + 4 <= rows; r += 4) {
     const T* p = y + r * width;
     for_vectors<A>(width, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-      const Vec<A> m = get(mean + c);
-      const Vec<A> d0 = get(p + c) - m, d1 = get(p + width + c) - m;
-      const Vec<A> d2 = get(p + 2 * width + c) - m, d3 = get(p + 3 * width + c) - m;
+      const Vec<A> v = get(pivot + c), m = get(mean + c);
+      const Vec<A> d0 = get(p + c) - v - m, d1 = get(p + width + c) - v - m;
+      const Vec<A> d2 = get(p + 2 * width + c) - v - m, d3 = get(p + 3 * width + c) - v - m;
       put(m2 + c, get(m2 + c) + ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)));
     });
   }
   for (; r < rows; ++r)
     for_vectors<A>(width, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-      const Vec<A> d = get(y + r * width + c) - get(mean + c);
+      const Vec<A> d = get(y + r * width + c) - get(pivot + c) - get(mean + c);
       put(m2 + c, get(m2 + c) + d * d);
     });
 }
@@ -149,7 +151,8 @@ struct Scratch {
 };
 
 template <class T, class A>
-void statistics_rows(const Plan& plan, const void* const* y, A* mean, A* m2, int64_t begin, int64_t end) {
+void statistics_rows(const Plan& plan, const void* const* y, const A* pivots, A* mean, A* m2, int64_t begin,
+                     int64_t end) {
   const int64_t width = plan.width(), channels = plan.channels;
   int64_t chunk = kChunkBytes / (width * int64_t(sizeof(T)));
   chunk = chunk < 8 ? 8 : chunk;
@@ -160,13 +163,14 @@ void statistics_rows(const Plan& plan, const void* const* y, A* mean, A* m2, int
     const Rows rows = rows_of(plan, i);
     for (int b = 0; b < plan.branches; ++b) {
       const T* map = static_cast<const T*>(y[b]);
+      const A* pivot = pivots + b * width;
       int64_t count = 0;
       for (int64_t r = rows.first; r < rows.last; r += chunk) {
         const int64_t more = rows.last - r < chunk ? rows.last - r : chunk;
         if (count == 0) {
-          column_moments(map + r * width, more, width, wide_mean, wide_m2);
+          column_moments(map + r * width, more, width, pivot, wide_mean, wide_m2);
         } else {
-          column_moments(map + r * width, more, width, chunk_mean, chunk_m2);
+          column_moments(map + r * width, more, width, pivot, chunk_mean, chunk_m2);
           for (int64_t c = 0; c < width; ++c)
             merge(wide_mean[c], wide_m2[c], count, chunk_mean[c], chunk_m2[c], more);
         }
@@ -186,9 +190,9 @@ void statistics_rows(const Plan& plan, const void* const* y, A* mean, A* m2, int
       if (rows.rest > 0) {
         const T* rest = map + rows.last * width;
         if (pixels == 0) {
-          column_moments(rest, rows.rest, channels, slab_mean, slab_m2);
+          column_moments(rest, rows.rest, channels, pivot, slab_mean, slab_m2);
         } else {
-          column_moments(rest, rows.rest, channels, chunk_mean, chunk_m2);
+          column_moments(rest, rows.rest, channels, pivot, chunk_mean, chunk_m2);
           for (int64_t c = 0; c < channels; ++c)
             merge(slab_mean[c], slab_m2[c], pixels, chunk_mean[c], chunk_m2[c], rows.rest);
         }
@@ -298,26 +302,22 @@ void gradient_rows(const Plan& plan, const void* grad, const void* const* y, con
 
 // ---- NCHW: planes of `pixels` ----
 
+// mean and M2 of n elements less the pivot.
 template <class T, class A>
-void plane_moments(const T* y, int64_t n, A& mean, A& m2) {
-  Vec<A> sums[2] = {}, squares[2] = {};
-  int which = 0;
-  for_vectors<A>(n, [&](int64_t c, auto get, auto) __attribute__((always_inline)) {
-    sums[which] += get(y + c);
-    which ^= 1;
-  });
-  mean = lane_sum<A>(sums[0] + sums[1]) / A(n);
+void plane_moments(const T* y, int64_t n, A pivot, A& mean, A& m2) {
   const int64_t whole = n / Simd<A>::lanes * Simd<A>::lanes;
-  const Vec<A> m = mean - Vec<A>{};
-  for_vectors<A>(whole, [&](int64_t c, auto get, auto) __attribute__((always_inline)) {
-    const Vec<A> d = get(y + c) - m;
-    squares[which] += d * d;
-    which ^= 1;
-  });
-  m2 = lane_sum<A>(squares[0] + squares[1]);
-  // Lanes beyond the plane must not count as −mean.
+  Vec<A> sum = {}, squares = {};
+  for (int64_t c = 0; c < whole; c += Simd<A>::lanes) sum += load(y + c) - pivot;
+  mean = lane_sum<A>(sum);
+  for (int64_t c = whole; c < n; ++c) mean += load_part<A>(y + c, 1)[0] - pivot;
+  mean /= A(n);
+  for (int64_t c = 0; c < whole; c += Simd<A>::lanes) {
+    const Vec<A> d = load(y + c) - pivot - mean;
+    squares += d * d;
+  }
+  m2 = lane_sum<A>(squares);
   for (int64_t c = whole; c < n; ++c) {
-    const A d = load_part<A>(y + c, 1)[0] - mean;
+    const A d = load_part<A>(y + c, 1)[0] - pivot - mean;
     m2 += d * d;
   }
 }
@@ -331,17 +331,19 @@ inline __attribute__((always_inline)) void for_planes(const Plan& plan, int64_t 
 }
 
 template <class T, class A>
-void statistics_planes(const Plan& plan, const void* const* y, A* mean, A* m2, int64_t begin, int64_t end) {
+void statistics_planes(const Plan& plan, const void* const* y, const A* pivots, A* mean, A* m2, int64_t begin,
+                       int64_t end) {
   const int64_t chunk = kChunkBytes / int64_t(sizeof(T));
   for (int64_t t = begin; t < end; ++t)
     for (int b = 0; b < plan.branches; ++b) {
+      const A pivot = pivots[b * plan.channels + t % plan.channels];
       A slab_mean = 0, slab_m2 = 0;
       int64_t count = 0;
       for_planes(plan, t, [&](int64_t at) {
         for (int64_t p = 0; p < plan.pixels; p += chunk) {
           const int64_t more = plan.pixels - p < chunk ? plan.pixels - p : chunk;
           A chunk_mean, chunk_m2;
-          plane_moments(static_cast<const T*>(y[b]) + at + p, more, chunk_mean, chunk_m2);
+          plane_moments(static_cast<const T*>(y[b]) + at + p, more, pivot, chunk_mean, chunk_m2);
           merge(slab_mean, slab_m2, count, chunk_mean, chunk_m2, more);
           count += more;
         }
@@ -422,11 +424,11 @@ void gradient_planes(const Plan& plan, const void* grad, const void* const* y, c
                                               : name##_planes<T, A, 3>(__VA_ARGS__)))
 
 template <class T, class A>
-void statistics(const Plan& plan, const void* const* y, A* mean, A* m2, int64_t begin, int64_t end) {
+void statistics(const Plan& plan, const void* const* y, const A* pivot, A* mean, A* m2, int64_t begin, int64_t end) {
   if (plan.channels_last)
-    statistics_rows<T, A>(plan, y, mean, m2, begin, end);
+    statistics_rows<T, A>(plan, y, pivot, mean, m2, begin, end);
   else
-    statistics_planes<T, A>(plan, y, mean, m2, begin, end);
+    statistics_planes<T, A>(plan, y, pivot, mean, m2, begin, end);
 }
 template <class T, class A>
 void apply(const Plan& plan, const void* const* y, const A* center, const A* scale, const A* shift, void* out,

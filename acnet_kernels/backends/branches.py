@@ -12,7 +12,6 @@ recomputes it by eager formulas.
 from __future__ import annotations
 
 import contextlib
-import functools
 import platform
 from typing import Any, NamedTuple
 
@@ -57,18 +56,24 @@ def saved_bytes(problem: Problem) -> int:
     return inputs + len(problem.batch_stats) * problem.output_bytes
 
 
-@functools.cache
-def convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """What the vendor's convolutions compute maps of this dtype fastest in.
+def _slow_half_types() -> frozenset[torch.dtype]:
+    """The half-precision types whose CPU convolutions are slower than float32 ones between two casts.
 
-    x86-64 without AMX has no fast half-precision convolution: oneDNN's bfloat16 ones take up to twice as long as its
-    float32 ones, and its float16 weight gradient is a scalar loop. There the convolutions run in float32 between
-    casts; maps are kept in their own dtype as everywhere.
+    x86-64 without AMX has no fast half-precision convolution: oneDNN's bfloat16 ones take up to twice as long as
+    its float32 ones, and its float16 weight gradient is a scalar loop.
     """
-    if device != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
-        return dtype
-    native = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
-    return torch.float32 if dtype in native and not native[dtype]() else dtype
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    fast = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
+    return frozenset(dtype for dtype, supported in fast.items() if not supported())
+
+
+_SLOW_HALF_TYPES = _slow_half_types()
+
+
+def convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What the convolutions of maps of this dtype compute in: the maps themselves keep their dtype."""
+    return torch.float32 if device == "cpu" and dtype in _SLOW_HALF_TYPES else dtype
 
 
 class _Plan(NamedTuple):
