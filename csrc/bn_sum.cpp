@@ -10,7 +10,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <numeric>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -25,15 +27,20 @@ using Tensors = std::vector<Tensor>;
 constexpr int64_t kSlabElements = 16 << 10;  // a slab is worth a task of its own from here on
 constexpr int64_t kMostSlabs = 64;
 
+// The best instruction set of this processor, limited by ATEN_CPU_CAPABILITY (default, avx2, avx512) as in ATen.
 template <class T, class A>
 const Passes<A>& passes() {
   static const Passes<A> chosen = [] {
 #if defined(__x86_64__)
+    const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string limit = variable == nullptr ? "avx512" : variable;
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+    if (limit == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       return avx512::passes<T, A>();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::passes<T, A>();
+    if (limit != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+      return avx2::passes<T, A>();
 #endif
     return generic::passes<T, A>();
   }();

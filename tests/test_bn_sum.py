@@ -1,0 +1,258 @@
+"""The batch-norm sum against its definition in float64, in every implementation this machine can run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import rel
+
+from acnet_kernels.backends.batchnorm import update_running
+from acnet_kernels.ops import bn_sum
+from acnet_kernels.spec import Norm
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+# Odd and prime sizes, one channel, one pixel, rows narrower and wider than a vector, several slabs and leftovers.
+SHAPES = (
+    (2, 3, 5, 7),
+    (128, 16, 8, 8),
+    (3, 17, 9, 5),
+    (2, 130, 7, 3),
+    (1, 1, 1, 2),
+    (5, 70, 1, 1),
+    (2, 1, 33, 33),
+    (40, 33, 13, 13),
+    (2, 600, 3, 3),
+    (1, 5, 181, 211),
+)
+# Of out and dy (rounded to the maps' dtype), and of dγ and dβ (sums, never rounded to it).
+TOLERANCES = {
+    torch.float64: (1e-12, 1e-11),
+    torch.float32: (1e-6, 2e-5),
+    torch.bfloat16: (4e-3, 2e-5),
+    torch.float16: (5e-4, 2e-5),
+}
+IMPLEMENTATIONS = {
+    "operators": (bn_sum.bn_sum_forward, bn_sum.bn_sum_backward, bn_sum.bn_sum_backward_),
+    "pytorch": (bn_sum._forward, bn_sum._backward, bn_sum._backward_),
+}
+
+
+def make(shape, dtype=torch.float32, layout=torch.contiguous_format, branches=3, mean=3.0, deviation=2.0):
+    """(ys, gammas, betas, eps, grad)."""
+    ys = [
+        (torch.randn(shape) * deviation + mean).to(dtype).contiguous(memory_format=layout) for _ in range(branches)
+    ]
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    gammas = [torch.rand(shape[1], dtype=parameter) + 0.5 for _ in range(branches)]
+    betas = [torch.randn(shape[1], dtype=parameter) for _ in range(branches)]
+    grad = (torch.randn(shape) + 1).to(dtype).contiguous(memory_format=layout)
+    return ys, gammas, betas, [1e-5, 1e-4, 1e-3][:branches], grad
+
+
+def definition(ys, gammas, betas, eps, grad):
+    """(out, dys, dgammas, dbeta) in float64 by autograd."""
+    ys = [y.double().requires_grad_() for y in ys]
+    gammas = [g.double().requires_grad_() for g in gammas]
+    betas = [b.double().requires_grad_() for b in betas]
+    out = sum(
+        F.batch_norm(y, None, None, g, b, True, 0.0, e) for y, g, b, e in zip(ys, gammas, betas, eps, strict=True)
+    )
+    grads = torch.autograd.grad(out, [*ys, *gammas, betas[0]], grad.double())
+    return out, grads[: len(ys)], torch.stack(grads[len(ys) : -1]), grads[-1]
+
+
+def check(implementation, shape, dtype, layout, branches):
+    """Asserts that out, dy, dγ and dβ are the definition's, and that the in-place backward is the other's equal."""
+    forward, backward, backward_ = IMPLEMENTATIONS[implementation]
+    ys, gammas, betas, eps, grad = make(shape, dtype, layout, branches)
+    true_out, true_dys, true_dgammas, true_dbeta = definition(ys, gammas, betas, eps, grad)
+    out, means, rstds = forward(ys, gammas, betas, eps)
+    dys, dgammas, dbeta = backward(grad, ys, means, rstds, gammas, [True] * branches)
+    of_maps, of_sums = TOLERANCES[dtype]
+    for got in (out, *dys):
+        assert got.dtype == dtype
+        assert got.stride() == ys[0].stride()
+    assert rel(out, true_out) < of_maps
+    for dy, true_dy in zip(dys, true_dys, strict=True):
+        # Where two pixels make a channel, dy is the difference of equal terms: compare with the terms' size.
+        assert (dy.double() - true_dy).norm() < of_maps * max(true_dy.norm(), grad.double().norm() * 1e-2)
+    assert (dgammas.double() - true_dgammas).norm() < of_sums * true_dgammas.norm().clamp_min(1)
+    assert rel(dbeta, true_dbeta) < of_sums
+    assert rel(means, torch.stack([y.double().mean((0, 2, 3)) for y in ys])) < 1e-6
+    again = [y.clone(memory_format=torch.preserve_format) for y in ys]
+    dgammas_, dbeta_ = backward_(grad, again, means, rstds, gammas, [True] * branches)
+    for a, b in zip((*dys, dgammas, dbeta), (*again, dgammas_, dbeta_), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_is_the_definition(implementation, dtype, layout):
+    for shape in SHAPES:
+        for branches in (1, 2, 3):
+            check(implementation, shape, dtype, layout, branches)
+
+
+@pytest.mark.skipif(bn_sum.MISSING is not None, reason=f"needs the C++ kernels: {bn_sum.MISSING}")
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets(capability):
+    # The choice is made once a process.
+    code = """
+import torch
+from test_bn_sum import LAYOUTS, SHAPES, TOLERANCES, check
+torch.manual_seed(0)
+for dtype in TOLERANCES:
+    for layout in LAYOUTS:
+        for shape in SHAPES:
+            check("operators", shape, dtype, layout, 3)
+print("checked")
+"""
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == "checked\n", done.stderr
+
+
+@pytest.mark.skipif(bn_sum.MISSING is not None, reason=f"needs the C++ kernels: {bn_sum.MISSING}")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_same_bits_for_any_number_of_threads(layout):
+    ys, gammas, betas, eps, grad = make((40, 33, 20, 20), layout=layout)
+
+    def run():
+        out, means, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, eps)
+        dys, dgammas, dbeta = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, [True] * 3)
+        return [out, means, rstds, *dys, dgammas, dbeta]
+
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(bn_sum.MISSING is not None, reason=f"needs the C++ kernels: {bn_sum.MISSING}")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_mean_far_larger_than_the_deviation(layout):
+    ys, gammas, betas, eps, grad = make((8, 6, 12, 11), layout=layout, mean=1e3, deviation=0.1)
+    true_out, true_dys, true_dgammas, _ = definition(ys, gammas, betas, eps, grad)
+    out, means, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, eps)
+    dys, dgammas, _ = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, [True] * 3)
+    assert rel(out, true_out) < 1e-6
+    assert rel(dgammas, true_dgammas) < 1e-5
+    for dy, true_dy in zip(dys, true_dys, strict=True):
+        assert rel(dy, true_dy) < 1e-6
+        # What a constant added to the input would move: zero but for rounding.
+        assert dy.double().sum((0, 2, 3)).abs().max() < 1e-6 * dy.double().abs().sum((0, 2, 3)).max()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_constant_maps(implementation):
+    forward, backward, _ = IMPLEMENTATIONS[implementation]
+    ys = [torch.full((3, 4, 5, 5), 7.3) for _ in range(2)]
+    betas = [torch.randn(4) for _ in range(2)]
+    out, means, rstds = forward(ys, [torch.ones(4)] * 2, betas, [1e-5] * 2)
+    torch.testing.assert_close(out, (betas[0] + betas[1])[:, None, None].expand_as(out), atol=1e-3, rtol=0)
+    torch.testing.assert_close(rstds, torch.full_like(rstds, 1e-5).rsqrt(), rtol=1e-3, atol=0)
+    dys, _, _ = backward(torch.randn_like(out), ys, means, rstds, [], [True] * 2)
+    assert all(dy.isfinite().all() for dy in dys)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_only_the_wanted_dy(implementation):
+    forward, backward, backward_ = IMPLEMENTATIONS[implementation]
+    ys, gammas, betas, eps, grad = make((3, 5, 4, 6))
+    _, means, rstds = forward(ys, gammas, betas, eps)
+    every, dgammas, _ = backward(grad, ys, means, rstds, gammas, [True] * 3)
+    some, dgammas_of_some, _ = backward(grad, ys, means, rstds, gammas, [False, True, False])
+    assert len(some) == 1
+    assert torch.equal(some[0], every[1])
+    assert torch.equal(dgammas, dgammas_of_some)
+    copies = [y.clone() for y in ys]
+    backward_(grad, copies, means, rstds, gammas, [False, True, False])
+    for copy, want in zip(copies, (ys[0], every[1], ys[2]), strict=True):
+        assert torch.equal(copy, want)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_opcheck(affine, layout):
+    ys, gammas, betas, eps, grad = make((3, 5, 4, 6), layout=layout)
+    gammas, betas = (gammas, betas) if affine else ([], [])
+    _, means, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, eps)
+    wants = [True, False, True]
+    torch.library.opcheck(bn_sum.bn_sum_backward, (grad, ys, means, rstds, gammas, wants))
+    torch.library.opcheck(bn_sum.bn_sum_backward_, (grad, ys, means, rstds, gammas, wants))
+    for t in (*ys, *gammas, *betas):
+        t.requires_grad_()
+    torch.library.opcheck(bn_sum.bn_sum_forward, (ys, gammas, betas, eps))
+
+
+def test_gradcheck():
+    ys, gammas, betas, eps, _ = make((2, 3, 2, 3), torch.float64)
+    tensors = [t.requires_grad_() for t in (*ys, *gammas, *betas)]
+    assert torch.autograd.gradcheck(lambda *t: bn_sum.bn_sum_forward(t[:3], t[3:6], t[6:], eps)[0], tensors)
+
+
+def test_second_derivative_is_refused():
+    ys, gammas, betas, eps, _ = make((2, 3, 2, 3))
+    y = ys[0].requires_grad_()
+    out = bn_sum.bn_sum_forward(ys, gammas, betas, eps)[0]
+    (dy,) = torch.autograd.grad(out.square().sum(), y, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        dy.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ys: [], "1 to 3 maps"),
+        (lambda ys: ys * 2, "1 to 3 maps"),
+        (lambda ys: [ys[0], ys[1].double(), ys[2]], "agree in shape and dtype"),
+        (lambda ys: [ys[0], ys[1][:1], ys[2]], "agree in shape and dtype"),
+        (lambda ys: [y[:0] for y in ys], "non-empty"),
+    ],
+)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_wrong_maps_are_refused(implementation, change, message):
+    ys, gammas, betas, eps, _ = make((2, 3, 4, 4))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        IMPLEMENTATIONS[implementation][0](change(ys), gammas, betas, eps)
+
+
+@pytest.mark.skipif(bn_sum.MISSING is not None, reason=f"needs the C++ kernels: {bn_sum.MISSING}")
+def test_wrong_layouts_are_refused():
+    ys, gammas, betas, eps, grad = make((2, 3, 4, 4))
+    with pytest.raises(RuntimeError, match="all be contiguous or all channels_last"):
+        bn_sum.bn_sum_forward([ys[0], ys[1].to(memory_format=torch.channels_last), ys[2]], gammas, betas, eps)
+    with pytest.raises(RuntimeError, match="all be contiguous or all channels_last"):
+        bn_sum.bn_sum_forward([y[:, :, ::2] for y in ys], gammas, betas, eps)
+    _, means, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, eps)
+    with pytest.raises(RuntimeError, match="grad must agree"):
+        wrong = grad.to(memory_format=torch.channels_last)
+        bn_sum.bn_sum_backward(wrong, ys, means, rstds, gammas, [True] * 3)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_running_statistics_are_batchnorm2d_s(momentum, dtype):
+    modules = [torch.nn.BatchNorm2d(5, momentum=momentum, dtype=dtype) for _ in range(3)]
+    norms = [Norm(*(t.clone() for t in (m.weight, m.bias, *m.buffers())), m.eps, momentum, True) for m in modules]
+    biases = [None, torch.randn(5, dtype=dtype), None]
+    for _ in range(3):
+        ys, _, _, eps, _ = make((4, 5, 3, 3), dtype)
+        _, means, rstds = bn_sum.bn_sum_forward(ys, [], [], [m.eps for m in modules])
+        update_running(norms, means, rstds, 36, biases)
+        for module, y, bias in zip(modules, ys, biases, strict=True):
+            module(y if bias is None else y + bias[:, None, None])
+    for module, norm in zip(modules, norms, strict=True):
+        torch.testing.assert_close(norm.running_mean, module.running_mean)
+        torch.testing.assert_close(norm.running_var, module.running_var)
+        assert norm.num_batches_tracked == module.num_batches_tracked == 3
