@@ -2,10 +2,11 @@
 
     python -m benchmarks.step [--dtype float32 bfloat16] [--shapes targets|all] [--compile] [--threads N]
 
-Contenders, interleaved on the same inputs: eager (three convolutions, three batch norms, two additions) in both layouts,
-torch.compile of the channels_last one, every backend of this package in both layouts, and the plain convolution + batch
-norm that the block replaces. bfloat16 is autocast with float32 parameters. 'forward' builds the graph, 'step' runs
-backward too; backward alone is their difference. Writes step-<dtype>.csv and step-<dtype>.png under benchmarks/results.
+Contenders, interleaved on the same inputs: eager (three convolutions, three batch norms, two additions) in both
+layouts, torch.compile of the channels_last one, every backend of this package in both layouts, and the plain
+convolution + batch norm that the block replaces. bfloat16 is autocast with float32 parameters. 'forward' builds the
+graph, 'step' runs backward too; backward alone is their difference. Writes step-<dtype>.csv and step-<dtype>.png
+under benchmarks/results.
 """
 
 from __future__ import annotations

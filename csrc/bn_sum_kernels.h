@@ -92,6 +92,9 @@ inline void merge(A& mean, A& m2, int64_t count, A mean_more, A m2_more, int64_t
 
 constexpr int64_t kChunkBytes = 32 << 10;  // statistics() reads a chunk twice, the second time from the cache
 
+// reduce() sums a chunk, then the chunks: no float accumulator adds up more than a few hundred terms.
+constexpr int64_t kRowChunk = 256, kPlaneChunk = 4096;
+
 // ---- channels_last: rows of width() columns ----
 
 // mean and M2 of each column of rows×width at y, less the column's pivot.
@@ -231,8 +234,6 @@ void reduce_rows(const Plan& plan, const void* grad, const void* const* y, const
                  int64_t end) {
   const int64_t width = plan.width(), channels = plan.channels;
   const T* g = static_cast<const T*>(grad);
-  // Sums of a chunk, then of the slab: no accumulator adds up more than a few hundred terms.
-  constexpr int64_t kChunk = 256;
   const Scratch<A> scratch(2 * (B + 1) * width);
   A *chunk = scratch.data, *slab = chunk + (B + 1) * width;
   const auto add_rows = [&](int64_t at, int64_t columns, auto unroll) __attribute__((always_inline)) {
@@ -255,8 +256,8 @@ void reduce_rows(const Plan& plan, const void* grad, const void* const* y, const
   for (int64_t i = begin; i < end; ++i) {
     const Rows rows = rows_of(plan, i);
     __builtin_memset(slab, 0, (B + 1) * width * sizeof(A));
-    for (int64_t first = rows.first; first < rows.last; first += kChunk) {
-      const int64_t last = rows.last - first < kChunk ? rows.last : first + kChunk;
+    for (int64_t first = rows.first; first < rows.last; first += kRowChunk) {
+      const int64_t last = rows.last - first < kRowChunk ? rows.last : first + kRowChunk;
       __builtin_memset(chunk, 0, (B + 1) * width * sizeof(A));
       int64_t r = first;
       for (; r + 4 <= last; r += 4) add_rows(r * width, width, Unroll<4>{});
@@ -378,16 +379,20 @@ void reduce_planes(const Plan& plan, const void* grad, const void* const* y, con
   for (int64_t t = begin; t < end; ++t) {
     const int64_t k = t % plan.channels;
     double slab[B + 1] = {};
-    for_planes(plan, t, [&](int64_t at) {
-      Vec<A> chunk[B + 1] = {};
-      // Lanes beyond the plane have g = 0 and add nothing.
-      for_vectors<A>(plan.pixels, [&](int64_t c, auto get, auto) __attribute__((always_inline)) {
-        const Vec<A> v = get(g + at + c);
-        chunk[B] += v;
-        for (int b = 0; b < B; ++b)
-          chunk[b] += v * (get(static_cast<const T*>(y[b]) + at + c) - center[b * plan.channels + k]);
-      });
-      for (int b = 0; b <= B; ++b) slab[b] += double(lane_sum<A>(chunk[b]));
+    for_planes(plan, t, [&](int64_t plane) {
+      for (int64_t p = 0; p < plan.pixels; p += kPlaneChunk) {
+        const int64_t at = plane + p;
+        Vec<A> chunk[B + 1] = {};
+        // Lanes beyond the plane have g = 0 and add nothing.
+        const int64_t n = plan.pixels - p < kPlaneChunk ? plan.pixels - p : kPlaneChunk;
+        for_vectors<A>(n, [&](int64_t c, auto get, auto) __attribute__((always_inline)) {
+          const Vec<A> v = get(g + at + c);
+          chunk[B] += v;
+          for (int b = 0; b < B; ++b)
+            chunk[b] += v * (get(static_cast<const T*>(y[b]) + at + c) - center[b * plan.channels + k]);
+        });
+        for (int b = 0; b <= B; ++b) slab[b] += double(lane_sum<A>(chunk[b]));
+      }
     });
     for (int b = 0; b <= B; ++b) sums[(t / plan.channels * (B + 1) + b) * plan.channels + k] = A(slab[b]);
   }
