@@ -90,9 +90,9 @@ inline void merge(A& mean, A& m2, int64_t count, A mean_more, A m2_more, int64_t
   m2 += m2_more + delta * delta * A(count) * share;
 }
 
-constexpr int64_t kChunkBytes = 32 << 10;  // statistics() reads a chunk twice, the second time from the cache
+constexpr int64_t kChunkBytes = 32 << 10;  // statistics() reads rows twice, the second time from the cache
 
-// reduce() sums a chunk, then the chunks: no float accumulator adds up more than a few hundred terms.
+// Sums go over a chunk, then over the chunks: no float accumulator adds up more than a thousand terms.
 constexpr int64_t kRowChunk = 256, kPlaneChunk = 4096;
 
 // ---- channels_last: rows of width() columns ----
@@ -303,24 +303,30 @@ void gradient_rows(const Plan& plan, const void* grad, const void* const* y, con
 
 // ---- NCHW: planes of `pixels` ----
 
-// mean and M2 of n elements less the pivot.
+// mean and M2 of n elements less the pivot: two passes, the second of which also corrects the first's mean.
 template <class T, class A>
 void plane_moments(const T* y, int64_t n, A pivot, A& mean, A& m2) {
   const int64_t whole = n / Simd<A>::lanes * Simd<A>::lanes;
-  Vec<A> sum = {}, squares = {};
-  for (int64_t c = 0; c < whole; c += Simd<A>::lanes) sum += load(y + c) - pivot;
-  mean = lane_sum<A>(sum);
-  for (int64_t c = whole; c < n; ++c) mean += load_part<A>(y + c, 1)[0] - pivot;
-  mean /= A(n);
+  Vec<A> sums = {}, squares = {};
+  for (int64_t c = 0; c < whole; c += Simd<A>::lanes) sums += load(y + c) - pivot;
+  A sum = lane_sum<A>(sums), square = 0;
+  for (int64_t c = whole; c < n; ++c) sum += load_part<A>(y + c, 1)[0] - pivot;
+  mean = sum / A(n);
+  sums = Vec<A>{};
   for (int64_t c = 0; c < whole; c += Simd<A>::lanes) {
     const Vec<A> d = load(y + c) - pivot - mean;
+    sums += d;
     squares += d * d;
   }
-  m2 = lane_sum<A>(squares);
+  sum = lane_sum<A>(sums);
+  square = lane_sum<A>(squares);
   for (int64_t c = whole; c < n; ++c) {
     const A d = load_part<A>(y + c, 1)[0] - pivot - mean;
-    m2 += d * d;
+    sum += d;
+    square += d * d;
   }
+  mean += sum / A(n);
+  m2 = square - sum * (sum / A(n));
 }
 
 // body(image) for the images of task t, in order.
@@ -334,15 +340,14 @@ inline __attribute__((always_inline)) void for_planes(const Plan& plan, int64_t 
 template <class T, class A>
 void statistics_planes(const Plan& plan, const void* const* y, const A* pivots, A* mean, A* m2, int64_t begin,
                        int64_t end) {
-  const int64_t chunk = kChunkBytes / int64_t(sizeof(T));
   for (int64_t t = begin; t < end; ++t)
     for (int b = 0; b < plan.branches; ++b) {
       const A pivot = pivots[b * plan.channels + t % plan.channels];
       A slab_mean = 0, slab_m2 = 0;
       int64_t count = 0;
       for_planes(plan, t, [&](int64_t at) {
-        for (int64_t p = 0; p < plan.pixels; p += chunk) {
-          const int64_t more = plan.pixels - p < chunk ? plan.pixels - p : chunk;
+        for (int64_t p = 0; p < plan.pixels; p += kPlaneChunk) {
+          const int64_t more = plan.pixels - p < kPlaneChunk ? plan.pixels - p : kPlaneChunk;
           A chunk_mean, chunk_m2;
           plane_moments(static_cast<const T*>(y[b]) + at + p, more, pivot, chunk_mean, chunk_m2);
           merge(slab_mean, slab_m2, count, chunk_mean, chunk_m2, more);
