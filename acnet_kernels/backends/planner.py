@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
+from ..ops import bn_sum
 from ..spec import Problem
 from . import branches, eager, folded
 
@@ -28,7 +29,7 @@ def check_choice(backend: str) -> str:
 
 
 def choose(problem: Problem, requested: str = "auto") -> Plan:
-    """The backend for problem: the requested one unless it declines, else the first that does not."""
+    """The backend for problem: the requested one unless it declines, else the first that pays."""
     refused = ""
     if requested != "auto":
         module = BACKENDS[requested]
@@ -38,8 +39,24 @@ def choose(problem: Problem, requested: str = "auto") -> Plan:
         refused = f"{requested} was requested but declines: {why}; "
     for module in BACKENDS.values():
         if module.unavailable() is None and module.declines(problem) is None:
-            return Plan(module, refused + REASONS[module.NAME])
-    raise AssertionError("eager declines nothing")
+            why = does_not_pay(module.NAME, problem)
+            if why is None:
+                return Plan(module, refused + REASONS[module.NAME])
+            refused += f"{module.NAME} passed over: {why}; "
+    raise AssertionError("eager declines nothing and always pays")
+
+
+def does_not_pay(backend: str, problem: Problem) -> str | None:
+    """Why 'auto' passes over a backend that could compute the step, or None.
+
+    The rules come from benchmarks/step.py; the measurements are in benchmarks/results.
+    """
+    if backend == "branches":
+        if problem.device == "cuda":
+            return "its batch-norm sums have no CUDA kernels"
+        if bn_sum.MISSING is not None:
+            return "its batch-norm sums are slow without the C++ extension"
+    return None
 
 
 REASONS = {
