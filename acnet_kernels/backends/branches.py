@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ..geometry import BRANCHES, Pair, Placement
 from ..ops import bn_sum
-from ..ops.fusion import add_branches
 from ..spec import Branch, Problem, Step
 from .batchnorm import update_running
 
@@ -261,7 +260,12 @@ def forward(x: Tensor, step: Step) -> Tensor:
 
 def _summed(branches: dict[str, Branch], step: Step) -> Branch:
     """The branches as one: with one batch norm after the sum, one convolution with the summed kernel is exact."""
-    weight = add_branches({name: branch.weight for name, branch in branches.items()}, step.geometry)
+    geometry = step.geometry
+    weight = branches["square"].weight.clone()
+    if "hor" in branches:
+        weight[:, :, geometry.hor_row : geometry.hor_row + 1] += branches["hor"].weight
+    if "ver" in branches:
+        weight[:, :, :, geometry.ver_column : geometry.ver_column + 1] += branches["ver"].weight
     biases = [branch.bias for branch in branches.values() if branch.bias is not None]
     return Branch(weight, torch.stack(biases).sum(0) if biases else None, step.norm)
 
