@@ -46,6 +46,11 @@ def choose(problem: Problem, requested: str = "auto") -> Plan:
     raise AssertionError("eager declines nothing and always pays")
 
 
+# Elements of an output map up to which `branches` gains nothing over eager on the CPU: the convolutions, or the
+# cost of a call, are then nearly all of the step.
+SMALL_MAP = 2**19
+
+
 def does_not_pay(backend: str, problem: Problem) -> str | None:
     """Why 'auto' passes over a backend that could compute the step, or None.
 
@@ -56,6 +61,9 @@ def does_not_pay(backend: str, problem: Problem) -> str | None:
             return "its batch-norm sums have no CUDA kernels"
         if bn_sum.MISSING is not None:
             return "its batch-norm sums are slow without the C++ extension"
+        elements = problem.output_bytes // problem.dtype.itemsize
+        if elements <= SMALL_MAP:
+            return f"maps of {elements} elements, {SMALL_MAP} or fewer, are as fast in eager"
     return None
 
 
