@@ -52,8 +52,9 @@ def saved_bytes(problem: Problem) -> int:
     """Bytes of maps kept for backward: x as it came, and every y_b."""
     if not problem.grad:
         return 0
+    widened = convolution_dtype(problem.dtype, problem.device).itemsize / problem.dtype.itemsize
     inputs = problem.input_bytes // problem.dtype.itemsize * problem.input_dtype.itemsize
-    return inputs + len(problem.batch_stats) * problem.output_bytes
+    return inputs + int(len(problem.batch_stats) * problem.output_bytes * widened)
 
 
 def _slow_half_types() -> frozenset[torch.dtype]:
@@ -72,7 +73,7 @@ _SLOW_HALF_TYPES = _slow_half_types()
 
 
 def convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """What the convolutions of maps of this dtype compute in: the maps themselves keep their dtype."""
+    """What the convolutions of a step of this dtype compute in, and keep the y_b in: one cast in, one out."""
     return torch.float32 if device == "cpu" and dtype in _SLOW_HALF_TYPES else dtype
 
 
@@ -85,8 +86,8 @@ class _Plan(NamedTuple):
     groups: int
     eps: tuple[float, ...]
     affine: int  # how many γ there are: one a branch, or none
-    map_dtype: torch.dtype  # of x and the y_b
-    conv_dtype: torch.dtype
+    dtype: torch.dtype  # of out
+    conv_dtype: torch.dtype  # of the y_b
 
     def maps(self, x: Tensor, weights: tuple[Tensor, ...]) -> list[Tensor]:
         """Every y_b, in the layout of the first; differentiable."""
@@ -94,7 +95,7 @@ class _Plan(NamedTuple):
         ys: list[Tensor] = []
         for place, weight in zip(self.places, weights, strict=True):
             args = (None, self.stride, place.padding, self.dilation, self.groups)
-            y = F.conv2d(place.apply(x), weight.to(self.conv_dtype), *args).to(self.map_dtype)
+            y = F.conv2d(place.apply(x), weight.to(self.conv_dtype), *args)
             ys.append(bn_sum.like(y, ys[0] if ys else y))
         return ys
 
@@ -113,7 +114,8 @@ def _composed(plan: _Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor,
     """(out, means, rstds) from operators that torch.compile can trace and differentiate."""
     weights, gammas, betas = plan.split(tensors)
     with _without_autocast(x.device.type):
-        return bn_sum.bn_sum_forward(plan.maps(x, weights), gammas, betas, plan.eps)
+        out, means, rstds = bn_sum.bn_sum_forward(plan.maps(x, weights), gammas, betas, plan.eps)
+    return out.to(plan.dtype), means, rstds
 
 
 @functools.cache
@@ -144,7 +146,7 @@ class _Step(torch.autograd.Function):
         ctx.save_for_backward(x, *weights, *gammas, means, rstds, *ys)
         ctx.mark_non_differentiable(means, rstds)
         ctx.set_materialize_grads(False)
-        return out, means, rstds
+        return out.to(plan.dtype), means, rstds
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -161,7 +163,7 @@ class _Step(torch.autograd.Function):
                 return None, *found, *[_sum(grad) if need else None for need in plan.split(needs[2:])[2]]
             needs_x, needs_w = needs[1], plan.split(needs[2:])[0]
             needs_dy = [needs_x or need for need in needs_w]
-            grad = bn_sum.like(grad, ys[0])
+            grad = bn_sum.like(grad.to(plan.conv_dtype), ys[0])
             if ctx.owns_maps and not torch._C._autograd._get_current_graph_task_keep_graph():
                 dgammas, dbeta = bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy)
                 dys = [y for y, need in zip(ys, needs_dy, strict=True) if need]
@@ -185,7 +187,7 @@ def _convolution_gradients(
             dws.append(None)
             continue
         dx_b, dw, _ = torch.ops.aten.convolution_backward(
-            next(remaining).to(plan.conv_dtype),
+            next(remaining),
             place.apply(x),
             weight.to(plan.conv_dtype),
             None,
@@ -208,11 +210,11 @@ def _differentiable_gradients(
 ) -> list[Tensor | None]:
     """Gradients of x, weights and γs by eager formulas, themselves differentiable."""
     weights, gammas, _ = plan.split(inputs[1:])
-    out = torch.zeros((), dtype=plan.map_dtype, device=grad.device)
+    out = torch.zeros((), dtype=plan.conv_dtype, device=grad.device)
     for b, y in enumerate(plan.maps(inputs[0], weights)):
         out = out + F.batch_norm(y, None, None, gammas[b] if gammas else None, None, True, 0.0, plan.eps[b])
     wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True) if wanted else ())
+    found = iter(torch.autograd.grad(out, wanted, grad.to(plan.conv_dtype), create_graph=True) if wanted else ())
     return [next(found) if need else None for _, need in zip(inputs, needs, strict=False)]
 
 
@@ -240,7 +242,7 @@ def forward(x: Tensor, step: Step) -> Tensor:
     betas = _all_or_none([norm.beta for norm in norms], 0.0)
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    map_dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     plan = _Plan(
         tuple(geometry.placement(name) for name in branches),
         geometry.stride,
@@ -248,8 +250,8 @@ def forward(x: Tensor, step: Step) -> Tensor:
         geometry.groups,
         tuple(norm.eps for norm in norms),
         len(gammas),
-        map_dtype,
-        convolution_dtype(map_dtype, device),
+        dtype,
+        convolution_dtype(dtype, device),
     )
     compute = _composed if torch.compiler.is_compiling() else _Step.apply
     out, means, rstds = compute(plan, x, *(branch.weight for branch in branches.values()), *gammas, *betas)
