@@ -1,0 +1,436 @@
+"""Batch statistics from the input's autocorrelation: one k×k convolution a step, and only x kept for backward.
+
+Forward: the second moments of x's patches (`moments_algebra`) give every branch's mean and variance before any
+output exists, so the output is one convolution with the fused weights. Backward: with A = Σ_p g[p]·P_pᵀ,
+
+    dγ_b = rstd_b·(⟨W̃_b, A⟩ − μ_b·Σg)     dβ_b = Σg     c_b = dγ_b/M     ḡ = Σg/M
+    dW_b = s_b·(A − ḡ·S − c_b·rstd_b·(W̃_b·G − μ_b·S)) on b's own taps
+    dx   = dgrad(g, Σ s_b·W̃_b) − Σ_b W̃ᵀ_b * (s_b·c_b·rstd_b·(W̃_b * x)) + what the constants leave
+
+Exactly three batch norms' training semantics; no map but x is kept, and no batch-norm pass over a map exists.
+Statistics are sums over pixels: a distributed step has to add one small vector a block (`Reduce`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import Geometry
+from ..ops import moments as ops
+from ..ops.autocorrelation import autocorrelation, cross_correlation
+from ..ops.fusion import add_branches
+from ..spec import Norm, Problem, Step, prefers_channels_last
+from . import moments_algebra as algebra
+
+NAME = "moments"
+Reduce = Callable[[Tensor], Tensor]  # sums of one process → sums of all
+
+PIVOT_SAMPLES = 4096
+# Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
+HALF_PRECISION_RATIO = 16.0
+CHUNK_BYTES = 4 << 20  # of float32 maps converted at a time: they stay in cache
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run on this machine, or None."""
+    return None
+
+
+def declines(problem: Problem) -> str | None:
+    """Why this backend cannot compute the problem, or None."""
+    geometry = problem.geometry
+    if not all(problem.batch_stats):
+        return "a batch norm normalises by its running statistics"
+    for name, value, wanted in (
+        ("stride", geometry.stride, (1, 1)),
+        ("dilation", geometry.dilation, (1, 1)),
+        ("padding", geometry.padding, (geometry.kernel // 2,) * 2),
+    ):
+        if value != wanted:
+            return f"{name} {value} is not {wanted}, for which the identities hold"
+    if geometry.padding_mode != "zeros":
+        return f"padding_mode {geometry.padding_mode!r} is not 'zeros'"
+    if not problem.dtype.is_floating_point:
+        return f"dtype {problem.dtype} is not a float"
+    return None
+
+
+def saved_bytes(problem: Problem) -> int:
+    """Bytes kept for backward: x, and one number a weight."""
+    if not problem.grad:
+        return 0
+    k = problem.geometry.kernel
+    branches = problem.branches if problem.norm == "branch" else ("square",)
+    taps = sum(k * k if name == "square" else k for name in branches)
+    weights = problem.out_channels * problem.shape[1] // problem.geometry.groups * taps
+    return problem.input_bytes + weights * torch.promote_types(problem.dtype, torch.float32).itemsize
+
+
+def forward(x: Tensor, step: Step) -> Tensor:
+    """One step on x (N×C×H×W). Raises ValueError where nn.BatchNorm2d does: one value a channel."""
+    geometry, square = step.geometry, step.branches["square"].weight
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    elif x.dtype != square.dtype:
+        raise TypeError(f"input must have the weights' dtype {square.dtype}, got {x.dtype}")
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    if count == 1:
+        size = torch.Size((x.shape[0], square.shape[0], *x.shape[2:]))
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    norms, kernels = step.norms, {name: branch.weight for name, branch in step.branches.items()}
+    if step.norm is None:
+        weights, places = list(kernels.values()), [_origin(geometry, name) for name in kernels]
+    else:
+        weights, places = [add_branches(kernels, geometry)], [(0, 0)]
+    shape = square.shape[:1]
+    dtype = torch.promote_types(square.dtype, torch.float32)
+    gamma = torch.stack([square.new_ones(shape) if n.gamma is None else n.gamma for n in norms])
+    betas = [norm.beta.to(dtype) for norm in norms if norm.beta is not None]
+    # A convolution's bias shifts the mean that is subtracted again: its gradient is zero, but it has one.
+    biases = [branch.bias for branch in step.branches.values() if branch.bias is not None]
+    betas += [torch.zeros_like(bias) * bias for bias in biases]
+    beta = torch.stack(betas).sum(0) if betas else square.new_zeros(shape, dtype=dtype)
+    out, mean, variance = ops.moments_step(
+        x,
+        weights,
+        gamma,
+        beta,
+        [index for place in places for index in place],
+        [norm.eps for norm in norms],
+        geometry.kernel,
+        geometry.groups,
+        prefers_channels_last(x, square),
+    )
+    offsets: list[Tensor | None] = [branch.bias for branch in step.branches.values()]
+    if step.norm is not None:
+        offsets = [torch.stack(biases).sum(0) if biases else None]
+    for i, norm in enumerate(norms):
+        update_running(norm, mean[i], variance[i], offsets[i], count)
+    return out
+
+
+def update_running(norm: Norm, mean: Tensor, variance: Tensor, offset: Tensor | None, count: int) -> None:
+    """nn.BatchNorm2d's update of running statistics and counter, in place, from a batch's mean and biased variance.
+
+    `offset` is the convolution's bias, which the mean (K) lacks. An empty batch (count 0) changes nothing
+    but the counter.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    if count == 0:
+        return
+    with torch.no_grad():
+        running = norm.running_mean
+        mean = (mean if offset is None else mean + offset).to(running.dtype)
+        variance = (variance * (count / (count - 1))).to(running.dtype)
+        if norm.momentum is None:
+            assert norm.num_batches_tracked is not None
+            factor = norm.num_batches_tracked.to(running.dtype).reciprocal()
+            running.lerp_(mean, factor)
+            norm.running_var.lerp_(variance, factor)
+        else:
+            running.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(variance, norm.momentum)
+
+
+def _origin(geometry: Geometry, branch: str) -> tuple[int, int]:
+    return (geometry.hor_row if branch == "hor" else 0, geometry.ver_column if branch == "ver" else 0)
+
+
+class _Branch(NamedTuple):
+    # A branch's kernel as g×(K/g)×(taps·Cg) in float64, patch order, and which of the k² taps it has.
+    weight: Tensor
+    taps: list[int]
+    channels: int
+
+    def pick(self, patch: Tensor, dim: int) -> Tensor:
+        """The branch's own taps along a dimension in patch order."""
+        dim %= patch.dim()
+        split = patch.unflatten(dim, (-1, self.channels))
+        if len(self.taps) == split.shape[dim]:
+            return patch
+        index = torch.tensor(self.taps, device=patch.device)
+        return split.index_select(dim, index).flatten(dim, dim + 1)
+
+    def embed(self, matrix: Tensor, k: int) -> Tensor:
+        """g×(K/g)×(taps·Cg) → g×(K/g)×(k²·Cg), zero outside the branch's taps."""
+        if len(self.taps) == k * k:
+            return matrix
+        g, rows, _ = matrix.shape
+        full = matrix.new_zeros(g, rows, k * k, self.channels)
+        full[:, :, self.taps] = matrix.unflatten(2, (-1, self.channels))
+        return full.flatten(2)
+
+    def to_weight(self, matrix: Tensor) -> Tensor:
+        """g×(K/g)×(taps·Cg) → K×(Cg·taps), the order of a convolution's weight."""
+        return matrix.unflatten(2, (-1, self.channels)).transpose(2, 3).flatten(0, 1).flatten(1)
+
+
+def _branches(weights: list[Tensor], origins: list[int], kernel: int, groups: int) -> list[_Branch]:
+    branches = []
+    for weight, row, column in zip(weights, origins[::2], origins[1::2], strict=True):
+        k, c, rows, columns = weight.shape
+        matrix = weight.double().view(groups, k // groups, c, rows * columns).transpose(2, 3).flatten(2)
+        taps = [(row + i) * kernel + column + j for i in range(rows) for j in range(columns)]
+        branches.append(_Branch(matrix, taps, c))
+    return branches
+
+
+def pivot_of(x: Tensor) -> Tensor:
+    """About the mean of each channel (C), from a sample of pixels; nothing waits for it.
+
+    For half-precision maps 0 unless the mean is far above the spread: only then is x − pivot exact.
+    """
+    n, _, h, w = x.shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[1], dtype=dtype)
+    step = max(1, n * h * w // PIVOT_SAMPLES)
+    rows = min(h, math.isqrt(step))
+    images = min(n, -(-step // rows))
+    sample = x[::images, :, ::rows].to(dtype)
+    variance, mean = torch.var_mean(sample, (0, 2, 3), correction=0)
+    if dtype == x.dtype:
+        return mean
+    far = mean.abs() > HALF_PRECISION_RATIO * variance.sqrt()
+    return torch.where(far, mean, 0.0).to(x.dtype).to(dtype)
+
+
+def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMoments:
+    """S and G of x's zero-padded k×k patches."""
+    n, c, _, width = x.shape
+    half, total = autocorrelation(x, pivot, k - 1, k - 1, groups)
+    plane = algebra.mirrored(half, 2 * k - 1)
+    r, span = k // 2, 2 * k - 1
+    if r == 0:
+        return algebra.patch_moments(plane.double().flatten(1, 3), total, pivot, n, k)
+    strips = algebra.edge_strips(x, pivot, k, groups)
+    lines = strips.flatten(2).unsqueeze(1).permute(0, 3, 1, 2)  # N×(4·g·r·Cg)×1×L
+    half, _ = autocorrelation(lines, pivot.new_zeros(lines.shape[1]), 0, k - 1, algebra.SIDES * groups)
+    edges = algebra.mirrored(half, span)[:, 0].unflatten(0, (algebra.SIDES, groups))
+    edges = edges.unflatten(-1, (r, -1)).unflatten(-3, (r, -1)).permute(0, 1, 2, 3, 5, 4, 6)
+    corners = algebra.corner_blocks(strips, width).flatten(4).double()
+    corners = torch.einsum("nvugi,nvugj->vugij", corners, corners)
+    gram = algebra.assemble_gram(plane, edges, corners, k)
+    return algebra.patch_moments(gram, total, pivot, n, k)
+
+
+def statistics(
+    moments: algebra.PatchMoments, branches: list[_Branch], reduce: Reduce | None = None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(mean B×K, biased variance B×K, W̃G of each branch on its own taps), in float64.
+
+    Args:
+        reduce: adds up, over all processes, the vector of one pixel count and each branch's Σy and Σy².
+    """
+    products, sums = [], []
+    for branch in branches:
+        gram = branch.pick(branch.pick(moments.gram, 1), 2)
+        product = branch.weight @ gram
+        first = branch.weight @ branch.pick(moments.sums, 1).unsqueeze(2)
+        sums += [first.flatten(), (product * branch.weight).sum(2).flatten()]
+        products.append(product)
+    vector = torch.cat([sums[0].new_full((1,), moments.count), *sums])
+    if reduce is not None:
+        vector = reduce(vector)
+    first, second = (vector[1:] / vector[0]).view(len(branches), 2, -1).unbind(1)
+    return first, (second - first * first).clamp_min(0), products
+
+
+@torch.library.impl("acnet::moments_step", ("CPU", "CUDA"))
+def _step(
+    x: Tensor,
+    weights: list[Tensor],
+    gamma: Tensor,
+    beta: Tensor,
+    origins: list[int],
+    eps: list[float],
+    kernel: int,
+    groups: int,
+    channels_last: bool,
+) -> tuple[Tensor, ...]:
+    with torch.autocast(x.device.type, enabled=False):
+        branches = _branches(weights, origins, kernel, groups)
+        pivot = pivot_of(x)
+        moments = moments_of(x, pivot, kernel, groups)
+        mean, variance, products = statistics(moments, branches)
+        rstd = (variance + variance.new_tensor(eps)[:, None]).rsqrt()
+        scale = gamma.double() * rstd
+        centred = []
+        for i, (branch, product) in enumerate(zip(branches, products, strict=True)):
+            at = mean[i].view(groups, -1, 1) * branch.pick(moments.sums, 1).unsqueeze(1)
+            centred.append(branch.to_weight(product - at))
+        fused = _fuse(branches, scale, kernel)
+        dtype = compute_dtype(x)
+        # The mean of what the rounded weights give, not of what the exact ones would: it cancels exactly.
+        rounded = fused.to(dtype)
+        level = (rounded.double() @ moments.sums.unsqueeze(2)).flatten() / max(moments.count, 1)
+        bias = (beta.double() - level).to(dtype)
+        weight = _as_conv(rounded, kernel)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        out = x.new_empty(x.shape[0], gamma.shape[1], *x.shape[2:]).contiguous(memory_format=layout)
+        for part, target in _chunks(x, out):
+            target.copy_(F.conv2d(part.to(dtype), weight, bias, 1, kernel // 2, 1, groups))
+        return out, mean, variance, pivot, moments.sums, torch.cat(centred, 1).to(pivot.dtype)
+
+
+@torch.library.impl("acnet::moments_step_backward", ("CPU", "CUDA"))
+def _step_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    gamma: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    pivot: Tensor,
+    sums: Tensor,
+    centred: Tensor,
+    origins: list[int],
+    kernel: int,
+    groups: int,
+    need_x: bool,
+    need_weights: bool,
+    need_gamma: bool,
+) -> tuple[Tensor, ...]:
+    none = mean.new_empty(0)
+    if not (need_x or need_weights or need_gamma):
+        return x.new_empty(0), centred.new_empty(0), none, grad.sum((0, 2, 3), dtype=torch.float64)
+    with torch.autocast(x.device.type, enabled=False):
+        branches = _branches(weights, origins, kernel, groups)
+        count = max(grad.shape[0] * grad.shape[2] * grad.shape[3], 1)
+        products, dbeta = _patch_gradient(grad, x, pivot, kernel, groups)
+        scale, dgamma, dweights = gamma.double() * rstd, torch.empty_like(mean), []
+        for i, branch in enumerate(branches):
+            own = branch.pick(products, 2)
+            dgamma[i] = rstd[i] * ((own * branch.weight).sum(2).flatten() - mean[i] * dbeta)
+        slope = dgamma / count
+        if need_weights:
+            parts = centred.split([weight[0].numel() for weight in weights], 1)
+            for i, (branch, part) in enumerate(zip(branches, parts, strict=True)):
+                own = branch.pick(products, 2) - (dbeta / count).view(groups, -1, 1) * branch.pick(sums, 1)[:, None]
+                dweight = branch.to_weight(own) - (slope[i] * rstd[i])[:, None] * part
+                dweights.append(scale[i][:, None] * dweight)
+        dx = x.new_empty(0)
+        if need_x:
+            fused = _fuse(branches, scale, kernel)
+            curvature = scale * slope * rstd
+            levels = curvature * mean - scale * (dbeta / count)
+            dx = _input_gradient(grad, x, branches, fused, curvature, levels, kernel, groups)
+        return (
+            dx,
+            torch.cat(dweights, 1).to(centred.dtype) if need_weights else centred.new_empty(0),
+            dgamma if need_gamma else none,
+            dbeta,
+        )
+
+
+def _patch_gradient(grad: Tensor, x: Tensor, pivot: Tensor, k: int, groups: int) -> tuple[Tensor, Tensor]:
+    # (A, Σg): Σ_p g[p]·P_pᵀ, g×(K/g)×(k²·Cg), and K, in float64.
+    rows = [i // k - k // 2 for i in range(k * k)]
+    columns = [i % k - k // 2 for i in range(k * k)]
+    zero = pivot.new_zeros(grad.shape[1])
+    products, total = cross_correlation(x, pivot, grad, zero, rows, columns, groups)
+    seen = algebra.patch_gradient_sums(total, k)  # K×k²
+    level = pivot.double().view(groups, 1, 1, -1) * seen.view(groups, -1, k * k, 1)
+    return (products.double().permute(1, 2, 0, 3) + level).flatten(2), seen[:, k * k // 2]
+
+
+def _input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    branches: list[_Branch],
+    fused: Tensor,
+    curvature: Tensor,
+    levels: Tensor,
+    k: int,
+    groups: int,
+) -> Tensor:
+    # Σ_b of W̃ᵀ_b * (s_b·g + levels_b − curvature_b·(W̃_b * x)), the convolutions on image pixels only.
+    r, dtype = k // 2, compute_dtype(x)
+    small = torch.promote_types(x.dtype, torch.float32)
+    kernels = torch.cat([branch.embed(branch.weight, k) for branch in branches], 1)  # g×(B·K/g)×(k²·Cg)
+    rows = torch.cat([row.view(groups, -1, 1) for row in curvature], 1)
+    composite = kernels.to(small).mT @ (kernels * rows).to(small)
+    plane, strips, corners = algebra.scatter_composite(composite, k)
+    rows = torch.cat([row.view(groups, -1, 1) for row in levels], 1)
+    taps = (kernels * rows).sum(1).unflatten(1, (k * k, -1)).transpose(1, 2)  # g×Cg×k²
+    constant = algebra.constant_map(taps.reshape(-1, k, k), *x.shape[2:]).to(dtype)
+    weight, minus = _as_conv(fused, k).to(dtype), -plane.to(dtype)
+    dx = torch.empty_like(x)
+    for part, slope, target in _chunks(x, grad, dx):
+        value = F.conv2d(part.to(dtype), minus, None, 1, k - 1, 1, groups)
+        value += constant
+        value += F.conv_transpose2d(slope.to(dtype), weight, None, 1, r, 0, groups)
+        target.copy_(value)
+    if r:
+        _add_edges(dx, x, strips, corners, k, groups)
+    return dx
+
+
+def _add_edges(dx: Tensor, x: Tensor, strips: Tensor, corners: Tensor, k: int, groups: int) -> None:
+    # What the (2k−1)×(2k−1) convolution took too much, by way of output pixels outside the image, added to dx.
+    r, (_, _, h, w) = k // 2, x.shape
+    lines = algebra.edge_strips(x, strips.new_zeros(x.shape[1]), k, groups)
+    blocks = algebra.corner_blocks(lines, w).flatten(4)
+    flat = lines.flatten(2).unsqueeze(1).permute(0, 3, 1, 2)  # N×(4·g·r·Cg)×1×L
+    added = F.conv2d(flat, strips.unsqueeze(2), None, 1, (0, k - 1), 1, algebra.SIDES * groups)
+    added = added.permute(0, 2, 3, 1).reshape(lines.shape)
+    twice = torch.einsum("nvugi,vugij->nvugj", blocks, corners).view(*blocks.shape[:4], r, r, -1)
+    pixels = dx.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))  # N×H×W×g×Cg
+    for i in range(min(r, h)):
+        pixels[:, i] += added[:, :w, 0, :, i]
+        pixels[:, h - 1 - i] += added[:, :w, 1, :, i]
+    for i in range(min(r, w)):
+        pixels[:, :, i] += added[:, :h, 2, :, i]
+        pixels[:, :, w - 1 - i] += added[:, :h, 3, :, i]
+    for v in range(2):
+        for u in range(2):
+            for i in range(min(r, h)):
+                for j in range(min(r, w)):
+                    row, column = (h - 1 - i if v else i), (w - 1 - j if u else j)
+                    pixels[:, row, column] -= twice[:, v, u, :, i, j]
+
+
+def _fuse(branches: list[_Branch], scale: Tensor, k: int) -> Tensor:
+    # Σ_b s_b·W̃_b, g×(K/g)×(k²·Cg).
+    groups = branches[0].weight.shape[0]
+    parts = [b.embed(b.weight * s.view(groups, -1, 1), k) for b, s in zip(branches, scale, strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def _as_conv(matrix: Tensor, k: int) -> Tensor:
+    # g×(K/g)×(k²·Cg) → K×Cg×k×k.
+    return matrix.unflatten(2, (k * k, -1)).transpose(2, 3).flatten(0, 1).unflatten(2, (k, k))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What the vendor's convolutions of x compute in: float32 on a CPU without half-precision matrix units.
+
+    There its half-precision convolutions are slower than converting (and less exact).
+    """
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        native = _AMX_BF16 if x.dtype == torch.bfloat16 else _AMX_FP16
+        return x.dtype if native else torch.float32
+    return x.dtype
+
+
+_AMX_BF16 = torch.cpu._is_amx_tile_supported()
+_AMX_FP16 = torch.cpu._is_amx_fp16_supported()
+
+
+def _chunks(first: Tensor, *rest: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    # A CPU converts and adds a few images at a time, in cache; a GPU takes the batch whole.
+    images = max(first.shape[0], 1)
+    if first.device.type == "cpu":
+        largest = max(t[:1].numel() for t in (first, *rest))
+        images = min(images, max(1, CHUNK_BYTES // max(4 * largest, 1)))
+    return zip(*(t.split(images) for t in (first, *rest)), strict=True)

@@ -1,0 +1,81 @@
+"""Second moments of maps over all pixels: `acnet::cross_correlation`, and the autocorrelation as its special case.
+
+The C++ kernel (csrc/autocorrelation.cpp) registers itself for the CPU with the schema below; where the extension
+is missing, and on CUDA, the plain PyTorch form here computes the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._extension import MISSING
+
+SCHEMA = (
+    "cross_correlation(Tensor x, Tensor x_pivot, Tensor y, Tensor y_pivot, int[] rows, int[] columns, int groups)"
+    " -> (Tensor, Tensor)"
+)
+
+
+def cross_correlation(
+    x: Tensor, x_pivot: Tensor, y: Tensor, y_pivot: Tensor, rows: list[int], columns: list[int], groups: int
+) -> tuple[Tensor, Tensor]:
+    """Σ_p ỹ[p]·x̃[p+d]ᵀ for each shift d, with x̃ = x − x_pivot and ỹ = y − y_pivot, zero outside the image.
+
+    Accumulated and returned in float32 (float64 for float64 maps), whatever the maps' dtype: a vendor's weight
+    gradient rounds its result to theirs. The order of summation depends on the shapes alone.
+
+    Args:
+        x: N×C×H×W, any float dtype; channels_last is the layout computed in, others are converted.
+        x_pivot: C, subtracted from every pixel, in the result's dtype.
+        y: N×K×H×W of x's dtype; y_pivot: K. Passing x itself computes the autocorrelation.
+        rows, columns: the shifts d, one entry each a shift.
+        groups: channels meet within their group only, as in nn.Conv2d.
+
+    Returns:
+        (products, total): shifts×groups×(K/groups)×(C/groups), and Σ_n ỹ[n], K×H×W.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = x if y is x else y.contiguous(memory_format=torch.channels_last)
+    return torch.ops.acnet.cross_correlation(x, x_pivot, y, y_pivot, rows, columns, groups)
+
+
+def autocorrelation(x: Tensor, pivot: Tensor, rows: int, columns: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Σ_q x̃[q]·x̃[q+d]ᵀ for the half plane of shifts |d| ≤ (rows, columns) that starts at 0, in raster order.
+
+    The other half is its transpose. Arguments and results as `cross_correlation`.
+    """
+    shifts = [(i, j) for i in range(rows + 1) for j in range(-columns if i else 0, columns + 1)]
+    return cross_correlation(x, pivot, x, pivot, [i for i, _ in shifts], [j for _, j in shifts], groups)
+
+
+def _plain(
+    x: Tensor, x_pivot: Tensor, y: Tensor, y_pivot: Tensor, rows: list[int], columns: list[int], groups: int
+) -> tuple[Tensor, Tensor]:
+    height, width = x.shape[2:]
+    centred_y = y.to(y_pivot.dtype).permute(0, 2, 3, 1) - y_pivot  # N×H×W×K
+    centred_x = centred_y if x is y else x.to(x_pivot.dtype).permute(0, 2, 3, 1) - x_pivot
+    products = centred_y.new_zeros(len(rows), groups, y.shape[1] // groups, x.shape[1] // groups)
+    for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        if abs(row) >= height or abs(column) >= width:
+            continue
+        fixed = centred_y[:, max(0, -row) : height - max(0, row), max(0, -column) : width - max(0, column)]
+        moved = centred_x[:, max(0, row) : height + min(0, row), max(0, column) : width + min(0, column)]
+        fixed, moved = (m.reshape(-1, groups, m.shape[-1] // groups).transpose(0, 1) for m in (fixed, moved))
+        torch.bmm(fixed.mT, moved, out=products[i])
+    return products, centred_y.sum(0).permute(2, 0, 1)
+
+
+def _fake(
+    x: Tensor, x_pivot: Tensor, y: Tensor, y_pivot: Tensor, rows: list[int], columns: list[int], groups: int
+) -> tuple[Tensor, Tensor]:
+    products = y_pivot.new_empty(len(rows), groups, y.shape[1] // groups, x.shape[1] // groups)
+    return products, y_pivot.new_empty(y.shape[2], y.shape[3], y.shape[1]).permute(2, 0, 1)
+
+
+_library = torch.library.Library("acnet", "FRAGMENT")
+if MISSING is not None:
+    _library.define(SCHEMA)
+    _library.impl("cross_correlation", _plain, "CPU")
+_library.impl("cross_correlation", _plain, "CUDA")
+torch.library.register_fake("acnet::cross_correlation", _fake)

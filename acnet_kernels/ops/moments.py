@@ -1,0 +1,146 @@
+"""The operators of the `moments` backend: schema, fake, autograd. backends/moments.py registers their kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("acnet", "FRAGMENT")
+LIBRARY.define(
+    "moments_step(Tensor x, Tensor[] weights, Tensor gamma, Tensor beta, int[] origins, float[] eps, int kernel,"
+    " int groups, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "moments_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor gamma, Tensor mean, Tensor rstd,"
+    " Tensor pivot, Tensor sums, Tensor centred, int[] origins, int kernel, int groups, bool need_x,"
+    " bool need_weights, bool need_gamma) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def moments_step(
+    x: Tensor,
+    weights: list[Tensor],
+    gamma: Tensor,
+    beta: Tensor,
+    origins: list[int],
+    eps: list[float],
+    kernel: int,
+    groups: int,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, mean, variance) of Σ_b BN_b(W_b * x), "same" padding, stride 1; differentiable in the tensors.
+
+    Args:
+        x: N×C×H×W.
+        weights: B kernels K×C/groups×rows×columns that lie inside a kernel×kernel one.
+        gamma: B×K; beta: K, summed over the branches.
+        origins: 2·B ints, the row and column of each kernel's first tap.
+        eps: B floats.
+        channels_last: the layout of out, N×K×H×W of x's dtype. mean and (biased) variance are B×K in float64
+            and not differentiable.
+    """
+    return torch.ops.acnet.moments_step(
+        x, weights, gamma, beta, origins, eps, kernel, groups, channels_last
+    )[:3]
+
+
+def _accumulation(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@torch.library.register_fake("acnet::moments_step")
+def _step_fake(
+    x: Tensor,
+    weights: list[Tensor],
+    gamma: Tensor,
+    beta: Tensor,
+    origins: list[int],
+    eps: list[float],
+    kernel: int,
+    groups: int,
+    channels_last: bool,
+) -> tuple[Tensor, ...]:
+    n, c, h, w = x.shape
+    k, dtype = weights[0].shape[0], _accumulation(x)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    taps = sum(weight.shape[1] * weight.shape[2] * weight.shape[3] for weight in weights)
+    return (
+        torch.empty(n, k, h, w, dtype=x.dtype, device=x.device, memory_format=layout),
+        x.new_empty(len(weights), k, dtype=torch.float64),
+        x.new_empty(len(weights), k, dtype=torch.float64),
+        x.new_empty(c, dtype=dtype),
+        x.new_empty(groups, kernel * kernel * c // groups, dtype=torch.float64),
+        x.new_empty(k, taps, dtype=dtype),
+    )
+
+
+@torch.library.register_fake("acnet::moments_step_backward")
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    gamma: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    pivot: Tensor,
+    sums: Tensor,
+    centred: Tensor,
+    origins: list[int],
+    kernel: int,
+    groups: int,
+    need_x: bool,
+    need_weights: bool,
+    need_gamma: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        torch.empty_like(centred) if need_weights else centred.new_empty(0),
+        torch.empty_like(gamma, dtype=torch.float64) if need_gamma else mean.new_empty(0),
+        x.new_empty(weights[0].shape[0], dtype=torch.float64),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weights, gamma, beta, origins, eps, kernel, groups, _ = inputs
+    _, mean, variance, pivot, sums, centred = output
+    rstd = (variance + torch.tensor(eps, dtype=torch.float64, device=x.device)[:, None]).rsqrt()
+    ctx.mark_non_differentiable(mean, variance, pivot, sums, centred)
+    ctx.save_for_backward(x, gamma, mean, rstd, pivot, sums, centred, *weights)
+    ctx.beta_dtype, ctx.origins, ctx.kernel, ctx.groups = beta.dtype, origins, kernel, groups
+    ctx.need = x.requires_grad, any(weight.requires_grad for weight in weights), gamma.requires_grad
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    x, gamma, mean, rstd, pivot, sums, centred, *weights = ctx.saved_tensors
+    need_x, need_weights, need_gamma = ctx.need
+    dx, dweights, dgamma, dbeta = torch.ops.acnet.moments_step_backward(
+        grad, x, weights, gamma, mean, rstd, pivot, sums, centred, ctx.origins, ctx.kernel, ctx.groups,
+        need_x, need_weights, need_gamma,
+    )  # fmt: skip
+    split: list[Tensor | None] = [None] * len(weights)
+    if need_weights:
+        parts = dweights.split([weight[0].numel() for weight in weights], 1)
+        split = [
+            part.reshape(weight.shape).to(weight.dtype) if weight.requires_grad else None
+            for part, weight in zip(parts, weights, strict=True)
+        ]
+    return (
+        dx if need_x else None,
+        split,
+        dgamma.to(gamma.dtype) if need_gamma else None,
+        dbeta.to(ctx.beta_dtype),
+        *(None,) * 5,
+    )
+
+
+def _no_double_backward(ctx: Any, *_: Any) -> NoReturn:
+    raise RuntimeError(
+        "the moments backend has no double backward: its gradient is computed without a graph; use "
+        "backend='eager' where create_graph=True is wanted"
+    )
+
+
+torch.library.register_autograd("acnet::moments_step", _backward, setup_context=_setup)
+torch.library.register_autograd("acnet::moments_step_backward", _no_double_backward)
