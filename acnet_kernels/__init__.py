@@ -1,6 +1,7 @@
 """Fast, exact asymmetric convolution blocks (ACNet, ICCV 2019) for PyTorch."""
 
 from . import checkpoint
+from .backends.planner import memory_saver
 from .block import ACBlock
 from .explanation import explain
 from .functional import acblock
@@ -9,4 +10,16 @@ from .spec import Branch, Norm
 from .surgery import convert, fold, fuse
 
 __version__ = "0.1.0"
-__all__ = ["ACBlock", "Branch", "Geometry", "Norm", "acblock", "checkpoint", "convert", "explain", "fold", "fuse"]
+__all__ = [
+    "ACBlock",
+    "Branch",
+    "Geometry",
+    "Norm",
+    "acblock",
+    "checkpoint",
+    "convert",
+    "explain",
+    "fold",
+    "fuse",
+    "memory_saver",
+]

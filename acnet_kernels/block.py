@@ -50,7 +50,8 @@ class ACBlock(nn.Module):
         norm: 'branch', or 'sum' for one batch norm after the sum.
         shift: (rows hor moves down, columns ver moves right) from the centre (paper Fig. 6c).
         eps, momentum: of every batch norm.
-        backend: how training steps are computed: 'auto' or one of `planner.CHOICES`.
+        backend: how training steps are computed: 'auto' or one of `planner.CHOICES`; 'memory_saver' keeps the
+            fewest bytes for backward (see `memory_saver`).
         device, dtype: of parameters and buffers.
 
     Raises:

@@ -31,10 +31,10 @@ from . import moments_algebra as algebra
 NAME = "moments"
 Reduce = Callable[[Tensor], Tensor]  # sums of one process → sums of all
 
-PIVOT_SAMPLES = 4096
+PIVOT_SAMPLES = 2048
 # Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
 HALF_PRECISION_RATIO = 16.0
-CHUNK_BYTES = 4 << 20  # of float32 maps converted at a time: they stay in cache
+CHUNK_BYTES = 1 << 20  # of float32 maps converted at a time: they stay in cache
 
 
 def unavailable() -> str | None:
@@ -190,19 +190,19 @@ def pivot_of(x: Tensor) -> Tensor:
 
     For half-precision maps 0 unless the mean is far above the spread: only then is x − pivot exact.
     """
-    n, _, h, w = x.shape
+    n, c, h, w = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.numel() == 0:
-        return x.new_zeros(x.shape[1], dtype=dtype)
+        return x.new_zeros(c, dtype=dtype)
     step = max(1, n * h * w // PIVOT_SAMPLES)
     rows = min(h, math.isqrt(step))
     images = min(n, -(-step // rows))
-    sample = x[::images, :, ::rows].to(dtype)
-    variance, mean = torch.var_mean(sample, (0, 2, 3), correction=0)
+    sample = x.permute(0, 2, 3, 1)[::images, ::rows].to(dtype).reshape(-1, c)
+    mean = sample.mean(0)
     if dtype == x.dtype:
         return mean
-    far = mean.abs() > HALF_PRECISION_RATIO * variance.sqrt()
-    return torch.where(far, mean, 0.0).to(x.dtype).to(dtype)
+    spread = (sample - mean).abs().mean(0)
+    return torch.where(mean.abs() > HALF_PRECISION_RATIO * spread, mean, 0.0).to(x.dtype).to(dtype)
 
 
 def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMoments:
@@ -363,21 +363,25 @@ def _input_gradient(
     plane, strips, corners = algebra.scatter_composite(composite, k)
     rows = torch.cat([row.view(groups, -1, 1) for row in levels], 1)
     taps = (kernels * rows).sum(1).unflatten(1, (k * k, -1)).transpose(1, 2)  # g×Cg×k²
-    constant = algebra.constant_map(taps.reshape(-1, k, k), *x.shape[2:]).to(dtype)
-    weight, minus = _as_conv(fused, k).to(dtype), -plane.to(dtype)
+    taps = taps.reshape(-1, k, k)
+    inner = taps.sum((1, 2))  # the constants' share where no border is near, and what borders change in it
+    constant = algebra.constant_map(taps, *x.shape[2:]) - inner[:, None, None]
+    weight, minus, bias = _as_conv(fused, k).to(dtype), -plane.to(dtype), inner.to(dtype)
     dx = torch.empty_like(x)
     for part, slope, target in _chunks(x, grad, dx):
-        value = F.conv2d(part.to(dtype), minus, None, 1, k - 1, 1, groups)
-        value += constant
+        value = F.conv2d(part.to(dtype), minus, bias, 1, k - 1, 1, groups)
         value += F.conv_transpose2d(slope.to(dtype), weight, None, 1, r, 0, groups)
         target.copy_(value)
     if r:
-        _add_edges(dx, x, strips, corners, k, groups)
+        _add_edges(dx, x, strips, corners, constant.to(small), k, groups)
     return dx
 
 
-def _add_edges(dx: Tensor, x: Tensor, strips: Tensor, corners: Tensor, k: int, groups: int) -> None:
-    # What the (2k−1)×(2k−1) convolution took too much, by way of output pixels outside the image, added to dx.
+def _add_edges(
+    dx: Tensor, x: Tensor, strips: Tensor, corners: Tensor, constant: Tensor, k: int, groups: int
+) -> None:
+    # What the (2k−1)×(2k−1) convolution took too much, by way of output pixels outside the image, added to dx,
+    # and the constants' map, which is zero further than r from the borders.
     r, (_, _, h, w) = k // 2, x.shape
     lines = algebra.edge_strips(x, strips.new_zeros(x.shape[1]), k, groups)
     blocks = algebra.corner_blocks(lines, w).flatten(4)
@@ -385,19 +389,27 @@ def _add_edges(dx: Tensor, x: Tensor, strips: Tensor, corners: Tensor, k: int, g
     added = F.conv2d(flat, strips.unsqueeze(2), None, 1, (0, k - 1), 1, algebra.SIDES * groups)
     added = added.permute(0, 2, 3, 1).reshape(lines.shape)
     twice = torch.einsum("nvugi,vugij->nvugj", blocks, corners).view(*blocks.shape[:4], r, r, -1)
-    pixels = dx.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))  # N×H×W×g×Cg
-    for i in range(min(r, h)):
-        pixels[:, i] += added[:, :w, 0, :, i]
-        pixels[:, h - 1 - i] += added[:, :w, 1, :, i]
-    for i in range(min(r, w)):
-        pixels[:, :, i] += added[:, :h, 2, :, i]
-        pixels[:, :, w - 1 - i] += added[:, :h, 3, :, i]
     for v in range(2):
         for u in range(2):
-            for i in range(min(r, h)):
-                for j in range(min(r, w)):
-                    row, column = (h - 1 - i if v else i), (w - 1 - j if u else j)
-                    pixels[:, row, column] -= twice[:, v, u, :, i, j]
+            for j in range(min(r, w)):  # rows take the corners on them
+                added[:, w - 1 - j if u else j, v] -= twice[:, v, u, :, :, j]
+    constant = constant.permute(1, 2, 0).unflatten(-1, (groups, -1))  # H×W×g×Cg
+    pixels = dx.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))  # N×H×W×g×Cg
+    top, bottom, left, right = added.unbind(2)
+    for i in range(min(r, h)):
+        pixels[:, i] += top[:, :w, :, i]
+        pixels[:, h - 1 - i] += bottom[:, :w, :, i]
+    for j in range(min(r, w)):
+        pixels[:, :, j] += left[:, :h, :, j]
+        pixels[:, :, w - 1 - j] += right[:, :h, :, j]
+    if h <= 2 * r or w <= 2 * r:
+        pixels += constant
+        return
+    for i in range(r):
+        pixels[:, i] += constant[i]
+        pixels[:, h - 1 - i] += constant[h - 1 - i]
+        pixels[:, r : h - r, i] += constant[r : h - r, i]
+        pixels[:, r : h - r, w - 1 - i] += constant[r : h - r, w - 1 - i]
 
 
 def _fuse(branches: list[_Branch], scale: Tensor, k: int) -> Tensor:

@@ -91,7 +91,9 @@ def assemble_gram(plane: Tensor, strips: Tensor, corners: Tensor, k: int) -> Ten
     r, (g, c) = k // 2, (plane.shape[0], plane.shape[-1])
     shift = torch.arange(k, device=plane.device)
     shift = shift[None, :] - shift[:, None] + k - 1  # t'−t, from index 0
-    gram = plane.double()[:, shift[:, None, :, None], shift[None, :, None, :]]  # g×tr×tc×t'r×t'c×c×c'
+    whole = plane.new_empty(g, k, k, c, k, k, c, dtype=torch.float64)
+    gram = whole.permute(0, 1, 2, 4, 5, 3, 6)  # g×tr×tc×t'r×t'c×c×c'
+    gram.copy_(plane[:, shift[:, None, :, None], shift[None, :, None, :]])
     bands = strips.double()[:, :, shift].permute(0, 1, 4, 5, 2, 3, 6, 7)  # 4×g×i×i'×t×t'×c×c'
     blocks = corners.double().reshape(2, 2, g, r, r, c, r, r, c).permute(0, 1, 2, 3, 4, 6, 7, 5, 8)
     for j in range(1, r + 1):
@@ -108,7 +110,7 @@ def assemble_gram(plane: Tensor, strips: Tensor, corners: Tensor, k: int) -> Ten
                     block = blocks[v, u, :, :n, :m, :n, :m]
                     block = _facing(_facing(block, v, (1, 3)), u, (2, 4))
                     gram[:, rows, columns, rows, columns] += block
-    return gram.permute(0, 1, 2, 5, 3, 4, 6).reshape(g, k * k * c, k * k * c)
+    return whole.view(g, k * k * c, k * k * c)
 
 
 def scatter_composite(composite: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +182,7 @@ def patch_moments(gram: Tensor, total: Tensor, pivot: Tensor, images: int, k: in
     """S and G of the patches of x = x̃ + pivot, from those of x̃.
 
     Args:
-        gram: G of x̃, from `assemble_gram`.
+        gram: G of x̃, from `assemble_gram`; overwritten.
         total: Σ_n x̃[n], C×H×W.
         pivot: C.
         images: N.
@@ -194,12 +196,14 @@ def patch_moments(gram: Tensor, total: Tensor, pivot: Tensor, images: int, k: in
     pixels = images * torch.einsum("ap,bp,xs,ys->axby", one_row, one_row, one_column, one_column)
     pixels = pixels.reshape(k * k, k * k)
     level = pivot.double().view(g, -1)
-    cross = torch.einsum("gctu,gd->gtcud", mixed, level)
-    constant = torch.einsum("tu,gc,gd->gtcud", pixels, level, level)
-    cross = cross.reshape(gram.shape)
+    # G − G̃ is a matrix and its transpose: x̃ with the constant, and half of the constant with itself.
+    half = mixed + 0.5 * pixels * level[:, :, None, None]
+    cross = torch.einsum("gctu,gd->gtcud", half, level).reshape(gram.shape)
+    gram += cross
+    gram += cross.mT
     centre = k * k // 2  # by the centre tap every output pixel sees a pixel inside
     sums = mixed[..., centre].mT + pixels[:, centre, None] * level[:, None]
-    return PatchMoments(sums.flatten(1), gram + cross + cross.mT + constant.reshape(gram.shape), images * h * w)
+    return PatchMoments(sums.flatten(1), gram, images * h * w)
 
 
 def patch_gradient_sums(total: Tensor, k: int) -> Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
 from ..ops import bn_sum
 from ..spec import Problem
-from . import branches, eager, folded
+from . import branches, eager, folded, moments
 
-# In order of preference: 'auto' takes the first that does not decline.
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (folded, branches, eager)}
-CHOICES = ("auto", *BACKENDS)
+# In order of preference: 'auto' takes the first that pays, so what follows eager only on request.
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (folded, branches, eager, moments)}
+CHOICES = ("auto", "memory_saver", *BACKENDS)
+
+_saving = False
 
 
 class Plan(NamedTuple):
@@ -28,10 +32,28 @@ def check_choice(backend: str) -> str:
     return backend
 
 
+@contextlib.contextmanager
+def memory_saver(enabled: bool = True) -> Iterator[None]:
+    """Within it, blocks of backend 'auto' use `moments` wherever it can and keeps fewer bytes for backward.
+
+    Process-wide, so that replicas in other threads follow. The same for one block: backend='memory_saver'.
+    """
+    global _saving
+    before, _saving = _saving, enabled
+    try:
+        yield
+    finally:
+        _saving = before
+
+
 def choose(problem: Problem, requested: str = "auto") -> Plan:
     """The backend for problem: the requested one unless it declines, else the first that pays."""
     refused = ""
-    if requested != "auto":
+    if requested == "memory_saver" or (requested == "auto" and _saving):
+        plan = _saving_plan(problem)
+        if plan is not None:
+            return plan
+    elif requested != "auto":
         module = BACKENDS[requested]
         why = module.unavailable() or module.declines(problem)
         if why is None:
@@ -65,6 +87,15 @@ def does_not_pay(backend: str, problem: Problem) -> str | None:
         if elements <= SMALL_MAP:
             return f"maps of {elements} elements, {SMALL_MAP} or fewer, are as fast in eager"
     return None
+
+
+def _saving_plan(problem: Problem) -> Plan | None:
+    if moments.unavailable() or moments.declines(problem):
+        return None
+    kept, usual = moments.saved_bytes(problem), eager.saved_bytes(problem)
+    if kept >= usual:
+        return None
+    return Plan(moments, f"memory saver: keeps {kept:,} bytes for backward, {usual - kept:,} fewer than eager")
 
 
 REASONS = {

@@ -1,0 +1,175 @@
+// The operator cross_correlation on the CPU: checks, blocks, threads and merging. Its meaning is documented in
+// acnet_kernels/ops/autocorrelation.py. Which pixels are summed together depends on the shapes alone, never on the
+// number of threads, and partial sums are merged in order: results are deterministic.
+#include "autocorrelation.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+namespace acnet::autocorrelation {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kBlockElements = 32 << 10;  // of x and y each, packed: both stay in the second-level cache
+constexpr int64_t kMostTasks = 64;
+constexpr int64_t kPartialBytes = 64 << 20;  // of all tasks' partial sums
+
+template <class T, class A>
+const Passes<T, A>& passes() {
+  static const Passes<T, A> chosen = [] {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      return avx512::passes<T, A>();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::passes<T, A>();
+#endif
+    return generic::passes<T, A>();
+  }();
+  return chosen;
+}
+
+bool is_channels_last(const Tensor& t) {
+  int64_t expected = 1;
+  for (const int d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+// How the pixels are cut into blocks: bands of rows of one image, or several whole images.
+struct Cut {
+  int64_t images, rows, image_blocks, bands;
+  Cut(int64_t n, int64_t height, int64_t width, int64_t channels) {
+    const int64_t row = width * channels;
+    rows = std::min(height, std::max<int64_t>(8, kBlockElements / row));
+    images = rows < height ? 1 : std::clamp<int64_t>(kBlockElements / (row * height), 1, std::max<int64_t>(n, 1));
+    image_blocks = (n + images - 1) / images;
+    bands = (height + rows - 1) / rows;
+  }
+  int64_t blocks() const { return image_blocks * bands; }
+};
+
+template <class T, class A>
+void correlate(const Tensor& x, const Tensor& x_pivot, const Tensor& y, const Tensor& y_pivot,
+               const std::vector<int64_t>& rows, const std::vector<int64_t>& columns, int64_t groups, Tensor& out) {
+  const int64_t shifts = static_cast<int64_t>(rows.size()), n = x.size(0), height = x.size(2), width = x.size(3);
+  const int64_t c = x.size(1) / groups, k = y.size(1) / groups;
+  const int64_t cs = round_up(c, kRowTile), ks = round_up(k, kLanes<A>), size = shifts * cs * ks;
+  const Cut cut(n, height, width, std::max(cs, ks));
+  const int64_t most = std::clamp<int64_t>(kPartialBytes / (8 * groups * size), 1, kMostTasks);
+  const int64_t tasks = std::min(cut.blocks(), most);
+  std::vector<double> partials(tasks * groups * size);
+  Block<T, A> block{};
+  block.height = height, block.width = width;
+  block.x_pixel = x.size(1), block.y_pixel = y.size(1);
+  block.x_channels = c, block.y_channels = k;
+  block.shift_rows = rows.data(), block.shift_columns = columns.data(), block.shifts = shifts;
+  for (int64_t i = 0; i < shifts; ++i) {
+    block.reach_rows = std::max({block.reach_rows, rows[i], -rows[i]});
+    block.reach_columns = std::max({block.reach_columns, columns[i], -columns[i]});
+  }
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    Block<T, A> b = block;
+    b.images = cut.images, b.rows = cut.rows;
+    const std::unique_ptr<A[]> x_packed(new A[x_scratch(b)]), y_packed(new A[y_scratch(b)]), block_sums(new A[size]);
+    b.x_packed = x_packed.get(), b.y_packed = y_packed.get(), b.block_sums = block_sums.get();
+    for (int64_t task = begin; task < end; ++task)
+      for (int64_t i = task * cut.blocks() / tasks; i < (task + 1) * cut.blocks() / tasks; ++i) {
+        const int64_t image = i / cut.bands * cut.images;
+        b.images = std::min(cut.images, n - image);
+        b.first_row = i % cut.bands * cut.rows;
+        b.rows = std::min(cut.rows, height - b.first_row);
+        for (int64_t g = 0; g < groups; ++g) {
+          b.x = static_cast<const T*>(x.const_data_ptr()) + image * height * width * b.x_pixel + g * c;
+          b.y = static_cast<const T*>(y.const_data_ptr()) + image * height * width * b.y_pixel + g * k;
+          b.x_pivot = static_cast<const A*>(x_pivot.const_data_ptr()) + g * c;
+          b.y_pivot = static_cast<const A*>(y_pivot.const_data_ptr()) + g * k;
+          b.sums = partials.data() + (task * groups + g) * size;
+          passes<T, A>().correlate(b);
+        }
+      }
+  });
+  A* products = static_cast<A*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, shifts * groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      std::vector<double> sum(cs * ks);
+      for (int64_t task = 0; task < tasks; ++task) {
+        const double* partial = partials.data() + (task * groups + i % groups) * size + i / groups * cs * ks;
+        for (int64_t j = 0; j < cs * ks; ++j) sum[j] += partial[j];
+      }
+      for (int64_t a = 0; a < k; ++a)
+        for (int64_t b = 0; b < c; ++b) products[(i * k + a) * c + b] = static_cast<A>(sum[b * ks + a]);
+    }
+  });
+}
+
+template <class T, class A>
+void sum_images(const Tensor& y, const Tensor& pivot, Tensor& total) {
+  const int64_t n = y.size(0), k = y.size(1), height = y.size(2), row = y.size(3) * k;
+  const T* from = static_cast<const T*>(y.const_data_ptr());
+  const A* level = static_cast<const A*>(pivot.const_data_ptr());
+  A* to = static_cast<A*>(total.mutable_data_ptr());
+  torch::stable::parallel_for(0, height, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t h = begin; h < end; ++h)
+      passes<T, A>().sum_images(from + h * row, n, height * row, level, k, row, to + h * row);
+  });
+}
+
+void check(const Tensor& map, const Tensor& pivot, const char* name, ScalarType type, ScalarType sums, int64_t groups) {
+  STD_TORCH_CHECK(map.dim() == 4 && is_channels_last(map), name, " must be N×C×H×W in channels_last layout");
+  STD_TORCH_CHECK(map.scalar_type() == type, "x and y must have one dtype");
+  STD_TORCH_CHECK(map.size(1) > 0 && map.size(1) % groups == 0, name, " must have a multiple of groups=", groups,
+                  " channels, got ", map.size(1));
+  STD_TORCH_CHECK(pivot.scalar_type() == sums && pivot.is_contiguous() && pivot.numel() == map.size(1), name,
+                  "_pivot must be one contiguous number a channel in the dtype sums are kept in");
+}
+
+std::tuple<Tensor, Tensor> cross_correlation(Tensor x, Tensor x_pivot, Tensor y, Tensor y_pivot,
+                                             std::vector<int64_t> rows, std::vector<int64_t> columns, int64_t groups) {
+  const ScalarType type = x.scalar_type(), sums = type == ScalarType::Double ? type : ScalarType::Float;
+  STD_TORCH_CHECK(groups >= 1, "groups must be at least 1, got ", groups);
+  STD_TORCH_CHECK(!rows.empty() && rows.size() == columns.size(), "rows and columns must be as long as each other, got ",
+                  rows.size(), " and ", columns.size());
+  check(x, x_pivot, "x", type, sums, groups);
+  check(y, y_pivot, "y", type, sums, groups);
+  for (const int d : {0, 2, 3})
+    STD_TORCH_CHECK(x.size(d) == y.size(d), "x and y must have the same images and pixels");
+  Tensor products = torch::stable::new_empty(
+      y_pivot, {static_cast<int64_t>(rows.size()), groups, y.size(1) / groups, x.size(1) / groups});
+  Tensor total = torch::stable::new_empty(y_pivot, {y.size(2), y.size(3), y.size(1)});
+  const auto run = [&](auto t, auto a) {
+    using T = decltype(t);
+    using A = decltype(a);
+    correlate<T, A>(x, x_pivot, y, y_pivot, rows, columns, groups, products);
+    sum_images<T, A>(y, y_pivot, total);
+  };
+  if (type == ScalarType::Float) run(float{}, float{});
+  else if (type == ScalarType::Double) run(double{}, double{});
+  else if (type == ScalarType::BFloat16) run(c10::BFloat16{}, float{});
+  else if (type == ScalarType::Half) run(c10::Half{}, float{});
+  else STD_TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16");
+  return {products, torch::stable::transpose(torch::stable::transpose(total, 1, 2), 0, 1)};
+}
+
+}  // namespace
+}  // namespace acnet::autocorrelation
+
+STABLE_TORCH_LIBRARY_FRAGMENT(acnet, m) {
+  m.def(
+      "cross_correlation(Tensor x, Tensor x_pivot, Tensor y, Tensor y_pivot, int[] rows, int[] columns, int groups)"
+      " -> (Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(acnet, CPU, m) {
+  m.impl("cross_correlation", TORCH_BOX(&acnet::autocorrelation::cross_correlation));
+}

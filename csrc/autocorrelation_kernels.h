@@ -1,0 +1,139 @@
+// The passes, compiled once an instruction set. The including file defines ACNET_ISA (its namespace), ACNET_TILE
+// (x channels accumulated at a time) and, with F16C, ACNET_F16C.
+
+namespace acnet::autocorrelation::ACNET_ISA {
+namespace {
+
+template <class A>
+struct Vector {
+  typedef A type __attribute__((vector_size(64), aligned(alignof(A)), may_alias));
+};
+
+inline void widen(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * sizeof(float)); }
+inline void widen(const double* from, double* to, int64_t n) { std::memcpy(to, from, n * sizeof(double)); }
+inline void widen(const c10::BFloat16* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i].x) << 16;
+    std::memcpy(to + i, &bits, sizeof bits);
+  }
+}
+inline void widen(const c10::Half* from, float* to, int64_t n) {
+  int64_t i = 0;
+#ifdef ACNET_F16C
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+  for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+// `pixels` pixels of kWidth channels, `channels` of them real and less the pivot, the others zero.
+template <int kWidth, class T, class A>
+void pack_row(const T* from, int64_t stride, const A* pivot, int64_t channels, int64_t pixels, A* to) {
+  for (int64_t p = 0; p < pixels; ++p, from += stride, to += kWidth) {
+    A wide[kWidth] = {};
+    if (channels >= kWidth) {
+      widen(from, wide, kWidth);
+      for (int c = 0; c < kWidth; ++c) to[c] = wide[c] - pivot[c];
+    } else {
+      widen(from, wide, channels);
+      for (int64_t c = 0; c < channels; ++c) wide[c] -= pivot[c];
+      std::memcpy(to, wide, sizeof wide);
+    }
+  }
+}
+
+// One tile of channels of a map, from `first` on, `reach` rows before the band to the end of the last image's span.
+// A band of part of an image comes alone, with the rows around it; beyond whole images there are zero rows.
+template <int kWidth, class T, class A>
+void pack(const Block<T, A>& b, const T* map, int64_t pixel, const A* pivot, int64_t first, int64_t channels,
+          int64_t reach, bool beyond, A* to) {
+  const int64_t pitch = b.width + b.reach_columns, span = b.rows + b.reach_rows;
+  const int64_t own = channels - first < kWidth ? channels - first : kWidth;
+  for (int64_t q = -reach; q < b.images * span; ++q, to += pitch * kWidth) {
+    const int64_t n = q < 0 ? 0 : q / span, r = q - n * span, row = b.first_row + r;
+    if (row < 0 || row >= b.height || (r >= b.rows && !beyond)) {
+      std::memset(to, 0, pitch * kWidth * sizeof(A));
+      continue;
+    }
+    pack_row<kWidth>(map + (n * b.height + row) * b.width * pixel + first, pixel, pivot + first, own, b.width, to);
+    std::memset(to + b.width * kWidth, 0, b.reach_columns * kWidth * sizeof(A));
+  }
+}
+
+// kRows x channels times one vector of y channels over some pixels: kRows accumulators, added to the sums.
+template <int kRows, class A>
+void tile(const A* x, const A* y, int64_t pixels, A* sums, int64_t stride) {
+  using V = typename Vector<A>::type;
+  V acc[kRows] = {};
+  for (int64_t p = 0; p < pixels; ++p, x += kRows, y += kLanes<A>) {
+    const V v = *reinterpret_cast<const V*>(y);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) acc[i] += x[i] * v;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) *reinterpret_cast<V*>(sums + i * stride) += acc[i];
+}
+
+// One tile of x channels with every tile of y channels: all shifts while a run of pixels is in first-level cache.
+template <int kRows, class T, class A>
+void correlate_rows(const Block<T, A>& b, int64_t first, int64_t y_size) {
+  const int64_t pitch = b.width + b.reach_columns;
+  const int64_t cs = round_up(b.x_channels, kRowTile), ks = round_up(b.y_channels, kLanes<A>);
+  const int64_t pixels = pixels_of(b) - b.reach_rows * pitch;  // the last band's zero rows add nothing
+  const int64_t guard = b.reach_columns * kRows, rows = b.images * (b.rows + b.reach_rows) + b.reach_rows;
+  std::memset(b.x_packed, 0, guard * sizeof(A));
+  pack<kRows>(b, b.x, b.x_pixel, b.x_pivot, first, b.x_channels, b.reach_rows, true, b.x_packed + guard);
+  std::memset(b.x_packed + guard + rows * pitch * kRows, 0, guard * sizeof(A));
+  for (int64_t k = 0; k < ks; k += kLanes<A>)
+    for (int64_t p = 0; p < pixels; p += kRun) {
+      const A* y = b.y_packed + k * y_size + p * kLanes<A>;
+      const int64_t run = pixels - p < kRun ? pixels - p : kRun;
+      for (int64_t s = 0; s < b.shifts; ++s) {
+        const int64_t offset = (b.shift_rows[s] + b.reach_rows) * pitch + b.shift_columns[s] + b.reach_columns;
+        tile<kRows>(b.x_packed + (p + offset) * kRows, y, run, b.block_sums + (s * cs + first) * ks + k, ks);
+      }
+    }
+}
+
+template <class T, class A>
+void correlate(const Block<T, A>& b) {
+  const int64_t cs = round_up(b.x_channels, kRowTile), ks = round_up(b.y_channels, kLanes<A>);
+  const int64_t size = b.shifts * cs * ks, y_size = pixels_of(b);
+  std::memset(b.block_sums, 0, size * sizeof(A));
+  for (int64_t k = 0; k < ks; k += kLanes<A>)
+    pack<kLanes<A>>(b, b.y, b.y_pixel, b.y_pivot, k, b.y_channels, 0, false, b.y_packed + k * y_size);
+  int64_t c = 0;
+  for (; c + ACNET_TILE <= cs; c += ACNET_TILE) correlate_rows<ACNET_TILE>(b, c, y_size);
+  for (; c < cs; c += kRowTile) correlate_rows<kRowTile>(b, c, y_size);
+  for (int64_t i = 0; i < size; ++i) b.sums[i] += b.block_sums[i];
+}
+
+template <class T, class A>
+void sum_images(const T* from, int64_t images, int64_t stride, const A* pivot, int64_t channels, int64_t row, A* to) {
+  constexpr int64_t kMost = 512;
+  A wide[kMost], level[kMost];
+  // Several pixels at a time, or a part of one.
+  const int64_t piece = channels < kMost ? kMost / channels * channels : kMost;
+  std::memset(to, 0, row * sizeof(A));
+  for (int64_t first = 0; first < row; first += piece) {
+    const int64_t size = row - first < piece ? row - first : piece;
+    for (int64_t i = 0; i < size; ++i) level[i] = pivot[(first + i) % channels];
+    for (int64_t n = 0; n < images; ++n) {
+      widen(from + n * stride + first, wide, size);
+      for (int64_t i = 0; i < size; ++i) to[first + i] += wide[i] - level[i];
+    }
+  }
+}
+
+}  // namespace
+
+template <class T, class A>
+Passes<T, A> passes() {
+  return {correlate<T, A>, sum_images<T, A>};
+}
+template Passes<float, float> passes();
+template Passes<double, double> passes();
+template Passes<c10::BFloat16, float> passes();
+template Passes<c10::Half, float> passes();
+
+}  // namespace acnet::autocorrelation::ACNET_ISA
