@@ -368,22 +368,22 @@ def _input_gradient(
     constant = algebra.constant_map(taps, *x.shape[2:]) - inner[:, None, None]
     weight, minus, bias = _as_conv(fused, k).to(dtype), -plane.to(dtype), inner.to(dtype)
     dx = torch.empty_like(x)
-    for part, slope, target in _chunks(x, grad, dx):
+    edges = _edge_terms(x, strips, corners, constant.to(small), k, groups)
+    for part, slope, edge, target in _chunks(x, grad, edges, dx):
         value = F.conv2d(part.to(dtype), minus, bias, 1, k - 1, 1, groups)
         value += F.conv_transpose2d(slope.to(dtype), weight, None, 1, r, 0, groups)
+        _add_edges(value, edge)
         target.copy_(value)
-    if r:
-        _add_edges(dx, x, strips, corners, constant.to(small), k, groups)
     return dx
 
 
-def _add_edges(
-    dx: Tensor, x: Tensor, strips: Tensor, corners: Tensor, constant: Tensor, k: int, groups: int
-) -> None:
-    # What the (2k−1)×(2k−1) convolution took too much, by way of output pixels outside the image, added to dx,
-    # and the constants' map, which is zero further than r from the borders.
+def _edge_terms(x: Tensor, strips: Tensor, corners: Tensor, constant: Tensor, k: int, groups: int) -> Tensor:
+    # What the (2k−1)×(2k−1) convolution took too much, by way of output pixels outside the image, and the
+    # constants' map, which is zero further than r from the borders: as lines, N×L×4×g×r×Cg (`edge_strips`).
     r, (_, _, h, w) = k // 2, x.shape
     lines = algebra.edge_strips(x, strips.new_zeros(x.shape[1]), k, groups)
+    if r == 0:
+        return lines
     blocks = algebra.corner_blocks(lines, w).flatten(4)
     flat = lines.flatten(2).unsqueeze(1).permute(0, 3, 1, 2)  # N×(4·g·r·Cg)×1×L
     added = F.conv2d(flat, strips.unsqueeze(2), None, 1, (0, k - 1), 1, algebra.SIDES * groups)
@@ -391,25 +391,33 @@ def _add_edges(
     twice = torch.einsum("nvugi,vugij->nvugj", blocks, corners).view(*blocks.shape[:4], r, r, -1)
     for v in range(2):
         for u in range(2):
-            for j in range(min(r, w)):  # rows take the corners on them
+            for j in range(min(r, w)):
                 added[:, w - 1 - j if u else j, v] -= twice[:, v, u, :, :, j]
     constant = constant.permute(1, 2, 0).unflatten(-1, (groups, -1))  # H×W×g×Cg
-    pixels = dx.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))  # N×H×W×g×Cg
     top, bottom, left, right = added.unbind(2)
+    rows = slice(r, max(h - r, r))  # of left and right: those that neither top nor bottom has
+    for i in range(min(r, h)):
+        top[:, :w, :, i] += constant[i]
+        if h - 1 - i >= r:
+            bottom[:, :w, :, i] += constant[h - 1 - i]
+    for j in range(min(r, w)):
+        left[:, rows, :, j] += constant[rows, j]
+        if w - 1 - j >= r:
+            right[:, rows, :, j] += constant[rows, w - 1 - j]
+    return added
+
+
+def _add_edges(dx: Tensor, edges: Tensor) -> None:
+    h, w = dx.shape[2:]
+    r = edges.shape[4]
+    pixels = dx.permute(0, 2, 3, 1).unflatten(-1, (edges.shape[3], -1))  # N×H×W×g×Cg
+    top, bottom, left, right = edges.unbind(2)
     for i in range(min(r, h)):
         pixels[:, i] += top[:, :w, :, i]
         pixels[:, h - 1 - i] += bottom[:, :w, :, i]
     for j in range(min(r, w)):
         pixels[:, :, j] += left[:, :h, :, j]
         pixels[:, :, w - 1 - j] += right[:, :h, :, j]
-    if h <= 2 * r or w <= 2 * r:
-        pixels += constant
-        return
-    for i in range(r):
-        pixels[:, i] += constant[i]
-        pixels[:, h - 1 - i] += constant[h - 1 - i]
-        pixels[:, r : h - r, i] += constant[r : h - r, i]
-        pixels[:, r : h - r, w - 1 - i] += constant[r : h - r, w - 1 - i]
 
 
 def _fuse(branches: list[_Branch], scale: Tensor, k: int) -> Tensor:
