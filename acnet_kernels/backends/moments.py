@@ -242,8 +242,8 @@ def statistics(
     vector = torch.cat([sums[0].new_full((1,), moments.count), *sums])
     if reduce is not None:
         vector = reduce(vector)
-    first, second = (vector[1:] / vector[0]).view(len(branches), 2, -1).unbind(1)
-    return first, (second - first * first).clamp_min(0), products
+    mean, square = (vector[1:] / vector[0]).view(len(branches), 2, -1).transpose(0, 1).contiguous()
+    return mean, (square - mean * mean).clamp_min(0), products
 
 
 @torch.library.impl("acnet::moments_step", ("CPU", "CUDA"))
@@ -280,7 +280,7 @@ def _step(
         out = x.new_empty(x.shape[0], gamma.shape[1], *x.shape[2:]).contiguous(memory_format=layout)
         for part, target in _chunks(x, out):
             target.copy_(F.conv2d(part.to(dtype), weight, bias, 1, kernel // 2, 1, groups))
-        return out, mean, variance, pivot, moments.sums, torch.cat(centred, 1).to(pivot.dtype)
+        return out, mean.clone(), variance, pivot, moments.sums, torch.cat(centred, 1).to(pivot.dtype)
 
 
 @torch.library.impl("acnet::moments_step_backward", ("CPU", "CUDA"))
@@ -341,7 +341,7 @@ def _patch_gradient(grad: Tensor, x: Tensor, pivot: Tensor, k: int, groups: int)
     products, total = cross_correlation(x, pivot, grad, zero, rows, columns, groups)
     seen = algebra.patch_gradient_sums(total, k)  # K×k²
     level = pivot.double().view(groups, 1, 1, -1) * seen.view(groups, -1, k * k, 1)
-    return (products.double().permute(1, 2, 0, 3) + level).flatten(2), seen[:, k * k // 2]
+    return (products.double().permute(1, 2, 0, 3) + level).flatten(2), seen[:, k * k // 2].clone()
 
 
 def _input_gradient(
@@ -388,7 +388,7 @@ def _edge_terms(x: Tensor, strips: Tensor, corners: Tensor, constant: Tensor, k:
     flat = lines.flatten(2).unsqueeze(1).permute(0, 3, 1, 2)  # N×(4·g·r·Cg)×1×L
     added = F.conv2d(flat, strips.unsqueeze(2), None, 1, (0, k - 1), 1, algebra.SIDES * groups)
     added = added.permute(0, 2, 3, 1).reshape(lines.shape)
-    twice = torch.einsum("nvugi,vugij->nvugj", blocks, corners).view(*blocks.shape[:4], r, r, -1)
+    twice = torch.einsum("nvugi,vugij->nvugj", blocks, corners).view(*blocks.shape[:4], r, r, x.shape[1] // groups)
     for v in range(2):
         for u in range(2):
             for j in range(min(r, w)):
