@@ -24,7 +24,6 @@ from torch import Tensor
 from ..geometry import Geometry
 from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
-from ..ops.fusion import add_branches
 from ..spec import Norm, Problem, Step, prefers_channels_last
 from . import moments_algebra as algebra
 
@@ -88,7 +87,7 @@ def forward(x: Tensor, step: Step) -> Tensor:
     if step.norm is None:
         weights, places = list(kernels.values()), [_origin(geometry, name) for name in kernels]
     else:
-        weights, places = [add_branches(kernels, geometry)], [(0, 0)]
+        weights, places = [_sum_kernels(kernels, geometry)], [(0, 0)]
     shape = square.shape[:1]
     dtype = torch.promote_types(square.dtype, torch.float32)
     gamma = torch.stack([square.new_ones(shape) if n.gamma is None else n.gamma for n in norms])
@@ -144,6 +143,15 @@ def update_running(norm: Norm, mean: Tensor, variance: Tensor, offset: Tensor | 
 
 def _origin(geometry: Geometry, branch: str) -> tuple[int, int]:
     return (geometry.hor_row if branch == "hor" else 0, geometry.ver_column if branch == "ver" else 0)
+
+
+def _sum_kernels(kernels: dict[str, Tensor], geometry: Geometry) -> Tensor:
+    # One k×k kernel of all branches: a batch norm after their sum normalises one convolution.
+    k, padded = geometry.kernel, []
+    for name, kernel in kernels.items():
+        (top, left), (rows, columns) = _origin(geometry, name), kernel.shape[2:]
+        padded.append(F.pad(kernel, (left, k - columns - left, top, k - rows - top)))
+    return torch.stack(padded).sum(0)
 
 
 class _Branch(NamedTuple):
@@ -324,7 +332,7 @@ def _step_backward(
             fused = _fuse(branches, scale, kernel)
             curvature = scale * slope * rstd
             levels = curvature * mean - scale * (dbeta / count)
-            dx = _input_gradient(grad, x, branches, fused, curvature, levels, kernel, groups)
+            dx = _input_gradient(grad, x, pivot, branches, fused, curvature, levels, kernel, groups)
         return (
             dx,
             torch.cat(dweights, 1).to(centred.dtype) if need_weights else centred.new_empty(0),
@@ -347,6 +355,7 @@ def _patch_gradient(grad: Tensor, x: Tensor, pivot: Tensor, k: int, groups: int)
 def _input_gradient(
     grad: Tensor,
     x: Tensor,
+    pivot: Tensor,
     branches: list[_Branch],
     fused: Tensor,
     curvature: Tensor,
@@ -355,33 +364,33 @@ def _input_gradient(
     groups: int,
 ) -> Tensor:
     # Σ_b of W̃ᵀ_b * (s_b·g + levels_b − curvature_b·(W̃_b * x)), the convolutions on image pixels only.
+    # x is centred here too: its mean's share, one image for the batch, cancels the levels in float64.
     r, dtype = k // 2, compute_dtype(x)
     small = torch.promote_types(x.dtype, torch.float32)
     kernels = torch.cat([branch.embed(branch.weight, k) for branch in branches], 1)  # g×(B·K/g)×(k²·Cg)
     rows = torch.cat([row.view(groups, -1, 1) for row in curvature], 1)
     composite = kernels.to(small).mT @ (kernels * rows).to(small)
     plane, strips, corners = algebra.scatter_composite(composite, k)
-    rows = torch.cat([row.view(groups, -1, 1) for row in levels], 1)
-    taps = (kernels * rows).sum(1).unflatten(1, (k * k, -1)).transpose(1, 2)  # g×Cg×k²
-    taps = taps.reshape(-1, k, k)
-    inner = taps.sum((1, 2))  # the constants' share where no border is near, and what borders change in it
-    constant = algebra.constant_map(taps, *x.shape[2:]) - inner[:, None, None]
-    weight, minus, bias = _as_conv(fused, k).to(dtype), -plane.to(dtype), inner.to(dtype)
+    kernels = _as_conv(kernels, k)
+    columns = [torch.cat([row.view(groups, -1) for row in rows], 1).view(-1, 1, 1) for rows in (curvature, levels)]
+    constant = algebra.constant_image(kernels, pivot, *columns, *x.shape[2:], groups).to(dtype)
+    weight, minus, level = _as_conv(fused, k).to(dtype), -plane.to(dtype), pivot.view(-1, 1, 1)
     dx = torch.empty_like(x)
-    edges = _edge_terms(x, strips, corners, constant.to(small), k, groups)
+    edges = _edge_terms(x, pivot, strips, corners, k, groups)
     for part, slope, edge, target in _chunks(x, grad, edges, dx):
-        value = F.conv2d(part.to(dtype), minus, bias, 1, k - 1, 1, groups)
+        value = F.conv2d((part - level).to(dtype), minus, None, 1, k - 1, 1, groups)
+        value += constant
         value += F.conv_transpose2d(slope.to(dtype), weight, None, 1, r, 0, groups)
         _add_edges(value, edge)
         target.copy_(value)
     return dx
 
 
-def _edge_terms(x: Tensor, strips: Tensor, corners: Tensor, constant: Tensor, k: int, groups: int) -> Tensor:
-    # What the (2k−1)×(2k−1) convolution took too much, by way of output pixels outside the image, and the
-    # constants' map, which is zero further than r from the borders: as lines, N×L×4×g×r×Cg (`edge_strips`).
+def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: int, groups: int) -> Tensor:
+    # What the (2k−1)×(2k−1) convolution of x − pivot took too much, by way of output pixels outside the image,
+    # as lines, N×L×4×g×r×Cg (`edge_strips`).
     r, (_, _, h, w) = k // 2, x.shape
-    lines = algebra.edge_strips(x, strips.new_zeros(x.shape[1]), k, groups)
+    lines = algebra.edge_strips(x, pivot, k, groups)
     if r == 0:
         return lines
     blocks = algebra.corner_blocks(lines, w).flatten(4)
@@ -393,17 +402,6 @@ def _edge_terms(x: Tensor, strips: Tensor, corners: Tensor, constant: Tensor, k:
         for u in range(2):
             for j in range(min(r, w)):
                 added[:, w - 1 - j if u else j, v] -= twice[:, v, u, :, :, j]
-    constant = constant.permute(1, 2, 0).unflatten(-1, (groups, -1))  # H×W×g×Cg
-    top, bottom, left, right = added.unbind(2)
-    rows = slice(r, max(h - r, r))  # of left and right: those that neither top nor bottom has
-    for i in range(min(r, h)):
-        top[:, :w, :, i] += constant[i]
-        if h - 1 - i >= r:
-            bottom[:, :w, :, i] += constant[h - 1 - i]
-    for j in range(min(r, w)):
-        left[:, rows, :, j] += constant[rows, j]
-        if w - 1 - j >= r:
-            right[:, rows, :, j] += constant[rows, w - 1 - j]
     return added
 
 

@@ -213,9 +213,26 @@ def patch_gradient_sums(total: Tensor, k: int) -> Tensor:
     return torch.einsum("ap,kps,xs->kax", rows, total.double(), columns).flatten(1)
 
 
-def constant_map(taps: Tensor, height: int, width: int) -> Tensor:
-    """Σ_t taps[c,t]·[q−t inside], what a transposed convolution makes of a map of ones: C×k×k → C×H×W."""
-    k = taps.shape[-1]
-    rows = inside_counts(height, k, taps.device)[1].flip(0)  # q−t inside, as q+(−t)
-    columns = inside_counts(width, k, taps.device)[1].flip(0)
-    return torch.einsum("cax,aq,xs->cqs", taps, rows.to(taps.dtype), columns.to(taps.dtype))
+def constant_image(
+    kernels: Tensor, pivot: Tensor, curvature: Tensor, levels: Tensor, height: int, width: int, groups: int
+) -> Tensor:
+    """Wᵀ * (levels − curvature·(W * x)) where x is the pivot at every pixel, "same" padding: C×H×W.
+
+    Computed on as few pixels as have different surroundings, in kernels' dtype.
+
+    Args:
+        kernels: W, Q×(C/groups)×k×k.
+        pivot: C.
+        curvature, levels: Q×1×1.
+    """
+    k = kernels.shape[-1]
+    near = 2 * (k // 2)  # further than this from the borders, all pixels are alike
+    index = []
+    for size in (height, width):
+        q = torch.arange(size, device=kernels.device)
+        index.append(torch.where(q < size - near, q.clamp_max(near), q - max(size - (2 * near + 1), 0)))
+    small = (min(height, 2 * near + 1), min(width, 2 * near + 1))
+    x = pivot.to(kernels.dtype)[:, None, None].expand(-1, *small)
+    y = levels - curvature * F.conv2d(x, kernels, None, 1, k // 2, 1, groups)
+    out = F.conv_transpose2d(y, kernels, None, 1, k // 2, 0, groups)
+    return out[:, index[0][:, None], index[1]]

@@ -1,0 +1,373 @@
+"""The moments backend: exact in float64, as good as eager in every dtype, and keeping x alone for backward."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from oracle import assert_as_good_as, rel, run, scramble, truth
+from torch import nn
+
+import acnet_kernels
+from acnet_kernels import ACBlock
+from acnet_kernels.backends import moments, planner
+from acnet_kernels.backends import moments_algebra as algebra
+
+
+def block_of(c=4, k=6, size=3, **options):
+    return scramble(ACBlock(c, k, size, padding=size // 2, backend="moments", **options))
+
+
+def as_eager(block):
+    block = copy.deepcopy(block)
+    block.backend = "eager"
+    return block
+
+
+def gradient_for(block, x):
+    """A gradient that depends on the output: every term of the batch norm's backward counts."""
+    with torch.no_grad():
+        out = as_eager(block).float()(x.float())
+    return 0.7 * out + 0.5 * torch.randn_like(out) + 0.3
+
+
+def check(block, x):
+    assert block.plan(x)[1].backend is moments, block.plan(x)[1].reason
+    grad = gradient_for(block, x).to(x.dtype)
+    assert_as_good_as(run(block, x, grad), run(as_eager(block), x, grad), truth(block, x, grad))
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 7])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_exact_in_float64_on_images_smaller_and_larger_than_the_kernel(size, groups):
+    block = block_of(8, 8, size, groups=groups).double()
+    for h, w in itertools.product((1, 2, 3, 4, 9), (1, 2, 4, 7)):
+        check(block, torch.randn(8, 8, h, w, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"branches": ("square",)},
+        {"branches": ("square", "hor")},
+        {"branches": ("square", "ver")},
+        {"norm": "sum"},
+        {"norm": "sum", "shift": (1, -1), "groups": 2},
+        {"shift": (1, 1)},
+        {"shift": (-1, 1), "size": 5},
+        {"use_affine": False},
+    ],
+)
+def test_exact_in_float64_for_every_kind_of_block(options):
+    for h, w in ((2, 3), (2, 2), (5, 4)):
+        check(block_of(**options).double(), torch.randn(6, 4, h, w, dtype=torch.float64))
+
+
+def test_gradcheck():
+    block = block_of(2, 2).double()
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(block, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("c, k, size, groups, h, w", [(16, 19, 3, 1, 11, 13), (8, 8, 5, 2, 9, 4), (6, 5, 3, 1, 2, 1)])
+def test_as_good_as_eager(dtype, channels_last, c, k, size, groups, h, w):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    block = block_of(c, k - k % groups, size, groups=groups).to(dtype)
+    x = torch.randn(7, c, h, w).to(dtype).contiguous(memory_format=layout)
+    check(block, x)
+    assert block(x).is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("mean", "std"), [(1e3, 0.1), (1e3, 5.0), (30.0, 1.0), (-4.0, 1.0)])
+@pytest.mark.parametrize("pointwise", [False, True])
+def test_a_mean_far_above_the_spread_does_not_cancel(dtype, mean, std, pointwise):
+    block = block_of(8, 8)
+    if pointwise:  # no padding in sight, so nothing but the spread is left of the variance
+        with torch.no_grad():
+            for conv in block.convs().values():
+                centre = conv.weight[:, :, conv.weight.shape[2] // 2, conv.weight.shape[3] // 2].clone()
+                conv.weight.zero_()
+                conv.weight[:, :, conv.weight.shape[2] // 2, conv.weight.shape[3] // 2] = centre
+    check(block.to(dtype), (torch.randn(8, 8, 9, 7) * std + mean).to(dtype))
+
+
+def test_without_the_pivot_the_mean_cancels(monkeypatch):
+    monkeypatch.setattr(moments, "pivot_of", lambda x: x.new_zeros(x.shape[1]))
+    with pytest.raises(AssertionError, match=r"error .* allowed"):
+        test_a_mean_far_above_the_spread_does_not_cancel(torch.float32, 1e3, 0.1, True)
+
+
+@pytest.mark.parametrize("shape", [(128, 16, 32), (128, 32, 16)])
+def test_weight_gradients_in_bfloat16_are_far_better_than_eagers(shape):
+    n, c, h = shape
+    block, x = block_of(c, c), torch.randn(n, c, h, h).bfloat16()
+    grad = torch.randn(n, c, h, h).bfloat16()
+
+    def autocast(block, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return block(x)
+
+    got, eager = run(block, x, grad, autocast), run(as_eager(block), x, grad, autocast)
+    true = truth(block, x, grad)
+    for name in ("square_conv.weight", "hor_conv.weight", "ver_conv.weight"):
+        assert rel(got[name], true[name]) <= 1e-4 < 1e-3 <= rel(eager[name], true[name]), name
+    assert_as_good_as(got, eager, true)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("norm", ["branch", "sum"])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (0, 4, 5, 6)])
+def test_running_statistics_are_updated_as_by_batch_norm(momentum, norm, shape):
+    block = block_of(norm=norm, momentum=momentum)
+    for conv in block.convs().values():
+        conv.bias = nn.Parameter(torch.randn(6))
+    eager = as_eager(block)
+    for _ in range(3):
+        x = torch.randn(shape)
+        block(x).sum().backward()
+        eager(x).sum().backward()
+    for (name, ours), (_, theirs) in zip(block.named_buffers(), eager.named_buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
+    for name, conv in block.convs().items():
+        torch.testing.assert_close(conv.bias.grad, torch.zeros(6), msg=name)
+
+
+def test_one_value_a_channel_is_refused_before_anything_changes():
+    block = block_of()
+    before = copy.deepcopy(block.state_dict())
+    with pytest.raises(ValueError, match=r"Expected more than 1 value per channel.*\[1, 6, 1, 1\]"):
+        block(torch.randn(1, 4, 1, 1))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), block.state_dict().values(), strict=True))
+
+
+def test_another_dtype_than_the_weights_is_refused():
+    with pytest.raises(TypeError, match=r"weights' dtype torch.float32, got torch.float64"):
+        block_of()(torch.randn(2, 4, 3, 3, dtype=torch.float64))
+
+
+def saved_by(forward, x):
+    """(output, {storage: bytes} of what autograd keeps)."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = forward(x)
+    return out, kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(128, 16, 32), (128, 32, 16)])
+def test_keeps_a_quarter_of_eager_and_half_of_a_plain_layer(dtype, shape):
+    n, c, h = shape
+    block = block_of(c, c)
+    plain = nn.Sequential(nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c))
+    x = torch.randn(n, c, h, h).to(dtype).requires_grad_()
+
+    def kept(module):
+        def forward(x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                return module(x)
+
+        return sum(saved_by(forward, x)[1].values())
+
+    ours = kept(block)
+    assert ours <= 0.27 * kept(as_eager(block))
+    assert ours <= 0.55 * kept(plain)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        claimed = moments.saved_bytes(block.plan(x)[0])
+    assert claimed == pytest.approx(ours, rel=0.05)
+
+
+def test_a_chain_with_relu_in_place_keeps_one_map_a_block():
+    blocks = [block_of(8, 8) for _ in range(3)]
+    x = torch.randn(4, 8, 16, 16, requires_grad=True)
+
+    def forward(x, inplace=True):
+        for block in blocks:
+            x = nn.functional.relu(block(x), inplace=inplace)
+        return x
+
+    out, kept = saved_by(forward, x)
+    map_bytes = x.untyped_storage().nbytes()
+    assert sum(size == map_bytes for size in kept.values()) == len(blocks) + 1  # x, and each ReLU's output
+    out.square().sum().backward()
+    expected = torch.autograd.grad(forward(x, inplace=False).square().sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_frozen_parts_skip_their_work(monkeypatch):
+    calls = []
+    for name in ("cross_correlation", "_input_gradient"):
+        real = getattr(moments, name)
+        monkeypatch.setattr(moments, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
+    x = torch.randn(2, 4, 5, 5)
+    whole = block_of()
+    grad = torch.randn(2, 6, 5, 5)
+    full = run(whole, x, grad)
+    assert sorted(calls) == ["_input_gradient", "cross_correlation"]
+    for frozen, wanted in (
+        (("x",), ["cross_correlation"]),
+        (("x", "conv", "bn.weight"), []),
+        (("conv",), ["_input_gradient", "cross_correlation"]),
+        (("x", "square_conv", "bn.weight"), ["cross_correlation"]),
+    ):
+        block = copy.deepcopy(whole)
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in frozen if part != "x"))
+        calls.clear()
+        inputs = x.clone().requires_grad_("x" not in frozen)
+        block(inputs).backward(grad)
+        assert sorted(calls) == wanted, frozen
+        assert (inputs.grad is None) == ("x" in frozen)
+        for name, parameter in block.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+            if parameter.requires_grad:
+                torch.testing.assert_close(parameter.grad, full[name])
+
+
+def test_two_runs_agree_to_the_bit():
+    block, x = block_of(16, 16), torch.randn(8, 16, 9, 9)
+    grad = torch.randn(8, 16, 9, 9)
+    first, second = run(block, x, grad), run(block, x, grad)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_double_backward_says_that_there_is_none():
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(block_of()(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no double backward.*backend='eager'"):
+        grad.sum().backward()
+
+
+def test_compiles_whole_and_agrees():
+    block, x = block_of(), torch.randn(3, 4, 6, 5)
+    grad = torch.randn(3, 6, 6, 5)
+    expected = run(block, x, grad)
+    compiled = run(block, x, grad, lambda block, x: torch.compile(block, fullgraph=True)(x))
+    for name, value in expected.items():
+        torch.testing.assert_close(compiled[name], value, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    x = torch.randn(2, 4, 5, 6).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    weights = [torch.randn(6, 4, 3, 3, requires_grad=True), torch.randn(6, 4, 1, 3, requires_grad=True)]
+    gamma, beta = torch.rand(2, 6, requires_grad=True), torch.rand(6, requires_grad=True)
+    eps, places = [1e-5, 1e-3], [0, 0, 1, 0]
+    step = torch.ops.acnet.moments_step.default
+    torch.library.opcheck(step, (x, weights, gamma, beta, places, eps, 3, 1, True))
+    with torch.no_grad():
+        out, mean, variance, *rest = step(x, weights, gamma, beta, places, eps, 3, 1, True)
+        rstd = (variance + torch.tensor(eps).double()[:, None]).rsqrt()
+        tensors = [t.detach() for t in (torch.randn_like(out), x)], [w.detach() for w in weights], gamma.detach()
+        for need in ((True, True, True), (False, True, False), (False, False, False)):
+            args = (*tensors[0], tensors[1], tensors[2], mean, rstd, *rest, places, 3, 1, *need)
+            torch.library.opcheck(torch.ops.acnet.moments_step_backward.default, args)
+
+
+def test_statistics_of_two_halves_add_up_to_the_whole_batchs():
+    x, weight = torch.randn(6, 4, 5, 3), [torch.randn(6, 4, 3, 3), torch.randn(6, 4, 1, 3)]
+    branches = moments._branches(weight, [0, 0, 1, 0], 3, 1)
+    vectors = []
+
+    def collect(vector):
+        vectors.append(vector)
+        return vector
+
+    def moments_of(x):
+        return moments.moments_of(x, moments.pivot_of(x), 3, 1)
+
+    for part in (x[:2], x[2:]):
+        moments.statistics(moments_of(part), branches, collect)
+    mean, variance, _ = moments.statistics(moments_of(x), branches)
+    reduced, deviation, _ = moments.statistics(moments_of(x[:2]), branches, lambda _: vectors[0] + vectors[1])
+    assert len(vectors[0]) == 1 + 2 * 2 * 6  # one small vector for all branches
+    torch.testing.assert_close(reduced, mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(deviation, variance, rtol=1e-5, atol=1e-6)
+
+
+def test_scattering_is_the_transpose_of_assembling():
+    """⟨assemble(R, strips, corners), T⟩ = ⟨R, plane⟩ − ⟨strips, …⟩ + ⟨corners, …⟩ for symmetric T."""
+    k, c, g, r = 5, 2, 2, 2
+    plane = torch.randn(g, 2 * k - 1, 2 * k - 1, c, c, dtype=torch.float64)
+    strips = torch.randn(4, g, 2 * k - 1, r, r, c, c, dtype=torch.float64)
+    corners = torch.randn(2, 2, g, r * r * c, r * r * c, dtype=torch.float64)
+    composite = torch.randn(g, k * k * c, k * k * c, dtype=torch.float64)
+    composite = composite + composite.mT
+    ours = (algebra.assemble_gram(plane, strips, corners, k) * composite).sum()
+    p, s, q = algebra.scatter_composite(composite, k)
+    p = p.unflatten(0, (g, c)).permute(0, 3, 4, 1, 2)  # g×d×d×c'×c, d = t−t'
+    s = s.unflatten(0, (4, g, r, c)).unflatten(4, (r, c)).permute(0, 1, 6, 2, 4, 3, 5)
+    expected = (plane * p).sum() - (strips * s).sum() + (corners * q).sum()
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"stride": 2}, r"stride \(2, 2\) is not \(1, 1\)"),
+        ({"dilation": 2}, r"dilation \(2, 2\) is not \(1, 1\)"),
+        ({"padding": 0}, r"padding \(0, 0\) is not \(1, 1\)"),
+        ({"padding_mode": "circular"}, "padding_mode 'circular' is not 'zeros'"),
+    ],
+)
+def test_declines_what_the_identities_do_not_cover(options, reason):
+    block = ACBlock(4, 4, 3, backend="moments", **({"padding": 1} | options))
+    with pytest.raises(AssertionError, match=reason):
+        check(block, torch.randn(2, 4, 8, 8))
+    block.eval()
+    assert block.plan(torch.randn(2, 4, 8, 8))[1].backend.NAME == "folded"
+
+
+def test_one_frozen_batch_norm_makes_it_decline():
+    block = block_of()
+    block.ver_bn.eval()
+    assert block.plan(torch.randn(2, 4, 8, 8))[1].backend.NAME == "eager"
+
+
+def test_memory_saver_takes_moments_where_that_saves_and_says_how_much():
+    x = torch.randn(2, 8, 32, 32)
+    block, strided = ACBlock(8, 8, 3, padding=1), ACBlock(8, 8, 3, stride=2, padding=1)
+    assert block.plan(x)[1].backend.NAME == "eager"
+    with acnet_kernels.memory_saver():
+        problem, plan = block.plan(x)
+        assert plan.backend is moments
+        saved = planner.BACKENDS["eager"].saved_bytes(problem) - moments.saved_bytes(problem)
+        assert f"{saved:,} fewer than eager" in plan.reason
+        assert strided.plan(x)[1].backend.NAME == "eager"
+        with torch.no_grad():
+            assert block.plan(x)[1].backend.NAME == "eager"  # nothing is kept, so nothing is saved
+        with acnet_kernels.memory_saver(False):
+            assert block.plan(x)[1].backend.NAME == "eager"
+        assert block.plan(x)[1].backend is moments
+        # 2×2 maps of 64 channels: the weights' share is more than the maps.
+        assert ACBlock(64, 64, 3, padding=1).plan(torch.randn(1, 64, 2, 2))[1].backend.NAME == "eager"
+    assert block.plan(x)[1].backend.NAME == "eager"
+    assert ACBlock(8, 8, 3, padding=1, backend="memory_saver").plan(x)[1].backend is moments
+
+
+def test_trains_as_eager_does():
+    network = nn.Sequential(block_of(3, 8), nn.ReLU(), block_of(8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    networks = network, copy.deepcopy(network)
+    for block in (networks[1][0], networks[1][2]):
+        block.backend = "eager"
+    optimizers = [torch.optim.SGD(n.parameters(), 0.1, momentum=0.9) for n in networks]
+    x, target = torch.randn(32, 3, 8, 8), torch.randint(8, (32,))
+    losses = []
+    for _ in range(15):
+        losses.append([])
+        for net, optimizer in zip(networks, optimizers, strict=True):
+            loss = nn.functional.cross_entropy(net(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    ours, theirs = torch.tensor(losses).T
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-4)
+    assert ours[-1] < ours[0] - 0.4
