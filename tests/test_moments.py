@@ -71,7 +71,9 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("c, k, size, groups, h, w", [(16, 19, 3, 1, 11, 13), (8, 8, 5, 2, 9, 4), (6, 5, 3, 1, 2, 1)])
+@pytest.mark.parametrize(
+    ("c", "k", "size", "groups", "h", "w"), [(16, 19, 3, 1, 11, 13), (8, 8, 5, 2, 9, 4), (6, 5, 3, 1, 2, 1)]
+)
 def test_as_good_as_eager(dtype, channels_last, c, k, size, groups, h, w):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     block = block_of(c, k - k % groups, size, groups=groups).to(dtype)
@@ -241,7 +243,7 @@ def test_two_runs_agree_to_the_bit():
 def test_double_backward_says_that_there_is_none():
     x = torch.randn(2, 4, 3, 3, requires_grad=True)
     (grad,) = torch.autograd.grad(block_of()(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no double backward.*backend='eager'"):
+    with pytest.raises(RuntimeError, match=r"no double backward.*backend='eager'"):
         grad.sum().backward()
 
 
@@ -353,7 +355,9 @@ def test_memory_saver_takes_moments_where_that_saves_and_says_how_much():
 
 
 def test_trains_as_eager_does():
-    network = nn.Sequential(block_of(3, 8), nn.ReLU(), block_of(8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential(
+        block_of(3, 8), nn.ReLU(), block_of(8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     networks = network, copy.deepcopy(network)
     for block in (networks[1][0], networks[1][2]):
         block.backend = "eager"

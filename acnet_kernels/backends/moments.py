@@ -215,7 +215,7 @@ def pivot_of(x: Tensor) -> Tensor:
 
 def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMoments:
     """S and G of x's zero-padded k×k patches."""
-    n, c, _, width = x.shape
+    n, width = x.shape[0], x.shape[3]
     half, total = autocorrelation(x, pivot, k - 1, k - 1, groups)
     plane = algebra.mirrored(half, 2 * k - 1)
     r, span = k // 2, 2 * k - 1
@@ -247,7 +247,7 @@ def statistics(
         first = branch.weight @ branch.pick(moments.sums, 1).unsqueeze(2)
         sums += [first.flatten(), (product * branch.weight).sum(2).flatten()]
         products.append(product)
-    vector = torch.cat([sums[0].new_full((1,), moments.count), *sums])
+    vector = torch.cat([sums[0].new_full((1,), moments.pixels), *sums])
     if reduce is not None:
         vector = reduce(vector)
     mean, square = (vector[1:] / vector[0]).view(len(branches), 2, -1).transpose(0, 1).contiguous()
@@ -281,7 +281,7 @@ def _step(
         dtype = compute_dtype(x)
         # The mean of what the rounded weights give, not of what the exact ones would: it cancels exactly.
         rounded = fused.to(dtype)
-        level = (rounded.double() @ moments.sums.unsqueeze(2)).flatten() / max(moments.count, 1)
+        level = (rounded.double() @ moments.sums.unsqueeze(2)).flatten() / max(moments.pixels, 1)
         bias = (beta.double() - level).to(dtype)
         weight = _as_conv(rounded, kernel)
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -372,8 +372,10 @@ def _input_gradient(
     composite = kernels.to(small).mT @ (kernels * rows).to(small)
     plane, strips, corners = algebra.scatter_composite(composite, k)
     kernels = _as_conv(kernels, k)
-    columns = [torch.cat([row.view(groups, -1) for row in rows], 1).view(-1, 1, 1) for rows in (curvature, levels)]
-    constant = algebra.constant_image(kernels, pivot, *columns, *x.shape[2:], groups).to(dtype)
+    slopes, offsets = (
+        torch.cat([row.view(groups, -1) for row in rows], 1).view(-1, 1, 1) for rows in (curvature, levels)
+    )
+    constant = algebra.constant_image(kernels, pivot, slopes, offsets, x.shape[2], x.shape[3], groups).to(dtype)
     weight, minus, level = _as_conv(fused, k).to(dtype), -plane.to(dtype), pivot.view(-1, 1, 1)
     dx = torch.empty_like(x)
     edges = _edge_terms(x, pivot, strips, corners, k, groups)
@@ -389,7 +391,7 @@ def _input_gradient(
 def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: int, groups: int) -> Tensor:
     # What the (2k−1)×(2k−1) convolution of x − pivot took too much, by way of output pixels outside the image,
     # as lines, N×L×4×g×r×Cg (`edge_strips`).
-    r, (_, _, h, w) = k // 2, x.shape
+    r, w = k // 2, x.shape[3]
     lines = algebra.edge_strips(x, pivot, k, groups)
     if r == 0:
         return lines

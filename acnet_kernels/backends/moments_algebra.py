@@ -33,12 +33,12 @@ class PatchMoments(NamedTuple):
     Attributes:
         sums: S, g×(k²·Cg), in patch order.
         gram: G, g×(k²·Cg)×(k²·Cg).
-        count: M = N·H·W.
+        pixels: M = N·H·W.
     """
 
     sums: Tensor
     gram: Tensor
-    count: int
+    pixels: int
 
 
 def mirrored(half: Tensor, size: int) -> Tensor:
@@ -188,7 +188,7 @@ def patch_moments(gram: Tensor, total: Tensor, pivot: Tensor, images: int, k: in
         images: N.
     """
     g = gram.shape[0]
-    c, h, w = total.shape
+    h, w = total.shape[1:]
     rows, one_row = inside_counts(h, k, total.device)
     columns, one_column = inside_counts(w, k, total.device)
     # Σ_p x̃[p+t]·[p+t' inside], and the number of p with p+t and p+t' inside

@@ -39,17 +39,13 @@ def cross_correlation(
         ValueError: an argument does not fit the others; the message names it.
     """
     if x.shape[0] != y.shape[0] or x.shape[2:] != y.shape[2:]:
-        raise ValueError(
-            f"x and y must have the same images and pixels, got {tuple(x.shape)} and {tuple(y.shape)}"
-        )
+        raise ValueError(f"x and y must have the same images and pixels, got {tuple(x.shape)} and {tuple(y.shape)}")
     if x.dtype != y.dtype:
         raise ValueError(f"x and y must have one dtype, got {x.dtype} and {y.dtype}")
     if groups < 1 or x.shape[1] % groups or y.shape[1] % groups:
         raise ValueError(f"groups={groups} must divide the channels, {x.shape[1]} and {y.shape[1]}")
     if len(rows) != len(columns):
-        raise ValueError(
-            f"rows and columns must be as long as each other, got {len(rows)} and {len(columns)}"
-        )
+        raise ValueError(f"rows and columns must be as long as each other, got {len(rows)} and {len(columns)}")
     dtype = torch.promote_types(x.dtype, torch.float32)
     for name, pivot, channels in (("x_pivot", x_pivot, x.shape[1]), ("y_pivot", y_pivot, y.shape[1])):
         if pivot.dtype != dtype or pivot.shape != (channels,):

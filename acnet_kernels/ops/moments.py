@@ -41,9 +41,7 @@ def moments_step(
         channels_last: the layout of out, N×K×H×W of x's dtype. mean and (biased) variance are B×K in float64
             and not differentiable.
     """
-    return torch.ops.acnet.moments_step(
-        x, weights, gamma, beta, origins, eps, kernel, groups, channels_last
-    )[:3]
+    return torch.ops.acnet.moments_step(x, weights, gamma, beta, origins, eps, kernel, groups, channels_last)[:3]
 
 
 def _accumulation(x: Tensor) -> torch.dtype:
