@@ -21,7 +21,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlockElements = 32 << 10;  // of x and y each, packed: both stay in the second-level cache
-constexpr int64_t kMostTasks = 64;
+constexpr int64_t kMostTasks = 32;
 constexpr int64_t kPartialBytes = 64 << 20;  // of all tasks' partial sums
 
 template <class T, class A>
@@ -120,9 +120,10 @@ void sum_images(const Tensor& y, const Tensor& pivot, Tensor& total) {
   const T* from = static_cast<const T*>(y.const_data_ptr());
   const A* level = static_cast<const A*>(pivot.const_data_ptr());
   A* to = static_cast<A*>(total.mutable_data_ptr());
-  torch::stable::parallel_for(0, height, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t h = begin; h < end; ++h)
-      passes<T, A>().sum_images(from + h * row, n, height * row, level, k, row, to + h * row);
+  // Parts of the image in parallel: long runs of memory each.
+  const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(row, 1));
+  torch::stable::parallel_for(0, height, grain, [&](int64_t begin, int64_t end) {
+    passes<T, A>().sum_images(from + begin * row, n, height * row, level, k, (end - begin) * row, to + begin * row);
   });
 }
 

@@ -110,13 +110,11 @@ void correlate(const Block<T, A>& b) {
 
 template <class T, class A>
 void sum_images(const T* from, int64_t images, int64_t stride, const A* pivot, int64_t channels, int64_t row, A* to) {
-  constexpr int64_t kMost = 512;
-  A wide[kMost], level[kMost];
-  // Several pixels at a time, or a part of one.
-  const int64_t piece = channels < kMost ? kMost / channels * channels : kMost;
+  constexpr int64_t kPiece = 4096;  // elements whose sums stay in first-level cache while images go by
+  A wide[kPiece], level[kPiece];
   std::memset(to, 0, row * sizeof(A));
-  for (int64_t first = 0; first < row; first += piece) {
-    const int64_t size = row - first < piece ? row - first : piece;
+  for (int64_t first = 0; first < row; first += kPiece) {
+    const int64_t size = row - first < kPiece ? row - first : kPiece;
     for (int64_t i = 0; i < size; ++i) level[i] = pivot[(first + i) % channels];
     for (int64_t n = 0; n < images; ++n) {
       widen(from + n * stride + first, wide, size);

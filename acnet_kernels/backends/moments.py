@@ -376,11 +376,16 @@ def _input_gradient(
         torch.cat([row.view(groups, -1) for row in rows], 1).view(-1, 1, 1) for rows in (curvature, levels)
     )
     constant = algebra.constant_image(kernels, pivot, slopes, offsets, x.shape[2], x.shape[3], groups).to(dtype)
-    weight, minus, level = _as_conv(fused, k).to(dtype), -plane.to(dtype), pivot.view(-1, 1, 1)
+    weight, minus = _as_conv(fused, k).to(dtype), -plane.to(dtype)
+    # Whole images in x's layout: broadcasting along one dimension is slower than reading them from cache.
+    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    constant = constant[None].contiguous(memory_format=layout)
+    level = pivot.view(-1, 1, 1).expand_as(constant).contiguous(memory_format=layout)
     dx = torch.empty_like(x)
     edges = _edge_terms(x, pivot, strips, corners, k, groups)
     for part, slope, edge, target in _chunks(x, grad, edges, dx):
-        value = F.conv2d((part - level).to(dtype), minus, None, 1, k - 1, 1, groups)
+        centred = part.to(level.dtype, copy=True).sub_(level).to(dtype)
+        value = F.conv2d(centred, minus, None, 1, k - 1, 1, groups)
         value += constant
         value += F.conv_transpose2d(slope.to(dtype), weight, None, 1, r, 0, groups)
         _add_edges(value, edge)
