@@ -135,6 +135,8 @@ def test_running_statistics_are_updated_as_by_batch_norm(momentum, norm, shape):
         torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
     for name, conv in block.convs().items():
         torch.testing.assert_close(conv.bias.grad, torch.zeros(6), msg=name)
+        if shape[0] == 0:
+            torch.testing.assert_close(conv.weight.grad, torch.zeros_like(conv.weight), msg=name)
 
 
 def test_one_value_a_channel_is_refused_before_anything_changes():
@@ -292,6 +294,15 @@ def test_statistics_of_two_halves_add_up_to_the_whole_batchs():
     assert len(vectors[0]) == 1 + 2 * 2 * 6  # one small vector for all branches
     torch.testing.assert_close(reduced, mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(deviation, variance, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_sums_of_two_halves_add_up_to_the_whole_batchs():
+    dgamma, dbeta = torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    vectors = []
+    for i in range(2):
+        moments.gradient_means(dgamma[i], dbeta[i], 10 + i, lambda vector: vectors.append(vector) or vector)
+    got = moments.gradient_means(dgamma[0], dbeta[0], 10, lambda _: vectors[0] + vectors[1])
+    torch.testing.assert_close(got, (dgamma.sum(0) / 21, dbeta.sum(0) / 21))
 
 
 def test_scattering_is_the_transpose_of_assembling():

@@ -250,8 +250,23 @@ def statistics(
     vector = torch.cat([sums[0].new_full((1,), moments.pixels), *sums])
     if reduce is not None:
         vector = reduce(vector)
-    mean, square = (vector[1:] / vector[0]).view(len(branches), 2, -1).transpose(0, 1).contiguous()
+    mean, square = (vector[1:] / vector[0].clamp_min(1)).view(len(branches), 2, -1).transpose(0, 1).contiguous()
     return mean, (square - mean * mean).clamp_min(0), products
+
+
+def gradient_means(
+    dgamma: Tensor, dbeta: Tensor, pixels: int, reduce: Reduce | None = None
+) -> tuple[Tensor, Tensor]:
+    """(dγ/M B×K, dβ/M K): what a batch norm's backward subtracts, from one process's sums or all of them.
+
+    Args:
+        reduce: adds up, over all processes, the vector of one pixel count, dβ and each branch's dγ.
+    """
+    vector = torch.cat([dbeta.new_full((1,), pixels), dbeta, dgamma.flatten()])
+    if reduce is not None:
+        vector = reduce(vector)
+    means = (vector[1:] / vector[0].clamp_min(1)).view(-1, len(dbeta))
+    return means[1:], means[0]
 
 
 @torch.library.impl("acnet::moments_step", ("CPU", "CUDA"))
@@ -314,24 +329,22 @@ def _step_backward(
         return x.new_empty(0), centred.new_empty(0), none, grad.sum((0, 2, 3), dtype=torch.float64)
     with torch.autocast(x.device.type, enabled=False):
         branches = _branches(weights, origins, kernel, groups)
-        count = max(grad.shape[0] * grad.shape[2] * grad.shape[3], 1)
         products, dbeta = _patch_gradient(grad, x, pivot, kernel, groups)
-        scale, dgamma, dweights = gamma.double() * rstd, torch.empty_like(mean), []
-        for i, branch in enumerate(branches):
-            own = branch.pick(products, 2)
-            dgamma[i] = rstd[i] * ((own * branch.weight).sum(2).flatten() - mean[i] * dbeta)
-        slope = dgamma / count
+        dgamma = torch.stack([(b.pick(products, 2) * b.weight).sum(2).flatten() for b in branches])
+        dgamma = rstd * (dgamma - mean * dbeta)
+        slope, offset = gradient_means(dgamma, dbeta, grad.shape[0] * grad.shape[2] * grad.shape[3])
+        scale, dweights = gamma.double() * rstd, []
         if need_weights:
             parts = centred.split([weight[0].numel() for weight in weights], 1)
             for i, (branch, part) in enumerate(zip(branches, parts, strict=True)):
-                own = branch.pick(products, 2) - (dbeta / count).view(groups, -1, 1) * branch.pick(sums, 1)[:, None]
+                own = branch.pick(products, 2) - offset.view(groups, -1, 1) * branch.pick(sums, 1)[:, None]
                 dweight = branch.to_weight(own) - (slope[i] * rstd[i])[:, None] * part
                 dweights.append(scale[i][:, None] * dweight)
         dx = x.new_empty(0)
         if need_x:
             fused = _fuse(branches, scale, kernel)
             curvature = scale * slope * rstd
-            levels = curvature * mean - scale * (dbeta / count)
+            levels = curvature * mean - scale * offset
             dx = _input_gradient(grad, x, pivot, branches, fused, curvature, levels, kernel, groups)
         return (
             dx,
