@@ -26,15 +26,42 @@ inline void widen(const c10::Half* from, float* to, int64_t n) {
   for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
 }
 
+// kWidth channels of a pixel less the pivot. No array in between: loads wider than its stores would stall.
+template <int kWidth, class A>
+void centre(const A* from, const A* pivot, A* to) {
+  for (int c = 0; c < kWidth; ++c) to[c] = from[c] - pivot[c];
+}
+typedef uint16_t Narrow __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t Wide __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(64)));
+typedef float LooseFloats __attribute__((vector_size(64), aligned(4), may_alias));
+
+template <int kWidth>
+void centre(const c10::BFloat16* from, const float* pivot, float* to) {
+  if constexpr (kWidth == 16) {
+    const Wide bits = __builtin_convertvector(*reinterpret_cast<const Narrow*>(from), Wide) << 16;
+    *reinterpret_cast<LooseFloats*>(to) = (Floats)bits - *reinterpret_cast<const LooseFloats*>(pivot);
+  } else {
+    float wide[kWidth];
+    widen(from, wide, kWidth);
+    for (int c = 0; c < kWidth; ++c) to[c] = wide[c] - pivot[c];
+  }
+}
+template <int kWidth>
+void centre(const c10::Half* from, const float* pivot, float* to) {
+  float wide[kWidth];
+  widen(from, wide, kWidth);
+  for (int c = 0; c < kWidth; ++c) to[c] = wide[c] - pivot[c];
+}
+
 // `pixels` pixels of kWidth channels, `channels` of them real and less the pivot, the others zero.
 template <int kWidth, class T, class A>
 void pack_row(const T* from, int64_t stride, const A* pivot, int64_t channels, int64_t pixels, A* to) {
   for (int64_t p = 0; p < pixels; ++p, from += stride, to += kWidth) {
-    A wide[kWidth] = {};
     if (channels >= kWidth) {
-      widen(from, wide, kWidth);
-      for (int c = 0; c < kWidth; ++c) to[c] = wide[c] - pivot[c];
+      centre<kWidth>(from, pivot, to);
     } else {
+      A wide[kWidth] = {};
       widen(from, wide, channels);
       for (int64_t c = 0; c < channels; ++c) wide[c] -= pivot[c];
       std::memcpy(to, wide, sizeof wide);

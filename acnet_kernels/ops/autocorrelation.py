@@ -23,7 +23,8 @@ def cross_correlation(
     """Σ_p ỹ[p]·x̃[p+d]ᵀ for each shift d, with x̃ = x − x_pivot and ỹ = y − y_pivot, zero outside the image.
 
     Accumulated and returned in float32 (float64 for float64 maps), whatever the maps' dtype: a vendor's weight
-    gradient rounds its result to theirs. The order of summation depends on the shapes alone.
+    gradient rounds its result to theirs. The C++ kernel's order of summation depends on the shapes alone, not on
+    the number of threads.
 
     Args:
         x: N×C×H×W, any float dtype; channels_last is the layout computed in, others are converted.
