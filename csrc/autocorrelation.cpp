@@ -166,11 +166,11 @@ std::tuple<Tensor, Tensor> cross_correlation(Tensor x, Tensor x_pivot, Tensor y,
 }  // namespace
 }  // namespace acnet::autocorrelation
 
-STABLE_TORCH_LIBRARY_FRAGMENT(acnet, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
   m.def(
       "cross_correlation(Tensor x, Tensor x_pivot, Tensor y, Tensor y_pivot, int[] rows, int[] columns, int groups)"
       " -> (Tensor, Tensor)");
 }
-STABLE_TORCH_LIBRARY_IMPL(acnet, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(acnet_kernels, CPU, m) {
   m.impl("cross_correlation", TORCH_BOX(&acnet::autocorrelation::cross_correlation));
 }

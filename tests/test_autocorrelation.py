@@ -105,7 +105,7 @@ def test_opcheck():
     x = torch.randn(2, 4, 5, 3).to(memory_format=torch.channels_last)
     y = torch.randn(2, 6, 5, 3).to(memory_format=torch.channels_last)
     args = (x, torch.randn(4), y, torch.randn(6), [0, 1], [0, -1], 2)
-    torch.library.opcheck(torch.ops.acnet.cross_correlation.default, args)
+    torch.library.opcheck(torch.ops.acnet_kernels.cross_correlation.default, args)
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ def test_opcheck(dtype):
     weights = [torch.randn(6, 4, 3, 3, requires_grad=True), torch.randn(6, 4, 1, 3, requires_grad=True)]
     gamma, beta = torch.rand(2, 6, requires_grad=True), torch.rand(6, requires_grad=True)
     eps, places = [1e-5, 1e-3], [0, 0, 1, 0]
-    step = torch.ops.acnet.moments_step.default
+    step = torch.ops.acnet_kernels.moments_step.default
     torch.library.opcheck(step, (x, weights, gamma, beta, places, eps, 3, 1, True))
     with torch.no_grad():
         out, mean, variance, *rest = step(x, weights, gamma, beta, places, eps, 3, 1, True)
@@ -272,7 +272,7 @@ def test_opcheck(dtype):
         tensors = [t.detach() for t in (torch.randn_like(out), x)], [w.detach() for w in weights], gamma.detach()
         for need in ((True, True, True), (False, True, False), (False, False, False)):
             args = (*tensors[0], tensors[1], tensors[2], mean, rstd, *rest, places, 3, 1, *need)
-            torch.library.opcheck(torch.ops.acnet.moments_step_backward.default, args)
+            torch.library.opcheck(torch.ops.acnet_kernels.moments_step_backward.default, args)
 
 
 def test_statistics_of_two_halves_add_up_to_the_whole_batchs():

@@ -269,7 +269,7 @@ def gradient_means(
     return means[1:], means[0]
 
 
-@torch.library.impl("acnet::moments_step", ("CPU", "CUDA"))
+@torch.library.impl("acnet_kernels::moments_step", ("CPU", "CUDA"))
 def _step(
     x: Tensor,
     weights: list[Tensor],
@@ -306,7 +306,7 @@ def _step(
         return out, mean.clone(), variance, pivot, moments.sums, torch.cat(centred, 1).to(pivot.dtype)
 
 
-@torch.library.impl("acnet::moments_step_backward", ("CPU", "CUDA"))
+@torch.library.impl("acnet_kernels::moments_step_backward", ("CPU", "CUDA"))
 def _step_backward(
     grad: Tensor,
     x: Tensor,

@@ -1,4 +1,4 @@
-"""Second moments of maps over all pixels: `acnet::cross_correlation`, and the autocorrelation as its special case.
+"""Second moments of maps over all pixels: a cross-correlation, and the autocorrelation as its special case.
 
 The C++ kernel (csrc/autocorrelation.cpp) registers itself for the CPU with the schema below; where the extension
 is missing, and on CUDA, the plain PyTorch form here computes the same.
@@ -55,7 +55,7 @@ def cross_correlation(
             )
     x = x.contiguous(memory_format=torch.channels_last)
     y = x if y is x else y.contiguous(memory_format=torch.channels_last)
-    return torch.ops.acnet.cross_correlation(x, x_pivot, y, y_pivot, rows, columns, groups)
+    return torch.ops.acnet_kernels.cross_correlation(x, x_pivot, y, y_pivot, rows, columns, groups)
 
 
 def autocorrelation(x: Tensor, pivot: Tensor, rows: int, columns: int, groups: int) -> tuple[Tensor, Tensor]:
@@ -91,9 +91,9 @@ def _fake(
     return products, y_pivot.new_empty(y.shape[2], y.shape[3], y.shape[1]).permute(2, 0, 1)
 
 
-_library = torch.library.Library("acnet", "FRAGMENT")
+_library = torch.library.Library("acnet_kernels", "FRAGMENT")
 if MISSING is not None:
     _library.define(SCHEMA)
     _library.impl("cross_correlation", _plain, "CPU")
 _library.impl("cross_correlation", _plain, "CUDA")
-torch.library.register_fake("acnet::cross_correlation", _fake)
+torch.library.register_fake("acnet_kernels::cross_correlation", _fake)

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-LIBRARY = torch.library.Library("acnet", "FRAGMENT")
+LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 LIBRARY.define(
     "moments_step(Tensor x, Tensor[] weights, Tensor gamma, Tensor beta, int[] origins, float[] eps, int kernel,"
     " int groups, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -41,14 +41,16 @@ def moments_step(
         channels_last: the layout of out, N×K×H×W of x's dtype. mean and (biased) variance are B×K in float64
             and not differentiable.
     """
-    return torch.ops.acnet.moments_step(x, weights, gamma, beta, origins, eps, kernel, groups, channels_last)[:3]
+    return torch.ops.acnet_kernels.moments_step(
+        x, weights, gamma, beta, origins, eps, kernel, groups, channels_last
+    )[:3]
 
 
 def _accumulation(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-@torch.library.register_fake("acnet::moments_step")
+@torch.library.register_fake("acnet_kernels::moments_step")
 def _step_fake(
     x: Tensor,
     weights: list[Tensor],
@@ -74,7 +76,7 @@ def _step_fake(
     )
 
 
-@torch.library.register_fake("acnet::moments_step_backward")
+@torch.library.register_fake("acnet_kernels::moments_step_backward")
 def _backward_fake(
     grad: Tensor,
     x: Tensor,
@@ -113,7 +115,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     x, gamma, mean, rstd, pivot, sums, centred, *weights = ctx.saved_tensors
     need_x, need_weights, need_gamma = ctx.need
-    dx, dweights, dgamma, dbeta = torch.ops.acnet.moments_step_backward(
+    dx, dweights, dgamma, dbeta = torch.ops.acnet_kernels.moments_step_backward(
         grad, x, weights, gamma, mean, rstd, pivot, sums, centred, ctx.origins, ctx.kernel, ctx.groups,
         need_x, need_weights, need_gamma,
     )  # fmt: skip
@@ -140,5 +142,5 @@ def _no_double_backward(ctx: Any, *_: Any) -> NoReturn:
     )
 
 
-torch.library.register_autograd("acnet::moments_step", _backward, setup_context=_setup)
-torch.library.register_autograd("acnet::moments_step_backward", _no_double_backward)
+torch.library.register_autograd("acnet_kernels::moments_step", _backward, setup_context=_setup)
+torch.library.register_autograd("acnet_kernels::moments_step_backward", _no_double_backward)
