@@ -1,0 +1,1 @@
+"""Triton kernels and their launch configurations: no modules, no autograd, no launches."""

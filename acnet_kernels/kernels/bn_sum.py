@@ -1,0 +1,239 @@
+"""Batch norm of up to three maps and their sum, out = Σ_b s_b·y_b + shift, forward and backward.
+
+Every map is channels_last, that is an M×K matrix with M = N·H·W. Reductions over M are written out as one partial
+result a tile, with a channel's tiles adjacent, and merged by one program a channel in a fixed order: no atomics, so
+results are the same bits in every run. Statistics follow Chan's rule (per-tile mean and M2): E[y²] − E[y]² cancels.
+Tuples hold one entry a branch.
+"""
+# Triton's language, not Python's types.
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_moments(y, live, count):
+    """(mean, M2) down the rows of y (fp32), of which `live` mark `count`; the others must be zero."""
+    mean = tl.sum(y, 0) / count
+    deviation = tl.where(live[:, None], y - mean[None, :], 0.0)
+    return mean, tl.sum(deviation * deviation, 0)
+
+
+@triton.jit
+def store_moments(partial_ptr, mean, m2, branch, k, k_live, K, tile, TILES):
+    """Writes one tile's moments into partial[branch, 0 and 1, k, tile] (B×2×K×TILES)."""
+    row = branch * 2 * K + k
+    tl.store(partial_ptr + row.to(tl.int64) * TILES + tile, mean, mask=k_live)
+    tl.store(partial_ptr + (row + K).to(tl.int64) * TILES + tile, m2, mask=k_live)
+
+
+@triton.jit(do_not_specialize=["M", "TILES", "ROWS"])
+def statistics(ys, partial_ptr, M, K, TILES, ROWS, B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Mean and M2 of ROWS rows of every map → partial (B×2×K×TILES). Grid: (TILES, channel blocks)."""
+    tile = tl.program_id(0)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_live = k < K
+    start = tile.to(tl.int64) * ROWS
+    stop = tl.minimum(start + ROWS, M)
+    for b in tl.static_range(B):
+        mean = tl.zeros((BLOCK_K,), tl.float32)
+        m2 = tl.zeros((BLOCK_K,), tl.float32)
+        for row in range(start, stop, BLOCK_M):
+            m = row + tl.arange(0, BLOCK_M)
+            live = m < stop
+            y = tl.load(ys[b] + m[:, None] * K + k[None, :], mask=live[:, None] & k_live[None, :], other=0.0)
+            count = tl.minimum(stop - row, BLOCK_M).to(tl.float32)
+            block_mean, block_m2 = tile_moments(y.to(tl.float32), live, count)
+            # Chan's rule: the rows before this block number row − start.
+            before = (row - start).to(tl.float32)
+            delta = block_mean - mean
+            share = count / (before + count)
+            mean += delta * share
+            m2 += block_m2 + delta * delta * before * share
+        store_moments(partial_ptr, mean, m2, b, k, k_live, K, tile, TILES)
+
+
+@triton.jit(do_not_specialize=["M", "TILES", "ROWS"])
+def merge_statistics(
+    partial_ptr,
+    gammas,
+    betas,
+    eps,
+    mean_ptr,
+    var_ptr,
+    rstd_ptr,
+    scale_ptr,
+    shift_ptr,
+    M,
+    K,
+    TILES,
+    ROWS,
+    B: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Merges the tiles' moments (B×2×K×TILES) in a fixed order. Grid: (K,).
+
+    Writes mean, var (biased), rstd and scale s_b = γ_b·rstd_b, each B×K, and shift = Σ_b (β_b − μ_b·s_b), K.
+    Tile t covers rows t·ROWS … of M. A γ of None is 1, a β of None is 0.
+    """
+    k = tl.program_id(0)
+    lane = tl.arange(0, BLOCK_T)
+    shift = 0.0
+    for b in tl.static_range(B):
+        row = b * K + k
+        means = partial_ptr + (b * 2 * K + k).to(tl.int64) * TILES
+        m2s = partial_ptr + (b * 2 * K + K + k).to(tl.int64) * TILES
+        total = tl.zeros((BLOCK_T,), tl.float32)
+        for start in range(0, TILES, BLOCK_T):
+            tile = start + lane
+            count = tl.maximum(tl.minimum(M - tile.to(tl.int64) * ROWS, ROWS), 0).to(tl.float32)
+            total += count * tl.load(means + tile, mask=tile < TILES, other=0.0)
+        mean = tl.sum(total, 0) / M
+        total = tl.zeros((BLOCK_T,), tl.float32)
+        for start in range(0, TILES, BLOCK_T):
+            tile = start + lane
+            count = tl.maximum(tl.minimum(M - tile.to(tl.int64) * ROWS, ROWS), 0).to(tl.float32)
+            delta = tl.load(means + tile, mask=tile < TILES, other=0.0) - mean
+            total += tl.load(m2s + tile, mask=tile < TILES, other=0.0) + count * delta * delta
+        var = tl.sum(total, 0) / M
+        rstd = 1.0 / tl.sqrt_rn(var + eps[b])
+        scale = rstd
+        if gammas[b] is not None:
+            scale *= tl.load(gammas[b] + k).to(tl.float32)
+        shift -= mean * scale
+        if betas[b] is not None:
+            shift += tl.load(betas[b] + k).to(tl.float32)
+        tl.store(mean_ptr + row, mean)
+        tl.store(var_ptr + row, var)
+        tl.store(rstd_ptr + row, rstd)
+        tl.store(scale_ptr + row, scale)
+    tl.store(shift_ptr + k, shift)
+
+
+@triton.jit(do_not_specialize=["M"])
+def apply(ys, scale_ptr, shift_ptr, out_ptr, M, K, B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out = Σ_b scale_b·y_b + shift. Grid: (row blocks, channel blocks)."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_live = k < K
+    live = (m < M)[:, None] & k_live[None, :]
+    at = m[:, None] * K + k[None, :]
+    out = tl.zeros((BLOCK_M, BLOCK_K), tl.float32) + tl.load(shift_ptr + k, mask=k_live, other=0.0)[None, :]
+    for b in tl.static_range(B):
+        scale = tl.load(scale_ptr + b * K + k, mask=k_live, other=0.0)
+        out += tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32) * scale[None, :]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["M", "TILES", "ROWS"])
+def reduce_grad(
+    g_ptr,
+    ys,
+    mean_ptr,
+    partial_ptr,
+    M,
+    K,
+    TILES,
+    ROWS,
+    B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Σ g and Σ g·(y_b − μ_b) over ROWS rows → partial ((1+B)×K×TILES). Grid: (TILES, channel blocks)."""
+    tile = tl.program_id(0)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_live = k < K
+    start = tile.to(tl.int64) * ROWS
+    stop = tl.minimum(start + ROWS, M)
+    g_sum = tl.zeros((BLOCK_K,), tl.float32)
+    # A loop a branch reads g again, but from L2, and keeps one accumulator alive.
+    for b in tl.static_range(B):
+        mean = tl.load(mean_ptr + b * K + k, mask=k_live, other=0.0)
+        product = tl.zeros((BLOCK_K,), tl.float32)
+        for row in range(start, stop, BLOCK_M):
+            m = row + tl.arange(0, BLOCK_M)
+            live = (m < stop)[:, None] & k_live[None, :]
+            at = m[:, None] * K + k[None, :]
+            g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32)
+            y = tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32)
+            product += tl.sum(g * (y - mean[None, :]), 0)
+            if b == 0:
+                g_sum += tl.sum(g, 0)
+        tl.store(partial_ptr + ((1 + b) * K + k).to(tl.int64) * TILES + tile, product, mask=k_live)
+    tl.store(partial_ptr + k.to(tl.int64) * TILES + tile, g_sum, mask=k_live)
+
+
+@triton.jit(do_not_specialize=["M", "TILES"])
+def merge_grad(
+    partial_ptr,
+    gammas,
+    rstd_ptr,
+    dgamma_ptr,
+    dbeta_ptr,
+    coefficient_ptr,
+    M,
+    K,
+    TILES,
+    B: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Merges reduce_grad's partials in a fixed order. Grid: (K,).
+
+    Writes dγ_b = rstd_b·Σ g(y_b − μ_b) and dβ_b = Σ g (B×K each) and what `apply_grad` needs, (1+2B)×K:
+    ḡ = Σg/M, then s_b = γ_b·rstd_b and e_b = −s_b·rstd_b·dγ_b/M of every branch.
+    """
+    k = tl.program_id(0)
+    lane = tl.arange(0, BLOCK_T)
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    for start in range(0, TILES, BLOCK_T):
+        tile = start + lane
+        total += tl.load(partial_ptr + k.to(tl.int64) * TILES + tile, mask=tile < TILES, other=0.0)
+    g_sum = tl.sum(total, 0)
+    tl.store(coefficient_ptr + k, g_sum / M)
+    for b in tl.static_range(B):
+        row = b * K + k
+        products = partial_ptr + (row + K).to(tl.int64) * TILES
+        total = tl.zeros((BLOCK_T,), tl.float32)
+        for start in range(0, TILES, BLOCK_T):
+            tile = start + lane
+            total += tl.load(products + tile, mask=tile < TILES, other=0.0)
+        rstd = tl.load(rstd_ptr + row)
+        dgamma = rstd * tl.sum(total, 0)
+        scale = rstd
+        if gammas[b] is not None:
+            scale *= tl.load(gammas[b] + k).to(tl.float32)
+        tl.store(dgamma_ptr + row, dgamma)
+        tl.store(dbeta_ptr + row, g_sum)
+        tl.store(coefficient_ptr + K + 2 * b * K + k, scale)
+        tl.store(coefficient_ptr + K + (2 * b + 1) * K + k, -scale * rstd * dgamma / M)
+
+
+@triton.jit(do_not_specialize=["M"])
+def apply_grad(
+    g_ptr,
+    ys,
+    dys,
+    mean_ptr,
+    coefficient_ptr,
+    M,
+    K,
+    B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dy_b = s_b·(g − ḡ) + e_b·(y_b − μ_b); dys may be ys itself. Grid: (row blocks, channel blocks)."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_live = k < K
+    live = (m < M)[:, None] & k_live[None, :]
+    at = m[:, None] * K + k[None, :]
+    g_mean = tl.load(coefficient_ptr + k, mask=k_live, other=0.0)
+    g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32) - g_mean[None, :]
+    for b in tl.static_range(B):
+        mean = tl.load(mean_ptr + b * K + k, mask=k_live, other=0.0)
+        scale = tl.load(coefficient_ptr + K + 2 * b * K + k, mask=k_live, other=0.0)
+        slope = tl.load(coefficient_ptr + K + (2 * b + 1) * K + k, mask=k_live, other=0.0)
+        y = tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32)
+        dy = scale[None, :] * g + slope[None, :] * (y - mean[None, :])
+        tl.store(dys[b] + at, dy.to(dys[b].dtype.element_ty), mask=live)

@@ -1,0 +1,201 @@
+"""Forward: the three branches' convolutions from one reading of the input, with their batch statistics.
+
+Implicit GEMM on channels_last maps: M = N·OH·OW pixels × K channels, reduced over C/groups·k². Three fp32
+accumulators; an x tile is loaded once for every branch that its tap belongs to (taps.py).
+"""
+# Triton's language, not Python's types.
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from .bn_sum import store_moments, tile_moments
+from .taps import class_size, class_tap, dot, index, split_pixel, weight_tile
+
+
+@triton.jit
+def _accumulate(
+    sq,
+    hor,
+    ver,
+    x_ptr,
+    pixel,
+    h0,
+    w0,
+    live,
+    weights,
+    k,
+    k_live,
+    C,
+    CG,
+    H,
+    W,
+    KERNEL: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    HOR_ROW: tl.constexpr,
+    VER_COL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ON_ROW: tl.constexpr,
+    ON_COL: tl.constexpr,
+):
+    """Adds one tap class to the accumulators of its branches. `pixel` is (n·H + h0)·W + w0, tap (0, 0)'s."""
+    TAPS: tl.constexpr = class_size(KERNEL, ON_ROW, ON_COL)
+    if TAPS > 0:
+        chunks = tl.cdiv(CG, BLOCK_C)
+        for i in range(TAPS * chunks):
+            row, col = class_tap(i // chunks, KERNEL, HOR_ROW, VER_COL, ON_ROW, ON_COL)
+            c = (i % chunks) * BLOCK_C + tl.arange(0, BLOCK_C)
+            c_live = c < CG
+            h = h0 + row * DIL_H
+            w = w0 + col * DIL_W
+            inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            at = (pixel + row * DIL_H * W + col * DIL_W) * C
+            x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & c_live[None, :], other=0.0)
+            b = weight_tile(
+                weights[0],
+                k[None, :],
+                c[:, None],
+                k_live[None, :],
+                c_live[:, None],
+                row * KERNEL + col,
+                CG,
+                KERNEL * KERNEL,
+                CHANNELS_LAST,
+            )
+            sq = dot(x, b, sq, PRECISION, UPCAST)
+            if ON_ROW and weights[1] is not None:
+                b = weight_tile(
+                    weights[1],
+                    k[None, :],
+                    c[:, None],
+                    k_live[None, :],
+                    c_live[:, None],
+                    col,
+                    CG,
+                    KERNEL,
+                    CHANNELS_LAST,
+                )
+                hor = dot(x, b, hor, PRECISION, UPCAST)
+            if ON_COL and weights[2] is not None:
+                b = weight_tile(
+                    weights[2],
+                    k[None, :],
+                    c[:, None],
+                    k_live[None, :],
+                    c_live[:, None],
+                    row,
+                    CG,
+                    KERNEL,
+                    CHANNELS_LAST,
+                )
+                ver = dot(x, b, ver, PRECISION, UPCAST)
+    return sq, hor, ver
+
+
+@triton.jit
+def _finish(acc, y_ptr, partial_ptr, branch, m, live, k, k_live, count, K, tile, TILES, STORE: tl.constexpr):
+    """Stores a branch's tile and its moments. Dead rows of acc are zero: their input was masked."""
+    mean, m2 = tile_moments(acc, live, count)
+    store_moments(partial_ptr, mean, m2, branch, k, k_live, K, tile, TILES)
+    if STORE:
+        at = m[:, None] * K + k[None, :]
+        tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=live[:, None] & k_live[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "TILES"])
+def conv_branches(
+    x_ptr,
+    weights,
+    ys,
+    partial_ptr,
+    M,
+    TILES,
+    C,
+    K,
+    CG,
+    KG,
+    H,
+    W,
+    OH,
+    OW,
+    KERNEL: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    HOR_ROW: tl.constexpr,
+    VER_COL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    STORE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """y_b = W_b * x and every tile's mean and M2 of the fp32 results.
+
+    weights, ys: (square, hor, ver), None for an absent branch; partial: B×2×K×TILES for the B present ones in that
+    order, TILES = ⌈M / BLOCK_M⌉. CG, KG: channels of a group in and out. CHANNELS_LAST is the weights' memory format.
+    STORE = False leaves the statistics alone (the recompute variant). WIDE: offsets need 64 bits (taps.index). Grid:
+    TILES × groups·⌈KG / BLOCK_K⌉, flat, channel blocks fastest, so that programs sharing an x tile run together.
+    """
+    blocks = tl.cdiv(KG, BLOCK_K)
+    per_tile = (K // KG) * blocks
+    tile = tl.program_id(0) // per_tile
+    group = tl.program_id(0) % per_tile // blocks
+    in_group = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_live = in_group < KG
+    k = group * KG + in_group
+    m = index(tile, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = m < M
+    n, oh, ow = split_pixel(m, OH, OW)
+    h0 = oh * STRIDE_H - PAD_H
+    w0 = ow * STRIDE_W - PAD_W
+    pixel = (n * H + h0) * W + w0
+    sq = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    hor = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    ver = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for on in tl.static_range(4):
+        sq, hor, ver = _accumulate(
+            sq,
+            hor,
+            ver,
+            x_ptr + group * CG,
+            pixel,
+            h0,
+            w0,
+            live,
+            weights,
+            k,
+            k_live,
+            C,
+            CG,
+            H,
+            W,
+            KERNEL,
+            DIL_H,
+            DIL_W,
+            HOR_ROW,
+            VER_COL,
+            CHANNELS_LAST,
+            PRECISION,
+            UPCAST,
+            BLOCK_C,
+            on % 2 == 1,
+            on >= 2,
+        )
+    count = tl.minimum(M - tile * BLOCK_M, BLOCK_M).to(tl.float32)
+    _finish(sq, ys[0], partial_ptr, 0, m, live, k, k_live, count, K, tile, TILES, STORE)
+    if weights[1] is not None:
+        _finish(hor, ys[1], partial_ptr, 1, m, live, k, k_live, count, K, tile, TILES, STORE)
+    if weights[2] is not None:
+        AFTER: tl.constexpr = 1 if weights[1] is None else 2
+        _finish(ver, ys[2], partial_ptr, AFTER, m, live, k, k_live, count, K, tile, TILES, STORE)

@@ -1,0 +1,203 @@
+"""The input's gradient: one accumulator over the taps of all three branches' dy.
+
+Implicit GEMM: input pixels × C channels, reduced over K/groups·(k² + 2k). With a stride, pixels of one residue
+(row mod stride, column mod stride), a phase, meet the same taps; a program's pixels are all of one phase, so no
+product is computed only to be masked.
+"""
+# Triton's language, not Python's types.
+# mypy: ignore-errors
+
+import math
+
+import triton
+import triton.language as tl
+
+from .taps import dot, index, split_pixel, weight_tile
+
+
+@triton.constexpr_function
+def tap_step(stride, dilation):
+    """Distance between two taps that the same phase meets."""
+    return stride // math.gcd(stride, dilation)
+
+
+@triton.jit
+def _first_tap(at, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DIL: tl.constexpr):
+    """Smallest tap r with at − r·DIL a multiple of STRIDE; KERNEL if there is none."""
+    first = at * 0 + KERNEL
+    for i in tl.static_range(KERNEL):
+        first = tl.where((at - (KERNEL - 1 - i) * DIL) % STRIDE == 0, KERNEL - 1 - i, first)
+    return first
+
+
+@triton.jit
+def _accumulate(
+    acc,
+    dy_ptr,
+    w_ptr,
+    pixel,
+    h,
+    w,
+    live,
+    c,
+    c_live,
+    at_h,
+    at_w,
+    row0,
+    rows,
+    col0,
+    cols,
+    K,
+    CG,
+    KG,
+    OH,
+    OW,
+    k0,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    TAPS: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    PER_COL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Adds a branch's taps, `rows` from row0 by `cols` from col0; PER_ROW·row + PER_COL·col is the weight's."""
+    ROW_STEP: tl.constexpr = tap_step(STRIDE_H, DIL_H)
+    COL_STEP: tl.constexpr = tap_step(STRIDE_W, DIL_W)
+    chunks = tl.cdiv(KG, BLOCK_K)
+    for i in range(rows * cols * chunks):
+        row = row0 + i // chunks // cols * ROW_STEP
+        col = col0 + i // chunks % cols * COL_STEP
+        k = i % chunks * BLOCK_K + tl.arange(0, BLOCK_K)
+        k_live = k < KG
+        # Exact divisions: the phase meets these taps.
+        down = (at_h - row * DIL_H) // STRIDE_H
+        right = (at_w - col * DIL_W) // STRIDE_W
+        inside = live & (h + down >= 0) & (h + down < OH) & (w + right >= 0) & (w + right < OW)
+        at = (pixel + down * OW + right) * K + k0
+        dy = tl.load(dy_ptr + at[:, None] + k[None, :], mask=inside[:, None] & k_live[None, :], other=0.0)
+        tap = PER_ROW * row + PER_COL * col
+        b = weight_tile(
+            w_ptr,
+            (k0 + k)[:, None],
+            c[None, :],
+            k_live[:, None],
+            c_live[None, :],
+            tap,
+            CG,
+            TAPS,
+            CHANNELS_LAST,
+        )
+        acc = dot(dy, b, acc, PRECISION, UPCAST)
+    return acc
+
+
+@triton.jit(do_not_specialize=["N", "TILES"])
+def conv_dgrad(
+    dys,
+    weights,
+    dx_ptr,
+    N,
+    TILES,
+    C,
+    K,
+    CG,
+    KG,
+    H,
+    W,
+    OH,
+    OW,
+    KERNEL: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    HOR_ROW: tl.constexpr,
+    VER_COL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dx = Σ_b the transposed convolution of dy_b with W_b.
+
+    Arguments as conv_branches takes them; dys in the place of ys. TILES: row blocks of the largest phase,
+    ⌈N·⌈H/STRIDE_H⌉·⌈W/STRIDE_W⌉ / BLOCK_M⌉. Grid: STRIDE_H·STRIDE_W × TILES × groups·⌈CG / BLOCK_C⌉, flat, channel
+    blocks fastest.
+    """
+    blocks = tl.cdiv(CG, BLOCK_C)
+    per_tile = (C // CG) * blocks
+    rest = tl.program_id(0) // per_tile
+    group = tl.program_id(0) % per_tile // blocks
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_live = c < CG
+    phase = rest // TILES
+    phase_h = phase // STRIDE_W
+    phase_w = phase % STRIDE_W
+    # Rows and columns of this phase; none where the map is smaller than the stride.
+    rows = tl.cdiv(H - phase_h, STRIDE_H)
+    cols = tl.cdiv(W - phase_w, STRIDE_W)
+    m = index(rest % TILES, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n, h, w = split_pixel(m, tl.maximum(rows, 1), tl.maximum(cols, 1))
+    live = (n < N) & (rows > 0) & (cols > 0)
+    pixel = (n * OH + h) * OW + w
+
+    at_h = phase_h + PAD_H
+    at_w = phase_w + PAD_W
+    row0 = _first_tap(at_h, KERNEL, STRIDE_H, DIL_H)
+    col0 = _first_tap(at_w, KERNEL, STRIDE_W, DIL_W)
+    row_taps = tl.cdiv(KERNEL - row0, tap_step(STRIDE_H, DIL_H))
+    col_taps = tl.cdiv(KERNEL - col0, tap_step(STRIDE_W, DIL_W))
+    on_row = ((at_h - HOR_ROW * DIL_H) % STRIDE_H == 0).to(tl.int32)
+    on_col = ((at_w - VER_COL * DIL_W) % STRIDE_W == 0).to(tl.int32)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for b in tl.static_range(3):
+        if weights[b] is not None:
+            acc = _accumulate(
+                acc,
+                dys[b],
+                weights[b],
+                pixel,
+                h,
+                w,
+                live,
+                c,
+                c_live,
+                at_h,
+                at_w,
+                HOR_ROW if b == 1 else row0,
+                on_row if b == 1 else row_taps,
+                VER_COL if b == 2 else col0,
+                on_col if b == 2 else col_taps,
+                K,
+                CG,
+                KG,
+                OH,
+                OW,
+                group * KG,
+                STRIDE_H,
+                STRIDE_W,
+                DIL_H,
+                DIL_W,
+                KERNEL * KERNEL if b == 0 else KERNEL,
+                KERNEL if b == 0 else b // 2,
+                1 if b < 2 else 0,
+                CHANNELS_LAST,
+                PRECISION,
+                UPCAST,
+                BLOCK_K,
+            )
+    out = ((n * H + h * STRIDE_H + phase_h) * W + w * STRIDE_W + phase_w) * C + group * CG
+    tl.store(
+        dx_ptr + out[:, None] + c[None, :], acc.to(dx_ptr.dtype.element_ty), mask=live[:, None] & c_live[None, :]
+    )

@@ -1,0 +1,202 @@
+"""The weights' gradients: a program takes one tap of the window, one block of channels and one share of the pixels.
+
+dW_b[:, :, tap] = dy_bᵀ · x at that tap; an x tile is loaded once for every branch its tap belongs to. Shares of the
+pixels are written apart and added in a fixed order by `sum_splits`.
+"""
+# Triton's language, not Python's types.
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from .taps import class_size, class_tap, dot, index, split_pixel
+
+
+@triton.jit
+def _store(dw_ptr, acc, k, c, k_live, c_live, tap, CG, TAPS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    if CHANNELS_LAST:
+        at = (k[:, None] * TAPS + tap) * CG + c[None, :]
+    else:
+        at = (k[:, None] * CG + c[None, :]) * TAPS + tap
+    tl.store(dw_ptr + at, acc.to(dw_ptr.dtype.element_ty), mask=k_live[:, None] & c_live[None, :])
+
+
+@triton.jit
+def _one_class(
+    tap,
+    x_ptr,
+    dys,
+    dws,
+    into,
+    start,
+    stop,
+    k,
+    c,
+    k_live,
+    c_live,
+    group,
+    C,
+    K,
+    CG,
+    H,
+    W,
+    OH,
+    OW,
+    KERNEL: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    HOR_ROW: tl.constexpr,
+    VER_COL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """Does the tap if it is of class KIND: 0 crossing, 1 row, 2 column, 3 neither, as taps are numbered.
+
+    Over pixels start … stop, writing `into` elements behind the dws.
+    """
+    ON_ROW: tl.constexpr = KIND < 2
+    ON_COL: tl.constexpr = KIND == 0 or KIND == 2
+    SIZE: tl.constexpr = class_size(KERNEL, ON_ROW, ON_COL)
+    BEGIN: tl.constexpr = 0 if KIND == 0 else 1 + (KIND - 1) * (KERNEL - 1)
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    if SIZE > 0 and tap >= BEGIN and tap < BEGIN + SIZE:
+        row, col = class_tap(tap - BEGIN, KERNEL, HOR_ROW, VER_COL, ON_ROW, ON_COL)
+        sq = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+        hor = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+        ver = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+        for first in range(start, stop, BLOCK_M):
+            m = first + tl.arange(0, BLOCK_M)
+            n, oh, ow = split_pixel(m, OH, OW)
+            h = oh * STRIDE_H - PAD_H + row * DIL_H
+            w = ow * STRIDE_W - PAD_W + col * DIL_W
+            inside = (m < stop) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            at = ((n * H + h) * W + w) * C + group * CG
+            x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & c_live[None, :], other=0.0)
+            at = m[:, None] * K + k[None, :]
+            live = (m < stop)[:, None] & k_live[None, :]
+            sq = dot(tl.trans(tl.load(dys[0] + at, mask=live, other=0.0)), x, sq, PRECISION, UPCAST)
+            if ON_ROW and dws[1] is not None:
+                hor = dot(tl.trans(tl.load(dys[1] + at, mask=live, other=0.0)), x, hor, PRECISION, UPCAST)
+            if ON_COL and dws[2] is not None:
+                ver = dot(tl.trans(tl.load(dys[2] + at, mask=live, other=0.0)), x, ver, PRECISION, UPCAST)
+        _store(dws[0] + into, sq, k, c, k_live, c_live, row * KERNEL + col, CG, TAPS, CHANNELS_LAST)
+        if ON_ROW and dws[1] is not None:
+            _store(dws[1] + into, hor, k, c, k_live, c_live, col, CG, KERNEL, CHANNELS_LAST)
+        if ON_COL and dws[2] is not None:
+            _store(dws[2] + into, ver, k, c, k_live, c_live, row, CG, KERNEL, CHANNELS_LAST)
+
+
+@triton.jit(do_not_specialize=["M", "ROWS", "STRIDE"])
+def conv_wgrad(
+    x_ptr,
+    dys,
+    dws,
+    M,
+    ROWS,
+    STRIDE,
+    C,
+    K,
+    CG,
+    KG,
+    H,
+    W,
+    OH,
+    OW,
+    KERNEL: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    HOR_ROW: tl.constexpr,
+    VER_COL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dW_b over pixels split·ROWS … of every split.
+
+    dws: a pointer a branch, in the weights' memory format; split s writes STRIDE·s elements behind it. Other arguments
+    as conv_branches takes them. Grid: (groups·⌈KG / BLOCK_K⌉·⌈CG / BLOCK_C⌉, k², splits); taps of several branches
+    come first, as their programs take longest.
+    """
+    c_blocks = tl.cdiv(CG, BLOCK_C)
+    blocks = tl.cdiv(KG, BLOCK_K) * c_blocks
+    group = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    in_group = block // c_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_live = in_group < KG
+    k = group * KG + in_group
+    c = block % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_live = c < CG
+    tap = tl.program_id(1)
+    split = tl.program_id(2)
+    start = index(split, WIDE) * ROWS
+    stop = tl.minimum(start + ROWS, M)
+    into = split.to(tl.int64) * STRIDE
+    for kind in tl.static_range(4):
+        _one_class(
+            tap,
+            x_ptr,
+            dys,
+            dws,
+            into,
+            start,
+            stop,
+            k,
+            c,
+            k_live,
+            c_live,
+            group,
+            C,
+            K,
+            CG,
+            H,
+            W,
+            OH,
+            OW,
+            KERNEL,
+            STRIDE_H,
+            STRIDE_W,
+            PAD_H,
+            PAD_W,
+            DIL_H,
+            DIL_W,
+            HOR_ROW,
+            VER_COL,
+            CHANNELS_LAST,
+            PRECISION,
+            UPCAST,
+            BLOCK_M,
+            BLOCK_K,
+            BLOCK_C,
+            kind,
+        )
+
+
+@triton.jit(do_not_specialize=["SPLITS", "STRIDE"])
+def sum_splits(partials, dws, sizes, SPLITS, STRIDE, BLOCK: tl.constexpr):
+    """dws[b] = Σ_s of sizes[b] numbers at partials[b] + s·STRIDE, s ascending. Grid: (largest's blocks, 3)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for b in tl.static_range(3):
+        if dws[b] is not None and tl.program_id(1) == b:
+            live = at < sizes[b]
+            total = tl.zeros((BLOCK,), tl.float32)
+            for split in range(SPLITS):
+                source = partials[b] + split.to(tl.int64) * STRIDE
+                total += tl.load(source + at, mask=live, other=0.0)
+            tl.store(dws[b] + at, total.to(dws[b].dtype.element_ty), mask=live)

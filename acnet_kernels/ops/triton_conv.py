@@ -1,0 +1,245 @@
+"""The three branches' convolutions on CUDA by Triton: launches of kernels/{conv,dgrad,wgrad}.py, no maths.
+
+Maps are channels_last; weights K×C/groups×rows×columns, all in one memory format, in the input's dtype (fp32, fp16,
+bf16). `weights`, `ys` and their gradients are (square, hor, ver), None for an absent branch. Padding is zeros and
+crops need nothing of their own (geometry.py): hor and ver are lines of the square's window, whatever falls outside.
+fp32 is computed in TF32 where torch.backends.cudnn.conv.fp32_precision says "tf32", else by three TF32 products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..geometry import Geometry
+from ..kernels import configs
+from ..kernels.configs import Config
+from ..kernels.conv import conv_branches
+from ..kernels.dgrad import conv_dgrad
+from ..kernels.wgrad import conv_wgrad, sum_splits
+from .triton_bn_sum import Moments, Norms, apply, check_maps, merge_statistics
+
+INTERPRETED = triton.knobs.runtime.interpret
+_SUM_BLOCK = 1024
+# The kernels' names for a window's fields, groups apart.
+_CONSTANTS = ("KERNEL", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DIL_H", "DIL_W", "HOR_ROW", "VER_COL")
+
+Weights = Sequence[Tensor | None]
+
+
+class Window(NamedTuple):
+    """A geometry as the kernels see it: the square's window, and the row and column of it that hor and ver are."""
+
+    kernel: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dil_h: int
+    dil_w: int
+    hor_row: int
+    ver_col: int
+    groups: int
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> Window:
+        """The window of a zero-padded geometry; ValueError for another padding mode (see Geometry.explicit)."""
+        if geometry.padding_mode != "zeros":
+            raise ValueError(f"padding_mode must be 'zeros', got {geometry.padding_mode!r}: pad the input first")
+        g = geometry
+        return cls(g.kernel, *g.stride, *g.padding, *g.dilation, g.hor_row, g.ver_column, g.groups)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the output of a height×width input."""
+        reach_h, reach_w = self.dil_h * (self.kernel - 1) + 1, self.dil_w * (self.kernel - 1) + 1
+        return (
+            (height + 2 * self.pad_h - reach_h) // self.stride_h + 1,
+            (width + 2 * self.pad_w - reach_w) // self.stride_w + 1,
+        )
+
+
+class _Plan(NamedTuple):
+    """What a launch is made of beyond its tensors; one a problem, cached."""
+
+    size: tuple[int, int]  # OH, OW
+    rows: int  # N·OH·OW
+    scalars: tuple[int, ...]  # C, K, CG, KG, H, W, OH, OW
+    options: dict[str, int | bool | str]
+    config: Config
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    kind: str,
+    shape: tuple[int, ...],
+    K: int,
+    window: Window,
+    last: bool,
+    dtype: torch.dtype,
+    precision: str,
+    device: torch.device,
+    config: Config | None,
+) -> _Plan:
+    N, C, H, W = shape
+    size = window.output_size(H, W)
+    rows = N * size[0] * size[1]
+    wide = max(N * C * H * W, rows * K) >= 2**31
+    if config is None:
+        family = 90 if INTERPRETED else configs.family(torch.cuda.get_device_capability(device))
+        mode = "half" if dtype != torch.float32 else precision
+        config = configs.choose(kind, family, mode, rows, K // window.groups, C // window.groups)
+    options = {
+        **dict(zip(_CONSTANTS, window, strict=False)),
+        "CHANNELS_LAST": last,
+        "WIDE": wide,
+        "PRECISION": precision,
+        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "BLOCK_C": config.block_c,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+    scalars = (C, K, C // window.groups, K // window.groups, H, W, *size)
+    return _Plan(size, rows, scalars, options, config)
+
+
+def _plan_of(
+    kind: str, like: Tensor, shape: tuple[int, ...], weights: Weights, window: Window, config: Config | None
+) -> _Plan:
+    """Checks the weights against an input of `shape` and `like`'s dtype and device, and looks the launch up."""
+    if len(weights) != 3 or weights[0] is None:
+        raise ValueError("weights must be (square, hor or None, ver or None)")
+    k, (K, CG), dtype = window.kernel, weights[0].shape[:2], like.dtype
+    if CG * window.groups != shape[1] or K % window.groups:
+        raise ValueError(
+            f"weights[0] of shape {tuple(weights[0].shape)} does not fit {shape[1]} channels, {window.groups} groups"
+        )
+    for i, (w, lines) in enumerate(zip(weights, ((k, k), (1, k), (k, 1)), strict=True)):
+        if w is not None and (w.shape != (K, CG, *lines) or w.dtype != dtype or w.device != like.device):
+            raise ValueError(
+                f"weights[{i}] must be {dtype} of shape {(K, CG, *lines)} on {like.device}, "
+                f"got {w.dtype} of {tuple(w.shape)} on {w.device}"
+            )
+    last = all(w is None or w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    if not last and not all(w is None or w.is_contiguous() for w in weights):
+        raise ValueError("weights must all be contiguous or all be channels_last")
+    exact = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
+    return _plan(kind, tuple(shape), K, window, last, dtype, "tf32x3" if exact else "tf32", like.device, config)
+
+
+def _empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def conv_forward(
+    x: Tensor, weights: Weights, window: Window, *, store: bool = True, config: Config | None = None
+) -> tuple[tuple[Tensor | None, ...], Moments]:
+    """(y_b, their per-tile statistics), y_b = W_b * x: one launch.
+
+    Args:
+        x: N×C×H×W.
+        store: False computes the statistics alone, and every y_b is None.
+        config: in place of the table's choice.
+    """
+    check_maps(x=x)
+    plan = _plan_of("conv", x, x.shape, weights, window, config)
+    M, (_, K, _, KG, *_) = plan.rows, plan.scalars
+    ys = tuple(_empty_map((x.shape[0], K, *plan.size), x) if store and w is not None else None for w in weights)
+    tiles = triton.cdiv(M, plan.config.block_m)
+    present = sum(w is not None for w in weights)
+    partial = torch.empty((present, 2, K, tiles), dtype=torch.float32, device=x.device)
+    grid = (tiles * window.groups * triton.cdiv(KG, plan.config.block_k),)
+    conv_branches[grid](x, tuple(weights), ys, partial, M, tiles, *plan.scalars, STORE=store, **plan.options)
+    return ys, Moments(partial, plan.config.block_m, M)
+
+
+def block_forward(
+    x: Tensor,
+    weights: Weights,
+    gammas: Sequence[Tensor | None],
+    betas: Sequence[Tensor | None],
+    eps: Sequence[float],
+    window: Window,
+) -> tuple[Tensor, list[Tensor], Norms]:
+    """(out, present y_b, statistics) of Σ_b BN_b(W_b * x) by the batch's statistics: three launches.
+
+    gammas, betas, eps: one entry a present branch.
+    """
+    ys, moments = conv_forward(x, weights, window)
+    present = [y for y in ys if y is not None]
+    norms = merge_statistics(moments, gammas, betas, eps)
+    return apply(present, norms), present, norms
+
+
+def input_grad(
+    dys: Sequence[Tensor | None],
+    weights: Weights,
+    window: Window,
+    input_size: tuple[int, int],
+    *,
+    config: Config | None = None,
+) -> Tensor:
+    """dx (N×C×input_size) from dy_b, in their dtype: one launch."""
+    dy = _check_grads(dys, weights)
+    square = weights[0]
+    assert square is not None
+    shape = (dy.shape[0], square.shape[1] * window.groups, *input_size)
+    plan = _plan_of("dgrad", dy, shape, weights, window, config)
+    _check_size(dy, plan.size)
+    dx = _empty_map(shape, dy)
+    largest_phase = triton.cdiv(input_size[0], window.stride_h) * triton.cdiv(input_size[1], window.stride_w)
+    tiles = triton.cdiv(shape[0] * largest_phase, plan.config.block_m)
+    blocks = window.groups * triton.cdiv(plan.scalars[2], plan.config.block_c)
+    grid = (window.stride_h * window.stride_w * tiles * blocks,)
+    conv_dgrad[grid](tuple(dys), tuple(weights), dx, shape[0], tiles, *plan.scalars, **plan.options)
+    return dx
+
+
+def weight_grads(
+    x: Tensor, dys: Sequence[Tensor | None], weights: Weights, window: Window, *, config: Config | None = None
+) -> tuple[Tensor | None, ...]:
+    """dW_b from x and dy_b, in the weights' dtype and memory format: two launches, or one where nothing is split.
+
+    `weights` tell shape, dtype and format alone.
+    """
+    dy = _check_grads(dys, weights)
+    check_maps(x=x)
+    plan = _plan_of("wgrad", x, x.shape, weights, window, config)
+    if dy.shape[0] != x.shape[0] or dy.dtype != x.dtype:
+        raise ValueError(f"dys must be {x.dtype} for {x.shape[0]} images, got {dy.dtype} for {dy.shape[0]}")
+    _check_size(dy, plan.size)
+    dws = tuple(None if w is None else torch.empty_like(w, memory_format=torch.preserve_format) for w in weights)
+    taps, (_, _, CG, KG, *_) = window.kernel**2, plan.scalars
+    blocks = window.groups * triton.cdiv(KG, plan.config.block_k) * triton.cdiv(CG, plan.config.block_c)
+    splits, rows = configs.pixel_split(plan.rows, blocks * taps, plan.config.block_m)
+    sizes = tuple(0 if w is None else w.numel() for w in weights)
+    targets, stride = dws, sum(sizes)
+    if splits > 1:
+        partial = torch.empty(splits * stride, dtype=torch.float32, device=x.device)
+        starts = (0, sizes[0], sizes[0] + sizes[1])
+        targets = tuple(None if w is None else partial[at:] for w, at in zip(weights, starts, strict=True))
+    grid = (blocks, taps, splits)
+    conv_wgrad[grid](x, tuple(dys), targets, plan.rows, rows, stride, *plan.scalars, **plan.options)
+    if splits > 1:
+        grid = (triton.cdiv(sizes[0], _SUM_BLOCK), 3, 1)
+        sum_splits[grid](targets, dws, sizes, splits, stride, BLOCK=_SUM_BLOCK)
+    return dws
+
+
+def _check_grads(dys: Sequence[Tensor | None], weights: Weights) -> Tensor:
+    """The square branch's dy; ValueError where dys and weights do not name the same branches, or dys differ."""
+    if [dy is None for dy in dys] != [w is None for w in weights] or dys[0] is None:
+        raise ValueError("dys must hold a tensor for each of the weights, and None where a weight is None")
+    check_maps(**{f"dys[{i}]": dy for i, dy in enumerate(dys) if dy is not None})
+    return dys[0]
+
+
+def _check_size(dy: Tensor, size: tuple[int, int]) -> None:
+    if tuple(dy.shape[2:]) != size:
+        raise ValueError(f"dys must be {size[0]}×{size[1]} for this input, got {tuple(dy.shape[2:])}")
