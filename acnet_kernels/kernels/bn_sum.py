@@ -1,4 +1,4 @@
-"""Batch norm of up to three maps and their sum, out = Σ_b s_b·y_b + shift, forward and backward.
+"""Batch norm of up to three maps and their sum, out = Σ_b (s_b·(y_b − μ_b) + β_b), forward and backward.
 
 Every map is channels_last, that is an M×K matrix with M = N·H·W. Reductions over M are written out as one partial
 result a tile, with a channel's tiles adjacent, and merged by one program a channel in a fixed order: no atomics, so
@@ -64,7 +64,7 @@ def merge_statistics(
     var_ptr,
     rstd_ptr,
     scale_ptr,
-    shift_ptr,
+    bias_ptr,
     M,
     K,
     TILES,
@@ -74,12 +74,12 @@ def merge_statistics(
 ):
     """Merges the tiles' moments (B×2×K×TILES) in a fixed order. Grid: (K,).
 
-    Writes mean, var (biased), rstd and scale s_b = γ_b·rstd_b, each B×K, and shift = Σ_b (β_b − μ_b·s_b), K.
+    Writes mean, var (biased), rstd and scale s_b = γ_b·rstd_b, each B×K, and bias = Σ_b β_b, K.
     Tile t covers rows t·ROWS … of M. A γ of None is 1, a β of None is 0.
     """
     k = tl.program_id(0)
     lane = tl.arange(0, BLOCK_T)
-    shift = 0.0
+    bias = 0.0
     for b in tl.static_range(B):
         row = b * K + k
         means = partial_ptr + (b * 2 * K + k).to(tl.int64) * TILES
@@ -101,28 +101,34 @@ def merge_statistics(
         scale = rstd
         if gammas[b] is not None:
             scale *= tl.load(gammas[b] + k).to(tl.float32)
-        shift -= mean * scale
         if betas[b] is not None:
-            shift += tl.load(betas[b] + k).to(tl.float32)
+            bias += tl.load(betas[b] + k).to(tl.float32)
         tl.store(mean_ptr + row, mean)
         tl.store(var_ptr + row, var)
         tl.store(rstd_ptr + row, rstd)
         tl.store(scale_ptr + row, scale)
-    tl.store(shift_ptr + k, shift)
+    tl.store(bias_ptr + k, bias)
 
 
 @triton.jit(do_not_specialize=["M"])
-def apply(ys, scale_ptr, shift_ptr, out_ptr, M, K, B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out = Σ_b scale_b·y_b + shift. Grid: (row blocks, channel blocks)."""
+def apply(
+    ys, mean_ptr, scale_ptr, bias_ptr, out_ptr, M, K, B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """out = Σ_b s_b·(y_b − μ_b) + bias. Grid: (row blocks, channel blocks).
+
+    Not s_b·y_b + shift: that cancels where |μ| ≫ σ.
+    """
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     k_live = k < K
     live = (m < M)[:, None] & k_live[None, :]
     at = m[:, None] * K + k[None, :]
-    out = tl.zeros((BLOCK_M, BLOCK_K), tl.float32) + tl.load(shift_ptr + k, mask=k_live, other=0.0)[None, :]
+    out = tl.zeros((BLOCK_M, BLOCK_K), tl.float32) + tl.load(bias_ptr + k, mask=k_live, other=0.0)[None, :]
     for b in tl.static_range(B):
         scale = tl.load(scale_ptr + b * K + k, mask=k_live, other=0.0)
-        out += tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32) * scale[None, :]
+        mean = tl.load(mean_ptr + b * K + k, mask=k_live, other=0.0)
+        y = tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32)
+        out += (y - mean[None, :]) * scale[None, :]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
 
 

@@ -99,11 +99,13 @@ def _accumulate(
 @triton.jit
 def _finish(acc, y_ptr, partial_ptr, branch, m, live, k, k_live, count, K, tile, TILES, STORE: tl.constexpr):
     """Stores a branch's tile and its moments. Dead rows of acc are zero: their input was masked."""
+    if STORE:
+        y = acc.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + m[:, None] * K + k[None, :], y, mask=live[:, None] & k_live[None, :])
+        # Of the map as stored: what it is normalised by is then its own, however few pixels it has.
+        acc = y.to(tl.float32)
     mean, m2 = tile_moments(acc, live, count)
     store_moments(partial_ptr, mean, m2, branch, k, k_live, K, tile, TILES)
-    if STORE:
-        at = m[:, None] * K + k[None, :]
-        tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=live[:, None] & k_live[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "TILES"])
@@ -140,10 +142,10 @@ def conv_branches(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y_b = W_b * x and every tile's mean and M2 of the fp32 results.
+    """y_b = W_b * x and every tile's mean and M2.
 
-    weights, ys: (square, hor, ver), None for an absent branch; partial: B×2×K×TILES for the B present ones in that
-    order, TILES = ⌈M / BLOCK_M⌉. CG, KG: channels of a group in and out. CHANNELS_LAST is the weights' memory format.
+    weights, ys: (square, hor, ver), None for an absent branch; partial: B×2×K×TILES for the B present ones in
+    that order, TILES = ⌈M / BLOCK_M⌉. CG, KG: channels of a group, in and out. CHANNELS_LAST: the weights' format.
     STORE = False leaves the statistics alone (the recompute variant). WIDE: offsets need 64 bits (taps.index). Grid:
     TILES × groups·⌈KG / BLOCK_K⌉, flat, channel blocks fastest, so that programs sharing an x tile run together.
     """

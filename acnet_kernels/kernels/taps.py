@@ -1,7 +1,7 @@
 """Where a kernel tap reads, and which branches want it.
 
-Seen from the k×k kernel, hor is its row HOR_ROW and ver its column VER_COL (see geometry.py). So the k² taps fall into
-four classes: off both lines → square; on the row → square, hor; on the column → square, ver; the crossing → all. A
+Seen from the k×k kernel, hor is its row HOR_ROW and ver its column VER_COL (see geometry.py). So the k² taps are of
+four classes: off both lines → square; on the row → square, hor; on the column → square, ver; crossing → all. A
 class is (ON_ROW, ON_COL). Looping over one class at a time keeps each loop's operands few: unrolling the taps gives
 every tap its own multi-buffered shared memory (811 KB on sm_90).
 """

@@ -130,8 +130,8 @@ def conv_wgrad(
 ):
     """dW_b over pixels split·ROWS … of every split.
 
-    dws: a pointer a branch, in the weights' memory format; split s writes STRIDE·s elements behind it. Other arguments
-    as conv_branches takes them. Grid: (groups·⌈KG / BLOCK_K⌉·⌈CG / BLOCK_C⌉, k², splits); taps of several branches
+    dws: a pointer a branch, in the weights' memory format; split s writes STRIDE·s elements behind it. The rest is
+    as conv_branches takes it. Grid: (groups·⌈KG / BLOCK_K⌉·⌈CG / BLOCK_C⌉, k², splits); taps of several branches
     come first, as their programs take longest.
     """
     c_blocks = tl.cdiv(CG, BLOCK_C)

@@ -20,7 +20,7 @@ BLOCK_T = 256  # partial results that a merging program reads at once
 
 
 class Moments(NamedTuple):
-    """Per-tile statistics of B maps: `partial` (B×2×K×tiles) holds mean and M2 of `rows` rows each, `total` in all."""
+    """Per-tile statistics of B maps: `partial`, B×2×K×tiles, is mean and M2 of `rows` rows each, `total` in all."""
 
     partial: Tensor
     rows: int
@@ -28,13 +28,13 @@ class Moments(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """What batch norms of B maps compute with, fp32: mean, var (biased), rstd, scale = γ·rstd (B×K); shift (K)."""
+    """Batch norms of B maps, fp32: mean, var (biased), rstd, scale = γ·rstd (B×K each); bias = Σβ (K)."""
 
     mean: Tensor
     var: Tensor
     rstd: Tensor
     scale: Tensor
-    shift: Tensor
+    bias: Tensor
 
 
 def check_maps(**maps: Tensor) -> None:
@@ -81,7 +81,7 @@ def merge_statistics(
     partial = moments.partial
     B, _, K, tiles = partial.shape
     mean, var, rstd, scale = (torch.empty((B, K), dtype=torch.float32, device=partial.device) for _ in range(4))
-    shift = torch.empty(K, dtype=torch.float32, device=partial.device)
+    bias = torch.empty(K, dtype=torch.float32, device=partial.device)
     kernels.merge_statistics[(K,)](
         partial,
         tuple(gammas),
@@ -91,7 +91,7 @@ def merge_statistics(
         var,
         rstd,
         scale,
-        shift,
+        bias,
         moments.total,
         K,
         tiles,
@@ -99,18 +99,18 @@ def merge_statistics(
         B=B,
         BLOCK_T=BLOCK_T,
     )
-    return Norms(mean, var, rstd, scale, shift)
+    return Norms(mean, var, rstd, scale, bias)
 
 
 def apply(ys: Sequence[Tensor], norms: Norms) -> Tensor:
-    """Σ_b scale_b·y_b + shift, in the maps' dtype: one launch."""
+    """Σ_b scale_b·(y_b − mean_b) + bias, in the maps' dtype: one launch."""
     check_maps(**{f"ys[{i}]": y for i, y in enumerate(ys)})
     out = torch.empty_like(ys[0], memory_format=torch.channels_last)
     M, K = pixels(out), out.shape[1]
     tile = streaming_tile(K)
-    kernels.apply[triton.cdiv(M, tile.block_m), triton.cdiv(K, tile.block_k)](
-        tuple(ys), norms.scale, norms.shift, out, M, K, B=len(ys), BLOCK_M=tile.block_m, BLOCK_K=tile.block_k
-    )
+    sizes = {"B": len(ys), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    grid = (triton.cdiv(M, tile.block_m), triton.cdiv(K, tile.block_k))
+    kernels.apply[grid](tuple(ys), norms.mean, norms.scale, norms.bias, out, M, K, **sizes)
     return out
 
 

@@ -118,7 +118,7 @@ def _plan_of(
     k, (K, CG), dtype = window.kernel, weights[0].shape[:2], like.dtype
     if CG * window.groups != shape[1] or K % window.groups:
         raise ValueError(
-            f"weights[0] of shape {tuple(weights[0].shape)} does not fit {shape[1]} channels, {window.groups} groups"
+            f"weights[0] of shape {tuple(weights[0].shape)} must fit {shape[1]} channels in {window.groups} groups"
         )
     for i, (w, lines) in enumerate(zip(weights, ((k, k), (1, k), (k, 1)), strict=True)):
         if w is not None and (w.shape != (K, CG, *lines) or w.dtype != dtype or w.device != like.device):
