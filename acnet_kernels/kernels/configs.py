@@ -34,27 +34,120 @@ class Tile(NamedTuple):
     block_k: int
 
 
-# (kind, mode) → family → configurations by width of the output's channels, widest first: the first whose block is no wider
-# than the channels, rounded up to a power of two, is taken. Modes: half (fp16, bf16), tf32, tf32x3 (three TF32 products).
+# What a kernel computes with: fp16 or bf16; fp32 in one TF32 product; fp32 in three.
+MODES = ("half", "tf32", "tf32x3")
+
+_NARROW = Config(128, 16, 16, 4, 4)
+_CONV_THIRD = (Config(64, 32, 32, 4, 3), Config(64, 16, 16, 4, 3))
+_DGRAD = (Config(128, 64, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW)
+_DGRAD_WIDEST = Config(128, 64, 128, 8, 3)
+_DGRAD_TF32 = (Config(128, 32, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW)
+_DGRAD_THIRD = (Config(128, 32, 32, 8, 3), Config(64, 16, 16, 4, 3))
+_WGRAD = (Config(64, 64, 64, 4, 3), Config(64, 32, 32, 4, 3), Config(64, 16, 16, 4, 4))
+_WGRAD_TF32 = (Config(32, 64, 64, 4, 3), Config(64, 32, 32, 4, 3), Config(32, 16, 16, 4, 3))
+_WGRAD_THIRD = (Config(32, 32, 32, 4, 3), Config(32, 16, 16, 4, 3))
+
+# (kind, mode) → family → configurations, the widest block of output channels first.
 TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
-    ("conv", "half"): {90: (Config(128, 64, 64, 8, 3), Config(128, 32, 32, 4, 4), Config(128, 16, 16, 4, 4))},
-    ("dgrad", "half"): {90: (Config(128, 64, 64, 8, 3), Config(128, 32, 32, 4, 4), Config(128, 16, 16, 4, 4))},
-    ("wgrad", "half"): {90: (Config(64, 64, 64, 4, 3), Config(64, 32, 32, 4, 3), Config(64, 16, 16, 4, 4))},
-    ("conv", "tf32"): {90: (Config(128, 64, 32, 8, 3), Config(128, 32, 32, 4, 4), Config(128, 16, 16, 4, 4))},
-    ("dgrad", "tf32"): {90: (Config(128, 32, 64, 8, 3), Config(128, 32, 32, 4, 4), Config(128, 16, 16, 4, 4))},
-    ("wgrad", "tf32"): {90: (Config(32, 64, 64, 4, 3), Config(32, 32, 32, 4, 3), Config(32, 16, 16, 4, 4))},
+    ("conv", "half"): {
+        80: (Config(64, 64, 32, 8, 3), Config(64, 32, 64, 4, 3), _NARROW),
+        90: (Config(128, 64, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW),
+        100: (Config(128, 64, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW),
+    },
+    ("conv", "tf32"): {
+        80: (Config(64, 32, 32, 4, 3), _NARROW),
+        90: (Config(128, 64, 32, 8, 3), Config(64, 32, 32, 4, 3), _NARROW),
+        100: (Config(64, 64, 32, 8, 3), Config(64, 32, 32, 4, 3), _NARROW),
+    },
+    ("conv", "tf32x3"): {80: (Config(64, 32, 16, 4, 3),), 90: _CONV_THIRD, 100: _CONV_THIRD},
+    ("dgrad", "half"): {80: _DGRAD, 90: (_DGRAD_WIDEST, *_DGRAD), 100: (_DGRAD_WIDEST, *_DGRAD)},
+    ("dgrad", "tf32"): {80: _DGRAD_TF32, 90: _DGRAD_TF32, 100: _DGRAD_TF32},
+    ("dgrad", "tf32x3"): {80: _DGRAD_THIRD[:1], 90: _DGRAD_THIRD, 100: _DGRAD_THIRD},
+    ("wgrad", "half"): {
+        80: (Config(32, 64, 64, 8, 3), Config(32, 32, 32, 4, 3), Config(64, 16, 16, 4, 4)),
+        90: _WGRAD,
+        100: _WGRAD,
+    },
+    ("wgrad", "tf32"): {80: _WGRAD_TF32[1:], 90: _WGRAD_TF32, 100: _WGRAD_TF32},
+    ("wgrad", "tf32x3"): {80: _WGRAD_THIRD[:1], 90: _WGRAD_THIRD, 100: _WGRAD_THIRD},
+}
+
+# Where a tile would give fewer programs than this, a smaller one shares the work better.
+FEW_PROGRAMS = 128
+FEW = {
+    ("conv", "half"): Config(64, 32, 64, 4, 3),
+    ("conv", "tf32"): Config(64, 32, 32, 4, 3),
+    ("dgrad", "half"): Config(64, 32, 64, 4, 3),
+    ("dgrad", "tf32"): Config(64, 32, 64, 4, 3),
+}
+
+# 64-bit offsets (maps of 2³¹ elements and more), and channels in other multiples than of 16, which cannot be read by
+# whole vectors, leave registers for these.
+SPARE = {
+    ("conv", "half"): Config(64, 32, 32, 4, 3),
+    ("conv", "tf32"): Config(64, 16, 16, 4, 3),
+    ("conv", "tf32x3"): Config(64, 16, 16, 4, 3),
+    ("dgrad", "half"): Config(64, 32, 32, 4, 3),
+    ("dgrad", "tf32"): Config(64, 32, 32, 4, 3),
+    ("dgrad", "tf32x3"): Config(64, 16, 16, 4, 3),
+    ("wgrad", "half"): Config(32, 32, 32, 4, 3),
+    ("wgrad", "tf32"): Config(32, 16, 16, 4, 2),
+    ("wgrad", "tf32x3"): Config(32, 16, 16, 4, 2),
 }
 
 
 def family(capability: tuple[int, int]) -> int:
-    """The table's column for a device's compute capability."""
-    major = capability[0]
-    return {9: 90, 10: 100}.get(major, 80)
+    """The table's column for a device's compute capability; consumer Blackwell (12.x) has sm_80's instructions."""
+    return {9: 90, 10: 100}.get(capability[0], 80)
 
 
-def choose(kind: str, family: int, mode: str, M: int, KG: int, CG: int) -> Config:
-    """The configuration for M output pixels, KG output and CG input channels in a group."""
-    return TABLE[kind, mode][family][0]
+def width(kind: str, config: Config) -> int:
+    """Channels of the output that one program computes along its wider axis."""
+    return config.block_c if kind == "dgrad" else config.block_k
+
+
+def shrink(kind: str, config: Config, KG: int, CG: int) -> Config:
+    """config with no more reduced channels a step than there are."""
+    if kind == "conv":
+        return config._replace(block_c=min(config.block_c, block_of(CG)))
+    if kind == "dgrad":
+        return config._replace(block_k=min(config.block_k, block_of(KG)))
+    return config
+
+
+def block_of(channels: int) -> int:
+    """The smallest block (a power of two, 16 at the least, as tensor cores want) that holds them."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def choose(kind: str, family: int, mode: str, wide: bool, M: int, KG: int, CG: int, groups: int) -> Config:
+    """The configuration for M output pixels and `groups` groups of KG output and CG input channels.
+
+    wide: offsets are 64-bit.
+    """
+    if wide or KG % 16 or CG % 16:
+        return SPARE[kind, mode]
+    channels = {"conv": KG, "dgrad": CG, "wgrad": min(KG, CG)}[kind]
+    options = TABLE[kind, mode][family]
+
+    def programs(config: Config) -> int:
+        return groups * -(-M // config.block_m) * -(-channels // width(kind, config))
+
+    fitting = [c for c in options if width(kind, c) <= block_of(channels)] or list(options[-1:])
+    few = (
+        [FEW[kind, mode]] if (kind, mode) in FEW and width(kind, fitting[0]) >= width(kind, FEW[kind, mode]) else []
+    )
+    fitting = sorted(few + fitting, key=lambda c: -c.block_m * width(kind, c))
+    if kind == "wgrad":  # its pixels are split as far as it takes
+        return fitting[0]
+    enough = (c for c in fitting if programs(c) >= FEW_PROGRAMS)
+    return shrink(kind, next(enough, max(fitting, key=programs)), KG, CG)
+
+
+def variants(kind: str, family: int, mode: str) -> list[Config]:
+    """Every configuration that `choose` may return but the spare one."""
+    base = [*TABLE[kind, mode][family], *([FEW[kind, mode]] if (kind, mode) in FEW else [])]
+    return list(dict.fromkeys(shrink(kind, c, depth, depth) for c in base for depth in (64, 32, 16)))
 
 
 def pixel_split(M: int, programs: int, block_m: int) -> tuple[int, int]:

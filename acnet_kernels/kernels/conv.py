@@ -145,9 +145,9 @@ def conv_branches(
     """y_b = W_b * x and every tile's mean and M2.
 
     weights, ys: (square, hor, ver), None for an absent branch; partial: B×2×K×TILES for the B present ones in
-    that order, TILES = ⌈M / BLOCK_M⌉. CG, KG: channels of a group, in and out. CHANNELS_LAST: the weights' format.
-    STORE = False leaves the statistics alone (the recompute variant). WIDE: offsets need 64 bits (taps.index). Grid:
-    TILES × groups·⌈KG / BLOCK_K⌉, flat, channel blocks fastest, so that programs sharing an x tile run together.
+    that order, TILES = ⌈M / BLOCK_M⌉. CG, KG: a group's channels, in and out. CHANNELS_LAST: the weights are.
+    STORE = False leaves the statistics alone (the recompute variant). WIDE: offsets need 64 bits (taps.index).
+    Grid: TILES × groups·⌈KG / BLOCK_K⌉, flat, channel blocks fastest: programs sharing an x tile run together.
     """
     blocks = tl.cdiv(KG, BLOCK_K)
     per_tile = (K // KG) * blocks

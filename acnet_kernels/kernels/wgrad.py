@@ -196,7 +196,8 @@ def sum_splits(partials, dws, sizes, SPLITS, STRIDE, BLOCK: tl.constexpr):
         if dws[b] is not None and tl.program_id(1) == b:
             live = at < sizes[b]
             total = tl.zeros((BLOCK,), tl.float32)
-            for split in range(SPLITS):
-                source = partials[b] + split.to(tl.int64) * STRIDE
-                total += tl.load(source + at, mask=live, other=0.0)
+            source = partials[b] + at
+            for _ in range(SPLITS):
+                total += tl.load(source, mask=live, other=0.0)
+                source += STRIDE
             tl.store(dws[b] + at, total.to(dws[b].dtype.element_ty), mask=live)

@@ -92,7 +92,9 @@ def _plan(
     if config is None:
         family = 90 if INTERPRETED else configs.family(torch.cuda.get_device_capability(device))
         mode = "half" if dtype != torch.float32 else precision
-        config = configs.choose(kind, family, mode, rows, K // window.groups, C // window.groups)
+        config = configs.choose(
+            kind, family, mode, wide, rows, K // window.groups, C // window.groups, window.groups
+        )
     options = {
         **dict(zip(_CONSTANTS, window, strict=False)),
         "CHANNELS_LAST": last,

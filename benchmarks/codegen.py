@@ -1,0 +1,279 @@
+"""What the compiler makes of every Triton kernel, without a GPU: `python benchmarks/codegen.py`.
+
+Compiles each kernel × configuration × dtype ahead of time for sm_80, sm_90 and sm_100, and tabulates registers and
+stack a thread, shared memory, tensor-core instructions and asynchronous copies (in PTX), and how many programs a
+multiprocessor holds at once by the architecture's limits. Nothing here says how fast a kernel is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from acnet_kernels.kernels import bn_sum, configs, conv, dgrad, wgrad
+from acnet_kernels.kernels.configs import Config
+
+DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "tf32x3": ("fp32",)}
+KERNELS = {"conv": conv.conv_branches, "dgrad": dgrad.conv_dgrad, "wgrad": wgrad.conv_wgrad}
+STREAMING = (bn_sum.statistics, bn_sum.apply, bn_sum.reduce_grad, bn_sum.apply_grad)
+MERGING = (bn_sum.merge_statistics, bn_sum.merge_grad, wgrad.sum_splits)
+# Of a multiprocessor: registers, threads, programs, bytes of shared memory (a KB a program is the system's).
+REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
+SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+ANY = dict.fromkeys(("C", "K", "CG", "KG"), "i32")
+# Ways a problem may differ from the plain one (3×3, stride 1, channels in multiples of 16, channels_last weights).
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "stride 2": {"STRIDE_H": 2, "STRIDE_W": 2},
+    "5x5": {"KERNEL": 5, "PAD_H": 2, "PAD_W": 2, "HOR_ROW": 2, "VER_COL": 2},
+    "any channels": ANY,
+    "contiguous weights": {"CHANNELS_LAST": False},
+    "statistics alone": {"STORE": False},
+    "64-bit": {"WIDE": True},
+    "64-bit, any channels": {"WIDE": True, **ANY},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation. `config` is the tile: rows × output channels × input channels, warps, stages."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    mode: str
+    config: tuple[int, ...]
+    variation: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict, hash=False, compare=False, repr=False)
+
+    @property
+    def dot(self) -> bool:
+        """Whether the kernel has matrix products."""
+        return self.kernel in {f.__name__ for f in KERNELS.values()}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a case."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    mode: str
+    config: str
+    variation: str
+    registers: int
+    stack: int
+    shared: int
+    tensor_core: int
+    async_copies: int
+    programs_per_sm: int
+
+    def faults(self, dot: bool) -> list[str]:
+        """What must not be: a stack, more shared memory than can be launched, products without tensor cores."""
+        limit = configs.SHARED_LIMIT[self.arch]
+        return [
+            *([f"{self.stack} bytes of stack"] if self.stack else []),
+            *([f"{self.shared} bytes of shared memory, {limit} can be launched"] if self.shared > limit else []),
+            *(["no tensor-core instruction"] if dot and not self.tensor_core else []),
+        ]
+
+
+def conv_case(kind: str, arch: int, dtype: str, mode: str, config: Config, variation: str = "") -> Case:
+    """A convolution kernel's compilation; pointers are aligned as the allocator aligns them."""
+    maps, scalars = (f"*{dtype}",) * 3, dict.fromkeys(("C", "K", "CG", "KG"), "i32:16")
+    arguments = {
+        "x_ptr": f"*{dtype}",
+        "dx_ptr": f"*{dtype}",
+        "partial_ptr": "*fp32",
+        "weights": maps,
+        "ys": maps,
+        "dys": maps,
+        "dws": ("*fp32",) * 3,
+        **dict.fromkeys(("N", "M", "TILES", "ROWS", "STRIDE", "H", "W", "OH", "OW"), "i32"),
+        **scalars,
+        "KERNEL": 3,
+        "HOR_ROW": 1,
+        "VER_COL": 1,
+        **dict.fromkeys(("STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DIL_H", "DIL_W"), 1),
+        "CHANNELS_LAST": True,
+        "STORE": True,
+        "WIDE": False,
+        "PRECISION": "tf32x3" if mode == "tf32x3" else "tf32",
+        "UPCAST": False,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "BLOCK_C": config.block_c,
+        **VARIATIONS[variation],
+    }
+    if not arguments["STORE"]:
+        arguments["ys"] = (None,) * 3
+    return Case(KERNELS[kind].__name__, arch, dtype, mode, tuple(config), variation, arguments)
+
+
+def conv_cases(arch: int) -> Iterator[Case]:
+    """Every configuration in every dtype, and each variation on the table's largest tile in one dtype."""
+    for (kind, mode), table in configs.TABLE.items():
+        dtype, *others = DTYPES[mode]
+        for config in configs.variants(kind, arch, mode):
+            yield conv_case(kind, arch, dtype, mode, config)
+        for other in others:  # fp16 beside bf16: the same code but for the instruction's type
+            for config in table[arch]:
+                yield conv_case(kind, arch, other, mode, config)
+        for variation, changes in VARIATIONS.items():
+            if not changes or (variation == "statistics alone" and kind != "conv"):
+                continue
+            spare = "WIDE" in changes or "C" in changes
+            yield conv_case(
+                kind, arch, dtype, mode, configs.SPARE[kind, mode] if spare else table[arch][0], variation
+            )
+
+
+def bn_cases(arch: int) -> Iterator[Case]:
+    """The batch-norm passes over three maps: every channel block in every dtype, and the merges."""
+    scalars = dict.fromkeys(("M", "TILES", "ROWS", "SPLITS", "STRIDE"), "i32") | {"K": "i32:16", "B": 3}
+    names = ("partial", "mean", "var", "rstd", "scale", "bias", "coefficient", "dgamma", "dbeta")
+    vectors = dict.fromkeys((f"{name}_ptr" for name in names), "*fp32")
+    triples = dict.fromkeys(("gammas", "betas", "partials"), ("*fp32",) * 3)
+    common = {**scalars, **vectors, **triples, "eps": ("fp32",) * 3, "sizes": ("i32",) * 3}
+    for dtype in ("bf16", "fp16", "fp32"):
+        maps = dict.fromkeys(("ys", "dys", "dws"), (f"*{dtype}",) * 3)
+        maps |= dict.fromkeys(("g_ptr", "out_ptr"), f"*{dtype}")
+        for kernel in STREAMING:
+            for K in (16, 32, 64, 128) if dtype == "bf16" else (128,):
+                tile = configs.streaming_tile(K)
+                sizes = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+                yield Case(kernel.__name__, arch, dtype, "", (*tile, 4, 3), "", {**common, **maps, **sizes})
+    for kernel in MERGING:
+        sizes = {"BLOCK_T": 256, "BLOCK": 1024}
+        dws = {"dws": ("*bf16",) * 3}
+        yield Case(kernel.__name__, arch, "fp32", "", (4, 3), "", {**common, **dws, **sizes})
+
+
+def cases(arch: int) -> list[Case]:
+    """Everything compiled for an architecture."""
+    return [*conv_cases(arch), *bn_cases(arch)]
+
+
+def source(case: Case) -> ASTSource:
+    """The case as Triton's compiler takes it: types, compile-time constants, alignments."""
+    kernel = next(f for f in (*KERNELS.values(), *STREAMING, *MERGING) if f.__name__ == case.kernel)
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+    compile_time = {p.name for p in kernel.params if p.is_constexpr}
+
+    def signature(name: str, path: tuple[int, ...], value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(signature(name, (*path, i), v) for i, v in enumerate(value))
+        if value is None or name in compile_time:
+            constants[path] = value
+            return "constexpr"
+        if value.startswith("*") or value.endswith(":16"):
+            attributes[path] = [["tt.divisibility", 16]]
+        return value.removesuffix(":16")
+
+    types = {n: signature(n, (i,), case.arguments[n]) for i, n in enumerate(kernel.arg_names)}
+    return ASTSource(kernel, types, constants, attributes)
+
+
+def compile_case(case: Case) -> Report:
+    """Compiles a case and reads the result."""
+    warps, stages = case.config[-2:]
+    target = GPUTarget("cuda", case.arch, 32)
+    made = triton.compile(source(case), target=target, options={"num_warps": warps, "num_stages": stages})
+    registers, stack = resources(made.asm["cubin"])
+    ptx = made.asm["ptx"]
+    shared, threads = made.metadata.shared, warps * 32
+    fit = [
+        PROGRAMS,
+        THREADS // threads,
+        REGISTERS // (-(-registers // 8) * 8 * threads),
+        SHARED[case.arch] // (shared + 1024),
+    ]
+    shown = "×".join(map(str, case.config[:-2]))
+    return Report(
+        case.kernel,
+        case.arch,
+        case.dtype,
+        case.mode,
+        f"{shown} w{warps} s{stages}".strip(),
+        case.variation,
+        registers,
+        stack,
+        shared,
+        len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx)),
+        len(re.findall(r"cp\.async\.c[ag]|cp\.async\.bulk\.tensor", ptx)),
+        min(fit),
+    )
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) a thread, by the cuobjdump that Triton brings."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.findall(r"REG:(\d+)", text)[0]), int(re.findall(r"STACK:(\d+)", text)[0])
+
+
+def compile_all(chosen: list[Case], jobs: int) -> list[Report]:
+    """compile_case of each, in processes of their own."""
+    if jobs == 1:
+        return [compile_case(case) for case in chosen]
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        return pool.map(compile_case, chosen, chunksize=1)
+
+
+def write(reports: list[Report], path: Path) -> None:
+    """The table as CSV."""
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, [f.name for f in fields(Report)])
+        table.writeheader()
+        table.writerows(asdict(r) for r in reports)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=configs.FAMILIES, default=configs.FAMILIES)
+    parser.add_argument("--kernel", help="compile this kernel alone")
+    parser.add_argument("--variation", help="compile this variation alone; '' is the plain problem")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, help="CSV file to write")
+    args = parser.parse_args()
+    chosen = [
+        c
+        for arch in args.arch
+        for c in cases(arch)
+        if args.kernel in (None, c.kernel) and args.variation in (None, c.variation)
+    ]
+    reports = compile_all(chosen, args.jobs)
+    print(f"Triton {triton.__version__}: {len(reports)} compilations")
+    names = [f.name for f in fields(Report)]
+    rows = [names, *([str(v) for v in asdict(r).values()] for r in reports)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
+    for row in rows:
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)))
+    if args.out:
+        write(reports, args.out)
+    faulty = [(r, f) for c, r in zip(chosen, reports, strict=True) if (f := r.faults(c.dot))]
+    for report, faults in faulty:
+        print("FAULT", report, "; ".join(faults))
+    raise SystemExit(1 if faulty else 0)
+
+
+if __name__ == "__main__":
+    main()

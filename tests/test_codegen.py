@@ -1,0 +1,52 @@
+"""What the compiler makes of the kernels, without a GPU: a representative of every kernel, dtype and architecture.
+
+benchmarks/codegen.py compiles every configuration; its tables are in benchmarks/results/ and are checked here as they
+were committed.
+"""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: it has no build for this platform")
+
+from acnet_kernels.kernels import configs
+from benchmarks import codegen
+
+TABLES = sorted((Path(codegen.__file__).parent / "results").glob("codegen-*.csv"))
+
+
+def representatives() -> list[codegen.Case]:
+    """The largest tile of each convolution kernel, spread over architectures and modes, and each other kernel once."""
+    spread = {"conv": (90, "half"), "dgrad": (80, "half"), "wgrad": (100, "half")}
+    spread_fp32 = {"conv": (80, "tf32"), "dgrad": (100, "tf32"), "wgrad": (90, "tf32")}
+    found = [
+        codegen.conv_case(kind, arch, codegen.DTYPES[mode][0], mode, configs.TABLE[kind, mode][arch][0])
+        for chosen in (spread, spread_fp32)
+        for kind, (arch, mode) in chosen.items()
+    ]
+    names = {c.kernel for c in found}
+    for arch in configs.FAMILIES:
+        for case in codegen.bn_cases(arch):
+            if case.kernel not in names:
+                names.add(case.kernel)
+                found.append(case)
+    return found
+
+
+@pytest.mark.parametrize("case", representatives(), ids=lambda c: f"{c.kernel}-{c.arch}-{c.dtype}")
+def test_compiles_to_what_can_be_launched(case: codegen.Case) -> None:
+    assert codegen.compile_case(case).faults(case.dot) == []
+
+
+def test_committed_tables_are_complete_and_without_fault() -> None:
+    assert {t.stem.split("-")[-1] for t in TABLES} >= {"3.6", "3.8"}
+    wanted = {(c.kernel, c.arch, c.dtype, c.mode, c.variation) for a in configs.FAMILIES for c in codegen.cases(a)}
+    numbers = ("arch", "registers", "stack", "shared", "tensor_core", "async_copies", "programs_per_sm")
+    for table in TABLES:
+        with table.open(newline="") as file:
+            reports = [codegen.Report(**(row | {n: int(row[n]) for n in numbers})) for row in csv.DictReader(file)]
+        assert {(r.kernel, r.arch, r.dtype, r.mode, r.variation) for r in reports} == wanted, table.name
+        for report in reports:
+            assert report.faults("conv_" in report.kernel) == [], (table.name, report)

@@ -1,0 +1,46 @@
+"""Small problems are bound by launches: how many a step takes, all phases by Triton."""
+
+import pytest
+import torch
+import triton
+from conftest import INTERPRETED
+from problems import PROBLEMS, SMALL, Tensors
+
+from acnet_kernels.ops import triton_bn_sum, triton_conv
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels launched from now on: by Triton's launch hook, or by the interpreter's executor."""
+    names: list[str] = []
+    if INTERPRETED:
+        from triton.runtime.interpreter import GridExecutor
+
+        run = GridExecutor.__call__
+
+        def counted(self, *args, **kwargs):
+            names.append(self.fn.__name__)
+            return run(self, *args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", counted)
+    else:
+        hooks = triton.knobs.runtime.launch_enter_hook
+        hooks.add(hook := lambda metadata: names.append(metadata.get()["name"]))
+        yield names
+        hooks.remove(hook)
+        return
+    yield names
+
+
+@pytest.mark.parametrize("config", [SMALL, None], ids=["several_tiles", "table"])
+def test_launches_of_a_step(launches: list[str], config, device: torch.device) -> None:
+    t = Tensors(PROBLEMS[0], torch.float32, device)
+    weights = t.by_branch()
+    _, ys, norms = triton_conv.block_forward(t.x, weights, t.gammas, t.betas, t.eps, t.window)
+    assert launches == ["conv_branches", "merge_statistics", "apply"]
+    launches.clear()
+    dys, _, _ = triton_bn_sum.bn_sum_backward(t.grad, ys, norms.mean, norms.rstd, t.gammas, in_place=True)
+    triton_conv.input_grad(dys, weights, t.window, t.x.shape[2:], config=config)
+    triton_conv.weight_grads(t.x, dys, weights, t.window, config=config)
+    assert launches[:5] == ["reduce_grad", "merge_grad", "apply_grad", "conv_dgrad", "conv_wgrad"]
+    assert len(launches) <= 6
