@@ -60,6 +60,12 @@ class Case:
     arguments: dict[str, Any] = field(default_factory=dict, hash=False, compare=False, repr=False)
 
     @property
+    def shown(self) -> str:
+        """The configuration in the table's form."""
+        *tile, warps, stages = self.config
+        return f"{'×'.join(map(str, tile))} w{warps} s{stages}".strip()
+
+    @property
     def dot(self) -> bool:
         """Whether the kernel has matrix products."""
         return self.kernel in {f.__name__ for f in KERNELS.values()}
@@ -145,8 +151,9 @@ def conv_cases(arch: int) -> Iterator[Case]:
 def bn_cases(arch: int) -> Iterator[Case]:
     """The batch-norm passes over three maps: every channel block in every dtype, and the merges."""
     scalars = dict.fromkeys(("M", "TILES", "ROWS", "SPLITS", "STRIDE"), "i32") | {"K": "i32:16", "B": 3}
-    names = ("partial", "mean", "var", "rstd", "scale", "bias", "coefficient", "dgamma", "dbeta")
+    names = ("partial", "scale", "bias", "coefficient", "dgamma", "dbeta")
     vectors = dict.fromkeys((f"{name}_ptr" for name in names), "*fp32")
+    vectors |= {"mean_ptr": "*fp64", "rstd_ptr": "*fp64"}
     triples = dict.fromkeys(("gammas", "betas", "partials"), ("*fp32",) * 3)
     common = {**scalars, **vectors, **triples, "eps": ("fp32",) * 3, "sizes": ("i32",) * 3}
     for dtype in ("bf16", "fp16", "fp32"):
@@ -203,13 +210,12 @@ def compile_case(case: Case) -> Report:
         REGISTERS // (-(-registers // 8) * 8 * threads),
         SHARED[case.arch] // (shared + 1024),
     ]
-    shown = "×".join(map(str, case.config[:-2]))
     return Report(
         case.kernel,
         case.arch,
         case.dtype,
         case.mode,
-        f"{shown} w{warps} s{stages}".strip(),
+        case.shown,
         case.variation,
         registers,
         stack,

@@ -1,7 +1,7 @@
 """What the compiler makes of the kernels, without a GPU: a representative of every kernel, dtype and architecture.
 
-benchmarks/codegen.py compiles every configuration; its tables are in benchmarks/results/ and are checked here as they
-were committed.
+benchmarks/codegen.py compiles every configuration; its tables are in benchmarks/results/ and are checked here as
+they were committed.
 """
 
 import csv
@@ -18,7 +18,7 @@ TABLES = sorted((Path(codegen.__file__).parent / "results").glob("codegen-*.csv"
 
 
 def representatives() -> list[codegen.Case]:
-    """The largest tile of each convolution kernel, spread over architectures and modes, and each other kernel once."""
+    """The largest tile of each convolution kernel, spread over architectures and modes; each other kernel once."""
     spread = {"conv": (90, "half"), "dgrad": (80, "half"), "wgrad": (100, "half")}
     spread_fp32 = {"conv": (80, "tf32"), "dgrad": (100, "tf32"), "wgrad": (90, "tf32")}
     found = [
@@ -42,11 +42,15 @@ def test_compiles_to_what_can_be_launched(case: codegen.Case) -> None:
 
 def test_committed_tables_are_complete_and_without_fault() -> None:
     assert {t.stem.split("-")[-1] for t in TABLES} >= {"3.6", "3.8"}
-    wanted = {(c.kernel, c.arch, c.dtype, c.mode, c.variation) for a in configs.FAMILIES for c in codegen.cases(a)}
+    wanted = {
+        (c.kernel, c.arch, c.dtype, c.mode, c.shown, c.variation)
+        for a in configs.FAMILIES
+        for c in codegen.cases(a)
+    }
     numbers = ("arch", "registers", "stack", "shared", "tensor_core", "async_copies", "programs_per_sm")
     for table in TABLES:
         with table.open(newline="") as file:
             reports = [codegen.Report(**(row | {n: int(row[n]) for n in numbers})) for row in csv.DictReader(file)]
-        assert {(r.kernel, r.arch, r.dtype, r.mode, r.variation) for r in reports} == wanted, table.name
+        assert {(r.kernel, r.arch, r.dtype, r.mode, r.config, r.variation) for r in reports} == wanted, table.name
         for report in reports:
             assert report.faults("conv_" in report.kernel) == [], (table.name, report)

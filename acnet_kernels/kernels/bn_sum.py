@@ -21,6 +21,14 @@ def tile_moments(y, live, count):
 
 
 @triton.jit
+def mean_of(mean_ptr, at, live):
+    """An fp64 mean as two fp32 numbers: one would round away the deviation of a map whose mean is far larger."""
+    mean = tl.load(mean_ptr + at, mask=live, other=0.0)
+    leading = mean.to(tl.float32)
+    return leading, (mean - leading).to(tl.float32)
+
+
+@triton.jit
 def store_moments(partial_ptr, mean, m2, branch, k, k_live, K, tile, TILES):
     """Writes one tile's moments into partial[branch, 0 and 1, k, tile] (B×2×K×TILES)."""
     row = branch * 2 * K + k
@@ -61,7 +69,6 @@ def merge_statistics(
     betas,
     eps,
     mean_ptr,
-    var_ptr,
     rstd_ptr,
     scale_ptr,
     bias_ptr,
@@ -74,7 +81,7 @@ def merge_statistics(
 ):
     """Merges the tiles' moments (B×2×K×TILES) in a fixed order. Grid: (K,).
 
-    Writes mean, var (biased), rstd and scale s_b = γ_b·rstd_b, each B×K, and bias = Σ_b β_b, K.
+    Writes mean and rstd (fp64, B×K each), scale s_b = γ_b·rstd_b (fp32, B×K) and bias = Σ_b β_b (fp32, K).
     Tile t covers rows t·ROWS … of M. A γ of None is 1, a β of None is 0.
     """
     k = tl.program_id(0)
@@ -84,27 +91,25 @@ def merge_statistics(
         row = b * K + k
         means = partial_ptr + (b * 2 * K + k).to(tl.int64) * TILES
         m2s = partial_ptr + (b * 2 * K + K + k).to(tl.int64) * TILES
-        total = tl.zeros((BLOCK_T,), tl.float32)
+        total = tl.zeros((BLOCK_T,), tl.float64)
         for start in range(0, TILES, BLOCK_T):
             tile = start + lane
             count = tl.maximum(tl.minimum(M - tile.to(tl.int64) * ROWS, ROWS), 0).to(tl.float32)
-            total += count * tl.load(means + tile, mask=tile < TILES, other=0.0)
+            total += count * tl.load(means + tile, mask=tile < TILES, other=0.0).to(tl.float64)
         mean = tl.sum(total, 0) / M
-        total = tl.zeros((BLOCK_T,), tl.float32)
+        total = tl.zeros((BLOCK_T,), tl.float64)
         for start in range(0, TILES, BLOCK_T):
             tile = start + lane
             count = tl.maximum(tl.minimum(M - tile.to(tl.int64) * ROWS, ROWS), 0).to(tl.float32)
-            delta = tl.load(means + tile, mask=tile < TILES, other=0.0) - mean
+            delta = tl.load(means + tile, mask=tile < TILES, other=0.0).to(tl.float64) - mean
             total += tl.load(m2s + tile, mask=tile < TILES, other=0.0) + count * delta * delta
-        var = tl.sum(total, 0) / M
-        rstd = 1.0 / tl.sqrt_rn(var + eps[b])
-        scale = rstd
+        rstd = 1.0 / tl.sqrt(tl.sum(total, 0) / M + eps[b])
+        scale = rstd.to(tl.float32)
         if gammas[b] is not None:
             scale *= tl.load(gammas[b] + k).to(tl.float32)
         if betas[b] is not None:
             bias += tl.load(betas[b] + k).to(tl.float32)
         tl.store(mean_ptr + row, mean)
-        tl.store(var_ptr + row, var)
         tl.store(rstd_ptr + row, rstd)
         tl.store(scale_ptr + row, scale)
     tl.store(bias_ptr + k, bias)
@@ -126,9 +131,9 @@ def apply(
     out = tl.zeros((BLOCK_M, BLOCK_K), tl.float32) + tl.load(bias_ptr + k, mask=k_live, other=0.0)[None, :]
     for b in tl.static_range(B):
         scale = tl.load(scale_ptr + b * K + k, mask=k_live, other=0.0)
-        mean = tl.load(mean_ptr + b * K + k, mask=k_live, other=0.0)
+        mean, rest = mean_of(mean_ptr, b * K + k, k_live)
         y = tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32)
-        out += (y - mean[None, :]) * scale[None, :]
+        out += (y - mean[None, :] - rest[None, :]) * scale[None, :]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
 
 
@@ -155,7 +160,7 @@ def reduce_grad(
     g_sum = tl.zeros((BLOCK_K,), tl.float32)
     # A loop a branch reads g again, but from L2, and keeps one accumulator alive.
     for b in tl.static_range(B):
-        mean = tl.load(mean_ptr + b * K + k, mask=k_live, other=0.0)
+        mean, rest = mean_of(mean_ptr, b * K + k, k_live)
         product = tl.zeros((BLOCK_K,), tl.float32)
         for row in range(start, stop, BLOCK_M):
             m = row + tl.arange(0, BLOCK_M)
@@ -163,7 +168,7 @@ def reduce_grad(
             at = m[:, None] * K + k[None, :]
             g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32)
             y = tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32)
-            product += tl.sum(g * (y - mean[None, :]), 0)
+            product += tl.sum(g * (y - mean[None, :] - rest[None, :]), 0)
             if b == 0:
                 g_sum += tl.sum(g, 0)
         tl.store(partial_ptr + ((1 + b) * K + k).to(tl.int64) * TILES + tile, product, mask=k_live)
@@ -186,7 +191,7 @@ def merge_grad(
 ):
     """Merges reduce_grad's partials in a fixed order. Grid: (K,).
 
-    Writes dγ_b = rstd_b·Σ g(y_b − μ_b) and dβ_b = Σ g (B×K each) and what `apply_grad` needs, (1+2B)×K:
+    Writes dγ_b = rstd_b·Σ g(y_b − μ_b), B×K, dβ = Σ g, K, and what `apply_grad` needs, (1+2B)×K:
     ḡ = Σg/M, then s_b = γ_b·rstd_b and e_b = −s_b·rstd_b·dγ_b/M of every branch.
     """
     k = tl.program_id(0)
@@ -196,6 +201,7 @@ def merge_grad(
         tile = start + lane
         total += tl.load(partial_ptr + k.to(tl.int64) * TILES + tile, mask=tile < TILES, other=0.0)
     g_sum = tl.sum(total, 0)
+    tl.store(dbeta_ptr + k, g_sum)
     tl.store(coefficient_ptr + k, g_sum / M)
     for b in tl.static_range(B):
         row = b * K + k
@@ -204,13 +210,12 @@ def merge_grad(
         for start in range(0, TILES, BLOCK_T):
             tile = start + lane
             total += tl.load(products + tile, mask=tile < TILES, other=0.0)
-        rstd = tl.load(rstd_ptr + row)
+        rstd = tl.load(rstd_ptr + row).to(tl.float32)
         dgamma = rstd * tl.sum(total, 0)
         scale = rstd
         if gammas[b] is not None:
             scale *= tl.load(gammas[b] + k).to(tl.float32)
         tl.store(dgamma_ptr + row, dgamma)
-        tl.store(dbeta_ptr + row, g_sum)
         tl.store(coefficient_ptr + K + 2 * b * K + k, scale)
         tl.store(coefficient_ptr + K + (2 * b + 1) * K + k, -scale * rstd * dgamma / M)
 
@@ -228,7 +233,7 @@ def apply_grad(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dy_b = s_b·(g − ḡ) + e_b·(y_b − μ_b); dys may be ys itself. Grid: (row blocks, channel blocks)."""
+    """dy_b = s_b·(g − ḡ) + e_b·(y_b − μ_b) where dys[b] is not None; it may be ys[b]. Grid as apply's."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     k_live = k < K
@@ -237,9 +242,10 @@ def apply_grad(
     g_mean = tl.load(coefficient_ptr + k, mask=k_live, other=0.0)
     g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32) - g_mean[None, :]
     for b in tl.static_range(B):
-        mean = tl.load(mean_ptr + b * K + k, mask=k_live, other=0.0)
-        scale = tl.load(coefficient_ptr + K + 2 * b * K + k, mask=k_live, other=0.0)
-        slope = tl.load(coefficient_ptr + K + (2 * b + 1) * K + k, mask=k_live, other=0.0)
-        y = tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32)
-        dy = scale[None, :] * g + slope[None, :] * (y - mean[None, :])
-        tl.store(dys[b] + at, dy.to(dys[b].dtype.element_ty), mask=live)
+        if dys[b] is not None:
+            scale = tl.load(coefficient_ptr + K + 2 * b * K + k, mask=k_live, other=0.0)
+            slope = tl.load(coefficient_ptr + K + (2 * b + 1) * K + k, mask=k_live, other=0.0)
+            mean, rest = mean_of(mean_ptr, b * K + k, k_live)
+            y = tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32)
+            dy = scale[None, :] * g + slope[None, :] * (y - mean[None, :] - rest[None, :])
+            tl.store(dys[b] + at, dy.to(dys[b].dtype.element_ty), mask=live)

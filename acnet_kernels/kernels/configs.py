@@ -81,8 +81,8 @@ FEW = {
     ("dgrad", "tf32"): Config(64, 32, 64, 4, 3),
 }
 
-# 64-bit offsets (maps of 2³¹ elements and more), and channels in other multiples than of 16, which cannot be read by
-# whole vectors, leave registers for these.
+# 64-bit offsets (maps of 2³¹ elements and more), and channels in other multiples than of 16, which cannot be read
+# by whole vectors, leave registers for these.
 SPARE = {
     ("conv", "half"): Config(64, 32, 32, 4, 3),
     ("conv", "tf32"): Config(64, 16, 16, 4, 3),

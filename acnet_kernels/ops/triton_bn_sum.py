@@ -28,11 +28,10 @@ class Moments(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """Batch norms of B maps, fp32: mean, var (biased), rstd, scale = γ·rstd (B×K each); bias = Σβ (K)."""
+    """Batch norms of B maps: means and rstds (B×K, fp64), scale = γ·rstd (B×K, fp32), bias = Σβ (K, fp32)."""
 
-    mean: Tensor
-    var: Tensor
-    rstd: Tensor
+    means: Tensor
+    rstds: Tensor
     scale: Tensor
     bias: Tensor
 
@@ -72,24 +71,21 @@ def statistics(ys: Sequence[Tensor]) -> Moments:
 
 
 def merge_statistics(
-    moments: Moments,
-    gammas: Sequence[Tensor | None],
-    betas: Sequence[Tensor | None],
-    eps: Sequence[float],
+    moments: Moments, gammas: Sequence[Tensor], betas: Sequence[Tensor], eps: Sequence[float]
 ) -> Norms:
-    """Merges tiles in a fixed order: one launch. γ, β: K each, or None for 1 and 0."""
+    """Merges tiles in a fixed order: one launch. γ, β: one (K,) a map, or none at all for 1 and 0."""
     partial = moments.partial
     B, _, K, tiles = partial.shape
-    mean, var, rstd, scale = (torch.empty((B, K), dtype=torch.float32, device=partial.device) for _ in range(4))
+    means, rstds = (torch.empty((B, K), dtype=torch.float64, device=partial.device) for _ in range(2))
+    scale = torch.empty((B, K), dtype=torch.float32, device=partial.device)
     bias = torch.empty(K, dtype=torch.float32, device=partial.device)
     kernels.merge_statistics[(K,)](
         partial,
-        tuple(gammas),
-        tuple(betas),
+        tuple(gammas) or (None,) * B,
+        tuple(betas) or (None,) * B,
         tuple(eps),
-        mean,
-        var,
-        rstd,
+        means,
+        rstds,
         scale,
         bias,
         moments.total,
@@ -99,7 +95,7 @@ def merge_statistics(
         B=B,
         BLOCK_T=BLOCK_T,
     )
-    return Norms(mean, var, rstd, scale, bias)
+    return Norms(means, rstds, scale, bias)
 
 
 def apply(ys: Sequence[Tensor], norms: Norms) -> Tensor:
@@ -108,39 +104,64 @@ def apply(ys: Sequence[Tensor], norms: Norms) -> Tensor:
     out = torch.empty_like(ys[0], memory_format=torch.channels_last)
     M, K = pixels(out), out.shape[1]
     tile = streaming_tile(K)
-    sizes = {"B": len(ys), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
     grid = (triton.cdiv(M, tile.block_m), triton.cdiv(K, tile.block_k))
-    kernels.apply[grid](tuple(ys), norms.mean, norms.scale, norms.bias, out, M, K, **sizes)
+    sizes = {"B": len(ys), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    kernels.apply[grid](tuple(ys), norms.means, norms.scale, norms.bias, out, M, K, **sizes)
     return out
 
 
 def bn_sum_forward(
-    ys: Sequence[Tensor],
-    gammas: Sequence[Tensor | None],
-    betas: Sequence[Tensor | None],
-    eps: Sequence[float],
-) -> tuple[Tensor, Norms]:
-    """out = Σ_b BN_b(y_b) by the batch's statistics: three launches."""
+    ys: Sequence[Tensor], gammas: Sequence[Tensor], betas: Sequence[Tensor], eps: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, means, rstds) of out = Σ_b BN_b(y_b) by the batch's statistics: three launches.
+
+    gammas, betas: one (K,) a map, or [] for γ = 1 and β = 0. means, rstds: B×K, fp64.
+    """
     norms = merge_statistics(statistics(ys), gammas, betas, eps)
-    return apply(ys, norms), norms
+    return apply(ys, norms), norms.means, norms.rstds
 
 
 def bn_sum_backward(
     grad: Tensor,
     ys: Sequence[Tensor],
-    mean: Tensor,
-    rstd: Tensor,
-    gammas: Sequence[Tensor | None],
-    *,
-    in_place: bool,
+    means: Tensor,
+    rstds: Tensor,
+    gammas: Sequence[Tensor],
+    needs_dy: Sequence[bool],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """(dy_b, dγ B×K, dβ B×K) of bn_sum_forward: three launches.
+    """(dy_b where needs_dy[b], dγ B×K, dβ K) of bn_sum_forward, the latter in fp32: three launches.
 
-    Args:
-        grad: dL/dout, channels_last.
-        mean, rstd: B×K, as the forward returned them.
-        in_place: write dy_b over y_b; nothing else may need y_b then.
+    grad is dL/dout, channels_last. Every branch's dβ is the same Σ grad.
     """
+    dys = [
+        torch.empty_like(y, memory_format=torch.channels_last) if need else None
+        for y, need in zip(ys, needs_dy, strict=True)
+    ]
+    dgammas, dbeta = _backward_into(grad, ys, means, rstds, gammas, dys)
+    return [dy for dy in dys if dy is not None], dgammas, dbeta
+
+
+def bn_sum_backward_(
+    grad: Tensor,
+    ys: Sequence[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    gammas: Sequence[Tensor],
+    needs_dy: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """bn_sum_backward with dy_b written over y_b where needs_dy[b], which nothing else may need then."""
+    dys = [y if need else None for y, need in zip(ys, needs_dy, strict=True)]
+    return _backward_into(grad, ys, means, rstds, gammas, dys)
+
+
+def _backward_into(
+    grad: Tensor,
+    ys: Sequence[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    gammas: Sequence[Tensor],
+    dys: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor]:
     check_maps(grad=grad, **{f"ys[{i}]": y for i, y in enumerate(ys)})
     B, (M, K) = len(ys), (pixels(grad), grad.shape[1])
     tile = streaming_tile(K)
@@ -148,13 +169,15 @@ def bn_sum_backward(
     blocks = triton.cdiv(K, tile.block_k)
     partial = torch.empty((1 + B, K, tiles), dtype=torch.float32, device=grad.device)
     sizes = {"B": B, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
-    kernels.reduce_grad[tiles, blocks](grad, tuple(ys), mean, partial, M, K, tiles, rows, **sizes)
-    dgamma, dbeta = (torch.empty((B, K), dtype=torch.float32, device=grad.device) for _ in range(2))
+    kernels.reduce_grad[tiles, blocks](grad, tuple(ys), means, partial, M, K, tiles, rows, **sizes)
+    dgammas = torch.empty((B, K), dtype=torch.float32, device=grad.device)
+    dbeta = torch.empty(K, dtype=torch.float32, device=grad.device)
     coefficients = torch.empty((1 + 2 * B, K), dtype=torch.float32, device=grad.device)
+    scales = tuple(gammas) or (None,) * B
     kernels.merge_grad[(K,)](
-        partial, tuple(gammas), rstd, dgamma, dbeta, coefficients, M, K, tiles, B=B, BLOCK_T=BLOCK_T
+        partial, scales, rstds, dgammas, dbeta, coefficients, M, K, tiles, B=B, BLOCK_T=BLOCK_T
     )
-    dys = list(ys) if in_place else [torch.empty_like(y, memory_format=torch.channels_last) for y in ys]
-    grid = (triton.cdiv(M, tile.block_m), blocks)
-    kernels.apply_grad[grid](grad, tuple(ys), tuple(dys), mean, coefficients, M, K, **sizes)
-    return dys, dgamma, dbeta
+    if any(dy is not None for dy in dys):
+        grid = (triton.cdiv(M, tile.block_m), blocks)
+        kernels.apply_grad[grid](grad, tuple(ys), tuple(dys), means, coefficients, M, K, **sizes)
+    return dgammas, dbeta

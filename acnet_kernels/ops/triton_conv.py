@@ -164,14 +164,14 @@ def conv_forward(
 def block_forward(
     x: Tensor,
     weights: Weights,
-    gammas: Sequence[Tensor | None],
-    betas: Sequence[Tensor | None],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
     eps: Sequence[float],
     window: Window,
 ) -> tuple[Tensor, list[Tensor], Norms]:
     """(out, present y_b, statistics) of Σ_b BN_b(W_b * x) by the batch's statistics: three launches.
 
-    gammas, betas, eps: one entry a present branch.
+    gammas, betas, eps: one entry a present branch; gammas, betas may be empty for γ = 1, β = 0.
     """
     ys, moments = conv_forward(x, weights, window)
     present = [y for y in ys if y is not None]

@@ -39,8 +39,8 @@ def test_launches_of_a_step(launches: list[str], config, device: torch.device) -
     _, ys, norms = triton_conv.block_forward(t.x, weights, t.gammas, t.betas, t.eps, t.window)
     assert launches == ["conv_branches", "merge_statistics", "apply"]
     launches.clear()
-    dys, _, _ = triton_bn_sum.bn_sum_backward(t.grad, ys, norms.mean, norms.rstd, t.gammas, in_place=True)
-    triton_conv.input_grad(dys, weights, t.window, t.x.shape[2:], config=config)
-    triton_conv.weight_grads(t.x, dys, weights, t.window, config=config)
+    triton_bn_sum.bn_sum_backward_(t.grad, ys, norms.means, norms.rstds, t.gammas, [True] * 3)
+    triton_conv.input_grad(ys, weights, t.window, t.x.shape[2:], config=config)
+    triton_conv.weight_grads(t.x, ys, weights, t.window, config=config)
     assert launches[:5] == ["reduce_grad", "merge_grad", "apply_grad", "conv_dgrad", "conv_wgrad"]
     assert len(launches) <= 6
