@@ -34,16 +34,16 @@ MERGING = (bn_sum.merge_statistics, bn_sum.merge_grad, wgrad.sum_splits)
 REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 ANY = dict.fromkeys(("C", "K", "CG", "KG"), "i32")
-# Ways a problem may differ from the plain one (3×3, stride 1, channels in multiples of 16, channels_last weights).
-VARIATIONS: dict[str, dict[str, Any]] = {
-    "": {},
-    "stride 2": {"STRIDE_H": 2, "STRIDE_W": 2},
-    "5x5": {"KERNEL": 5, "PAD_H": 2, "PAD_W": 2, "HOR_ROW": 2, "VER_COL": 2},
-    "any channels": ANY,
-    "contiguous weights": {"CHANNELS_LAST": False},
-    "statistics alone": {"STORE": False},
-    "64-bit": {"WIDE": True},
-    "64-bit, any channels": {"WIDE": True, **ANY},
+# Ways a problem may differ from the plain one (3×3, stride 1, channels in multiples of 16, channels_last weights),
+# and the kernels that it makes different.
+VARIATIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "stride 2": ({"STRIDE_H": 2, "STRIDE_W": 2}, ("dgrad",)),
+    "5x5": ({"KERNEL": 5, "PAD_H": 2, "PAD_W": 2, "HOR_ROW": 2, "VER_COL": 2}, ("conv",)),
+    "contiguous weights": ({"CHANNELS_LAST": False}, ("conv", "dgrad")),
+    "statistics alone": ({"STORE": False}, ("conv",)),
+    "any channels": (ANY, configs.KINDS),
+    "64-bit": ({"WIDE": True}, configs.KINDS),
+    "64-bit, any channels": ({"WIDE": True, **ANY}, configs.KINDS),
 }
 
 
@@ -123,7 +123,7 @@ def conv_case(kind: str, arch: int, dtype: str, mode: str, config: Config, varia
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "BLOCK_C": config.block_c,
-        **VARIATIONS[variation],
+        **(VARIATIONS[variation][0] if variation else {}),
     }
     if not arguments["STORE"]:
         arguments["ys"] = (None,) * 3
@@ -131,21 +131,22 @@ def conv_case(kind: str, arch: int, dtype: str, mode: str, config: Config, varia
 
 
 def conv_cases(arch: int) -> Iterator[Case]:
-    """Every configuration in every dtype, and each variation on the table's largest tile in one dtype."""
+    """Every configuration that can be chosen, and variations on the largest tile.
+
+    fp16 is bf16's code but for the instruction's type, so the largest tile stands for it; fp32 varies in what has a
+    configuration of its own.
+    """
     for (kind, mode), table in configs.TABLE.items():
         dtype, *others = DTYPES[mode]
         for config in configs.variants(kind, arch, mode):
             yield conv_case(kind, arch, dtype, mode, config)
-        for other in others:  # fp16 beside bf16: the same code but for the instruction's type
-            for config in table[arch]:
-                yield conv_case(kind, arch, other, mode, config)
-        for variation, changes in VARIATIONS.items():
-            if not changes or (variation == "statistics alone" and kind != "conv"):
-                continue
+        for other in others:
+            yield conv_case(kind, arch, other, mode, table[arch][0])
+        for variation, (changes, kinds) in VARIATIONS.items():
             spare = "WIDE" in changes or "C" in changes
-            yield conv_case(
-                kind, arch, dtype, mode, configs.SPARE[kind, mode] if spare else table[arch][0], variation
-            )
+            if kind in kinds and (mode == "half" or spare):
+                config = configs.SPARE[kind, mode] if spare else table[arch][0]
+                yield conv_case(kind, arch, dtype, mode, config, variation)
 
 
 def bn_cases(arch: int) -> Iterator[Case]:

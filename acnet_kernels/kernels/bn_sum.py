@@ -48,7 +48,7 @@ def statistics(ys, partial_ptr, M, K, TILES, ROWS, B: tl.constexpr, BLOCK_M: tl.
         mean = tl.zeros((BLOCK_K,), tl.float32)
         m2 = tl.zeros((BLOCK_K,), tl.float32)
         for row in range(start, stop, BLOCK_M):
-            m = row + tl.arange(0, BLOCK_M)
+            m = row + tl.arange(0, BLOCK_M).to(tl.int64)
             live = m < stop
             y = tl.load(ys[b] + m[:, None] * K + k[None, :], mask=live[:, None] & k_live[None, :], other=0.0)
             count = tl.minimum(stop - row, BLOCK_M).to(tl.float32)
@@ -163,7 +163,7 @@ def reduce_grad(
         mean, rest = mean_of(mean_ptr, b * K + k, k_live)
         product = tl.zeros((BLOCK_K,), tl.float32)
         for row in range(start, stop, BLOCK_M):
-            m = row + tl.arange(0, BLOCK_M)
+            m = row + tl.arange(0, BLOCK_M).to(tl.int64)
             live = (m < stop)[:, None] & k_live[None, :]
             at = m[:, None] * K + k[None, :]
             g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32)

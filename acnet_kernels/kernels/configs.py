@@ -87,12 +87,12 @@ SPARE = {
     ("conv", "half"): Config(64, 32, 32, 4, 3),
     ("conv", "tf32"): Config(64, 16, 16, 4, 3),
     ("conv", "tf32x3"): Config(64, 16, 16, 4, 3),
-    ("dgrad", "half"): Config(64, 32, 32, 4, 3),
-    ("dgrad", "tf32"): Config(64, 32, 32, 4, 3),
+    ("dgrad", "half"): Config(64, 32, 32, 8, 3),
+    ("dgrad", "tf32"): Config(64, 16, 16, 4, 3),
     ("dgrad", "tf32x3"): Config(64, 16, 16, 4, 3),
     ("wgrad", "half"): Config(32, 32, 32, 4, 3),
     ("wgrad", "tf32"): Config(32, 16, 16, 4, 2),
-    ("wgrad", "tf32x3"): Config(32, 16, 16, 4, 2),
+    ("wgrad", "tf32x3"): Config(16, 16, 16, 4, 2),
 }
 
 
@@ -104,15 +104,6 @@ def family(capability: tuple[int, int]) -> int:
 def width(kind: str, config: Config) -> int:
     """Channels of the output that one program computes along its wider axis."""
     return config.block_c if kind == "dgrad" else config.block_k
-
-
-def shrink(kind: str, config: Config, KG: int, CG: int) -> Config:
-    """config with no more reduced channels a step than there are."""
-    if kind == "conv":
-        return config._replace(block_c=min(config.block_c, block_of(CG)))
-    if kind == "dgrad":
-        return config._replace(block_k=min(config.block_k, block_of(KG)))
-    return config
 
 
 def block_of(channels: int) -> int:
@@ -141,13 +132,12 @@ def choose(kind: str, family: int, mode: str, wide: bool, M: int, KG: int, CG: i
     if kind == "wgrad":  # its pixels are split as far as it takes
         return fitting[0]
     enough = (c for c in fitting if programs(c) >= FEW_PROGRAMS)
-    return shrink(kind, next(enough, max(fitting, key=programs)), KG, CG)
+    return next(enough, max(fitting, key=programs))
 
 
 def variants(kind: str, family: int, mode: str) -> list[Config]:
     """Every configuration that `choose` may return but the spare one."""
-    base = [*TABLE[kind, mode][family], *([FEW[kind, mode]] if (kind, mode) in FEW else [])]
-    return list(dict.fromkeys(shrink(kind, c, depth, depth) for c in base for depth in (64, 32, 16)))
+    return list(dict.fromkeys([*TABLE[kind, mode][family], FEW.get((kind, mode), TABLE[kind, mode][family][0])]))
 
 
 def pixel_split(M: int, programs: int, block_m: int) -> tuple[int, int]:

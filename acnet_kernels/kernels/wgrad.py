@@ -52,6 +52,7 @@ def _one_class(
     HOR_ROW: tl.constexpr,
     VER_COL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -74,7 +75,7 @@ def _one_class(
         hor = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
         ver = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
         for first in range(start, stop, BLOCK_M):
-            m = first + tl.arange(0, BLOCK_M)
+            m = first + index(tl.arange(0, BLOCK_M), WIDE)
             n, oh, ow = split_pixel(m, OH, OW)
             h = oh * STRIDE_H - PAD_H + row * DIL_H
             w = ow * STRIDE_W - PAD_W + col * DIL_W
@@ -179,6 +180,7 @@ def conv_wgrad(
             HOR_ROW,
             VER_COL,
             CHANNELS_LAST,
+            WIDE,
             PRECISION,
             UPCAST,
             BLOCK_M,

@@ -11,6 +11,7 @@ from torch import Tensor
 from acnet_kernels import reference
 from acnet_kernels.geometry import Geometry
 from acnet_kernels.kernels.configs import Config
+from acnet_kernels.ops import triton_bn_sum, triton_conv
 from acnet_kernels.ops.triton_conv import Window
 
 BRANCHES = ("square", "hor", "ver")
@@ -107,3 +108,24 @@ class Tensors:
     def truth(self) -> dict[str, Tensor]:
         """eager() in float64."""
         return self.eager(torch.float64)
+
+
+def step(t: Tensors, config: Config | None = SMALL) -> dict[str, Tensor]:
+    """Everything Tensors.eager gives, all phases by Triton."""
+    weights, (H, W) = t.by_branch(), t.x.shape[2:]
+    maps, moments = triton_conv.conv_forward(t.x, weights, t.window, config=config)
+    norms = triton_bn_sum.merge_statistics(moments, t.gammas, t.betas, t.eps)
+    ys = [y for y in maps if y is not None]
+    out = triton_bn_sum.apply(ys, norms)
+    found = {"out": out} | {f"y_{b}": y.clone() for b, y in zip(t.branches, ys, strict=True)}
+    rest = (norms.means, norms.rstds, t.gammas, [True] * len(ys))
+    dgamma, dbeta = triton_bn_sum.bn_sum_backward_(t.grad, ys, *rest)
+    by_branch = t.by_branch(dict(zip(t.branches, ys, strict=True)))  # dy_b by now
+    found["x"] = triton_conv.input_grad(by_branch, weights, t.window, (H, W), config=config)
+    dws = triton_conv.weight_grads(t.x, by_branch, weights, t.window, config=config)
+    for i, b in enumerate(t.branches):
+        dw = dws[BRANCHES.index(b)]
+        assert dw is not None
+        assert dw.stride() == t.weights[b].stride()
+        found |= {b: dw, f"gamma_{b}": dgamma[i], f"beta_{b}": dbeta}
+    return found

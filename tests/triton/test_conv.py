@@ -3,34 +3,13 @@
 import pytest
 import torch
 from oracle import FLOORS, assert_as_good_as, border, rel
-from problems import BRANCHES, PROBLEMS, SMALL, Problem, Tensors
+from problems import BRANCHES, PROBLEMS, SMALL, Problem, Tensors, step
 
 from acnet_kernels.geometry import Geometry
 from acnet_kernels.ops import triton_bn_sum, triton_conv
 from acnet_kernels.ops.triton_conv import Window
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def step(t: Tensors, config=SMALL) -> dict[str, torch.Tensor]:
-    """Everything Tensors.eager gives, all phases by Triton."""
-    weights, (H, W) = t.by_branch(), t.x.shape[2:]
-    maps, moments = triton_conv.conv_forward(t.x, weights, t.window, config=config)
-    norms = triton_bn_sum.merge_statistics(moments, t.gammas, t.betas, t.eps)
-    ys = [y for y in maps if y is not None]
-    out = triton_bn_sum.apply(ys, norms)
-    found = {"out": out} | {f"y_{b}": y.clone() for b, y in zip(t.branches, ys, strict=True)}
-    rest = (norms.means, norms.rstds, t.gammas, [True] * len(ys))
-    dgamma, dbeta = triton_bn_sum.bn_sum_backward_(t.grad, ys, *rest)
-    by_branch = t.by_branch(dict(zip(t.branches, ys, strict=True)))  # dy_b by now
-    found["x"] = triton_conv.input_grad(by_branch, weights, t.window, (H, W), config=config)
-    dws = triton_conv.weight_grads(t.x, by_branch, weights, t.window, config=config)
-    for i, b in enumerate(t.branches):
-        dw = dws[BRANCHES.index(b)]
-        assert dw is not None
-        assert dw.stride() == t.weights[b].stride()
-        found |= {b: dw, f"gamma_{b}": dgamma[i], f"beta_{b}": dbeta}
-    return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

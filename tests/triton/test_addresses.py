@@ -1,0 +1,139 @@
+"""Maps of more than 2³¹ elements, without the memory: addresses are computed, and nothing is read or written.
+
+Only the last program of a launch runs, its tensors are one element each, and the interpreter's loads and stores are
+recorded. One map is huge in each case, so addresses far from its base are its own; they must be those that plain
+integers give.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from conftest import INTERPRETED
+
+from acnet_kernels.kernels import bn_sum, conv, dgrad, wgrad
+
+H, W, C = 8192, 16411, 16  # 2³¹ elements and 4.5 million more
+M = H * W
+FAR = 3 * 2**30  # bytes; every other map of these cases is smaller
+BLOCK = 64
+WINDOW = {"KERNEL": 3, "HOR_ROW": 1, "VER_COL": 1}
+WINDOW |= dict.fromkeys(("STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DIL_H", "DIL_W"), 1)
+OPTIONS = {"CHANNELS_LAST": True, "WIDE": True, "PRECISION": "tf32", "UPCAST": False}
+OPTIONS |= {"BLOCK_M": BLOCK, "BLOCK_K": 16, "BLOCK_C": 16}
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="addresses are recorded by Triton's interpreter alone")
+
+
+class Last:
+    """Runs the program of a launch that has the given index, and collects the far element offsets it touches."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
+
+        self.base, self.index, found = torch.zeros(1, dtype=torch.float16), (0, 0, 0), set()
+
+        def record(ptrs, mask) -> None:
+            live = np.broadcast_to(mask.data.astype(bool), ptrs.data.shape)
+            reached = ptrs.data[live].astype(np.int64) - self.base.data_ptr()
+            found.update((reached[abs(reached) > FAR] // 2).tolist())
+
+        def load(builder, ptrs, mask, *_):
+            record(ptrs, mask)
+            element = ptrs.get_element_ty()
+            return TensorHandle(np.zeros(ptrs.data.shape, _get_np_dtype(element)), element)
+
+        def program_id(builder, axis):
+            at = builder.grid_idx[axis] + self.index[axis]
+            return TensorHandle(np.array([at], dtype=np.int32), tl.int32)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load)
+        monkeypatch.setattr(
+            InterpreterBuilder, "create_masked_store", lambda b, ptrs, v, mask, *_: record(ptrs, mask)
+        )
+        monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", program_id)
+        self.found = found
+
+
+@pytest.fixture
+def last(monkeypatch: pytest.MonkeyPatch) -> Last:
+    return Last(monkeypatch)
+
+
+def elements(pixels: np.ndarray) -> set[int]:
+    """Element offsets of whole pixels of the huge map."""
+    return set((pixels.reshape(-1, 1).astype(np.int64) * C + np.arange(C)).ravel().tolist())
+
+
+def neighbours(pixels: np.ndarray) -> np.ndarray:
+    """Every pixel that the 3×3 windows about these read."""
+    h, w = np.divmod(pixels, W)
+    rows = [(h + r, w + s) for r in (-1, 0, 1) for s in (-1, 0, 1)]
+    return np.concatenate([(y * W + x)[(y >= 0) & (y < H) & (x >= 0) & (x < W)] for y, x in rows])
+
+
+LAST_TILE = np.arange(M // BLOCK * BLOCK if M % BLOCK else M - BLOCK, M, dtype=np.int64)
+
+
+def test_convolution_writes_and_reads_where_it_should(last: Last) -> None:
+    one, small = last.base, torch.zeros(1)
+    tiles = -(-M // BLOCK)
+    last.index = (tiles - 1, 0, 0)
+    conv.conv_branches[(1,)](
+        one, (one,) * 3, (one,) * 3, small, M, tiles, 1, C, 1, C, H, W, H, W, STORE=True, **WINDOW, **OPTIONS
+    )
+    assert last.found == elements(LAST_TILE)
+    last.found.clear()
+    conv.conv_branches[(1,)](
+        one, (one,) * 3, (one,) * 3, small, M, tiles, C, 1, C, 1, H, W, H, W, STORE=True, **WINDOW, **OPTIONS
+    )
+    assert last.found == elements(neighbours(LAST_TILE))
+
+
+def test_input_gradient_writes_and_reads_where_it_should(last: Last) -> None:
+    one, tiles = last.base, -(-M // BLOCK)
+    last.index = (tiles - 1, 0, 0)
+    dgrad.conv_dgrad[(1,)]((one,) * 3, (one,) * 3, one, 1, tiles, C, 1, C, 1, H, W, H, W, **WINDOW, **OPTIONS)
+    assert last.found == elements(LAST_TILE)
+    last.found.clear()
+    dgrad.conv_dgrad[(1,)]((one,) * 3, (one,) * 3, one, 1, tiles, 1, C, 1, C, H, W, H, W, **WINDOW, **OPTIONS)
+    assert last.found == elements(neighbours(LAST_TILE))
+
+
+def test_weight_gradient_reads_where_it_should(last: Last) -> None:
+    one, splits = last.base, -(-M // BLOCK)
+    last.index = (0, 0, splits - 1)
+    wgrad.conv_wgrad[(1, 9, 1)](
+        one, (one,) * 3, (torch.zeros(1),) * 3, M, BLOCK, 0, C, 1, C, 1, H, W, H, W, **WINDOW, **OPTIONS
+    )
+    assert last.found == elements(neighbours(LAST_TILE))
+    last.found.clear()
+    wgrad.conv_wgrad[(1, 9, 1)](
+        one, (one,) * 3, (torch.zeros(1),) * 3, M, BLOCK, 0, 1, C, 1, C, H, W, H, W, **WINDOW, **OPTIONS
+    )
+    assert last.found == elements(LAST_TILE)
+
+
+def _bn_pass(name: str, one: torch.Tensor, tiles: int) -> None:
+    vector, sizes = torch.zeros(1), {"B": 2, "BLOCK_M": BLOCK, "BLOCK_K": 16}
+    double = torch.zeros(1, dtype=torch.float64)
+    runs: dict[str, Callable[[], None]] = {
+        "statistics": lambda: bn_sum.statistics[(1,)]((one,) * 2, vector, M, C, tiles, BLOCK, **sizes),
+        "apply": lambda: bn_sum.apply[(1,)]((one,) * 2, double, vector, vector, one, M, C, **sizes),
+        "reduce_grad": lambda: bn_sum.reduce_grad[(1,)](
+            one, (one,) * 2, double, vector, M, C, tiles, BLOCK, **sizes
+        ),
+        "apply_grad": lambda: bn_sum.apply_grad[(1,)](one, (one,) * 2, (one,) * 2, double, vector, M, C, **sizes),
+    }
+    runs[name]()
+
+
+@pytest.mark.parametrize("name", ["statistics", "apply", "reduce_grad", "apply_grad"])
+def test_batch_norm_passes_reach_the_last_rows(name: str, last: Last, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = -(-M // BLOCK)
+    last.index = (tiles - 1, 0, 0)
+    monkeypatch.setattr(f"{__name__}.FAR", 2**32 - 2**24)  # beyond the partial results, C·tiles fp32 of them
+    _bn_pass(name, last.base, tiles)
+    assert last.found == elements(LAST_TILE)
