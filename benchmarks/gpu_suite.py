@@ -168,7 +168,7 @@ class Suite:
         self.out.mkdir(parents=True, exist_ok=True)
 
     def say(self, *lines: str) -> None:
-        """Prints, and keeps for the Markdown file, which is written anew: an interrupted run leaves what it found."""
+        """Prints, and writes both files anew: an interrupted run leaves what it found."""
         print(*lines, sep="\n", flush=True)
         self.text += lines
         (self.out / "gpu_suite.md").write_text("\n".join(self.text) + "\n")
