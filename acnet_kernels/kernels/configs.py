@@ -45,14 +45,14 @@ _DGRAD_TF32 = (Config(128, 32, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW)
 _DGRAD_THIRD = (Config(128, 32, 32, 8, 3), Config(64, 16, 16, 4, 3))
 _WGRAD = (Config(64, 64, 64, 4, 3), Config(64, 32, 32, 4, 3), Config(64, 16, 16, 4, 4))
 _WGRAD_TF32 = (Config(32, 64, 64, 4, 3), Config(64, 32, 32, 4, 3), Config(32, 16, 16, 4, 3))
-_WGRAD_THIRD = (Config(32, 32, 32, 4, 3), Config(32, 16, 16, 4, 3))
+_WGRAD_THIRD = (Config(16, 16, 16, 4, 2),)
 
 # (kind, mode) → family → configurations, the widest block of output channels first.
 TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
     ("conv", "half"): {
         80: (Config(64, 64, 32, 8, 3), Config(64, 32, 64, 4, 3), _NARROW),
         90: (Config(128, 64, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW),
-        100: (Config(128, 64, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW),
+        100: (Config(128, 64, 64, 8, 3), Config(64, 32, 64, 4, 3), _NARROW),
     },
     ("conv", "tf32"): {
         80: (Config(64, 32, 32, 4, 3), _NARROW),
@@ -60,16 +60,20 @@ TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
         100: (Config(64, 64, 32, 8, 3), Config(64, 32, 32, 4, 3), _NARROW),
     },
     ("conv", "tf32x3"): {80: (Config(64, 32, 16, 4, 3),), 90: _CONV_THIRD, 100: _CONV_THIRD},
-    ("dgrad", "half"): {80: _DGRAD, 90: (_DGRAD_WIDEST, *_DGRAD), 100: (_DGRAD_WIDEST, *_DGRAD)},
+    ("dgrad", "half"): {
+        80: (*_DGRAD[:2], Config(64, 16, 16, 4, 3)),
+        90: (_DGRAD_WIDEST, *_DGRAD),
+        100: (_DGRAD_WIDEST, *_DGRAD),
+    },
     ("dgrad", "tf32"): {80: _DGRAD_TF32, 90: _DGRAD_TF32, 100: _DGRAD_TF32},
     ("dgrad", "tf32x3"): {80: _DGRAD_THIRD[:1], 90: _DGRAD_THIRD, 100: _DGRAD_THIRD},
     ("wgrad", "half"): {
-        80: (Config(32, 64, 64, 8, 3), Config(32, 32, 32, 4, 3), Config(64, 16, 16, 4, 4)),
+        80: (Config(32, 64, 64, 8, 3), Config(64, 16, 16, 4, 4)),
         90: _WGRAD,
         100: _WGRAD,
     },
     ("wgrad", "tf32"): {80: _WGRAD_TF32[1:], 90: _WGRAD_TF32, 100: _WGRAD_TF32},
-    ("wgrad", "tf32x3"): {80: _WGRAD_THIRD[:1], 90: _WGRAD_THIRD, 100: _WGRAD_THIRD},
+    ("wgrad", "tf32x3"): {80: _WGRAD_THIRD, 90: _WGRAD_THIRD, 100: _WGRAD_THIRD},
 }
 
 # Where a tile would give fewer programs than this, a smaller one shares the work better.
@@ -90,7 +94,7 @@ SPARE = {
     ("dgrad", "half"): Config(64, 32, 32, 8, 3),
     ("dgrad", "tf32"): Config(64, 16, 16, 4, 3),
     ("dgrad", "tf32x3"): Config(64, 16, 16, 4, 3),
-    ("wgrad", "half"): Config(32, 32, 32, 4, 3),
+    ("wgrad", "half"): Config(64, 16, 16, 4, 4),
     ("wgrad", "tf32"): Config(32, 16, 16, 4, 2),
     ("wgrad", "tf32x3"): Config(16, 16, 16, 4, 2),
 }
