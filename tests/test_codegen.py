@@ -5,6 +5,7 @@ they were committed.
 """
 
 import csv
+import itertools
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ TABLES = sorted((Path(codegen.__file__).parent / "results").glob("codegen-*.csv"
 
 
 def representatives() -> list[codegen.Case]:
-    """The largest tile of each convolution kernel, spread over architectures and modes; each other kernel once."""
+    """The largest tile of each convolution kernel, spread over architectures and modes; the other kernels once."""
     spread = {"conv": (90, "half"), "dgrad": (80, "half"), "wgrad": (100, "half")}
     spread_fp32 = {"conv": (80, "tf32"), "dgrad": (100, "tf32"), "wgrad": (90, "tf32")}
     found = [
@@ -33,6 +34,26 @@ def representatives() -> list[codegen.Case]:
                 names.add(case.kernel)
                 found.append(case)
     return found
+
+
+@pytest.mark.parametrize("arch", configs.FAMILIES)
+def test_whatever_is_chosen_is_compiled(arch: int) -> None:
+    """No shape leads outside codegen's cases; odd channels and 64-bit offsets take the spare configuration."""
+    compiled = {(c.kernel, c.mode, c.config) for c in codegen.cases(arch)}
+    for kind in configs.KINDS:
+        for mode in configs.MODES:
+            for M, KG, CG in itertools.product((1, 1568, 25088, 401408), (1, 8, 16, 48, 64, 512), (3, 16, 96, 256)):
+                for wide in (False, True):
+                    config = configs.choose(kind, arch, mode, wide, M, KG, CG, 1)
+                    assert (codegen.KERNELS[kind].__name__, mode, tuple(config)) in compiled
+                    assert config == configs.SPARE[kind, mode] or not (wide or KG % 16 or CG % 16)
+
+
+@pytest.mark.parametrize(
+    ("capability", "family"), [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((12, 0), 80)]
+)
+def test_family_of_a_device(capability: tuple[int, int], family: int) -> None:
+    assert configs.family(capability) == family
 
 
 @pytest.mark.parametrize("case", representatives(), ids=lambda c: f"{c.kernel}-{c.arch}-{c.dtype}")
