@@ -1,7 +1,8 @@
 """Fused batch norm and sum of up to three maps on CUDA by Triton: launches of kernels/bn_sum.py, no maths.
 
-All maps are N×K×H×W in channels_last, one shape and dtype (fp32, fp16 or bf16). Statistics, their gradients and all
-arithmetic are fp32. Results are the same bits in every run.
+All maps are N×K×H×W in channels_last and of one shape; fp32, fp16 or bf16. Arithmetic is fp32, and the merge of the
+statistics fp64. Results are the same bits in every run. bn_sum_forward, bn_sum_backward and bn_sum_backward_ compute
+what the operators of these names promise.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Norms(NamedTuple):
 
 
 def check_maps(**maps: Tensor) -> None:
-    """ValueError where a map is not 4-D channels_last, or differs from the first in shape, dtype or device."""
+    """ValueError where a map is not 4-D channels_last, or differs from the first in shape or device."""
     first_name, first = next(iter(maps.items()))
     for name, t in maps.items():
         if t.dim() != 4 or not t.is_contiguous(memory_format=torch.channels_last):
