@@ -1,8 +1,8 @@
 """Fused batch norm and sum of up to three maps on CUDA by Triton: launches of kernels/bn_sum.py, no maths.
 
-All maps are N×K×H×W in channels_last and of one shape; fp32, fp16 or bf16. Arithmetic is fp32, and the merge of the
-statistics fp64. Results are the same bits in every run. bn_sum_forward, bn_sum_backward and bn_sum_backward_ compute
-what the operators of these names promise.
+All maps are N×K×H×W in channels_last and of one shape; fp32, fp16 or bf16. Arithmetic is fp32, the merge of
+the statistics fp64. Results are the same bits in every run. bn_sum_forward, bn_sum_backward and bn_sum_backward_
+compute what the operators of these names promise.
 """
 
 from __future__ import annotations
