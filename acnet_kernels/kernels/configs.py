@@ -100,6 +100,11 @@ SPARE = {
 }
 
 
+def cdiv(total: int, block: int) -> int:
+    """⌈total / block⌉; triton.cdiv on the host costs several microseconds."""
+    return -(-total // block)
+
+
 def family(capability: tuple[int, int]) -> int:
     """The table's column for a device's compute capability; consumer Blackwell (12.x) has sm_80's instructions."""
     return {9: 90, 10: 100}.get(capability[0], 80)
@@ -126,7 +131,7 @@ def choose(kind: str, family: int, mode: str, wide: bool, M: int, KG: int, CG: i
     options = TABLE[kind, mode][family]
 
     def programs(config: Config) -> int:
-        return groups * -(-M // config.block_m) * -(-channels // width(kind, config))
+        return groups * cdiv(M, config.block_m) * cdiv(channels, width(kind, config))
 
     fitting = [c for c in options if width(kind, c) <= block_of(channels)] or list(options[-1:])
     few = (
@@ -146,21 +151,21 @@ def variants(kind: str, family: int, mode: str) -> list[Config]:
 
 def pixel_split(M: int, programs: int, block_m: int) -> tuple[int, int]:
     """(splits, pixels of each) of wgrad: about 256 programs in all, and at least 4 blocks of pixels in each."""
-    wanted = max(1, min(256 // programs, -(-M // (4 * block_m))))
-    rows = -(-max(M, 1) // wanted)
-    rows = -(-rows // block_m) * block_m
-    return max(1, -(-M // rows)), rows
+    wanted = max(1, min(256 // programs, cdiv(M, 4 * block_m)))
+    rows = cdiv(max(M, 1), wanted)
+    rows = cdiv(rows, block_m) * block_m
+    return max(1, cdiv(M, rows)), rows
 
 
 def streaming_tile(K: int) -> Tile:
     """Tile of a pass over an M×K map: a channel block that wastes few lanes yet reads long rows; 4096 elements."""
-    block_k = min((128, 64, 32, 16), key=lambda b: -(-K // b) * b * (1 + 8 / b))
+    block_k = min((128, 64, 32, 16), key=lambda b: cdiv(K, b) * b * (1 + 8 / b))
     return Tile(4096 // block_k, block_k)
 
 
 def row_split(M: int, K: int, tile: Tile) -> tuple[int, int]:
     """(tiles, rows of each): how a reduction over M rows is split so that about 1024 programs share it."""
-    wanted = max(1, 1024 // -(-K // tile.block_k))
-    rows = -(-max(M, 1) // wanted)
-    rows = -(-rows // tile.block_m) * tile.block_m
-    return -(-M // rows), rows
+    wanted = max(1, 1024 // cdiv(K, tile.block_k))
+    rows = cdiv(max(M, 1), wanted)
+    rows = cdiv(rows, tile.block_m) * tile.block_m
+    return cdiv(M, rows), rows

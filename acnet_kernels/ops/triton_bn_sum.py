@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..kernels import bn_sum as kernels
-from ..kernels.configs import row_split, streaming_tile
+from ..kernels.configs import cdiv, row_split, streaming_tile
 
 BLOCK_T = 256  # partial results that a merging program reads at once
 
@@ -64,7 +63,7 @@ def statistics(ys: Sequence[Tensor]) -> Moments:
     tile = streaming_tile(K)
     tiles, rows = row_split(M, K, tile)
     partial = torch.empty((len(ys), 2, K, tiles), dtype=torch.float32, device=ys[0].device)
-    grid = (tiles, triton.cdiv(K, tile.block_k))
+    grid = (tiles, cdiv(K, tile.block_k))
     kernels.statistics[grid](
         tuple(ys), partial, M, K, tiles, rows, B=len(ys), BLOCK_M=tile.block_m, BLOCK_K=tile.block_k
     )
@@ -105,7 +104,7 @@ def apply(ys: Sequence[Tensor], norms: Norms) -> Tensor:
     out = torch.empty_like(ys[0], memory_format=torch.channels_last)
     M, K = pixels(out), out.shape[1]
     tile = streaming_tile(K)
-    grid = (triton.cdiv(M, tile.block_m), triton.cdiv(K, tile.block_k))
+    grid = (cdiv(M, tile.block_m), cdiv(K, tile.block_k))
     sizes = {"B": len(ys), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
     kernels.apply[grid](tuple(ys), norms.means, norms.scale, norms.bias, out, M, K, **sizes)
     return out
@@ -167,7 +166,7 @@ def _backward_into(
     B, (M, K) = len(ys), (pixels(grad), grad.shape[1])
     tile = streaming_tile(K)
     tiles, rows = row_split(M, K, tile)
-    blocks = triton.cdiv(K, tile.block_k)
+    blocks = cdiv(K, tile.block_k)
     partial = torch.empty((1 + B, K, tiles), dtype=torch.float32, device=grad.device)
     sizes = {"B": B, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
     kernels.reduce_grad[tiles, blocks](grad, tuple(ys), means, partial, M, K, tiles, rows, **sizes)
@@ -179,6 +178,6 @@ def _backward_into(
         partial, scales, rstds, dgammas, dbeta, coefficients, M, K, tiles, B=B, BLOCK_T=BLOCK_T
     )
     if any(dy is not None for dy in dys):
-        grid = (triton.cdiv(M, tile.block_m), blocks)
+        grid = (cdiv(M, tile.block_m), blocks)
         kernels.apply_grad[grid](grad, tuple(ys), tuple(dys), means, coefficients, M, K, **sizes)
     return dgammas, dbeta

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..geometry import Geometry
 from ..kernels import configs
-from ..kernels.configs import Config
+from ..kernels.configs import Config, cdiv
 from ..kernels.conv import conv_branches
 from ..kernels.dgrad import conv_dgrad
 from ..kernels.wgrad import conv_wgrad, sum_splits
@@ -153,10 +153,10 @@ def conv_forward(
     plan = _plan_of("conv", x, x.shape, weights, window, config)
     M, (_, K, _, KG, *_) = plan.rows, plan.scalars
     ys = tuple(_empty_map((x.shape[0], K, *plan.size), x) if store and w is not None else None for w in weights)
-    tiles = triton.cdiv(M, plan.config.block_m)
+    tiles = cdiv(M, plan.config.block_m)
     present = sum(w is not None for w in weights)
     partial = torch.empty((present, 2, K, tiles), dtype=torch.float32, device=x.device)
-    grid = (tiles * window.groups * triton.cdiv(KG, plan.config.block_k),)
+    grid = (tiles * window.groups * cdiv(KG, plan.config.block_k),)
     conv_branches[grid](x, tuple(weights), ys, partial, M, tiles, *plan.scalars, STORE=store, **plan.options)
     return ys, Moments(partial, plan.config.block_m, M)
 
@@ -195,9 +195,9 @@ def input_grad(
     plan = _plan_of("dgrad", dy, shape, weights, window, config)
     _check_size(dy, plan.size)
     dx = _empty_map(shape, dy)
-    largest_phase = triton.cdiv(input_size[0], window.stride_h) * triton.cdiv(input_size[1], window.stride_w)
-    tiles = triton.cdiv(shape[0] * largest_phase, plan.config.block_m)
-    blocks = window.groups * triton.cdiv(plan.scalars[2], plan.config.block_c)
+    largest_phase = cdiv(input_size[0], window.stride_h) * cdiv(input_size[1], window.stride_w)
+    tiles = cdiv(shape[0] * largest_phase, plan.config.block_m)
+    blocks = window.groups * cdiv(plan.scalars[2], plan.config.block_c)
     grid = (window.stride_h * window.stride_w * tiles * blocks,)
     conv_dgrad[grid](tuple(dys), tuple(weights), dx, shape[0], tiles, *plan.scalars, **plan.options)
     return dx
@@ -218,7 +218,7 @@ def weight_grads(
     _check_size(dy, plan.size)
     dws = tuple(None if w is None else torch.empty_like(w, memory_format=torch.preserve_format) for w in weights)
     taps, (_, _, CG, KG, *_) = window.kernel**2, plan.scalars
-    blocks = window.groups * triton.cdiv(KG, plan.config.block_k) * triton.cdiv(CG, plan.config.block_c)
+    blocks = window.groups * cdiv(KG, plan.config.block_k) * cdiv(CG, plan.config.block_c)
     splits, rows = configs.pixel_split(plan.rows, blocks * taps, plan.config.block_m)
     sizes = tuple(0 if w is None else w.numel() for w in weights)
     targets, stride = dws, sum(sizes)
@@ -229,7 +229,7 @@ def weight_grads(
     grid = (blocks, taps, splits)
     conv_wgrad[grid](x, tuple(dys), targets, plan.rows, rows, stride, *plan.scalars, **plan.options)
     if splits > 1:
-        grid = (triton.cdiv(sizes[0], _SUM_BLOCK), 3, 1)
+        grid = (cdiv(sizes[0], _SUM_BLOCK), 3, 1)
         sum_splits[grid](targets, dws, sizes, splits, stride, BLOCK=_SUM_BLOCK)
     return dws
 
