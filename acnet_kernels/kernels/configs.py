@@ -88,11 +88,11 @@ FEW = {
 # 64-bit offsets (maps of 2³¹ elements and more), and channels in other multiples than of 16, which cannot be read
 # by whole vectors, leave registers for these.
 SPARE = {
-    ("conv", "half"): Config(64, 32, 32, 4, 3),
+    ("conv", "half"): Config(64, 16, 16, 4, 3),
     ("conv", "tf32"): Config(64, 16, 16, 4, 3),
     ("conv", "tf32x3"): Config(64, 16, 16, 4, 3),
     ("dgrad", "half"): Config(64, 32, 32, 8, 3),
-    ("dgrad", "tf32"): Config(64, 16, 16, 4, 3),
+    ("dgrad", "tf32"): Config(64, 16, 16, 8, 3),
     ("dgrad", "tf32x3"): Config(64, 16, 16, 4, 3),
     ("wgrad", "half"): Config(64, 16, 16, 4, 4),
     ("wgrad", "tf32"): Config(32, 16, 16, 4, 2),
