@@ -92,7 +92,7 @@ SPARE = {
     ("conv", "tf32"): Config(64, 16, 16, 4, 3),
     ("conv", "tf32x3"): Config(64, 16, 16, 4, 3),
     ("dgrad", "half"): Config(64, 32, 32, 8, 3),
-    ("dgrad", "tf32"): Config(64, 16, 16, 8, 3),
+    ("dgrad", "tf32"): Config(64, 16, 16, 4, 3),
     ("dgrad", "tf32x3"): Config(64, 16, 16, 4, 3),
     ("wgrad", "half"): Config(64, 16, 16, 4, 4),
     ("wgrad", "tf32"): Config(32, 16, 16, 4, 2),
