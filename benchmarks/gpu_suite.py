@@ -160,7 +160,7 @@ class Suite:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device, self.out = torch.device(args.device), args.out
         self.shapes, self.dtypes = args.shapes, [DTYPES[name] for name in args.dtypes]
-        self.end, self.slice = time.monotonic() + args.seconds, args.slice
+        self.end, self.slice, self.rounds = time.monotonic() + args.seconds, args.slice, args.rounds
         self.report, self.text = (
             harness.Report(self.device),
             [f"# GPU suite on {harness.device_name(self.device)}\n"],
@@ -192,7 +192,7 @@ class Suite:
     def measure(self, contenders: dict[str, Callable[[Inputs], object]], sets: list[Inputs]) -> dict[str, float]:
         """Median milliseconds; rows go to the report by the caller."""
         calls = {name: [lambda i=i, f=f: f(i) for i in sets] for name, f in contenders.items()}
-        return harness.measure(calls, self.device, warm_up=self.slice / 4, seconds=self.slice, least=5)
+        return harness.measure(calls, self.device, warm_up=self.slice / 4, seconds=self.slice, least=self.rounds)
 
     def equivalence(self) -> bool:
         """Every problem of the tests, in every dtype, by the tests' rule; True when all pass."""
@@ -309,6 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--seconds", type=float, default=500, help="stop starting measurements after this long")
     parser.add_argument("--slice", type=float, default=0.5, help="seconds a group of contenders is timed")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds timed even if they take longer than that")
     parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="NxCxH")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=("bf16", "fp32"))
     args = parser.parse_args(argv)

@@ -14,7 +14,7 @@ FILES = sorted((HERE / "triton").glob("test_*.py"))
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_kernels_in_the_interpreter(file: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: it has no build for this platform")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", str(file)]
+    command = [sys.executable, "-m", "pytest", "-x", "--no-header", str(file)]
     run = subprocess.run(
         command, cwd=HERE.parent, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

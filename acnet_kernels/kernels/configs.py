@@ -52,12 +52,12 @@ TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
     ("conv", "half"): {
         80: (Config(64, 64, 32, 8, 3), Config(64, 32, 64, 4, 3), _NARROW),
         90: (Config(128, 64, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW),
-        100: (Config(128, 64, 64, 8, 3), Config(64, 32, 64, 4, 3), _NARROW),
+        100: (Config(128, 64, 64, 8, 3), Config(64, 32, 64, 4, 3), Config(64, 16, 16, 4, 3)),
     },
     ("conv", "tf32"): {
         80: (Config(64, 32, 32, 4, 3), _NARROW),
         90: (Config(128, 64, 32, 8, 3), Config(64, 32, 32, 4, 3), _NARROW),
-        100: (Config(64, 64, 32, 8, 3), Config(64, 32, 32, 4, 3), _NARROW),
+        100: (Config(64, 64, 32, 8, 3), Config(64, 32, 32, 4, 3), Config(128, 16, 16, 8, 3)),
     },
     ("conv", "tf32x3"): {80: (Config(64, 32, 16, 4, 3),), 90: _CONV_THIRD, 100: _CONV_THIRD},
     ("dgrad", "half"): {
@@ -90,10 +90,10 @@ FEW = {
 SPARE = {
     ("conv", "half"): Config(64, 16, 16, 4, 3),
     ("conv", "tf32"): Config(64, 16, 16, 4, 3),
-    ("conv", "tf32x3"): Config(64, 16, 16, 4, 3),
+    ("conv", "tf32x3"): Config(64, 16, 16, 8, 3),
     ("dgrad", "half"): Config(64, 32, 32, 8, 3),
     ("dgrad", "tf32"): Config(64, 16, 16, 4, 3),
-    ("dgrad", "tf32x3"): Config(64, 16, 16, 4, 3),
+    ("dgrad", "tf32x3"): Config(64, 16, 16, 8, 3),
     ("wgrad", "half"): Config(64, 16, 16, 4, 4),
     ("wgrad", "tf32"): Config(32, 16, 16, 4, 2),
     ("wgrad", "tf32x3"): Config(16, 16, 16, 4, 2),
