@@ -23,6 +23,7 @@ KNOWN_STACKS = {
         ("conv_dgrad", 80, "tf32", "64×16×16 w4 s3", "64-bit, any channels"),
         ("conv_dgrad", 80, "tf32x3", "64×16×16 w8 s3", "any channels"),
         ("conv_branches", 100, "tf32", "64×32×32 w4 s3", ""),
+        ("conv_branches", 100, "tf32", "128×16×16 w4 s4", ""),
         ("conv_branches", 100, "tf32", "64×16×16 w4 s3", "64-bit"),
         ("conv_branches", 100, "tf32x3", "64×16×16 w4 s3", ""),
         ("conv_branches", 100, "tf32x3", "64×16×16 w8 s3", "any channels"),
@@ -33,7 +34,6 @@ KNOWN_STACKS = {
     "codegen-triton-3.8": {
         ("conv_dgrad", 80, "tf32x3", "64×16×16 w8 s3", "any channels"),
         ("conv_branches", 100, "half", "128×64×64 w8 s3", "contiguous weights"),
-        ("conv_branches", 100, "tf32", "128×16×16 w8 s3", ""),
     },
 }
 

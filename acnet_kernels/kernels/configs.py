@@ -57,7 +57,7 @@ TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
     ("conv", "tf32"): {
         80: (Config(64, 32, 32, 4, 3), _NARROW),
         90: (Config(128, 64, 32, 8, 3), Config(64, 32, 32, 4, 3), _NARROW),
-        100: (Config(64, 64, 32, 8, 3), Config(64, 32, 32, 4, 3), Config(128, 16, 16, 8, 3)),
+        100: (Config(64, 64, 32, 8, 3), Config(64, 32, 32, 4, 3), _NARROW),
     },
     ("conv", "tf32x3"): {80: (Config(64, 32, 16, 4, 3),), 90: _CONV_THIRD, 100: _CONV_THIRD},
     ("dgrad", "half"): {
