@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize, prune
@@ -238,16 +239,22 @@ class ACBlock(nn.Module):
             if getattr(nn_module, attribute):
                 return "a global module hook is registered"
         for kind, expected, modules in (
-            ("conv", nn.Conv2d, self.convs()),
-            ("bn", nn.BatchNorm2d, self.norms()),
+            ("conv", (nn.Conv2d,), self.convs()),
+            ("bn", (nn.BatchNorm2d, nn.SyncBatchNorm), self.norms()),
         ):
             for name, module in modules.items():
-                if type(module) is not expected:
+                if type(module) not in expected:
                     label = "bn" if name == "sum" else f"{name}_{kind}"
-                    return f"{label} is a {type(module).__name__}, not nn.{expected.__name__}"
+                    return f"{label} is a {type(module).__name__}, not nn.{expected[0].__name__}"
                 if any(getattr(module, attribute) for attribute in _HOOKS):
                     label = "bn" if name == "sum" else f"{name}_{kind}"
                     return f"{label} has hooks"
+        first = None
+        for bn in self.norms().values():
+            group = _group_of(bn)
+            if first is not None and group is not None and group is not first:
+                return "its batch norms synchronise over different process groups"
+            first = first or group
         return None
 
     def _forward_modules(self, x: Tensor) -> Tensor:
@@ -433,4 +440,14 @@ def _norm_of(bn: nn.BatchNorm2d) -> Norm:
     batch_stats = bn.training or (mean is None and var is None)
     if bn.training and not bn.track_running_stats:
         mean = var = counter = None
-    return Norm(gamma, beta, mean, var, counter, bn.eps, bn.momentum, batch_stats)
+    return Norm(gamma, beta, mean, var, counter, bn.eps, bn.momentum, batch_stats, _group_of(bn))
+
+
+def _group_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> dist.ProcessGroup | None:
+    """The process group that bn's batch statistics span now, by nn.SyncBatchNorm.forward's own rules, or None."""
+    if type(bn) is not nn.SyncBatchNorm or not bn.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ class Norm(NamedTuple):
     """One batch norm's tensors and settings, as nn.BatchNorm2d holds them (K channels).
 
     `batch_stats` says whether this call normalises by the batch's own statistics; running statistics are
-    updated in that case wherever `running_mean` is given. `momentum=None` is the cumulative average.
+    updated in that case wherever `running_mean` is given. `momentum=None` is the cumulative average. `group` is
+    the process group whose joint batch gives the statistics (nn.SyncBatchNorm), None for this process's own.
     """
 
     gamma: Tensor | None
@@ -26,6 +27,7 @@ class Norm(NamedTuple):
     eps: float
     momentum: float | None
     batch_stats: bool
+    group: Any = None
 
 
 class Branch(NamedTuple):
@@ -60,8 +62,8 @@ class Problem:
     """What the choice of a backend may depend on: shapes, dtypes and flags, no tensors.
 
     `dtype` is what the convolutions compute in (autocast taken into account), `input_dtype` what the input
-    came in; `batch_stats` has one entry a
-    batch norm; `grad` says whether anything needs a gradient.
+    came in; `batch_stats` has one entry a batch norm; `grad` says whether anything needs a gradient, `synced`
+    whether statistics span processes, `transformed` whether a torch.func transform (grad, vmap …) is active.
     """
 
     shape: tuple[int, int, int, int]
@@ -75,6 +77,8 @@ class Problem:
     device: str
     channels_last: bool
     grad: bool
+    synced: bool = False
+    transformed: bool = False
 
     @property
     def output_size(self) -> Pair:
@@ -102,6 +106,8 @@ def problem_of(step: Step, x: Tensor) -> Problem:
     tensors = [x, *(t for b in step.branches.values() for t in (b.weight, b.bias))]
     tensors += [t for n in step.norms for t in (n.gamma, n.beta)]
     square = step.branches["square"].weight
+    # Dynamo traces transforms in its own way, and cannot read the stack.
+    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     return Problem(
         shape=(x.shape[0], x.shape[1], x.shape[2], x.shape[3]),
         out_channels=square.shape[0],
@@ -112,8 +118,10 @@ def problem_of(step: Step, x: Tensor) -> Problem:
         dtype=dtype,
         input_dtype=x.dtype,
         device=device,
-        channels_last=prefers_channels_last(x, square),
+        channels_last=not transformed and prefers_channels_last(x, square),  # vmap knows no layouts
         grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
+        synced=any(n.group is not None for n in step.norms),
+        transformed=transformed,
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import Problem, Step
+from ..geometry import Geometry
+from ..spec import Branch, Problem, Step
 from .batchnorm import batch_norm
 
 NAME = "eager"
@@ -28,20 +29,18 @@ def saved_bytes(problem: Problem) -> int:
     return problem.input_bytes + len(problem.batch_stats) * problem.output_bytes
 
 
+def convolve(x: Tensor, branch: Branch, geometry: Geometry, name: str) -> Tensor:
+    """The branch's convolution of x, before its batch norm."""
+    place = geometry.placement(name)
+    args = (geometry.stride, place.padding, geometry.dilation, geometry.groups)
+    return F.conv2d(place.apply(x), branch.weight, branch.bias, *args)
+
+
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
-    geometry, out = step.geometry, None
+    out = None
     for name, branch in step.branches.items():
-        place = geometry.placement(name)
-        y = F.conv2d(
-            place.apply(x),
-            branch.weight,
-            branch.bias,
-            geometry.stride,
-            place.padding,
-            geometry.dilation,
-            geometry.groups,
-        )
+        y = convolve(x, branch, step.geometry, name)
         if branch.norm is not None:
             y = batch_norm(y, branch.norm)
         out = y if out is None else out + y

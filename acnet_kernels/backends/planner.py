@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ..ops import bn_sum
 from ..spec import Problem
-from . import branches, eager, folded, moments
+from . import branches, eager, folded, moments, synced
 
 # In order of preference: 'auto' takes the first that pays, so what follows eager only on request.
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (folded, branches, eager, moments)}
@@ -48,6 +48,10 @@ def memory_saver(enabled: bool = True) -> Iterator[None]:
 
 def choose(problem: Problem, requested: str = "auto") -> Plan:
     """The backend for problem: the requested one unless it declines, else the first that pays."""
+    forced = _forced(problem)
+    if forced is not None:
+        other = requested not in ("auto", forced.backend.NAME)
+        return forced._replace(reason=f"{requested} was requested but {forced.reason}") if other else forced
     refused = ""
     if requested == "memory_saver" or (requested == "auto" and _saving):
         plan = _saving_plan(problem)
@@ -96,6 +100,15 @@ def _saving_plan(problem: Problem) -> Plan | None:
     if kept >= usual:
         return None
     return Plan(moments, f"memory saver: keeps {kept:,} bytes for backward, {usual - kept:,} fewer than eager")
+
+
+def _forced(problem: Problem) -> Plan | None:
+    """The plan of the steps that one way alone computes, whatever is requested."""
+    if problem.transformed:
+        return Plan(eager, "inside a torch.func transform only the definition has the rules that are needed")
+    if problem.synced:
+        return Plan(synced, "SyncBatchNorm's statistics span processes: one collective forward, one backward")
+    return None
 
 
 REASONS = {

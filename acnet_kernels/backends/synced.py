@@ -1,0 +1,163 @@
+"""Batch norms synchronised over processes (nn.SyncBatchNorm): one collective forward and one backward a block.
+
+Each process reduces its own maps to (count, mean, M2) per branch and channel; one all_gather carries all
+branches, and Chan's rule merges them whatever the counts. Backward sends Σg, which the branches share, and one
+Σ g·(y_b − μ_b) a branch in one all_reduce. nn.SyncBatchNorm needs one of each a branch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..spec import Norm, Problem, Step
+from .batchnorm import batch_norm
+from .eager import convolve
+
+NAME = "synced"
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run on this machine, or None."""
+    return None if dist.is_available() else "torch was built without torch.distributed"
+
+
+def declines(problem: Problem) -> str | None:
+    """Why this backend cannot compute the problem, or None."""
+    return None if problem.synced else "no batch norm is synchronised over processes"
+
+
+def saved_bytes(problem: Problem) -> int:
+    """Bytes of maps kept for backward: x, and what each batch norm normalises."""
+    if not problem.grad:
+        return 0
+    return problem.input_bytes + len(problem.batch_stats) * problem.output_bytes
+
+
+def forward(x: Tensor, step: Step) -> Tensor:
+    """One step on x (N×C×H×W, already padded where the padding mode is not zeros).
+
+    N may differ from process to process, and be 0 on some. γ and β get this process's share of the gradient,
+    as nn.SyncBatchNorm's do: DistributedDataParallel adds the shares up.
+    """
+    maps, norms, out = [], [], None
+    total = None
+    for name, branch in step.branches.items():
+        y = convolve(x, branch, step.geometry, name)
+        if branch.norm is None:
+            total = y if total is None else total + y
+        elif branch.norm.group is None:  # frozen, or normalised by this process's batch
+            y = batch_norm(y, branch.norm)
+            out = y if out is None else out + y
+        else:
+            maps.append(y)
+            norms.append(branch.norm)
+    if step.norm is not None:
+        assert total is not None
+        maps, norms = [total], [step.norm]
+    live = _normalised_sum(maps, norms)
+    return live if out is None else out + live
+
+
+def _normalised_sum(maps: list[Tensor], norms: list[Norm]) -> Tensor:
+    """Σ_b BN_b(y_b) by the statistics of all processes; running statistics and counters are updated."""
+    eps = [norm.eps for norm in norms]
+    affine = [*(norm.gamma for norm in norms), *(norm.beta for norm in norms)]
+    out, mean, var = _SyncedSum.apply(norms[0].group, eps, *maps, *affine)
+    for norm, mean_b, var_b in zip(norms, mean, var, strict=True):
+        if norm.running_mean is None or norm.running_var is None:
+            continue
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+        for running, batch in ((norm.running_mean, mean_b), (norm.running_var, var_b)):
+            factor: Any = norm.momentum
+            if factor is None:  # the cumulative average
+                factor = norm.num_batches_tracked.to(running.dtype).reciprocal()
+            running.lerp_(batch.to(running.dtype), factor)
+    return out
+
+
+def _per_channel(t: Tensor) -> Tensor:
+    return t[:, None, None]
+
+
+def _moments(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(mean, M2 = Σ(y − mean)²) per channel, both (K,) of dtype; zeros for an empty map."""
+    if y.numel() == 0:
+        return y.new_zeros(y.shape[1], dtype=dtype), y.new_zeros(y.shape[1], dtype=dtype)
+    var, mean = torch.var_mean(y.to(dtype), (0, 2, 3), correction=0)
+    return mean, var * (y.numel() // y.shape[1])
+
+
+def _merge(packed: Tensor, branches: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(count (), mean B×K, M2 B×K) of all processes from P rows [count, means, M2s], by Chan's rule."""
+    count = packed[:, 0]
+    mean_p, m2_p = packed[:, 1:].view(len(packed), 2, branches, -1).unbind(1)
+    weight = (count / count.sum().clamp_min(1))[:, None, None]
+    mean = (weight * mean_p).sum(0)
+    m2 = m2_p.sum(0) + (count[:, None, None] * (mean_p - mean).square()).sum(0)
+    return count.sum(), mean, m2
+
+
+class _SyncedSum(torch.autograd.Function):
+    """(group, ε a branch, *y_b, *γ_b, *β_b) → (Σ_b BN_b(y_b), batch means B×K, unbiased variances B×K).
+
+    Statistics are accumulated in float32 or better, sent and merged in float64 (counts stay exact).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, eps: list[float], *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        n = len(eps)
+        maps, gammas, betas = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        first = maps[0]
+        assert first is not None
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        local = [_moments(y, dtype) for y in maps if y is not None]
+        count = torch.full((1,), first.numel() // first.shape[1], dtype=torch.float64, device=first.device)
+        packed = torch.cat([count, *(mean.double() for mean, _ in local), *(m2.double() for _, m2 in local)])
+        rows = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(rows, packed, group=group)
+        total, mean, m2 = _merge(torch.stack(rows), n)
+        rstd = (m2 / total.clamp_min(1) + m2.new_tensor(eps)[:, None]).rsqrt()
+        saved_mean, saved_rstd = mean.to(dtype), rstd.to(dtype)
+        out = None
+        for y, gamma, beta, mean_b, rstd_b in zip(maps, gammas, betas, saved_mean, saved_rstd, strict=True):
+            assert y is not None
+            scale = rstd_b if gamma is None else rstd_b * gamma.to(dtype)
+            part = (y.to(dtype) - _per_channel(mean_b)) * _per_channel(scale)
+            part = part if beta is None else part + _per_channel(beta.to(dtype))
+            out = part if out is None else out + part
+        assert out is not None
+        var = m2 / (total - 1).clamp_min(1)
+        ctx.group, ctx.branches = group, n
+        ctx.save_for_backward(total.to(dtype), saved_mean, saved_rstd, *maps, *gammas, *betas)
+        ctx.mark_non_differentiable(mean, var)
+        return out.to(first.dtype), mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, _mean: Tensor, _var: Tensor) -> tuple[Any, ...]:
+        total, mean, rstd, *tensors = ctx.saved_tensors
+        n, dtype = ctx.branches, mean.dtype
+        maps, gammas, betas = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        g = g.to(dtype)
+        dims = (0, 2, 3)
+        products = [(g * (y.to(dtype) - _per_channel(m))).sum(dims) for y, m in zip(maps, mean, strict=True)]
+        local = torch.stack([g.sum(dims), *products])  # (1 + B)×K
+        sums = local.to(torch.float64, copy=True)  # local is this process's share of dγ and dβ
+        dist.all_reduce(sums, group=ctx.group)
+        g_mean, *product_means = (sums / total.clamp_min(1)).to(dtype)
+        d_maps, d_gammas, d_betas = [], [], []
+        for b, (y, gamma, beta) in enumerate(zip(maps, gammas, betas, strict=True)):
+            scale = rstd[b] if gamma is None else rstd[b] * gamma.to(dtype)
+            slope = product_means[b] * rstd[b].square()
+            centred = y.to(dtype) - _per_channel(mean[b])
+            dy = _per_channel(scale) * (g - _per_channel(g_mean) - centred * _per_channel(slope))
+            d_maps.append(dy.to(y.dtype))
+            d_gammas.append(None if gamma is None else (local[1 + b] * rstd[b]).to(gamma.dtype))
+            d_betas.append(None if beta is None else local[0].to(beta.dtype))
+        return None, None, *d_maps, *d_gammas, *d_betas
