@@ -199,12 +199,14 @@ def test_without_processes_a_synced_block_runs_as_any_other():
 
 
 class Net(nn.Module):
-    """Two blocks and a head; `spare` takes part only if asked."""
+    """Two blocks and a head, and a block that no forward uses."""
 
-    def __init__(self):
+    def __init__(self, spare=True):
         super().__init__()
         self.stem, self.body = ACBlock(3, 8, 3, padding=1), ACBlock(8, 8, 3, padding=1, stride=2)
-        self.spare, self.head = ACBlock(8, 8, 3, padding=1), nn.Linear(8, 4)
+        self.head = nn.Linear(8, 4)
+        if spare:
+            self.spare = ACBlock(8, 8, 3, padding=1)
 
     def forward(self, x):
         x = self.body(self.stem(x).relu()).relu()
@@ -274,7 +276,7 @@ def train_fsdp(rank, world, net, x, y, folder):
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
     step(first, optimizer)
 
-    fresh = sharded(Net())
+    fresh = sharded(Net(spare=False))
     resumed = torch.optim.SGD(fresh.parameters(), 0.1, momentum=0.9)
     step(fresh, resumed)  # wrong weights and momenta, to be overwritten
     model_state, optimizer_state = get_state_dict(fresh, resumed)
@@ -290,9 +292,7 @@ def train_fsdp(rank, world, net, x, y, folder):
 
 
 def test_fsdp2_trains_saves_and_resumes(tmp_path):
-    net = Net()
-    del net.spare
-    net.spare = nn.Identity()
+    net = Net(spare=False)
     x, y = torch.randn(4, 3, 9, 9), torch.randint(4, (4,))
     results = distributed.run(2, train_fsdp, net, x, y, str(tmp_path))
     net = net.double()
