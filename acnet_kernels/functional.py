@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from .backends import planner
@@ -70,4 +71,27 @@ def describe(
         raise ValueError(f"input must have {channels} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
     geometry.output_size(x.shape[2], x.shape[3])
     step = Step(geometry, dict(branches), norm)
-    return step, problem_of(step, x)
+    problem = problem_of(step, x)
+    if problem.transformed:
+        _check_transform(step, x)
+    return step, problem
+
+
+def _check_transform(step: Step, x: Tensor) -> None:
+    """Refuses what a torch.func transform cannot do, before a counter or a statistic has changed."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    for norm in step.norms:
+        if norm.group is not None:
+            raise ValueError("SyncBatchNorm has no rule for torch.func transforms: call eval() on it first")
+        if not norm.batch_stats or norm.running_mean is None:
+            continue
+        if torch._C._functorch.is_batchedtensor(x) and not torch._C._functorch.is_batchedtensor(norm.running_mean):
+            raise ValueError(
+                "running statistics cannot be updated in place under torch.func.vmap: call eval(), use batch norms "
+                "with track_running_stats=False, or batch the buffers too (torch.func.stack_module_state)"
+            )
+        if not wrapped(norm.running_mean):
+            raise ValueError(
+                "running statistics cannot be updated in place inside a torch.func transform that captures them: "
+                "pass the buffers as arguments through torch.func.functional_call, or call eval()"
+            )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from .block import ACBlock
 from .ops.fuse_blocks import Arguments
@@ -74,7 +75,7 @@ def convert(
     if bad:
         raise ValueError(f"kernel_sizes must be odd positive ints, got {sorted(kernel_sizes)}")
     if not inplace:
-        model = copy.deepcopy(model)
+        model = _copy(model)
     names = _convolutions(model)
     usage = find_usage(model)
     refusals = {conv: _refusal(conv, aliases, sizes, skip, usage) for conv, aliases in names.items()}
@@ -97,6 +98,16 @@ def convert(
     model = replacements.get(model, model)
     setattr(model, RECORD, [*getattr(model, RECORD, []), *record])
     return model
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, of pruned modules too: their `weight` is the result of an operation, which does not copy."""
+    with torch.no_grad():
+        for module in model.modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, prune.BasePruningMethod):
+                    hook(module, None)
+    return copy.deepcopy(model)
 
 
 def _convolutions(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
@@ -292,7 +303,7 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     """
     with torch.inference_mode(False):
         if not inplace:
-            model = copy.deepcopy(model)
+            model = _copy(model)
         blocks = {name: block for name, block in blocks_of(model).items() if not block.deploy}
         with torch.no_grad():
             folded = fold(list(blocks.values()))

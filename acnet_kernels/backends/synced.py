@@ -2,7 +2,7 @@
 
 Each process reduces its own maps to (count, mean, M2) per branch and channel; one all_gather carries all
 branches, and Chan's rule merges them whatever the counts. Backward sends Σg, which the branches share, and one
-Σ g·(y_b − μ_b) a branch in one all_reduce. nn.SyncBatchNorm needs one of each a branch.
+Σ g·(y_b − μ_b) a branch in one all_reduce. nn.SyncBatchNorm needs one of each a branch. Nobody requests this backend: it runs where the norms are synchronised.
 """
 
 from __future__ import annotations
@@ -19,16 +19,6 @@ from .batchnorm import batch_norm
 from .eager import convolve
 
 NAME = "synced"
-
-
-def unavailable() -> str | None:
-    """Why this backend cannot run on this machine, or None."""
-    return None if dist.is_available() else "torch was built without torch.distributed"
-
-
-def declines(problem: Problem) -> str | None:
-    """Why this backend cannot compute the problem, or None."""
-    return None if problem.synced else "no batch norm is synchronised over processes"
 
 
 def saved_bytes(problem: Problem) -> int:
