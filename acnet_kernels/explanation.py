@@ -84,7 +84,12 @@ def explain(model: nn.Module, inputs: Sequence[int] | Tensor | None = None) -> E
 
     handles = [block.register_forward_pre_hook(look) for block in blocks]
     try:
-        with _modes(dict.fromkeys(modes, False)), torch.no_grad(), torch.autocast(x.device.type, enabled=autocast):
+        with (
+            _modes(dict.fromkeys(modes, False)),
+            torch.no_grad(),
+            torch.autocast(x.device.type, enabled=autocast),
+            torch.compiler.set_stance("force_eager"),  # a compiled model's graph has no blocks to look at
+        ):
             model(x)
     finally:
         for handle in handles:
