@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 from oracle import rel, scramble
-from stacks import EVALUATING, MODES, TRAINING, Net, assert_same_state, through_modules
+from stacks import MODES, TRAINING, Net, assert_same_state, through_modules
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -188,8 +188,7 @@ def test_explain_looks_through_a_compiled_network():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [True, False])
-@every_training_backend
+@pytest.mark.parametrize(("backend", "training"), [*((b, True) for b in TRAINING), ("auto", False)])
 def test_inductor_keeps_channels_last(backend, training):
     b = scramble(ACBlock(4, 6, 3, padding=1, backend=backend)).train(training).to(memory_format=torch.channels_last)
     twin = through_modules(b)
