@@ -1,0 +1,186 @@
+"""Random blocks, inputs, layouts, dtypes, modes and backends: equivalence or the documented error, nothing else.
+
+2,000 cases of tiny shapes; HYPOTHESIS_CASES=N asks for N, with fresh randomness in every run.
+"""
+
+import copy
+import os
+import warnings
+
+import oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from acnet_kernels import ACBlock
+from acnet_kernels.backends import planner
+
+CASES = int(os.environ.get("HYPOTHESIS_CASES", 2000))
+MODES = ("train", "eval", "frozen norms", "one frozen norm", "momentum=None")
+
+pair_or_int = st.one_of(st.integers(1, 3), st.tuples(st.integers(1, 3), st.integers(1, 3)))
+sides = st.sampled_from([(), ("hor",), ("ver",), ("hor", "ver")])
+
+
+@st.composite
+def options(draw):
+    """Constructor arguments, most of them valid."""
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    k = draw(st.sampled_from([1, 3, 3, 3, 5, 7]))
+    padding = st.one_of(st.integers(0, 4), st.tuples(st.integers(0, 3), st.integers(0, 3)), st.just("same"))
+    return {
+        "in_channels": groups * draw(st.integers(1, 3)),
+        "out_channels": groups * draw(st.integers(1, 3)),
+        "kernel_size": k,
+        "stride": draw(pair_or_int),
+        "padding": draw(padding),
+        "dilation": draw(st.sampled_from([1, 1, 2, (1, 2)])),
+        "groups": groups,
+        "padding_mode": draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"])),
+        "use_affine": draw(st.sampled_from([True, True, False])),
+        "branches": ("square", *draw(sides)),
+        "norm": draw(st.sampled_from(["branch", "branch", "sum"])),
+        "shift": draw(st.sampled_from([(0, 0), (0, 0), (1, 0), (-1, 1), 3])),
+        "eps": draw(st.sampled_from([1e-5, 1e-3])),
+        "backend": draw(st.sampled_from(planner.CHOICES)),
+    }
+
+
+@st.composite
+def inputs(draw, channels):
+    """(input, what is special about it): sizes from 1, strided, channels_last, empty and far from zero."""
+    n, h, w = draw(st.integers(0, 3)), draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    dtype = draw(st.sampled_from([torch.float32] * 4 + [torch.float64, torch.bfloat16, torch.float16]))
+    layout = draw(st.sampled_from(["contiguous", "channels_last", "strided", "expanded"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    x = torch.randn(n, channels, h, 2 * w, generator=generator)
+    x = x * draw(st.sampled_from([1.0, 1e-3, 10.0])) + draw(st.sampled_from([0.0, 0.0, 3.0]))
+    x = x.to(dtype)
+    if layout == "strided":
+        return x[..., ::2]
+    if layout == "expanded":
+        return x[:, :1, :, :w].expand(n, channels, h, w)
+    x = x[..., :w].contiguous()
+    return x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
+
+
+def build(arguments):
+    """The block, or the error that its arguments document."""
+    try:
+        return ACBlock(**arguments), None
+    except (ValueError, TypeError) as error:
+        return None, error
+
+
+def prepare(b, mode, dtype):
+    """b in its mode and dtype, with random norms; half blocks keep their norms in float32 half of the time."""
+    oracle.scramble(b)
+    b = b.to(dtype)
+    if mode == "eval":
+        b.eval()
+    for name, norm in b.norms().items():
+        if mode == "frozen norms" or (mode == "one frozen norm" and name in ("hor", "sum")):
+            norm.eval().requires_grad_(False)
+        if mode == "momentum=None":
+            norm.momentum = None
+    return b
+
+
+def attempt(function):
+    try:
+        return function(), None
+    except (ValueError, RuntimeError) as error:
+        return None, error
+
+
+@settings(
+    max_examples=CASES,
+    deadline=None,
+    derandomize="HYPOTHESIS_CASES" not in os.environ,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+)
+@given(data=st.data())
+def check(data):
+    arguments = data.draw(options())
+    b, error = build(arguments)
+    if b is None:
+        documented = ("padding='same'", "shift", "padding_mode")
+        assert any(word in str(error) for word in documented), (arguments, error)
+        return
+    mode = data.draw(st.sampled_from(MODES))
+    x = data.draw(inputs(arguments["in_channels"]))
+    b = prepare(b, mode, x.dtype)
+    before = {name: t.clone() for name, t in b.state_dict().items()}
+    want, its_error = attempt(lambda: oracle.run(b, x, gradient(b, x), lambda m, t: m._forward_modules(t)))
+    got, error = attempt(lambda: oracle.run(b, x, gradient(b, x)))
+    if its_error is not None or error is not None:
+        assert error is not None, f"only the submodules refuse this: {its_error}"
+        assert its_error is not None, f"the submodules take this: {error}"
+        attempt(lambda: b(x))
+        for name, t in b.state_dict().items():
+            assert torch.equal(t, before[name]), f"{name} changed although forward raised {error!r}"
+        return
+    check_outputs(b, x, got, want)
+    check_statistics(b, x)
+    check_folding(b, x)
+
+
+def gradient(b, x):
+    rows, columns = b.geometry.output_size(x.shape[2], x.shape[3])
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(x.shape[0], b.out_channels, rows, columns, generator=generator).to(x.dtype)
+
+
+def check_outputs(b, x, got, want):
+    assert got["out"].dtype == want["out"].dtype == x.dtype
+    assert got["out"].shape == want["out"].shape
+    assert got.keys() == want.keys()
+    for name, t in want.items():
+        if t.isfinite().all():
+            assert got[name].isfinite().all(), f"{name} is not finite, the submodules' is"
+    if x.numel() and all(t.isfinite().all() for t in want.values()):
+        close(got, want, oracle.truth(b, x, gradient(b, x)))
+
+
+def close(got, eager, true):
+    """The suite's tolerance rule, against the largest value that flows: tiny maps cancel to anything."""
+    floor = oracle.FLOORS[got["out"].dtype]
+    for name, t in true.items():
+        t, scale = t.double(), t.double().norm()
+        for bound in (eager[name],):
+            off = (bound.double() - t).norm()
+        allowed = max(2 * off, 20 * floor * scale, floor * natural_scale(true, name))
+        error = (got[name].double() - t).norm()
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, norm {scale:.2e}"
+
+
+def natural_scale(true, name):
+    return true["out"].double().norm() if name == "out" else max(t.double().norm() for t in true.values())
+
+
+def check_statistics(b, x):
+    got, want = copy.deepcopy(b), copy.deepcopy(b)
+    got(x), want._forward_modules(x)
+    tolerance = 20 * oracle.FLOORS[x.dtype]
+    for (name, t), its in zip(got.named_buffers(), want.buffers(), strict=True):
+        if its.isfinite().all():
+            torch.testing.assert_close(t, its, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_folding(b, x):
+    b = copy.deepcopy(b).eval()
+    want = copy.deepcopy(b).double()._forward_modules(x.double())
+    eager = b._forward_modules(x)
+    b.switch_to_deploy()
+    if x.numel() and want.isfinite().all() and eager.isfinite().all():
+        close({"out": b(x)}, {"out": eager}, {"out": want})
+
+
+@pytest.mark.slow
+def test_fuzz():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        check()
