@@ -46,9 +46,9 @@ def weight_ranges(model: nn.Module) -> list[WeightRange]:
     return found
 
 
-def quantise(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight rounded to int8 steps of scale (broadcast; symmetric, ±127), in weight's dtype."""
-    return (weight / scale).round().clamp(-127, 127) * scale
+def quantise(weight: Tensor, scale: Tensor, levels: int = 127) -> Tensor:
+    """weight rounded to steps of scale (broadcast), symmetric, ±levels (127 is int8), in weight's dtype."""
+    return (weight / scale).round().clamp(-levels, levels) * scale
 
 
 def _range(name: str, rows: Tensor) -> WeightRange:

@@ -33,8 +33,9 @@ def acblock(
         backend: 'auto' or a backend's name; one that cannot compute the step gives way, and the plan says so.
 
     Raises:
-        ValueError: x is not 4-D, has other channels than the weights, or gives an empty output; the branches
-            lack 'square' or mix the two kinds of norm; backend is unknown.
+        ValueError: x is not 4-D, has other channels than the weights, or gives an empty output, or one value a
+            channel to normalise by; the branches lack 'square' or mix the two kinds of norm; backend is unknown;
+            running statistics would have to change inside a torch.func transform that cannot change them.
     """
     step, problem = describe(x, branches, geometry, norm)
     plan = planner.choose(problem, planner.check_choice(backend))
@@ -69,8 +70,12 @@ def describe(
     channels = branches["square"].weight.shape[1] * geometry.groups
     if x.shape[1] != channels:
         raise ValueError(f"input must have {channels} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
-    geometry.output_size(x.shape[2], x.shape[3])
+    rows, columns = geometry.output_size(x.shape[2], x.shape[3])
     step = Step(geometry, dict(branches), norm)
+    # nn.BatchNorm2d's own check, made before any branch has moved its counter and statistics.
+    if x.shape[0] * rows * columns == 1 and any(n.batch_stats and n.group is None for n in step.norms):
+        shape = (1, branches["square"].weight.shape[0], 1, 1)
+        raise ValueError(f"expected more than 1 value per channel when training, got maps of shape {shape}")
     problem = problem_of(step, x)
     if problem.transformed:
         _check_transform(step, x)

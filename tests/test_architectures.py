@@ -1,18 +1,10 @@
 """timm's and torchvision's architectures as ACNets: the checks behind the table of tools/architectures.py."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
+from toolbox import load_tool
 
 pytest.importorskip("timm")
-
-_path = Path(__file__).parent.parent / "tools" / "architectures.py"
-_spec = importlib.util.spec_from_file_location("architectures", _path)
-architectures = importlib.util.module_from_spec(_spec)
-sys.modules["architectures"] = architectures  # its dataclass looks its own module up
-_spec.loader.exec_module(architectures)
+architectures = load_tool("architectures")
 
 NOTHING_ABSORBED = {  # the convolution's reader is no plain nn.BatchNorm2d, or reads other tensors too
     "torchvision densenet121",

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from oracle import rel, scramble
+from toolbox import load_tool
 from torch import nn
 
 from acnet_kernels import ACBlock, fuse
@@ -121,3 +122,17 @@ def test_weight_ranges_ask_for_a_folded_network(net):
         "down",
         "head",
     ]
+
+
+@pytest.mark.slow
+def test_folded_kernels_take_int8_worse_than_a_plain_networks():
+    pytest.importorskip("sklearn")
+    report = load_tool("int8_report")
+    found = report.measure(seed=0, epochs=3)
+    inner = {network: ranges[1:] for network, (ranges, _) in found.items()}  # the first layer has 9 weights a channel
+    for attribute, sign in (("crest", 1), ("sqnr_channel", -1), ("sqnr_tensor", -1)):
+        plain, acnet = (sum(getattr(r, attribute) for r in inner[network]) / 3 for network in ("plain", "ACNet"))
+        assert sign * (acnet - plain) > 0, attribute
+    for _, (exact, int8_tensor, int8_channel, *_) in found.values():
+        assert exact > 90
+        assert min(int8_tensor, int8_channel) > exact - 2

@@ -10,7 +10,7 @@ import warnings
 import oracle
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -30,6 +30,8 @@ def options(draw):
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     k = draw(st.sampled_from([1, 3, 3, 3, 5, 7]))
     padding = st.one_of(st.integers(0, 4), st.tuples(st.integers(0, 3), st.integers(0, 3)), st.just("same"))
+    if k == 1:  # nn.Conv2d itself crashes now and then on a padded 1×1 kernel (torch 2.14.1, CPU, channels_last)
+        padding = st.just(0)
     return {
         "in_channels": groups * draw(st.integers(1, 3)),
         "out_channels": groups * draw(st.integers(1, 3)),
@@ -50,12 +52,11 @@ def options(draw):
 
 @st.composite
 def inputs(draw, channels):
-    """(input, what is special about it): sizes from 1, strided, channels_last, empty and far from zero."""
+    """An input of tiny sizes: empty, strided, channels_last, expanded, far from zero."""
     n, h, w = draw(st.integers(0, 3)), draw(st.integers(1, 12)), draw(st.integers(1, 12))
     dtype = draw(st.sampled_from([torch.float32] * 4 + [torch.float64, torch.bfloat16, torch.float16]))
     layout = draw(st.sampled_from(["contiguous", "channels_last", "strided", "expanded"]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    x = torch.randn(n, channels, h, 2 * w, generator=generator)
+    x = torch.randn(n, channels, h, 2 * w)
     x = x * draw(st.sampled_from([1.0, 1e-3, 10.0])) + draw(st.sampled_from([0.0, 0.0, 3.0]))
     x = x.to(dtype)
     if layout == "strided":
@@ -105,10 +106,12 @@ def attempt(function):
 @given(data=st.data())
 def check(data):
     arguments = data.draw(options())
+    torch.manual_seed(data.draw(st.integers(0, 2**32 - 1)))
     b, error = build(arguments)
     if b is None:
         documented = ("padding='same'", "shift", "padding_mode")
         assert any(word in str(error) for word in documented), (arguments, error)
+        event("refused by the constructor")
         return
     mode = data.draw(st.sampled_from(MODES))
     x = data.draw(inputs(arguments["in_channels"]))
@@ -122,7 +125,9 @@ def check(data):
         attempt(lambda: b(x))
         for name, t in b.state_dict().items():
             assert torch.equal(t, before[name]), f"{name} changed although forward raised {error!r}"
+        event(f"refused by forward: {str(error)[:40]}")
         return
+    event(f"compared: {mode}, {b.plan(x)[1].backend.NAME}")
     check_outputs(b, x, got, want)
     check_statistics(b, x)
     check_folding(b, x)
@@ -130,7 +135,7 @@ def check(data):
 
 def gradient(b, x):
     rows, columns = b.geometry.output_size(x.shape[2], x.shape[3])
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(7)  # the same one every time it is asked for
     return torch.randn(x.shape[0], b.out_channels, rows, columns, generator=generator).to(x.dtype)
 
 
@@ -142,41 +147,50 @@ def check_outputs(b, x, got, want):
         if t.isfinite().all():
             assert got[name].isfinite().all(), f"{name} is not finite, the submodules' is"
     if x.numel() and all(t.isfinite().all() for t in want.values()):
-        close(got, want, oracle.truth(b, x, gradient(b, x)))
+        live = any(norm.batch_stats for norm in b.step().norms)
+        close(got, want, oracle.truth(b, x, gradient(b, x)), 0.0 if live else terms_of(b, x))
 
 
-def close(got, eager, true):
-    """The suite's tolerance rule, against the largest value that flows: tiny maps cancel to anything."""
+def close(got, eager, true, terms=0.0):
+    """The suite's tolerance rule, with the norm of the terms that cancel in out as its least scale."""
+    # Eager's own error is one draw of the rounding: on a handful of values it can be lucky.
     floor = oracle.FLOORS[got["out"].dtype]
+    largest = max(t.double().norm() for t in true.values())
     for name, t in true.items():
-        t, scale = t.double(), t.double().norm()
-        for bound in (eager[name],):
-            off = (bound.double() - t).norm()
-        allowed = max(2 * off, 20 * floor * scale, floor * natural_scale(true, name))
+        t, off = t.double(), eager[name].double() - t.double()
+        scale = max(t.norm(), terms) if name == "out" else largest
+        allowed = max(2 * off.norm(), floor * scale)
         error = (got[name].double() - t).norm()
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, norm {scale:.2e}"
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, norm {t.norm():.2e}"
 
 
-def natural_scale(true, name):
-    return true["out"].double().norm() if name == "out" else max(t.double().norm() for t in true.values())
+def terms_of(b, x):
+    """‖conv(|x|, |W|) + |bias|‖ of the folded block: what its output is the rounded sum of."""
+    b = copy.deepcopy(b).double().eval()
+    b.switch_to_deploy()
+    with torch.no_grad():
+        for p in b.fused_conv.parameters():
+            p.abs_()
+        return b(x.double().abs()).norm()
 
 
 def check_statistics(b, x):
     got, want = copy.deepcopy(b), copy.deepcopy(b)
     got(x), want._forward_modules(x)
-    tolerance = 20 * oracle.FLOORS[x.dtype]
+    tolerance = oracle.FLOORS[x.dtype]
     for (name, t), its in zip(got.named_buffers(), want.buffers(), strict=True):
         if its.isfinite().all():
             torch.testing.assert_close(t, its, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def check_folding(b, x):
+    undeployed = b
     b = copy.deepcopy(b).eval()
     want = copy.deepcopy(b).double()._forward_modules(x.double())
     eager = b._forward_modules(x)
     b.switch_to_deploy()
     if x.numel() and want.isfinite().all() and eager.isfinite().all():
-        close({"out": b(x)}, {"out": eager}, {"out": want})
+        close({"out": b(x)}, {"out": eager}, {"out": want}, terms_of(undeployed, x))
 
 
 @pytest.mark.slow
