@@ -1,4 +1,4 @@
-"""What the tests of training stacks share: which backends there are, and the same network through its submodules."""
+"""What the tests of training stacks share: the backends, and the same network through its submodules."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ import torch
 import torchvision
 from oracle import rel, scramble
 from stacks import MODES, TRAINING, Net, assert_same_state, through_modules
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from acnet_kernels import ACBlock, convert, explain, fuse
@@ -30,7 +29,11 @@ def step(net, x, forward=None):
     net.zero_grad()
     out = net(x) if forward is None else forward(x)
     out.square().mean().backward()
-    return {"out": out.detach(), "x": x.grad, **{n: p.grad for n, p in net.named_parameters() if p.grad is not None}}
+    return {
+        "out": out.detach(),
+        "x": x.grad,
+        **{n: p.grad for n, p in net.named_parameters() if p.grad is not None},
+    }
 
 
 def assert_same_step(net, twin, x, forward):
@@ -236,7 +239,9 @@ def test_aot_inductor(training, tmp_path):
     twin = through_modules(net)
     x = torch.randn(4, 4, 8, 8)
     with torch.no_grad():
-        program = torch.export.export(net, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2, max=64)}})
+        program = torch.export.export(
+            net, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2, max=64)}}
+        )
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "net.pt2"))
         loaded = torch._inductor.aoti_load_package(package)
         for n in (4, 9):

@@ -249,7 +249,11 @@ def test_ddp_equals_one_process():
         for option, state in zip(DDP_OPTIONS, states, strict=True):
             for name, t in want.items():
                 torch.testing.assert_close(
-                    state[name].to(t.dtype), t, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{option} {n}: {m}"
+                    state[name].to(t.dtype),
+                    t,
+                    rtol=1e-4,
+                    atol=1e-5,
+                    msg=lambda m, n=name, o=option: f"{o} {n}: {m}",
                 )
 
 
@@ -305,5 +309,5 @@ def test_fsdp2_trains_saves_and_resumes(tmp_path):
         for name, t in net.state_dict().items():
             for run in ("first", "resumed"):
                 torch.testing.assert_close(
-                    r[run][name].to(t.dtype), t, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{run} {n}: {m}"
+                    r[run][name].to(t.dtype), t, rtol=1e-4, atol=1e-5, msg=lambda m, n=name, r=run: f"{r} {n}: {m}"
                 )

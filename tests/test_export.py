@@ -129,7 +129,9 @@ def test_folded_kernels_take_int8_worse_than_a_plain_networks():
     pytest.importorskip("sklearn")
     report = load_tool("int8_report")
     found = report.measure(seed=0, epochs=3)
-    inner = {network: ranges[1:] for network, (ranges, _) in found.items()}  # the first layer has 9 weights a channel
+    inner = {
+        network: ranges[1:] for network, (ranges, _) in found.items()
+    }  # the first layer has 9 weights a channel
     for attribute, sign in (("crest", 1), ("sqnr_channel", -1), ("sqnr_tensor", -1)):
         plain, acnet = (sum(getattr(r, attribute) for r in inner[network]) / 3 for network in ("plain", "ACNet"))
         assert sign * (acnet - plain) > 0, attribute

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from acnet_kernels import ACBlock
 from acnet_kernels.backends import planner
@@ -146,14 +145,16 @@ def check_outputs(b, x, got, want):
     for name, t in want.items():
         if t.isfinite().all():
             assert got[name].isfinite().all(), f"{name} is not finite, the submodules' is"
-    if x.numel() and all(t.isfinite().all() for t in want.values()):
-        live = any(norm.batch_stats for norm in b.step().norms)
+    live = any(norm.batch_stats for norm in b.step().norms)
+    values = want["out"].numel() // b.out_channels
+    # The variance of a handful of half-precision values can be all rounding error, eager's as well as ours.
+    meaningful = x.numel() and not (live and x.dtype.itemsize == 2 and values < 16)
+    if meaningful and all(t.isfinite().all() for t in want.values()):
         close(got, want, oracle.truth(b, x, gradient(b, x)), 0.0 if live else terms_of(b, x))
 
 
 def close(got, eager, true, terms=0.0):
     """The suite's tolerance rule, with the norm of the terms that cancel in out as its least scale."""
-    # Eager's own error is one draw of the rounding: on a handful of values it can be lucky.
     floor = oracle.FLOORS[got["out"].dtype]
     largest = max(t.double().norm() for t in true.values())
     for name, t in true.items():

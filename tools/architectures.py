@@ -172,7 +172,9 @@ def examine(name: str) -> Row:
     done = [c for c in explain(acnet).conversions if c.converted]
     return Row(
         name=name,
-        convolutions=sum(isinstance(m, nn.Conv2d) and m.kernel_size in [(k, k) for k in sizes] for m in model.modules()),
+        convolutions=sum(
+            isinstance(m, nn.Conv2d) and m.kernel_size in [(k, k) for k in sizes] for m in model.modules()
+        ),
         blocks=len(blocks),
         absorbed=sum(c.note == "with its batch norm" for c in done),
         parameters=(size(model), size(acnet), size(folded)),
@@ -186,8 +188,8 @@ def examine(name: str) -> Row:
 def table(rows: list[Row]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| architecture | square convolutions | blocks (with their batch norm) | parameters: plain → ACNet → folded "
-        "| `from_conv` error | one step | fold error |",
+        "| architecture | square convolutions | blocks (with their batch norm) | parameters: plain → ACNet → "
+        "folded | `from_conv` error | one step | fold error |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:

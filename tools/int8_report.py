@@ -102,7 +102,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     runs = [measure(seed, args.epochs) for seed in range(args.seeds)]
-    print("| layer | network | peak | spread | crest | int8 SQNR, a scale a tensor | a channel |\n|---|---|---|---|---|---|---|")
+    print("| layer | network | peak | spread | crest | int8 SQNR, a scale a tensor | a channel |")
+    print("|---|---|---|---|---|---|---|")
     names = [r.name for r in runs[0]["plain"][0]]
     for i, layer in enumerate(names):
         for network in ("plain", "ACNet"):
@@ -115,7 +116,8 @@ def main() -> None:
                 f"| {layer} | {network} | {mean('peak'):.2f} | {mean('spread'):.1f} | {mean('crest'):.2f} "
                 f"| {mean('sqnr_tensor'):.1f} dB | {mean('sqnr_channel'):.1f} dB |"
             )
-    print("\n| test accuracy | fp32 | int8, a scale a tensor | a channel | int4, a scale a tensor | a channel |\n|---|---|---|---|---|---|")
+    print("\n| test accuracy | fp32 | int8, a scale a tensor | a channel | int4, a scale a tensor | a channel |")
+    print("|---|---|---|---|---|---|")
     for network in ("plain", "ACNet"):
         columns = zip(*(run[network][1] for run in runs), strict=True)
         print(f"| {network} | " + " | ".join(f"{statistics.mean(c):.2f} %" for c in columns) + " |")
