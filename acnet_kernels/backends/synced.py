@@ -2,8 +2,8 @@
 
 Each process reduces its own maps to (count, mean, M2) per branch and channel; one all_gather carries all
 branches, and Chan's rule merges them whatever the counts. Backward sends Σg, which the branches share, and one
-Σ g·(y_b − μ_b) a branch in one all_reduce. nn.SyncBatchNorm needs one of each a branch. Nobody requests this backend: it runs where norms are
-synchronised.
+Σ g·(y_b − μ_b) a branch in one all_reduce. nn.SyncBatchNorm needs one of each a branch. Nobody requests this
+backend: it runs where norms are synchronised.
 """
 
 from __future__ import annotations
