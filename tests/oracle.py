@@ -73,6 +73,8 @@ def run(block: nn.Module, x: Tensor, grad: Tensor, forward=None) -> dict[str, Te
     out = forward(block, x) if forward else block(x)
     out.backward(grad.to(out.dtype))
     found = {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+    # Gradients that share memory are right once, and wrong as soon as a second backward accumulates into them.
+    assert len({t.data_ptr() for t in found.values()}) == len(found), "two parameters share a gradient's memory"
     return {"out": out.detach(), "x": x.grad, **found}
 
 

@@ -13,6 +13,7 @@ Statistics are sums over pixels: a distributed step has to add one small vector 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -95,7 +96,8 @@ def forward(x: Tensor, step: Step) -> Tensor:
     # A convolution's bias shifts the mean that is subtracted again: its gradient is zero, but it has one.
     biases = [branch.bias for branch in step.branches.values() if branch.bias is not None]
     betas += [torch.zeros_like(bias) * bias for bias in biases]
-    beta = torch.stack(betas).sum(0) if betas else square.new_zeros(shape, dtype=dtype)
+    # Not stack().sum(): its backward gives every β a view of one gradient, and accumulation adds into it thrice.
+    beta = functools.reduce(torch.add, betas) if betas else square.new_zeros(shape, dtype=dtype)
     out, mean, variance = ops.moments_step(
         x,
         weights,
