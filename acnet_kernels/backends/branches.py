@@ -223,17 +223,10 @@ def _sum(grad: Tensor) -> Tensor:
 
 
 def forward(x: Tensor, step: Step) -> Tensor:
-    """One step on x (N×C×H×W, already padded where the padding mode is not zeros).
-
-    Raises:
-        ValueError: there is one value per channel, which has no variance (as nn.BatchNorm2d).
-    """
+    """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
     geometry = step.geometry
     size = geometry.output_size(x.shape[2], x.shape[3])
     count = x.shape[0] * size[0] * size[1]
-    if count == 1:
-        shape = (x.shape[0], step.branches["square"].weight.shape[0], *size)
-        raise ValueError(f"batch norm needs more than 1 value per channel in training, got a map of shape {shape}")
     branches = {name: step.branches[name] for name in BRANCHES if name in step.branches}
     if step.norm is not None:
         branches = {"square": _summed(branches, step)}

@@ -73,7 +73,7 @@ def saved_bytes(problem: Problem) -> int:
 
 
 def forward(x: Tensor, step: Step) -> Tensor:
-    """One step on x (N×C×H×W). Raises ValueError where nn.BatchNorm2d does: one value a channel."""
+    """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
     geometry, square = step.geometry, step.branches["square"].weight
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -81,9 +81,6 @@ def forward(x: Tensor, step: Step) -> Tensor:
     elif x.dtype != square.dtype:
         raise TypeError(f"input must have the weights' dtype {square.dtype}, got {x.dtype}")
     count = x.shape[0] * x.shape[2] * x.shape[3]
-    if count == 1:
-        size = torch.Size((x.shape[0], square.shape[0], *x.shape[2:]))
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
     norms, kernels = step.norms, {name: branch.weight for name, branch in step.branches.items()}
     if step.norm is None:
         weights, places = list(kernels.values()), [_origin(geometry, name) for name in kernels]
