@@ -16,8 +16,19 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(STAMP)
 	$(PY) -m acnet_kernels demo
 
+# One thread a process, one process a core.
 test: lint
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto
+
+# What needs a CUDA device; everywhere else it is skipped, saying so.
+test-gpu: $(STAMP)
+	$(PY) -m pytest tests/triton tests/gpu
+
+bench: $(STAMP)
+	$(PY) -m benchmarks.fusion
+	$(PY) -m benchmarks.step --dtype float32
+	$(PY) -m benchmarks.step --dtype bfloat16
+	$(PY) -m benchmarks.memory
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

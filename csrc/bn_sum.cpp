@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -28,7 +29,7 @@ constexpr int64_t kSlabElements = 16 << 10;  // a slab is worth a task of its ow
 constexpr int64_t kMostSlabs = 64;
 
 // The best instruction set of this processor, limited by ATEN_CPU_CAPABILITY (default, avx2, avx512) as in ATen.
-template <class T, class A>
+template <class T, class O, class A>
 const Passes<A>& passes() {
   static const Passes<A> chosen = [] {
 #if defined(__x86_64__)
@@ -37,12 +38,12 @@ const Passes<A>& passes() {
     __builtin_cpu_init();
     if (limit == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      return avx512::passes<T, A>();
+      return avx512::passes<T, O, A>();
     if (limit != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("f16c"))
-      return avx2::passes<T, A>();
+      return avx2::passes<T, O, A>();
 #endif
-    return generic::passes<T, A>();
+    return generic::passes<T, O, A>();
   }();
   return chosen;
 }
@@ -62,6 +63,15 @@ auto dispatch(ScalarType type, const Body& body) {
     default:
       STD_TORCH_CHECK(false, "ys must be float32, float64, bfloat16 or float16");
   }
+}
+
+// body(T{}, O{}, A{}) where out and grad, of type O, may be narrower than the maps.
+template <class Body>
+auto dispatch(ScalarType maps, ScalarType outer, const Body& body) {
+  if (maps == outer) return dispatch(maps, [&](auto element, auto accumulator) { return body(element, element, accumulator); });
+  STD_TORCH_CHECK(maps == ScalarType::Float && (outer == ScalarType::BFloat16 || outer == ScalarType::Half),
+                  "out and grad must have the dtype of ys, or bfloat16 or float16 where ys are float32");
+  return outer == ScalarType::BFloat16 ? body(float{}, c10::BFloat16{}, float{}) : body(float{}, c10::Half{}, float{});
 }
 
 bool is_channels_last(const Tensor& t) {
@@ -163,17 +173,27 @@ Tensor make_tensor(const Tensor& like, std::vector<int64_t> sizes, const std::ve
   return t;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps) {
+// An uninitialised map in y's shape and layout.
+Tensor empty_map(const Tensor& y, ScalarType dtype, bool channels_last) {
+  if (dtype == y.scalar_type()) return torch::stable::empty_like(y);
+  const int64_t n = y.size(0), k = y.size(1), h = y.size(2), w = y.size(3);
+  if (!channels_last) return torch::stable::new_empty(y, {n, k, h, w}, dtype);
+  return torch::stable::transpose(torch::stable::transpose(torch::stable::new_empty(y, {n, h, w, k}, dtype), 2, 3), 1, 2);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
+                                           std::optional<ScalarType> dtype) {
   const Plan plan = plan_of(ys);
   const size_t branches = ys.size();
   check_affine("gammas", gammas, branches);
   check_affine("betas", betas, branches);
   STD_TORCH_CHECK(eps.size() == branches, "eps must have one entry per map");
-  Tensor out = torch::stable::empty_like(ys[0]);
-  return dispatch(ys[0].scalar_type(), [&](auto element, auto accumulator) {
+  const ScalarType type = ys[0].scalar_type();
+  return dispatch(type, dtype.value_or(type), [&](auto element, auto outer, auto accumulator) {
     using E = decltype(element);
     using A = decltype(accumulator);
-    const Passes<A>& pass = passes<E, A>();
+    const Passes<A>& pass = passes<E, decltype(outer), A>();
+    Tensor out = empty_map(ys[0], dtype.value_or(type), plan.channels_last);
     const std::vector<const void*> y = pointers(ys);
     const int64_t channels = plan.channels, per_slab = plan.branches * channels;
     std::vector<A> slab_mean(plan.slabs * per_slab), slab_m2(plan.slabs * per_slab);
@@ -230,18 +250,18 @@ std::tuple<Tensor, Tensor> backward_into(const Tensor& grad, const Tensors& ys, 
                                          const Tensor& rstds, const Tensors& gammas,
                                          const std::vector<void*>& dys) {
   const Plan plan = plan_of(ys);
-  bool same = grad.scalar_type() == ys[0].scalar_type() && grad.dim() == 4;
+  bool same = grad.dim() == 4;
   for (int d = 0; same && d < 4; ++d) same = grad.size(d) == ys[0].size(d);
   STD_TORCH_CHECK(same && (plan.channels_last ? is_channels_last(grad) : grad.is_contiguous()),
-                  "grad must agree with ys in shape, dtype and layout");
+                  "grad must agree with ys in shape and layout");
   check_affine("gammas", gammas, ys.size());
   for (const Tensor* t : {&means, &rstds})
     STD_TORCH_CHECK(t->numel() == plan.branches * plan.channels && t->is_contiguous() &&
                         t->scalar_type() == ScalarType::Double,
                     "means and rstds must be what bn_sum_forward returned");
-  return dispatch(ys[0].scalar_type(), [&](auto element, auto accumulator) {
+  return dispatch(ys[0].scalar_type(), grad.scalar_type(), [&](auto element, auto outer, auto accumulator) {
     using A = decltype(accumulator);
-    const Passes<A>& pass = passes<decltype(element), A>();
+    const Passes<A>& pass = passes<decltype(element), decltype(outer), A>();
     const std::vector<const void*> y = pointers(ys);
     const int64_t channels = plan.channels, per_slab = (plan.branches + 1) * channels;
     const double* mean = static_cast<const double*>(means.const_data_ptr());
@@ -310,7 +330,8 @@ std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
-  m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps) -> (Tensor, Tensor, Tensor)");
+  m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype=None)"
+      " -> (Tensor, Tensor, Tensor)");
   m.def(
       "bn_sum_backward(Tensor grad, Tensor[] ys, Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy)"
       " -> (Tensor[], Tensor, Tensor)");

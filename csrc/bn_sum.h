@@ -36,8 +36,8 @@ struct Plan {
   int64_t end(int64_t i, int64_t limit) const { return i == slabs - 1 ? limit : (i + 1) * slab; }
 };
 
-// The passes over tasks [begin, end). T is the maps' type; A, the type of everything else, is double for double and
-// float otherwise. Coefficients are [branches][width()], partial results [slabs][…][channels].
+// The passes over tasks [begin, end). T is the type of y and dy; O, of out and grad, is T or a half type for float maps;
+// A, of everything else, is double for double and float otherwise. Coefficients are [branches][width()], partial results [slabs][…][channels].
 template <class A>
 struct Passes {
   // mean and M2 = Σ(y − mean)² of each slab of y − pivot, [slabs][branches][channels]. The pivot is any element of the
@@ -54,10 +54,10 @@ struct Passes {
                    const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end);
 };
 
-// The passes for maps of type T with one instruction set.
+// The passes with one instruction set.
 #define ACNET_BN_SUM_DECLARE(isa) \
   namespace isa {                 \
-  template <class T, class A>     \
+  template <class T, class O, class A> \
   Passes<A> passes();             \
   }
 ACNET_BN_SUM_DECLARE(generic)

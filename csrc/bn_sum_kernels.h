@@ -204,7 +204,7 @@ void statistics_rows(const Plan& plan, const void* const* y, const A* pivots, A*
   }
 }
 
-template <class T, class A, int B>
+template <class T, class O, class A, int B>
 void apply_rows(const Plan& plan, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
                 int64_t begin, int64_t end) {
   const int64_t width = plan.width();
@@ -213,7 +213,7 @@ void apply_rows(const Plan& plan, const void* const* y, const A* center, const A
       Vec<A> sum = get(shift + c);
       for (int b = 0; b < B; ++b)
         sum += get(scale + b * width + c) * (get(static_cast<const T*>(y[b]) + at + c) - get(center + b * width + c));
-      put(static_cast<T*>(out) + at + c, sum);
+      put(static_cast<O*>(out) + at + c, sum);
     });
   };
   // Backwards: the end of the maps is what the pass before left in the cache.
@@ -229,11 +229,11 @@ struct Unroll {
   static constexpr int value = U;
 };
 
-template <class T, class A, int B>
+template <class T, class O, class A, int B>
 void reduce_rows(const Plan& plan, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
                  int64_t end) {
   const int64_t width = plan.width(), channels = plan.channels;
-  const T* g = static_cast<const T*>(grad);
+  const O* g = static_cast<const O*>(grad);
   const Scratch<A> scratch(2 * (B + 1) * width);
   A *chunk = scratch.data, *slab = chunk + (B + 1) * width;
   const auto add_rows = [&](int64_t at, int64_t columns, auto unroll) __attribute__((always_inline)) {
@@ -278,11 +278,11 @@ void reduce_rows(const Plan& plan, const void* grad, const void* const* y, const
   }
 }
 
-template <class T, class A, int B>
+template <class T, class O, class A, int B>
 void gradient_rows(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
                    const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end) {
   const int64_t width = plan.width();
-  const T* g = static_cast<const T*>(grad);
+  const O* g = static_cast<const O*>(grad);
   const auto row = [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
     for_vectors<A>(columns, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
       const Vec<A> v = get(g + at + c);
@@ -360,7 +360,7 @@ void statistics_planes(const Plan& plan, const void* const* y, const A* pivots, 
     }
 }
 
-template <class T, class A, int B>
+template <class T, class O, class A, int B>
 void apply_planes(const Plan& plan, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
                   int64_t begin, int64_t end) {
   for (int64_t t = end - 1; t >= begin; --t) {
@@ -371,16 +371,16 @@ void apply_planes(const Plan& plan, const void* const* y, const A* center, const
         for (int b = 0; b < B; ++b)
           sum += scale[b * plan.channels + k] *
                  (get(static_cast<const T*>(y[b]) + at + c) - center[b * plan.channels + k]);
-        put(static_cast<T*>(out) + at + c, sum);
+        put(static_cast<O*>(out) + at + c, sum);
       });
     });
   }
 }
 
-template <class T, class A, int B>
+template <class T, class O, class A, int B>
 void reduce_planes(const Plan& plan, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
                    int64_t end) {
-  const T* g = static_cast<const T*>(grad);
+  const O* g = static_cast<const O*>(grad);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t k = t % plan.channels;
     double slab[B + 1] = {};
@@ -403,10 +403,10 @@ void reduce_planes(const Plan& plan, const void* grad, const void* const* y, con
   }
 }
 
-template <class T, class A, int B>
+template <class T, class O, class A, int B>
 void gradient_planes(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
                      const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end) {
-  const T* g = static_cast<const T*>(grad);
+  const O* g = static_cast<const O*>(grad);
   for (int64_t t = end - 1; t >= begin; --t) {
     const int64_t k = t % plan.channels;
     for_planes(plan, t, [&](int64_t at) {
@@ -426,12 +426,12 @@ void gradient_planes(const Plan& plan, const void* grad, const void* const* y, c
 // ---- choice of the layout and the number of branches ----
 
 #define ACNET_CALL(name, ...)                                                              \
-  (plan.channels_last ? (plan.branches == 1   ? name##_rows<T, A, 1>(__VA_ARGS__)          \
-                         : plan.branches == 2 ? name##_rows<T, A, 2>(__VA_ARGS__)          \
-                                              : name##_rows<T, A, 3>(__VA_ARGS__))         \
-                      : (plan.branches == 1   ? name##_planes<T, A, 1>(__VA_ARGS__)        \
-                         : plan.branches == 2 ? name##_planes<T, A, 2>(__VA_ARGS__)        \
-                                              : name##_planes<T, A, 3>(__VA_ARGS__)))
+  (plan.channels_last ? (plan.branches == 1   ? name##_rows<T, O, A, 1>(__VA_ARGS__)          \
+                         : plan.branches == 2 ? name##_rows<T, O, A, 2>(__VA_ARGS__)          \
+                                              : name##_rows<T, O, A, 3>(__VA_ARGS__))         \
+                      : (plan.branches == 1   ? name##_planes<T, O, A, 1>(__VA_ARGS__)        \
+                         : plan.branches == 2 ? name##_planes<T, O, A, 2>(__VA_ARGS__)        \
+                                              : name##_planes<T, O, A, 3>(__VA_ARGS__)))
 
 template <class T, class A>
 void statistics(const Plan& plan, const void* const* y, const A* pivot, A* mean, A* m2, int64_t begin, int64_t end) {
@@ -440,17 +440,17 @@ void statistics(const Plan& plan, const void* const* y, const A* pivot, A* mean,
   else
     statistics_planes<T, A>(plan, y, pivot, mean, m2, begin, end);
 }
-template <class T, class A>
+template <class T, class O, class A>
 void apply(const Plan& plan, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
            int64_t begin, int64_t end) {
   ACNET_CALL(apply, plan, y, center, scale, shift, out, begin, end);
 }
-template <class T, class A>
+template <class T, class O, class A>
 void reduce(const Plan& plan, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
             int64_t end) {
   ACNET_CALL(reduce, plan, grad, y, center, sums, begin, end);
 }
-template <class T, class A>
+template <class T, class O, class A>
 void gradient(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
               const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end) {
   ACNET_CALL(gradient, plan, grad, y, center, scale, slope, offset, dy, begin, end);
@@ -459,13 +459,15 @@ void gradient(const Plan& plan, const void* grad, const void* const* y, const A*
 
 }  // namespace
 
-template <class T, class A>
+template <class T, class O, class A>
 Passes<A> passes() {
-  return {statistics<T, A>, apply<T, A>, reduce<T, A>, gradient<T, A>};
+  return {statistics<T, A>, apply<T, O, A>, reduce<T, O, A>, gradient<T, O, A>};
 }
-template Passes<float> passes<float, float>();
-template Passes<double> passes<double, double>();
-template Passes<float> passes<c10::BFloat16, float>();
-template Passes<float> passes<c10::Half, float>();
+template Passes<float> passes<float, float, float>();
+template Passes<float> passes<float, c10::BFloat16, float>();
+template Passes<float> passes<float, c10::Half, float>();
+template Passes<double> passes<double, double, double>();
+template Passes<float> passes<c10::BFloat16, c10::BFloat16, float>();
+template Passes<float> passes<c10::Half, c10::Half, float>();
 
 }  // namespace acnet::bn_sum::ACNET_ISA

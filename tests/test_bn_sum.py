@@ -115,6 +115,23 @@ print("checked")
     assert done.stdout == "checked\n", done.stderr
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_float32_maps_between_narrow_ones(implementation, layout, narrow):
+    forward, backward, _ = IMPLEMENTATIONS[implementation]
+    ys, gammas, betas, eps, grad = make((3, 19, 7, 5), layout=layout)
+    wide, means, rstds = forward(ys, gammas, betas, eps)
+    out = forward(ys, gammas, betas, eps, narrow)[0]
+    assert torch.equal(out, wide.to(narrow))
+    assert out.stride() == ys[0].stride()
+    grad = grad.to(narrow)
+    got = backward(grad, ys, means, rstds, gammas, [True] * 3)
+    want = backward(grad.float(), ys, means, rstds, gammas, [True] * 3)
+    for a, b in zip([*got[0], *got[1:]], [*want[0], *want[1:]], strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.skipif(bn_sum.MISSING is not None, reason=f"needs the C++ kernels: {bn_sum.MISSING}")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_same_bits_for_any_number_of_threads(layout):

@@ -154,7 +154,7 @@ def test_exports():
     block = random_block(padding=1, **CONFIGS[0])
     x = torch.randn(2, 16, 5, 6)
     program = torch.export.export(block, (x,))
-    assert "acnet_kernels.fuse_blocks.default" in program.graph_module.code
+    assert "acnet_kernels" not in program.graph_module.code  # it runs where this package is not
     torch.testing.assert_close(program.module()(x), block(x))
 
 

@@ -114,8 +114,7 @@ def _composed(plan: _Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor,
     """(out, means, rstds) from operators that torch.compile can trace and differentiate."""
     weights, gammas, betas = plan.split(tensors)
     with _without_autocast(x.device.type):
-        out, means, rstds = bn_sum.bn_sum_forward(plan.maps(x, weights), gammas, betas, plan.eps)
-    return out.to(plan.dtype), means, rstds
+        return bn_sum.bn_sum_forward(plan.maps(x, weights), gammas, betas, plan.eps, plan.dtype)
 
 
 @functools.cache
@@ -139,14 +138,14 @@ class _Step(torch.autograd.Function):
             _keep_freed_memory()
         with _without_autocast(x.device.type):
             ys = plan.maps(x, weights)
-            out, means, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, plan.eps)
+            out, means, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, plan.eps, plan.dtype)
         ctx.plan = plan
         # A hook on saved tensors may keep what it was given.
         ctx.owns_maps = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         ctx.save_for_backward(x, *weights, *gammas, means, rstds, *ys)
         ctx.mark_non_differentiable(means, rstds)
         ctx.set_materialize_grads(False)
-        return out.to(plan.dtype), means, rstds
+        return out, means, rstds
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -163,7 +162,7 @@ class _Step(torch.autograd.Function):
                 return None, *found, *[_sum(grad) if need else None for need in plan.split(needs[2:])[2]]
             needs_x, needs_w = needs[1], plan.split(needs[2:])[0]
             needs_dy = [needs_x or need for need in needs_w]
-            grad = bn_sum.like(grad.to(plan.conv_dtype), ys[0])
+            grad = bn_sum.like(grad, ys[0])
             if ctx.owns_maps and not torch._C._autograd._get_current_graph_task_keep_graph():
                 dgammas, dbeta = bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy)
                 dys = [y for y, need in zip(ys, needs_dy, strict=True) if need]

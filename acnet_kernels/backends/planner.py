@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
+
 from ..ops import bn_sum
 from ..spec import Problem
 from . import branches, eager, folded, moments, synced
@@ -87,9 +89,8 @@ def does_not_pay(backend: str, problem: Problem) -> str | None:
             return "its batch-norm sums have no CUDA kernels"
         if bn_sum.MISSING is not None:
             return "its batch-norm sums are slow without the C++ extension"
-        elements = problem.output_bytes // problem.dtype.itemsize
-        if elements <= SMALL_MAP:
-            return f"maps of {elements} elements, {SMALL_MAP} or fewer, are as fast in eager"
+        if problem.output_bytes // problem.dtype.itemsize <= SMALL_MAP:
+            return f"maps of {SMALL_MAP} elements or fewer are as fast in eager"
     return None
 
 
@@ -99,6 +100,8 @@ def _saving_plan(problem: Problem) -> Plan | None:
     kept, usual = moments.saved_bytes(problem), eager.saved_bytes(problem)
     if kept >= usual:
         return None
+    if torch.compiler.is_compiling():  # a number in the text would tie the graph to one batch size
+        return Plan(moments, "memory saver")
     return Plan(moments, f"memory saver: keeps {kept:,} bytes for backward, {usual - kept:,} fewer than eager")
 
 

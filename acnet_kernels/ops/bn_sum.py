@@ -1,7 +1,7 @@
 """Batch-norm sums, out = Σ_b BN_b(y_b) with the batch's own statistics, and their gradient, as operators.
 
-    bn_sum_forward(ys, gammas, betas, eps) -> (out, means, rstds)
-        out = Σ_b γ_b·(y_b − μ_b)·rstd_b + β_b, in the dtype and layout of ys.
+    bn_sum_forward(ys, gammas, betas, eps, dtype=None) -> (out, means, rstds)
+        out = Σ_b γ_b·(y_b − μ_b)·rstd_b + β_b, in the layout of ys, and in `dtype`: that of ys unless given.
     bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy) -> (dys, dgammas, dbeta)
         dys holds dy_b for every b with needs_dy[b], in order, in the dtype and layout of ys. Every branch's dβ is
         the same Σ grad, hence one dbeta.
@@ -10,8 +10,9 @@
 
 Arguments: `ys`, 1 to 3 maps N×K×H×W of one shape, dtype (float32, float64, bfloat16, float16) and layout (all
 contiguous or all channels_last); `gammas` and `betas`, one (K,) a map, or [] for γ = 1 and β = 0; `eps`, a float a
-map; `grad` like out. `means` and `rstds` are (branches, K) float64: float32 would round away the deviation of a map
-whose mean is far larger. `dgammas` is (branches, K) and `dbeta` (K,), float64 for float64 maps, float32 otherwise.
+map; `dtype`, bfloat16 or float16 for float32 ys; `grad` like out. `means` and `rstds` are (branches, K) float64:
+float32 would round away the deviation of a map whose mean is far larger. `dgammas` is (branches, K) and `dbeta`
+(K,), float64 for float64 maps, float32 otherwise.
 Running statistics are the caller's (backends/batchnorm.py).
 
 With ŷ_b = (y_b − μ_b)·rstd_b, M = N·H·W and g = grad:
@@ -36,7 +37,8 @@ _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 if MISSING is not None:
     _COMMON = "Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy"
     _LIBRARY.define(
-        "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps) -> (Tensor, Tensor, Tensor)"
+        "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype=None)"
+        " -> (Tensor, Tensor, Tensor)"
     )
     _LIBRARY.define(f"bn_sum_backward(Tensor grad, Tensor[] ys, {_COMMON}) -> (Tensor[], Tensor, Tensor)")
     _LIBRARY.define(f"bn_sum_backward_(Tensor grad, Tensor(a!)[] ys, {_COMMON}) -> (Tensor, Tensor)")
@@ -60,14 +62,28 @@ def _check(ys: Sequence[Tensor]) -> None:
         raise ValueError(f"ys must agree in shape and dtype, got {[(tuple(y.shape), y.dtype) for y in ys]}")
 
 
+def _check_outer(y: Tensor, dtype: torch.dtype) -> None:
+    if dtype != y.dtype and not (y.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)):
+        raise ValueError(
+            f"out and grad must have the dtype of ys, {y.dtype}, or bfloat16 or float16 where ys are float32, "
+            f"got {dtype}"
+        )
+
+
 def _per_channel(values: Tensor) -> Tensor:
     return values[:, None, None]
 
 
 def _forward(
-    ys: list[Tensor], gammas: list[Tensor], betas: list[Tensor], eps: list[float]
+    ys: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    eps: list[float],
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(ys)
+    out_dtype = ys[0].dtype if dtype is None else dtype
+    _check_outer(ys[0], out_dtype)
     dtype = accumulation_dtype(ys[0].dtype)
     means, rstds = [], []
     total = torch.zeros_like(ys[0], dtype=dtype)
@@ -80,7 +96,7 @@ def _forward(
             total += _per_channel(betas[b])
         means.append(mean)
         rstds.append(rstd)
-    return total.to(ys[0].dtype), torch.stack(means).double(), torch.stack(rstds).double()
+    return total.to(out_dtype), torch.stack(means).double(), torch.stack(rstds).double()
 
 
 def _backward_into(
@@ -92,11 +108,9 @@ def _backward_into(
     targets: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     _check(ys)
-    if grad.shape != ys[0].shape or grad.dtype != ys[0].dtype:
-        raise ValueError(
-            f"grad must agree with ys in shape and dtype, got {tuple(grad.shape)} and {grad.dtype}, "
-            f"ys have {tuple(ys[0].shape)} and {ys[0].dtype}"
-        )
+    if grad.shape != ys[0].shape:
+        raise ValueError(f"grad must agree with ys in shape, got {tuple(grad.shape)}, ys have {tuple(ys[0].shape)}")
+    _check_outer(ys[0], grad.dtype)
     dtype = accumulation_dtype(grad.dtype)
     means, rstds, g = means.to(dtype), rstds.to(dtype), grad.to(dtype)
     count = grad.numel() // grad.shape[1]
@@ -145,9 +159,11 @@ for _key in ("CUDA", "CPU") if MISSING is not None else ("CUDA",):
 
 
 @torch.library.register_fake("acnet_kernels::bn_sum_forward")
-def _(ys: list[Tensor], gammas: Any, betas: Any, eps: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    ys: list[Tensor], gammas: Any, betas: Any, eps: Any, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     statistics = ys[0].new_empty((len(ys), ys[0].shape[1]), dtype=torch.float64)
-    return torch.empty_like(ys[0]), statistics, torch.empty_like(statistics)
+    return torch.empty_like(ys[0], dtype=dtype), statistics, torch.empty_like(statistics)
 
 
 def _fake_parameters(grad: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,9 +187,9 @@ def _(
 
 
 def like(grad: Tensor, y: Tensor) -> Tensor:
-    """grad in y's dtype and memory layout, as bn_sum_backward takes it; grad itself where it is so already."""
+    """grad in y's memory layout, as bn_sum_backward takes it; grad itself where it is so already."""
     layout = torch.channels_last if is_channels_last(y) else torch.contiguous_format
-    return grad.to(y.dtype).contiguous(memory_format=layout)
+    return grad.contiguous(memory_format=layout)
 
 
 def is_channels_last(y: Tensor) -> bool:
@@ -182,7 +198,7 @@ def is_channels_last(y: Tensor) -> bool:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ys, gammas, betas, _ = inputs
+    ys, gammas, betas, *_ = inputs
     _, means, rstds = output
     ctx.mark_non_differentiable(means, rstds)
     ctx.count = len(ys)
@@ -193,7 +209,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(
     ctx: Any, grad: Tensor, *_: Tensor | None
-) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], None]:
+) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], None, None]:
     saved = list(ctx.saved_tensors)
     ys, (means, rstds), gammas = saved[: ctx.count], saved[ctx.count : ctx.count + 2], saved[ctx.count + 2 :]
     dys, dgammas, dbeta = bn_sum_backward(like(grad, ys[0]), ys, means, rstds, gammas, ctx.needs_dy)
@@ -202,6 +218,7 @@ def _autograd(
         [next(given) if need else None for need in ctx.needs_dy],
         [d.to(gamma.dtype) for gamma, d in zip(gammas, dgammas, strict=False)],
         [dbeta.to(dtype) for dtype in ctx.beta_dtypes],
+        None,
         None,
     )
 

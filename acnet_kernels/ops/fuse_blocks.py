@@ -267,9 +267,14 @@ def fuse_blocks(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
     """The functional operator in PyTorch."""
     a = Arguments(*inputs)
     check(a)
-    blocks = _branches(a)
-    _check_variances(blocks)
-    folded = [_fold_block(branches) for branches in blocks]
+    _check_variances(_branches(a))
+    return decomposed(a)
+
+
+def decomposed(a: Arguments) -> tuple[list[Tensor], list[Tensor]]:
+    """The functional operator as plain PyTorch operators, data unread: for graphs that run without this package."""
+    check(a)
+    folded = [_fold_block(branches) for branches in _branches(a)]
     return [weight for weight, _ in folded], [bias for _, bias in folded]
 
 

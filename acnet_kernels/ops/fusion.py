@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Step
-from .fuse_blocks import BETA, BRANCH, CONV_BIAS, ERROR, GAMMA, MEAN, Arguments
+from .fuse_blocks import BETA, BRANCH, CONV_BIAS, ERROR, GAMMA, MEAN, Arguments, decomposed
 
 _fuse_blocks = torch.ops.acnet_kernels.fuse_blocks.default
 _fuse_blocks_out = torch.ops.acnet_kernels.fuse_blocks_out.default
@@ -50,6 +50,8 @@ def fold_arguments(
     """`fold_steps` of blocks whose tensors are already in the operator's lists."""
     try:
         if out is None:
+            if torch.compiler.is_exporting():
+                return list(zip(*decomposed(arguments), strict=True))
             weights, biases = _call(_fuse_blocks, arguments, torch.is_grad_enabled())
             return list(zip(weights, biases, strict=True))
         targets = [weight for weight, _ in out], [bias for _, bias in out]
