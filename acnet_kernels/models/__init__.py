@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .blocks import BLOCKS, ConvNorm, constructor, initialise
+from . import imagenet
+from .blocks import BLOCKS, Layer, bare_conv, constructor, conv_norm, initialise
+from .cifar_quick import CifarQuick
+from .densenet import DenseNet
 from .resnet import ResNet
+from .vgg import VGG16
+from .wide_resnet import WideResNet
 
-__all__ = ["BLOCKS", "NETWORKS", "build"]
+__all__ = ["BLOCKS", "EXAMPLES", "NETWORKS", "build"]
 
-# Pattern of the name → (its number, num_classes, in_channels, conv) → network. One line a family.
-NETWORKS: dict[str, Callable[[int, int, int, ConvNorm], nn.Module]] = {r"resnet(\d+)": ResNet}
+
+class Family(NamedTuple):
+    """Networks that one class builds from (the name's numbers, num_classes, in_channels, conv)."""
+
+    network: Callable[..., nn.Module]
+    plain: Layer = conv_norm
+
+
+# Pattern of the name, its numbers in groups → its family. ImageNet's networks have their own names.
+NETWORKS: dict[str, Family] = {
+    r"cifar-quick": Family(CifarQuick),
+    r"vgg16": Family(VGG16),
+    r"resnet(\d+)": Family(ResNet),
+    r"wrn(\d+)-(\d+)": Family(WideResNet, bare_conv),
+    r"densenet(\d+)": Family(DenseNet, bare_conv),
+}
+EXAMPLES = "cifar-quick, vgg16, resnet8, resnet20, resnet56 (any 6n+2), wrn16-8, densenet40, " + ", ".join(
+    imagenet.NAMES
+)
 
 
 def build(name: str, num_classes: int, in_channels: int = 3, block: str = "acb", **block_options: Any) -> nn.Module:
@@ -25,23 +47,30 @@ def build(name: str, num_classes: int, in_channels: int = 3, block: str = "acb",
     skeleton (square kernels, shortcuts, classifier), whatever the block options.
 
     Args:
-        name: 'resnet8', 'resnet20', 'resnet32', 'resnet56', any 6n+2.
+        name: 'cifar-quick', 'vgg16', 'resnet20' (any 6n+2), 'wrn16-8' (any 6n+4 and width), 'densenet40' (any
+            3n+4); for ImageNet 'alexnet', 'resnet18', 'densenet121'.
         num_classes: number of logits.
         in_channels: C of the images.
-        block: 'acb' makes every k×k layer (k > 1) an ACBlock with γ = 1/3 (the paper's CIFAR setting);
-            'plain' is convolution + batch norm. 1×1 layers are plain in both.
+        block: 'plain' is a convolution, with its batch norm where the network has one there; the others make
+            every k×k layer (k > 1) an ACBlock with γ = 1/3 (the paper's CIFAR setting; 1 on ImageNet, where a
+            7×7 or 11×11 stem stays plain): 'acb', with one added branch 'acb-hor' or 'acb-ver', with one batch
+            norm after the sum 'acb-sum', with the branches moved to the border 'acb-border'. 1×1 layers are
+            plain always.
         block_options: passed to every ACBlock (`backend`, `branches`, `norm`, `reduce_gamma`, …).
 
     Raises:
         ValueError: an unknown name or block, or options that ACBlock refuses.
     """
-    conv = constructor(block, block_options)
-    for pattern, network in NETWORKS.items():
-        match = re.fullmatch(pattern, name)
-        if match:
-            seed = int(torch.randint(2**31, ()))
-            with torch.random.fork_rng(devices=[]):
-                model = network(int(match[1]), num_classes, in_channels, conv)
+    seed = int(torch.randint(2**31, (), device="cpu"))  # a real number under the meta device, too
+    with torch.random.fork_rng(devices=[]):
+        if name in imagenet.NAMES:
+            torch.manual_seed(seed)
+            return imagenet.build(name, num_classes, in_channels, block, block_options)
+        for pattern, family in NETWORKS.items():
+            match = re.fullmatch(pattern, name)
+            if match:
+                conv = constructor(block, block_options, family.plain)
+                model = family.network(*map(int, match.groups()), num_classes, in_channels, conv)
                 initialise(model, seed)
-            return model
-    raise ValueError(f"net must be resnet8, resnet20, resnet32, resnet56 or another resnet<6n+2>, got {name!r}")
+                return model
+    raise ValueError(f"net must be {EXAMPLES}, got {name!r}")

@@ -1,10 +1,9 @@
-"""The convolution + batch norm a network is built from: plain, or an ACBlock in its place."""
+"""The k×k layers a network is built from: plain, or an ACBlock in any of the paper's variants in their place."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,22 +11,43 @@ from torch import nn
 
 from ..block import ACBlock
 
-BLOCKS = ("acb", "plain")
+# Name → the ACBlock it means: the rows of paper Table 4, and the border-shifted variant of Fig. 6c, whose
+# shift depends on the kernel size. One batch norm after the sum starts at a plain layer's γ = 1.
+VARIANTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "acb": lambda kernel: {},
+    "acb-hor": lambda kernel: {"branches": ("square", "hor")},
+    "acb-ver": lambda kernel: {"branches": ("square", "ver")},
+    "acb-sum": lambda kernel: {"norm": "sum", "reduce_gamma": False},
+    "acb-border": lambda kernel: {"shift": (kernel // 2, kernel // 2)},
+}
+BLOCKS = (*VARIANTS, "plain")
 
 # (in_channels, out_channels, kernel_size, stride=1, padding=0) → a module with a convolution's geometry.
-ConvNorm = Callable[..., nn.Module]
+Layer = Callable[..., nn.Module]
 
 
 def conv_norm(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0
 ) -> nn.Sequential:
     """A bias-free convolution and its batch norm, as children `conv` and `bn`."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+    conv = bare_conv(in_channels, out_channels, kernel_size, stride, padding)
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
 
 
-def constructor(block: str, block_options: dict[str, Any]) -> ConvNorm:
+def bare_conv(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0
+) -> nn.Conv2d:
+    """A bias-free convolution."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+
+
+def constructor(block: str, options: dict[str, Any], plain: Layer = conv_norm) -> Layer:
     """What builds the network's k×k layers (k > 1).
+
+    Args:
+        block: one of `BLOCKS`.
+        options: for every ACBlock, above the variant's own.
+        plain: what a plain layer is: with its batch norm, or bare where the network normalises before it.
 
     Raises:
         ValueError: block is none of `BLOCKS`, or options are given for plain layers, which have none.
@@ -35,11 +55,18 @@ def constructor(block: str, block_options: dict[str, Any]) -> ConvNorm:
     if block not in BLOCKS:
         raise ValueError(f"block must be one of {BLOCKS}, got {block!r}")
     if block == "plain":
-        if block_options:
-            raise ValueError(f"block='plain' takes no block options, got {sorted(block_options)}")
-        return conv_norm
-    # γ = 1/3: the paper's CIFAR setting, so that the sum of three branches starts at a plain layer's scale.
-    return partial(ACBlock, **{"reduce_gamma": True, **block_options})
+        if options:
+            raise ValueError(f"block='plain' takes no block options, got {sorted(options)}")
+        return plain
+
+    def asymmetric(
+        in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0
+    ) -> ACBlock:
+        # γ = 1/3: the paper's CIFAR setting, so that the sum of three branches starts at a plain layer's scale.
+        settings = {"reduce_gamma": True, **VARIANTS[block](kernel_size), **options}
+        return ACBlock(in_channels, out_channels, kernel_size, stride, padding, **settings)
+
+    return asymmetric
 
 
 def initialise(model: nn.Module, seed: int) -> None:

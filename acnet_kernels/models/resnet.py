@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import ConvNorm, conv_norm
+from .blocks import Layer, conv_norm
 
 WIDTHS = (16, 32, 64)
 
@@ -13,7 +13,7 @@ WIDTHS = (16, 32, 64)
 class Residual(nn.Module):
     """Two 3×3 layers and a shortcut: identity, or a plain 1×1 convolution + batch norm where the shape changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, conv: ConvNorm) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, conv: Layer) -> None:
         super().__init__()
         self.conv1 = conv(in_channels, out_channels, 3, stride=stride, padding=1)
         self.conv2 = conv(out_channels, out_channels, 3, padding=1)
@@ -38,7 +38,7 @@ class ResNet(nn.Module):
         ValueError: depth is not 6n+2 with n ≥ 1.
     """
 
-    def __init__(self, depth: int, num_classes: int, in_channels: int, conv: ConvNorm) -> None:
+    def __init__(self, depth: int, num_classes: int, in_channels: int, conv: Layer) -> None:
         super().__init__()
         n, rest = divmod(depth - 2, 6)
         if n < 1 or rest:
