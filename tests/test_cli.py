@@ -167,3 +167,13 @@ def test_demo_takes_fashion_mnist_where_it_is_and_says_when_it_is_broken(tmp_pat
     code, printed, errors = run(capsys, "demo", "--data-dir", tmp_path, "--out", tmp_path / "out")
     assert (code, printed) == (2, "")
     assert "train-images-idx3-ubyte is no IDX file" in errors
+
+
+def test_a_preset_gives_what_no_option_does(tmp_path, capsys):
+    code, *_ = run(
+        capsys, "train", "--epochs", 1, "--preset", "resnet56", *SMALL[:6], "--data", "digits", "--out", tmp_path
+    )
+    assert code == 0
+    recipe = json.loads((tmp_path / "report.json").read_text())["recipe"]
+    assert (recipe["epochs"], recipe["net"], recipe["batch_size"]) == (1, "resnet8", 32)
+    assert (recipe["lr"], recipe["bias_lr_factor"], recipe["block"]) == (0.2, 2.0, "acb")

@@ -169,11 +169,12 @@ def test_a_wrong_cifar_file_is_named(small_cifar):
         open_data(name, CPU, folder=root)
 
 
-def numbered(n=23, height=6, width=5, channels=2, *, pad=2, flip=True, limit=None):
+def numbered(n=23, height=6, width=5, channels=2, *, pad=2, flip=True, limit=None, test_limit=None):
     """Images whose pixels are all different from 0, with labels that number them."""
     images = torch.randint(1, 256, (n, height, width, channels), dtype=torch.uint8)
     split = Split(images, torch.arange(n))
-    return images, MemoryData("numbers", "here", split, split, n, pad=pad, flip=flip, limit=limit, device=CPU)
+    limits = {"limit": limit, "test_limit": test_limit}
+    return images, MemoryData("numbers", "here", split, split, n, pad=pad, flip=flip, **limits, device=CPU)
 
 
 def undo(data, batch):
@@ -247,6 +248,17 @@ def test_a_limit_takes_the_same_images_for_every_seed():
     assert labels[0] != set(range(7))
     with pytest.raises(UserError, match="at most the 23 training images there are, got 24"):
         numbered(limit=24)
+
+
+def test_a_test_limit_takes_a_part_of_the_test_images_alone():
+    images, made = numbered(test_limit=5)
+    (tested, labels), *_ = list(made.test_batches(9))
+    assert (len(tested), made.test_images, made.train_images) == (5, 5, 23)
+    assert sorted(labels.tolist()) != list(range(5))
+    restored = tested.permute(0, 2, 3, 1) * made._std + made._mean
+    torch.testing.assert_close(restored, images[labels].float())
+    with pytest.raises(UserError, match="--test-limit must be at most the 23 test images there are, got 24"):
+        numbered(test_limit=24)
 
 
 def test_digits_are_embedded():

@@ -15,13 +15,16 @@ from .. import models
 from ..backends import planner
 from ..errors import UserError, require
 from ..surgery import fuse
-from . import checkpoints, interrupt, report
+from . import checkpoints, distributed, interrupt, report
 from .data import NAMES, open_data
+from .distributed import World
 from .folding import FoldCheck, check_fold
 from .loop import AMP_DTYPES, LAST, Recipe, Trainer
+from .presets import PRESETS
 
 HELP = "train a network, fold it, check the folded one and report"
 FOLDED = "folded.pt"
+RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 
 
 def number(kind: type, zero: bool = False) -> Callable[[str], Any]:
@@ -49,26 +52,41 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    add, usual = parser.add_argument, "(%(default)s)"
-    add("--data", metavar="SET", help=f"{', '.join(NAMES)} or a directory of images {usual}")
-    add("--net", help=f"resnet8, resnet20, resnet32, resnet56, any 6n+2 {usual}")
-    add("--block", choices=models.BLOCKS, help=f"what the 3×3 layers are {usual}")
-    add("--epochs", type=number(int), metavar="N", help=usual)
-    add("--lr", type=number(float), help=f"first learning rate of the cosine {usual}")
-    add("--batch-size", type=number(int), metavar="N", help=usual)
-    add("--weight-decay", type=number(float, zero=True), metavar="WD", help=usual)
-    add("--bias-lr-factor", type=number(float), metavar="F", help=f"times --lr for biases; the authors: 2 {usual}")
-    add("--amp", choices=tuple(AMP_DTYPES), help=f"mixed precision {usual}")
-    add("--backend", choices=planner.CHOICES, help=f"how ACBlocks compute a step {usual}")
-    add("--seed", type=number(int, zero=True), metavar="N", help=usual)
-    add("--limit", type=number(int), metavar="N", help="train on N images only")
-    add("--image-size", type=number(int), metavar="N", help=f"of a directory of images {usual}")
-    parser.set_defaults(**dataclasses.asdict(Recipe()))
-    readers = "processes that read a directory of images"
-    add("--workers", type=number(int, zero=True), default=2, metavar="N", help=f"{readers} {usual}")
-    add("--out", type=Path, default=Path("runs/train"), metavar="DIR", help=f"for what the run writes {usual}")
+    add = parser.add_argument
+    usual = Recipe()
+    add("--preset", choices=tuple(PRESETS), help="the paper's recipe of this network; other options change it")
+
+    def option(name: str, text: str = "", **settings: Any) -> None:
+        # What is not given comes from the preset, or from Recipe: only what is given reaches the namespace.
+        default = getattr(usual, name.removeprefix("--").replace("-", "_"))
+        shown = text if default is None else f"{text} ({default})".lstrip()
+        add(name, default=argparse.SUPPRESS, help=shown, **settings)
+
+    option("--data", f"{', '.join(NAMES)} or a directory of images", metavar="SET")
+    option("--net", models.EXAMPLES)
+    option("--block", "what the k×k layers are", choices=models.BLOCKS)
+    option("--epochs", type=number(int), metavar="N")
+    option("--lr", "first learning rate of the cosine", type=number(float))
+    option("--batch-size", type=number(int), metavar="N")
+    option("--weight-decay", type=number(float, zero=True), metavar="WD")
+    option("--bias-lr-factor", "times --lr for biases; the authors: 2", type=number(float), metavar="F")
+    option("--amp", "mixed precision", choices=tuple(AMP_DTYPES))
+    option("--backend", "how ACBlocks compute a step", choices=planner.CHOICES)
+    option("--seed", type=number(int, zero=True), metavar="N")
+    option("--limit", "train on N images only", type=number(int), metavar="N")
+    option("--image-size", "of a directory of images", type=number(int), metavar="N")
+    readers = "processes that read a directory of images (%(default)s)"
+    add("--workers", type=number(int, zero=True), default=2, metavar="N", help=readers)
+    out = Path("runs/train")
+    add("--out", type=Path, default=out, metavar="DIR", help="for what the run writes (%(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add_machine_arguments(parser)
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """The recipe that the options ask for: those of Recipe that were given, on top of the preset."""
+    given = {name: getattr(arguments, name) for name in RECIPE_FIELDS if hasattr(arguments, name)}
+    return dataclasses.replace(PRESETS[arguments.preset] if arguments.preset else Recipe(), **given)
 
 
 def choose_device(name: str) -> torch.device:
@@ -130,18 +148,24 @@ def resume(trainer: Trainer, out: Path, wanted: bool) -> str:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Runs the command; 0, or 128 + the signal that stopped it."""
+    """Runs the command, alone or as one of torchrun's processes; 0, or 128 + the signal that stopped it."""
     require("train", rich="rich", matplotlib="matplotlib")
+    with distributed.joined() as world:
+        return run(arguments, world)
+
+
+def run(arguments: argparse.Namespace, world: World) -> int:
+    """`main` in this process of the world."""
     from rich.console import Console
 
     from .progress import ConsoleObserver
 
-    recipe = Recipe(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Recipe)})
+    recipe = recipe_of(arguments)
     if recipe.block == "plain" and recipe.backend != "auto":
         raise UserError(f"--backend chooses how ACBlocks compute; --block plain has none, got {recipe.backend}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = choose_device(arguments.device)
+    device = choose_device(world.device(arguments.device))
     data = open_data(
         recipe.data,
         device,
@@ -150,10 +174,10 @@ def main(arguments: argparse.Namespace) -> int:
         image_size=recipe.image_size,
         workers=arguments.workers,
     )
-    trainer = Trainer(recipe, data, device)
+    trainer = Trainer(recipe, data, device, world)
     out = make_directory(arguments.out)
     how = resume(trainer, out, arguments.resume)
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+    console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not world.is_main)
     console.print(describe(trainer, how))
     with interrupt.catching() as stopping, ConsoleObserver(console, recipe.net) as observer:
         complete = trainer.run(out, observer, stopping)
@@ -161,6 +185,8 @@ def main(arguments: argparse.Namespace) -> int:
         place = f"epoch {trainer.epoch + 1}, step {trainer.step}"
         console.print(f"stopped after {place}; the same command with --resume goes on from there")
         return stopping.exit_code
+    if not world.is_main:
+        return 0
     _, check, _ = finish(trainer, out)
     console.print(summary(trainer, check, out))
     return 0
@@ -168,12 +194,13 @@ def main(arguments: argparse.Namespace) -> int:
 
 def describe(trainer: Trainer, how: str) -> str:
     """The run's first lines."""
-    recipe, data = trainer.recipe, trainer.data
+    recipe, data, size = trainer.recipe, trainer.data, trainer.world.part.size
+    processes = f", processes {size}" if size > 1 else ""
     return (
         f"{how}: {recipe.net} ({recipe.block}, {report.parameters(trainer.model):,} parameters) on {data.name}\n"
         f"data: {data.source}: {data.train_images:,} training and {data.test_images:,} test images, "
         f"{data.channels}×{data.size[0]}×{data.size[1]}, {data.classes} classes\n"
-        f"on {trainer.device}, threads {torch.get_num_threads()}, amp {recipe.amp}, seed {recipe.seed}"
+        f"on {trainer.device}{processes}, threads {torch.get_num_threads()}, amp {recipe.amp}, seed {recipe.seed}"
     )
 
 

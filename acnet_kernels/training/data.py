@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,16 @@ DEFAULT_FOLDER = Path("data")
 Batch = tuple[Tensor, Tensor]
 
 
+class Part(NamedTuple):
+    """One of several equal parts of every batch, for as many processes: images rank, rank + size, … of it."""
+
+    rank: int = 0
+    size: int = 1
+
+
+WHOLE = Part()
+
+
 class Data(Protocol):
     """A data set; batches are (images N×C×H×W float32, channels_last and normalised; labels (N,) int64)."""
 
@@ -35,11 +45,19 @@ class Data(Protocol):
     train_images: int
     test_images: int
 
-    def train_batches(self, seed: int, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
-        """The epoch's batches from number `start` on, augmented."""
+    def train_batches(
+        self, seed: int, epoch: int, batch_size: int, start: int = 0, part: Part = WHOLE
+    ) -> Iterator[Batch]:
+        """This part of the epoch's batches from number `start` on, augmented."""
 
-    def test_batches(self, batch_size: int) -> Iterator[Batch]:
-        """The test images in their own order."""
+    def test_batches(self, batch_size: int, part: Part = WHOLE) -> Iterator[Batch]:
+        """This part of the test images, in their own order."""
+
+
+def used_images(images: int, batch_size: int, part: Part) -> int:
+    """How many of an epoch's images are used: all, but for a last batch too small to give each part one."""
+    rest = images % batch_size
+    return images - rest if rest < part.size else images
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -47,12 +65,13 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
-def subset(images: int, limit: int | None) -> Tensor | None:
-    """Which images a limited run trains on: the same random ones whatever the seed; None for all."""
+def subset(images: int, limit: int | None, option: str = "--limit") -> Tensor | None:
+    """Which of a part's images a limited run uses: the same random ones whatever the seed; None for all."""
     if limit is None:
         return None
     if limit > images:
-        raise UserError(f"--limit must be at most the {images} training images there are, got {limit}")
+        part = "training" if option == "--limit" else "test"
+        raise UserError(f"{option} must be at most the {images} {part} images there are, got {limit}")
     return torch.randperm(images, generator=torch.Generator().manual_seed(0))[:limit]
 
 
@@ -65,7 +84,7 @@ class MemoryData:
         classes: number of classes.
         pad: random crops move by up to this many black pixels (the paper: 4 on 32×32).
         flip: mirror half of the training images; off where that changes the class.
-        limit: train on this many of the images only.
+        limit, test_limit: train and test on this many of the images only.
         device: where batches are wanted.
     """
 
@@ -80,11 +99,11 @@ class MemoryData:
         pad: int,
         flip: bool,
         limit: int | None,
+        test_limit: int | None = None,
         device: torch.device,
     ) -> None:
-        chosen = subset(len(train.labels), limit)
-        if chosen is not None:
-            train = Split(train.images[chosen], train.labels[chosen])
+        train = _chosen(train, subset(len(train.labels), limit))
+        test = _chosen(test, subset(len(test.labels), test_limit, "--test-limit"))
         self.name, self.source, self.classes, self.pad, self.flip = name, source, classes, pad, flip
         self.size = (train.images.shape[1], train.images.shape[2])
         self.channels = train.images.shape[3]
@@ -95,13 +114,16 @@ class MemoryData:
         self._train = Split(padded.to(device), train.labels.to(device))
         self._test = Split(test.images.to(device), test.labels.to(device))
 
-    def train_batches(self, seed: int, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, seed: int, epoch: int, batch_size: int, start: int = 0, part: Part = WHOLE
+    ) -> Iterator[Batch]:
         n, (height, width), generator = self.train_images, self.size, epoch_generator(seed, epoch)
         order = torch.randperm(n, generator=generator)
         top, left = torch.randint(2 * self.pad + 1, (2, n), generator=generator)
         mirrored = torch.rand(n, generator=generator) < (0.5 if self.flip else 0.0)
-        for first in range(start * batch_size, n, batch_size):
-            at = slice(first, first + batch_size)
+        end = used_images(n, batch_size, part)
+        for first in range(start * batch_size, end, batch_size):
+            at = slice(first + part.rank, min(first + batch_size, end), part.size)
             rows = top[at, None] + torch.arange(height)
             columns = torch.arange(width).expand(len(rows), width)
             columns = left[at, None] + torch.where(mirrored[at, None], width - 1 - columns, columns)
@@ -109,13 +131,18 @@ class MemoryData:
             images = self._train.images[which[:, None, None], rows[:, :, None], columns[:, None, :]]
             yield self._normalise(images), self._train.labels[which]
 
-    def test_batches(self, batch_size: int) -> Iterator[Batch]:
-        for images, labels in zip(*(t.split(batch_size) for t in self._test), strict=True):
+    def test_batches(self, batch_size: int, part: Part = WHOLE) -> Iterator[Batch]:
+        mine = (t[part.rank :: part.size].split(batch_size) for t in self._test)
+        for images, labels in zip(*mine, strict=True):
             yield self._normalise(images), labels
 
     def _normalise(self, images: Tensor) -> Tensor:
         # N×H×W×C seen as N×C×H×W is channels_last already.
         return images.to(torch.float32).sub_(self._mean).div_(self._std).permute(0, 3, 1, 2)
+
+
+def _chosen(split: Split, which: Tensor | None) -> Split:
+    return split if which is None else Split(split.images[which], split.labels[which])
 
 
 def _mean_std(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,6 +182,7 @@ def open_data(
     *,
     folder: Path | None = None,
     limit: int | None = None,
+    test_limit: int | None = None,
     image_size: int = 224,
     workers: int = 0,
 ) -> Data:
@@ -164,30 +192,31 @@ def open_data(
         name: which one.
         device: where batches are wanted.
         folder: where the files are; Fashion-MNIST is else looked for in the usual places, then downloaded.
-        limit: train on this many images only.
+        limit, test_limit: train and test on this many images only.
         image_size, workers: for a directory of images: what they are cropped to, and how many processes read.
 
     Raises:
-        UserError: files are missing, truncated or wrong; limit exceeds what is there.
+        UserError: files are missing, truncated or wrong; a limit exceeds what is there.
     """
+    limits = {"limit": limit, "test_limit": test_limit}
     if name == "digits":
         require("the digits", sklearn="scikit-learn")
         train, test = files.digits()
         source = "scikit-learn's load_digits"
-        return MemoryData(name, source, train, test, 10, pad=1, flip=False, limit=limit, device=device)
+        return MemoryData(name, source, train, test, 10, pad=1, flip=False, **limits, device=device)
     if name == "fashion-mnist":
         place = find_fashion_mnist(folder) or _download_fashion_mnist(folder or DEFAULT_FOLDER)
         train, test = files.fashion_mnist(place)
-        return MemoryData(name, str(place), train, test, 10, pad=4, flip=True, limit=limit, device=device)
+        return MemoryData(name, str(place), train, test, 10, pad=4, flip=True, **limits, device=device)
     if name in files.CIFAR:
         layout, place = files.CIFAR[name], folder or DEFAULT_FOLDER
         place = place / layout.folder if (place / layout.folder).is_dir() else place
         train, test = files.cifar(name, place)
         classes = layout.classes
-        return MemoryData(name, str(place), train, test, classes, pad=4, flip=True, limit=limit, device=device)
+        return MemoryData(name, str(place), train, test, classes, pad=4, flip=True, **limits, device=device)
     if not Path(name).is_dir():
         raise UserError(f"--data must be one of {', '.join(NAMES)} or a directory of images, got {name!r}")
     require("a directory of images", torchvision="torchvision")
     from .folder import FolderData
 
-    return FolderData(Path(name), image_size, limit, workers, device)
+    return FolderData(Path(name), image_size, workers, device, **limits)

@@ -13,7 +13,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from ..errors import UserError
-from .data import Batch, epoch_generator, subset
+from .data import WHOLE, Batch, Part, epoch_generator, subset, used_images
 
 # ImageNet's, as everyone uses for photographs.
 _NORMALISE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -30,7 +30,16 @@ class FolderData:
         UserError: the layout is another, the two parts differ in their classes, or an image cannot be read.
     """
 
-    def __init__(self, root: Path, size: int, limit: int | None, workers: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        root: Path,
+        size: int,
+        workers: int,
+        device: torch.device,
+        *,
+        limit: int | None = None,
+        test_limit: int | None = None,
+    ) -> None:
         test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
         if test is None or not (root / "train").is_dir():
             found = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:8]) or "none"
@@ -45,18 +54,24 @@ class FolderData:
         self.channels, self.size = 3, (size, size)
         chosen = subset(len(self._train), limit)
         self._chosen = torch.arange(len(self._train)) if chosen is None else chosen
-        self.train_images, self.test_images = len(self._chosen), len(self._test)
+        tested = subset(len(self._test), test_limit, "--test-limit")
+        self._tested = torch.arange(len(self._test)) if tested is None else tested
+        self.train_images, self.test_images = len(self._chosen), len(self._tested)
         self._workers, self._device = workers, device
 
-    def train_batches(self, seed: int, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
-        generator = epoch_generator(seed, epoch)
+    def train_batches(
+        self, seed: int, epoch: int, batch_size: int, start: int = 0, part: Part = WHOLE
+    ) -> Iterator[Batch]:
+        generator, end = epoch_generator(seed, epoch), used_images(self.train_images, batch_size, part)
         order = self._chosen[torch.randperm(self.train_images, generator=generator)]
         seeds = torch.randint(2**62, (self.train_images,), generator=generator)
-        return self._load(self._train, torch.stack((order, seeds), 1)[start * batch_size :], batch_size)
+        items = torch.stack((order, seeds), 1)[start * batch_size : end]
+        # A batch is a multiple of the parts, so every size-th item from rank on is this part of each batch.
+        return self._load(self._train, items[part.rank :: part.size], batch_size // part.size)
 
-    def test_batches(self, batch_size: int) -> Iterator[Batch]:
-        index = torch.arange(self.test_images)
-        return self._load(self._test, torch.stack((index, index), 1), batch_size)
+    def test_batches(self, batch_size: int, part: Part = WHOLE) -> Iterator[Batch]:
+        items = torch.stack((self._tested, self._tested), 1)
+        return self._load(self._test, items[part.rank :: part.size], batch_size)
 
     def _load(self, images: ImageFolder, items: Tensor, batch_size: int) -> Iterator[Batch]:
         loader = DataLoader(

@@ -25,13 +25,18 @@ class FoldCheck(NamedTuple):
     accuracy_folded: float
 
 
-@torch.no_grad()
-def check_fold(model: nn.Module, folded: nn.Module, data: Data, batch_size: int) -> FoldCheck:
-    """Compares in float32; the unfolded blocks compute branch by branch, so that nothing is folded on that side."""
+def branchwise(model: nn.Module) -> nn.Module:
+    """A copy in eval whose blocks compute branch by branch, where they would else fold on the fly."""
     model = copy.deepcopy(model).eval()
     for block in blocks_of(model).values():
         block.backend = "eager"
-    folded = folded.eval()
+    return model
+
+
+@torch.no_grad()
+def check_fold(model: nn.Module, folded: nn.Module, data: Data, batch_size: int) -> FoldCheck:
+    """Compares in float32."""
+    model, folded = branchwise(model), folded.eval()
     worst, differing, right = 0.0, 0, [0, 0]
     for images, labels in data.test_batches(batch_size):
         ours, theirs = folded(images), model(images)

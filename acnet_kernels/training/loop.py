@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .. import models
 from ..errors import UserError
 from . import checkpoints
-from .data import Data
+from .data import Data, used_images
+from .distributed import ALONE, World
 
 AMP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAST, BEST = "last.pt", "best.pt"
@@ -63,7 +64,7 @@ class Observer(Protocol):
 
 def build_model(recipe: Recipe, data: Data) -> nn.Module:
     """The recipe's network for the data, on the CPU; UserError where there is none such."""
-    options = {"backend": recipe.backend} if recipe.block == "acb" else {}
+    options = {"backend": recipe.backend} if recipe.block != "plain" else {}
     try:
         return models.build(recipe.net, data.classes, data.channels, recipe.block, **options)
     except ValueError as error:
@@ -81,24 +82,33 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 class Trainer:
     """One run: network, optimizer and its place in the epochs.
 
+    Several processes share a run when each is given its `world`: gradients are those of the whole batch, batch
+    statistics those of each process's part. The main process writes and observes.
+
     Attributes:
         epoch, step: the next step's place.
         history: one row an epoch: lr, train_loss, train_accuracy, test_loss, test_accuracy, images_per_second.
         best: the best test accuracy so far and its epoch.
     """
 
-    def __init__(self, recipe: Recipe, data: Data, device: torch.device) -> None:
-        self.recipe, self.data, self.device = recipe, data, device
+    def __init__(self, recipe: Recipe, data: Data, device: torch.device, world: World = ALONE) -> None:
+        if recipe.batch_size % world.part.size:
+            raise UserError(
+                f"--batch-size must be a multiple of the {world.part.size} processes, got {recipe.batch_size}"
+            )
+        self.recipe, self.data, self.device, self.world = recipe, data, device, world
         random.seed(recipe.seed)
         np.random.seed(recipe.seed % 2**32)
         torch.manual_seed(recipe.seed)
         self.model = build_model(recipe, data).to(device)
         self.model.to(memory_format=torch.channels_last)
+        self._replica = world.replica(self.model, device)
         self.optimizer = torch.optim.SGD(
             parameter_groups(self.model, recipe), recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
-        self.steps = math.ceil(data.train_images / recipe.batch_size)
+        self._used_images = used_images(data.train_images, recipe.batch_size, world.part)
+        self.steps = math.ceil(self._used_images / recipe.batch_size)
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, float]] = []
         self.best = {"accuracy": -1.0, "epoch": -1}
@@ -118,32 +128,37 @@ class Trainer:
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
-        """Forward, backward and update on one batch; adds to the epoch's totals, waits for nothing."""
+        """Forward, backward and update on this process's part of one batch; adds to the epoch's totals."""
         rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         with self.autocast():
-            logits = self.model(images)
+            logits = self._replica(images)
             loss = F.cross_entropy(logits, labels)
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss * self._weight(len(labels))).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         correct = (logits.detach().argmax(1) == labels).sum()
         self._totals += torch.stack((loss.detach().double() * len(labels), correct.double()))
         self.step += 1
 
+    def _weight(self, images: int) -> float:
+        """What makes the processes' mean of mean losses the batch's mean loss, even where parts differ by one."""
+        size = min(self.recipe.batch_size, self._used_images - self.step * self.recipe.batch_size)
+        return images * self.world.part.size / size
+
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
         """(mean loss, accuracy) on the test images."""
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for images, labels in self.data.test_batches(self.recipe.batch_size):
+        for images, labels in self.data.test_batches(self.recipe.batch_size, self.world.part):
             with self.autocast():
                 logits = self.model(images)
             loss = F.cross_entropy(logits.float(), labels, reduction="sum")
             totals += torch.stack((loss.double(), (logits.argmax(1) == labels).sum().double()))
-        loss, correct = (totals / self.data.test_images).tolist()
+        loss, correct = (self.world.sum(totals) / self.data.test_images).tolist()
         return loss, correct
 
     def run(self, out: Path, observer: Observer, stopping: Callable[[], bool] = lambda: False) -> bool:
@@ -160,35 +175,40 @@ class Trainer:
         Raises:
             UserError: the training loss of an epoch is not finite.
         """
-        checkpoints.save(self.state_dict(), out / LAST)
+        self._save(out)
         observer.start(self.recipe.epochs, self.steps, self.epoch, self.step)
-        while self.epoch < self.recipe.epochs and not stopping():
+        while self.epoch < self.recipe.epochs and not self.world.any(stopping()):
             if not self._run_epoch(observer, stopping):
-                checkpoints.save(self.state_dict(), out / LAST)
+                self._save(out)
                 break
             row = self._finish_epoch()
             # best.pt first: killed between the two, the run repeats this epoch and writes both.
-            if self.best["epoch"] == self.epoch - 1:
+            if self.world.is_main and self.best["epoch"] == self.epoch - 1:
                 state = {"recipe": asdict(self.recipe), "model": self.model.state_dict(), **self.best}
                 checkpoints.save(state, out / BEST)
-            checkpoints.save(self.state_dict(), out / LAST)
+            self._save(out)
             observer.epoch(row)
         return self.epoch == self.recipe.epochs
+
+    def _save(self, out: Path) -> None:
+        state = self.state_dict()
+        if self.world.is_main:
+            checkpoints.save(state, out / LAST)
 
     def _run_epoch(self, observer: Observer, stopping: Callable[[], bool]) -> bool:
         self.model.train()
         start = time.perf_counter()
-        recipe = self.recipe
-        for images, labels in self.data.train_batches(recipe.seed, self.epoch, recipe.batch_size, self.step):
+        recipe, part = self.recipe, self.world.part
+        for images, labels in self.data.train_batches(recipe.seed, self.epoch, recipe.batch_size, self.step, part):
             self.train_step(images, labels)
-            observer.step(len(labels))
-            if stopping():
+            observer.step(len(labels) * part.size)
+            if self.world.any(stopping()):
                 break
         self.seconds += time.perf_counter() - start
         return self.step == self.steps
 
     def _finish_epoch(self) -> dict[str, float]:
-        (loss, correct), images = self._totals.tolist(), self.data.train_images
+        (loss, correct), images = self.world.sum(self._totals).tolist(), self._used_images
         if not math.isfinite(loss):
             raise UserError(
                 f"the training loss of epoch {self.epoch + 1} is {loss}: --lr {self.recipe.lr} is too high"
@@ -211,7 +231,7 @@ class Trainer:
         return row
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on exactly."""
+        """Everything a run needs to go on exactly; several processes must ask together."""
         return {
             "recipe": asdict(self.recipe),
             "train_images": self.data.train_images,
@@ -220,7 +240,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "random": checkpoints.random_state(),
             "place": (self.epoch, self.step, self.seconds),
-            "totals": self._totals,
+            "totals": self.world.sum(self._totals.clone()),
             "history": self.history,
             "best": self.best,
         }
@@ -245,5 +265,6 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         checkpoints.set_random_state(state["random"])
         self.epoch, self.step, self.seconds = state["place"]
-        self._totals = state["totals"].to(self.device)
+        # The sum over all processes so far: one of them carries it on.
+        self._totals = state["totals"].to(self.device) if self.world.is_main else self._zero_totals()
         self.history, self.best = state["history"], state["best"]

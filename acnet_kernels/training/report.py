@@ -18,8 +18,16 @@ from .folding import FoldCheck
 from .loop import Trainer
 
 # How the plots call the blocks' networks, in training and folded.
-LABELS = {"plain": "plain", "acb": "ACNet"}
-FOLDED_LABELS = {"plain": "plain", "acb": "ACNet, folded"}
+# Block → its name in tables and figures, trained and folded.
+LABELS = {
+    "plain": "plain",
+    "acb": "ACNet",
+    "acb-hor": "+ horizontal",
+    "acb-ver": "+ vertical",
+    "acb-sum": "ACNet, one batch norm",
+    "acb-border": "border-shifted",
+}
+FOLDED_LABELS = {block: label if block == "plain" else f"{label}, folded" for block, label in LABELS.items()}
 PARTS = ("train", "test")
 # Okabe and Ito's colours: told apart by everyone.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -104,7 +112,7 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], title: s
     """
     from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
-    figure, axes = _figure(2, width=9.0, height=3.8)
+    figure, axes = new_figure(2, width=9.0, height=3.8)
     for (label, rows), colour in zip(histories.items(), COLOURS, strict=False):
         epochs = [row["epoch"] for row in rows]
         marker = "o" if len(rows) < 12 else None
@@ -141,7 +149,7 @@ def plot_kernels(matrices: Mapping[str, Tensor], title: str, path: Path) -> None
         title: over all panels.
         path: the PNG to write.
     """
-    figure, axes = _figure(len(matrices), width=3.2 * len(matrices) + 0.9, height=3.6)
+    figure, axes = new_figure(len(matrices), width=3.2 * len(matrices) + 0.9, height=3.6)
     for axis, (label, matrix) in zip(axes, matrices.items(), strict=True):
         image = axis.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
         for (row, column), value in ((at, float(matrix[at])) for at in _positions(matrix)):
@@ -161,7 +169,8 @@ def _positions(matrix: Tensor) -> list[tuple[int, int]]:
     return [(row, column) for row in range(rows) for column in range(columns)]
 
 
-def _figure(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
+def new_figure(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A matplotlib figure of so many panels in a row, and their axes; width and height in inches."""
     # The object interface: no global figure, no display, safe in any thread.
     from matplotlib.figure import Figure
 
