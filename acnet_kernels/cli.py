@@ -10,6 +10,7 @@ from typing import NamedTuple, NoReturn
 
 from . import __version__, doctor
 from .errors import UserError
+from .studies import command as study
 from .training import command as train
 from .training import demo
 
@@ -30,6 +31,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(train.HELP, train.add_arguments, train.main),
     "demo": Command(demo.HELP, demo.add_arguments, demo.main),
+    "study": Command(study.HELP, study.add_arguments, study.main),
     "doctor": Command("print what this machine has", lambda parser: None, lambda arguments: doctor.main()),
 }
 

@@ -1,0 +1,1 @@
+"""The paper's experiments: `python -m acnet_kernels study …`."""

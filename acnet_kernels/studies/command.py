@@ -1,0 +1,186 @@
+"""`python -m acnet_kernels study`: the paper's experiments, measured, tabulated, plotted and put on one page."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import UserError, require
+from ..training import interrupt, report
+from ..training.command import add_machine_arguments, choose_device, make_directory, number
+from ..training.loop import AMP_DTYPES
+from . import ablation, accuracy, magnitudes, page, pruning, rotation, shifted
+from .lab import Lab
+from .plan import Plan, make
+from .store import Store, read, write_csv
+from .study import Study
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HELP = "repeat the paper's experiments: ablation, rotation, pruning, magnitudes, shifted, accuracy"
+STUDIES = {
+    module.STUDY.name: module.STUDY for module in (ablation, rotation, pruning, magnitudes, shifted, accuracy)
+}
+PLANNING = (
+    *("data", "net", "nets", "epochs", "lr", "batch_size", "amp", "image_size"),
+    *("limit", "test_limit", "seeds", "prunings"),
+)
+NETWORKS = "networks"
+PAGE = "report.html"
+PROGRAM = "python -m acnet_kernels study"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add = parser.add_argument
+    add("study", choices=(*STUDIES, "all"), help="which one; they share their trained networks")
+    add("--quick", action="store_true", help="minutes on two cores, on scikit-learn's digits; else as in the paper")
+    add("--data", metavar="SET", help="train and test on this instead (a set's name or a directory of images)")
+    add("--net", metavar="NET", help="the network of all but the accuracy table")
+    add("--nets", nargs="+", metavar="NET", help="the networks of the accuracy table")
+    add("--epochs", type=number(int), metavar="N", help="train all networks for so long")
+    add("--lr", type=number(float), help="train all networks with this first learning rate")
+    add("--batch-size", type=number(int), metavar="N", help="train all networks with it")
+    add("--limit", type=number(int), metavar="N", help="train on N images only")
+    add("--test-limit", type=number(int), metavar="N", help="test on N images only")
+    add("--seeds", type=number(int), metavar="N", help="trainings a row of a table")
+    add("--prunings", type=number(int), metavar="N", help="random prunings a point of a curve")
+    add("--amp", choices=tuple(AMP_DTYPES), help="mixed precision in training")
+    add("--image-size", type=number(int), metavar="N", help="of a directory of images (224)")
+    readers = "processes that read a directory of images (%(default)s)"
+    add("--workers", type=number(int, zero=True), default=2, metavar="N", help=readers)
+    out = Path("runs/study")
+    add("--out", type=Path, default=out, metavar="DIR", help="for networks, results and the page (%(default)s)")
+    add("--resume", action="store_true", help="go on with the results in --out")
+    add("--plot-only", action="store_true", help="tables, figures and page anew from the results in --out")
+    add_machine_arguments(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Runs the command; 0, or 128 + the signal that stopped it."""
+    require("a study", rich="rich", matplotlib="matplotlib")
+    from rich.console import Console
+
+    # A pipe has no width: leave lines whole there.
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 200
+    out = make_directory(arguments.out)
+    studies = list(STUDIES.values()) if arguments.study == "all" else [STUDIES[arguments.study]]
+    if not arguments.plot_only:
+        code = _measure(studies, plan_of(arguments), arguments, console)
+        if code:
+            return code
+    for study in studies:
+        show(study, out, console)
+    present = [study for study in STUDIES.values() if all((out / name).exists() for name in study.plots)]
+    page.write_page([section(study, out) for study in present], out / PAGE)
+    console.print(f"\n{out / PAGE}: {', '.join(study.name for study in present)}")
+    return 0
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    """The plan that the options ask for."""
+    return make(arguments.quick, **{name: getattr(arguments, name) for name in PLANNING})
+
+
+def command_line(arguments: argparse.Namespace) -> str:
+    """The command that makes these results, without what only says where to compute or that it was resumed."""
+    words = [arguments.study, *(["--quick"] if arguments.quick else [])]
+    for name in PLANNING:
+        value = getattr(arguments, name)
+        if value is not None:
+            option = "--" + name.replace("_", "-")
+            words += [option, *map(str, value if isinstance(value, list) else [value])]
+    return f"{PROGRAM} {shlex.join([*words, '--out', str(arguments.out)])}"
+
+
+def _measure(studies: list[Study], plan: Plan, arguments: argparse.Namespace, console: Console) -> int:
+    """Trains what is missing, then measures what is missing; 0, or the exit code of an interruption."""
+    from ..training.progress import ConsoleObserver
+    from .watch import cell_bar
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    out, device = arguments.out, choose_device(arguments.device)
+    about = {
+        "command": command_line(arguments),
+        "machine": report.machine(device),
+        "training": plan.training(),
+    }
+    stores = {}
+    for study in studies:
+        path = _results(out, study)
+        if path.exists() and not arguments.resume:
+            raise UserError(f"{path} already holds results: go on with --resume, or give another --out")
+        stores[study.name] = Store(path, {**about, "setting": setting(study, plan)})
+    lab = Lab(plan, out / NETWORKS, device, arguments.data_dir, arguments.workers)
+    cells = {study.name: study.cells(plan) for study in studies}
+    missing = {name: [cell for cell in cells[name] if cell not in stores[name]] for name in cells}
+    with interrupt.catching() as stopping:
+        complete = lab.train(
+            [cell for name in cells for cell in missing[name]],
+            lambda label: ConsoleObserver(console, label),
+            stopping,
+        )
+        for study in studies if complete else ():
+            name = study.name
+            with cell_bar(console, name, len(cells[name]), len(missing[name])) as advance:
+                for cell in missing[name]:
+                    if not stopping():
+                        stores[name].add(cell, study.measure(lab, cell))
+                        advance()
+    if stopping():
+        console.print("stopped; the same command with --resume goes on from there")
+        return stopping.exit_code
+    return 0
+
+
+def setting(study: Study, plan: Plan) -> str:
+    """The study's networks, data and training in words."""
+    cells = study.cells(plan)
+    recipes = [plan.find(data, net) for data, net in dict.fromkeys((str(c["data"]), str(c["net"])) for c in cells)]
+    parts = [f"{r.net} on {Path(r.data).name}, epochs {r.epochs}, learning rate {r.lr}" for r in recipes]
+    images = "all training images" if recipes[0].limit is None else f"{recipes[0].limit:,} training images"
+    tests = "" if plan.test_limit is None else f", {plan.test_limit:,} test images"
+    seeds = len({c["seed"] for c in cells})
+    repeats = f", {plan.prunings} prunings a point" if "pruning" in cells[0] else ""
+    return f"{'; '.join(parts)}; {images}{tests}; {seeds} seed{'s' if seeds > 1 else ''}{repeats}"
+
+
+def _results(out: Path, study: Study) -> Path:
+    return out / f"{study.name}.json"
+
+
+def show(study: Study, out: Path, console: Console) -> None:
+    """Prints the study's table, and writes its CSV and figures beside the JSON file."""
+    from rich import box
+    from rich.table import Table
+
+    path = _results(out, study)
+    if not path.exists():
+        raise UserError(f"{path} is missing: run the study before --plot-only")
+    _, results = read(path)
+    write_csv(study.records(results), out / f"{study.name}.csv")
+    for name, plot in study.plots.items():
+        plot(results, out / name)
+    header, rows = study.table(results)
+    view = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False, title=study.title, title_justify="left")
+    for column in view.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        view.add_row(*row)
+    console.print(view)
+    console.print(study.finding(results))
+
+
+def section(study: Study, out: Path) -> page.Section:
+    """The study's part of the page, from the files in out."""
+    about, results = read(_results(out, study))
+    figures = [out / name for name in study.plots]
+    return page.Section(study, about, study.table(results), study.finding(results), figures)

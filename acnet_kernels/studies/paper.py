@@ -1,0 +1,35 @@
+"""What the paper reports (arXiv 1908.03930, Tables 1 to 4 and §4.4): top-1 accuracy in percent."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Published(NamedTuple):
+    """Top-1 accuracy (%) of the plain network and of its ACNet."""
+
+    plain: float
+    acb: float
+
+
+TABLES = {
+    ("cifar10", "cifar-quick"): Published(83.13, 84.24),
+    ("cifar10", "vgg16"): Published(94.12, 94.47),
+    ("cifar10", "resnet56"): Published(94.31, 95.09),
+    ("cifar10", "wrn16-8"): Published(95.56, 96.15),
+    ("cifar10", "densenet40"): Published(94.29, 94.84),
+    ("imagenet", "alexnet-bn"): Published(55.92, 57.44),
+    ("imagenet", "resnet18"): Published(70.36, 71.14),
+    ("imagenet", "densenet121"): Published(75.15, 75.82),
+}
+
+# The authors' PyTorch code as its README reports it; there Cifar-quick and VGG have batch norm when plain, too.
+AUTHORS_CODE = {
+    ("cifar10", "cifar-quick"): Published(86.249, 87.102),
+    ("cifar10", "vgg16"): Published(94.250, 94.862),
+    ("cifar10", "resnet56"): Published(94.573, 94.864),
+    ("cifar10", "wrn16-8"): Published(95.582, 95.920),
+}
+
+# ResNet-56 on CIFAR-10 whose added branches strengthen the border instead of the skeleton.
+BORDER_RESNET56 = 94.67

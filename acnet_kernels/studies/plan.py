@@ -1,0 +1,98 @@
+"""What a study computes: networks, data and numbers of repetitions; quick, or as in the paper."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..training.data import NAMES
+from ..training.loop import Recipe
+from ..training.presets import IMAGENET_FOLDER, PRESETS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of the studies. Block and seed of its recipes are the studies' to fill in.
+
+    Attributes:
+        recipe: of the network that ablation, rotation, pruning, magnitudes and shifted train.
+        accuracy: of the networks of the accuracy table.
+        seeds: trainings a row of a table.
+        prunings: random prunings a point of a curve.
+        test_limit: test on so many images only.
+    """
+
+    recipe: Recipe
+    accuracy: tuple[Recipe, ...]
+    seeds: int = 5
+    prunings: int = 5
+    test_limit: int | None = None
+
+    def find(self, data: str, net: str) -> Recipe:
+        """The recipe that trains this network on this data."""
+        return next(r for r in (self.recipe, *self.accuracy) if (r.data, r.net) == (data, net))
+
+    def training(self) -> dict[str, Any]:
+        """Network and data → what decides the trained weights beside block and seed; and the test images."""
+        return {
+            "test_limit": self.test_limit,
+            **{
+                f"{recipe.net} on {recipe.data}": {
+                    name: value for name, value in asdict(recipe).items() if name not in ("block", "seed")
+                }
+                for recipe in (self.recipe, *self.accuracy)
+            },
+        }
+
+
+def _digits(net: str) -> Recipe:
+    return Recipe("digits", net, epochs=12, bias_lr_factor=2.0)
+
+
+# Minutes on two cores, on data that is on every machine.
+QUICK = Plan(
+    recipe=_digits("resnet8"),
+    accuracy=tuple(_digits(net) for net in ("cifar-quick", "resnet8", "resnet20", "wrn10-1", "densenet10")),
+    seeds=3,
+)
+PAPER = Plan(recipe=PRESETS["resnet56"], accuracy=tuple(r for r in PRESETS.values() if r.data == "cifar10"))
+
+IMAGENET = tuple(r for r in PRESETS.values() if r.data == IMAGENET_FOLDER)
+
+
+def make(
+    quick: bool,
+    *,
+    net: str | None = None,
+    nets: list[str] | None = None,
+    seeds: int | None = None,
+    prunings: int | None = None,
+    test_limit: int | None = None,
+    **changes: Any,
+) -> Plan:
+    """The quick plan or the paper's, changed where an argument is given.
+
+    Args:
+        quick: which of the two.
+        net: another network for all but the accuracy table.
+        nets: the accuracy table's networks; where none are named, a directory of images brings ImageNet's.
+        seeds, prunings, test_limit: as `Plan` has them.
+        changes: fields of every recipe; those that are None stay.
+    """
+    plan = QUICK if quick else PAPER
+    if nets is None:
+        photographs = not quick and changes.get("data") not in (None, *NAMES)
+        nets = [r.net for r in (IMAGENET if photographs else plan.accuracy)]
+    changes = {name: value for name, value in changes.items() if value is not None}
+
+    def recipe(name: str) -> Recipe:
+        known = None if quick else PRESETS.get(name)
+        return replace(known or replace(plan.recipe, net=name), **changes)
+
+    return Plan(
+        recipe=recipe(net or plan.recipe.net),
+        accuracy=tuple(recipe(name) for name in nets),
+        seeds=seeds or plan.seeds,
+        prunings=prunings or plan.prunings,
+        test_limit=test_limit,
+    )

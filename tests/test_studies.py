@@ -1,0 +1,532 @@
+"""The studies: their arithmetic on kernels and images made by hand, and the command from training to page."""
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import signal
+from fractions import Fraction
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from acnet_kernels import cli
+from acnet_kernels.errors import UserError
+from acnet_kernels.studies import accuracy, command, magnitudes, paper, plan, plots, pruning, rotation, shifted
+from acnet_kernels.studies.evaluate import ORIENTATIONS, accuracies
+from acnet_kernels.studies.pruning import REGIONS, prune, prune_weight
+from acnet_kernels.studies.store import Store, read, write_csv
+from acnet_kernels.studies.study import Measured, by, mean_std, percent, points
+
+TINY = [
+    "--quick",
+    "--limit",
+    "64",
+    "--test-limit",
+    "90",
+    "--epochs",
+    "1",
+    "--seeds",
+    "2",
+    "--prunings",
+    "1",
+    "--nets",
+    "resnet8",
+]
+
+
+def run(capsys, *argv):
+    """(exit code, stdout, stderr) of the study command."""
+    try:
+        code = cli.main(["study", *map(str, argv)])
+    except SystemExit as exit:
+        code = exit.code
+    return (code, *capsys.readouterr())
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# Kernel magnitudes.
+
+
+def network(*kernels):
+    """A chain of 3×3 convolutions, every kernel of a layer being the given matrix, and a 1×1 and a 5×5 one."""
+    layers = [nn.Conv2d(2, 2, 3, bias=False) for _ in kernels]
+    for layer, kernel in zip(layers, kernels, strict=True):
+        layer.weight.data[:] = torch.tensor(kernel)
+    return nn.Sequential(*layers, nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 5)).eval()
+
+
+CROSS = [[1.0, 2, 1], [2, 2, 2], [1, 2, 1]]
+
+
+def magnitudes_of(model):
+    return magnitudes.measure(SimpleNamespace(folded=lambda cell: model), {})
+
+
+def test_skeleton_2_and_corners_1_give_half_in_the_corners():
+    expected = [[0.5, 1, 0.5], [1, 1, 1], [0.5, 1, 0.5]]
+    found = magnitudes_of(network(CROSS, [[-7 * v for v in row] for row in CROSS]))
+    assert found["mean"] == expected
+    assert list(found["layers"].values()) == [expected, expected]
+
+
+def test_each_layer_is_scaled_by_its_own_maximum_before_the_mean():
+    flat = [[100.0] * 3] * 3
+    found = magnitudes_of(network(CROSS, flat))
+    assert found["mean"] == [[0.75, 1, 0.75], [1, 1, 1], [0.75, 1, 0.75]]
+
+
+def test_magnitudes_are_averaged_over_seeds_and_named_by_region():
+    cell = {"data": "d", "net": "n", "block": "acb"}
+    matrices = [[[0.2] * 3] * 3, [[0.4, 0.8, 0.4], [0.8, 1.0, 0.8], [0.4, 0.8, 0.4]]]
+    results = [
+        Measured({**cell, "seed": seed}, {"mean": matrix, "layers": {"a": matrix}})
+        for seed, matrix in enumerate(matrices)
+    ]
+    mean = magnitudes.mean_matrices(results)["acb"]
+    torch.testing.assert_close(mean[0], torch.tensor([0.3, 0.5, 0.3], dtype=torch.float64))
+    rows = magnitudes.table(results).rows
+    assert rows == [("ACNet", "2", "0.300", "0.520", "0.475", "0.380")]
+    records = magnitudes.records(results)
+    assert [(r["seed"], r["layer"], r["01"]) for r in records] == [
+        (0, "mean", 0.2), (0, "a", 0.2), (1, "mean", 0.8), (1, "a", 0.8),
+    ]  # fmt: skip
+
+
+# Pruning.
+
+
+def zeros(weight):
+    """How many zeros each of the nine positions has, 3×3."""
+    return weight.eq(0).sum((0, 1)).tolist()
+
+
+def test_regions_are_the_papers():
+    def drawn(region):
+        return [
+            "".join("#" if (row, column) in REGIONS[region] else "." for column in range(3)) for row in range(3)
+        ]
+
+    assert drawn("corners") == ["#.#", "...", "#.#"]
+    assert drawn("skeleton") == [".#.", "###", ".#."]
+    assert drawn("border") == ["..#", "..#", "###"]
+    assert drawn("top-left 2×2") == ["##.", "##.", "..."]
+    assert drawn("anywhere") == ["###"] * 3
+
+
+@pytest.mark.parametrize("region", ["corners", "skeleton", "border", "top-left 2×2", "anywhere"])
+def test_the_largest_sparsity_zeroes_exactly_the_region(region):
+    weight = torch.rand(5, 7, 3, 3) + 0.1
+    before = weight.clone()
+    prune_weight(weight, REGIONS[region], Fraction(len(REGIONS[region]), 9), generator())
+    inside = torch.zeros(3, 3, dtype=torch.bool)
+    for position in REGIONS[region]:
+        inside[position] = True
+    assert weight[:, :, inside].eq(0).all()
+    assert torch.equal(weight[:, :, ~inside], before[:, :, ~inside])
+    assert torch.equal(inside.to(torch.float), torch.tensor(zeros(weight)).div(35))
+
+
+def test_four_ninths_are_all_the_corners():
+    assert pruning.sparsities("corners")[-1] == pruning.CORNERS == Fraction(4, 9)
+    assert pruning.sparsities("skeleton")[-1] == pruning.sparsities("anywhere")[-1] == Fraction(5, 9)
+
+
+@pytest.mark.parametrize("sparsity", [Fraction(0), Fraction(1, 18), Fraction(2, 9), Fraction(1, 3)])
+@pytest.mark.parametrize("region", ["corners", "skeleton", "anywhere"])
+def test_sparsity_counts_all_weights_and_stays_in_the_region(region, sparsity):
+    weight = torch.rand(5, 7, 3, 3) + 0.1
+    prune_weight(weight, REGIONS[region], sparsity, generator())
+    assert int(weight.eq(0).sum()) == round(sparsity * 5 * 7 * 9)
+    outside = [zeros(weight)[row][column] for row, column in REGIONS["anywhere"] - REGIONS[region]]
+    assert set(outside) <= {0}
+
+
+def test_every_weight_of_the_region_is_equally_likely():
+    weight = torch.ones(200, 200, 3, 3)
+    prune_weight(weight, REGIONS["skeleton"], Fraction(1, 9), generator())
+    # 40,000 zeros over five positions: 8,000 each, with a standard deviation of √(40,000·0.2·0.8·0.8) = 72.
+    counts = [zeros(weight)[row][column] for row, column in REGIONS["skeleton"]]
+    assert all(abs(count - 8000) < 5 * 72 for count in counts)
+    assert max(counts) != min(counts)
+
+
+def test_more_zeros_than_the_region_has_are_refused():
+    weight = torch.ones(2, 2, 3, 3)
+    with pytest.raises(ValueError, match=r"sparsity must be at most 4/9, .* got 1/2"):
+        prune_weight(weight, REGIONS["corners"], Fraction(1, 2), generator())
+    assert weight.eq(1).all()
+
+
+def test_pruning_copies_and_touches_3x3_layers_alone():
+    model = network(CROSS, CROSS)
+    pruned = prune(model, REGIONS["corners"], Fraction(4, 9), generator())
+    assert [zeros(layer.weight) for layer in pruned[:2]] == [[[4, 0, 4], [0, 0, 0], [4, 0, 4]]] * 2
+    assert all(torch.equal(pruned[i].weight, model[i].weight) for i in (2, 3))
+    assert not model[0].weight.eq(0).any()
+
+
+def test_one_pruning_seed_gives_one_pruning():
+    masks = [prune(network(CROSS), REGIONS["anywhere"], Fraction(1, 3), generator(s))[0].weight for s in (1, 1, 2)]
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_cells_of_the_pruning_study_repeat_what_is_random():
+    cells = pruning.cells(dataclasses.replace(plan.QUICK, prunings=5))
+    plain = [c for c in cells if (c["block"], c["region"]) == ("plain", "corners")]
+    assert [(c["sparsity"], c["pruning"]) for c in plain[:7]] == [
+        ("0", 0), *(("1/18", i) for i in range(5)), ("1/9", 0),
+    ]  # fmt: skip
+    assert len(plain) == 1 + 8 * 5
+    assert {c["region"] for c in cells if c["block"] == "acb-border"} == {"border", "top-left 2×2", "anywhere"}
+
+
+# Turned images.
+
+
+class Images:
+    """A data set of these test images."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels, self.test_images = images, torch.tensor(labels), len(labels)
+
+    def test_batches(self, batch_size):
+        return zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True)
+
+
+class Brightest(nn.Module):
+    """The class is the quadrant with the largest sum: 0 top left, 1 top right, 2 bottom left, 3 bottom right."""
+
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(x, 2).sum(1).flatten(1)
+
+
+def test_images_are_turned_as_named():
+    x = torch.tensor([[1, 2], [3, 4]]).view(1, 1, 2, 2)
+    turned = {name: turn(x)[0, 0].tolist() for name, turn in ORIENTATIONS.items()}
+    assert turned == {
+        "original": [[1, 2], [3, 4]],
+        "rotated 90°": [[2, 4], [1, 3]],
+        "rotated 180°": [[4, 3], [2, 1]],
+        "flipped up-down": [[3, 4], [1, 2]],
+    }
+
+
+def test_turning_moves_what_a_network_sees():
+    images = torch.zeros(4, 3, 6, 6)
+    for label, (row, column) in enumerate([(0, 0), (0, 3), (3, 0), (3, 3)]):
+        images[label, :, row : row + 2, column : column + 2] = 1
+    data = Images(images, [0, 1, 2, 3])
+    found = {name: accuracies(Brightest(), data, turn=turn)[0] for name, turn in ORIENTATIONS.items()}
+    assert found == {"original": 1.0, "rotated 90°": 0.0, "rotated 180°": 0.0, "flipped up-down": 0.0}
+    flipped = Images(images, [2, 3, 0, 1])
+    assert accuracies(Brightest(), flipped, turn=ORIENTATIONS["flipped up-down"]) == [1.0]
+
+
+def test_turning_symmetric_images_changes_nothing():
+    images = torch.randn(12, 3, 8, 8)
+    images = images + images.flip(2)
+    images = images + images.flip(3)
+    images = images + images.transpose(2, 3)
+    assert all(torch.equal(turn(images), images) for turn in ORIENTATIONS.values())
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 36, 3))
+    data = Images(images, [i % 3 for i in range(12)])
+    assert len({accuracies(model, data, turn=turn)[0] for turn in ORIENTATIONS.values()}) == 1
+
+
+def test_top_k_counts_classes_among_the_k_largest():
+    logits = torch.tensor([[4.0, 3, 2, 1], [1, 2, 3, 4], [4, 3, 2, 1], [2, 1, 4, 3]])
+    model = nn.Sequential(nn.Flatten())
+    data = Images(logits.view(4, 4, 1, 1), [0, 2, 3, 1])
+    assert accuracies(model, data, top=(1, 2, 3, 4, 9)) == [0.25, 0.5, 0.5, 1.0, 1.0]
+
+
+def test_a_model_in_training_mode_is_evaluated_in_eval():
+    model = nn.Sequential(nn.Dropout(0.99), nn.Flatten())
+    data = Images(torch.eye(8).view(8, 8, 1, 1), list(range(8)))
+    assert accuracies(model.train(), data) == [1.0]
+
+
+# Tables.
+
+
+def test_means_and_standard_deviations():
+    assert mean_std([1.0, 2, 3]) == (2.0, 1.0)
+    assert mean_std([5.0]) == (5.0, 0.0)
+    assert percent([0.5, 0.7]) == "60.00 ± 14.14"
+    assert percent([0.5]) == "50.00"
+    # The spread of paired differences, not of the values.
+    assert points([0.51, 0.91], [0.50, 0.90]) == "+1.00 ± 0.00"
+    assert points([0.5], [0.6]) == "-10.00"
+
+
+def measured(block, *top1, net="resnet56", data="cifar10"):
+    return [
+        Measured({"data": data, "net": net, "block": block, "seed": seed}, {"top1": value, "top5": 1.0})
+        for seed, value in enumerate(top1)
+    ]
+
+
+def test_the_accuracy_table_puts_the_papers_figures_beside_ours():
+    results = measured("plain", 0.90, 0.92) + measured("acb", 0.93, 0.93)
+    row = accuracy.table(results).rows[0]
+    assert row[:6] == ("resnet56", "cifar10", "2", "91.00 ± 1.41", "93.00 ± 0.00", "+2.00 ± 1.41")
+    assert row[-2:] == ("94.31 → 95.09", "94.57 → 94.86")
+    assert "above the plain network's for 1 of 1" in accuracy.finding(results)
+    other = measured("plain", 0.5, data="digits") + measured("acb", 0.6, data="digits")
+    assert accuracy.table(other).rows[0][-2:] == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("data", "net", "expected"),
+    [
+        ("cifar10", "densenet40", "94.29 → 94.84"),
+        ("data/imagenet", "resnet18", "70.36 → 71.14"),
+        ("cifar100", "resnet56", ""),
+        ("data/imagenet", "resnet56", ""),
+    ],
+)
+def test_published_figures_are_found_by_network_and_data(data, net, expected):
+    assert accuracy.published(paper.TABLES, data, net) == expected
+
+
+def test_the_three_kinds_are_compared_with_the_papers():
+    results = measured("plain", 0.9, 0.9) + measured("acb", 0.95, 0.95) + measured("acb-border", 0.93, 0.93)
+    assert [row[-1] for row in shifted.table(results).rows] == ["94.31", "95.09", "94.67"]
+    assert shifted.finding(results) == "Border-shifted is -2.00 ± 0.00 points from ACNet."
+
+
+def test_rotation_reports_the_largest_change_by_folding():
+    values = dict.fromkeys(ORIENTATIONS, 0.5) | {f"{name}, unfolded": 0.5 for name in ORIENTATIONS}
+    changed = {**values, "rotated 90°": 0.52}
+    cell = {"data": "d", "net": "n", "block": "acb"}
+    results = [Measured({**cell, "seed": 0}, values), Measured({**cell, "seed": 1}, changed)]
+    assert rotation.table(results).rows == [
+        ("ACNet", "2", "50.00 ± 0.00", "51.00 ± 1.41", "50.00 ± 0.00", "50.00 ± 0.00", "2.00")
+    ]
+
+
+def test_grouping_keeps_order():
+    results = measured("plain", 0.1, 0.2) + measured("acb", 0.3)
+    assert by(results, "block") == {
+        "plain": [{"top1": 0.1, "top5": 1.0}, {"top1": 0.2, "top5": 1.0}],
+        "acb": [{"top1": 0.3, "top5": 1.0}],
+    }
+    assert list(by(results, "net", "seed")) == [("resnet56", 0), ("resnet56", 1)]
+
+
+# Plans.
+
+
+def test_without_quick_the_plan_is_the_papers():
+    full = plan.make(False)
+    assert (full.recipe.net, full.recipe.data, full.recipe.epochs, full.recipe.lr) == (
+        "resnet56",
+        "cifar10",
+        400,
+        0.2,
+    )
+    assert [p.net for p in full.accuracy] == [
+        "cifar-quick", "vgg16", "resnet20", "resnet56", "wrn16-8", "densenet40",
+    ]  # fmt: skip
+    assert full.seeds == full.prunings == 5
+
+
+def test_options_change_the_plan():
+    changed = plan.make(False, data="cifar100", nets=["wrn16-8", "wrn10-1"], epochs=3, limit=5, seeds=2)
+    assert [(p.net, p.data, p.epochs, p.weight_decay) for p in changed.accuracy] == [
+        ("wrn16-8", "cifar100", 3, 5e-4), ("wrn10-1", "cifar100", 3, 1e-4),
+    ]  # fmt: skip
+    assert {r.limit for r in (changed.recipe, *changed.accuracy)} == {5}
+    assert (changed.seeds, changed.prunings) == (2, 5)
+    assert plan.make(True).recipe.data == "digits"
+    photographs = plan.make(False, data="some/folder", net="resnet18")
+    assert [r.net for r in photographs.accuracy] == ["alexnet-bn", "resnet18", "densenet121"]
+    assert {r.data for r in (photographs.recipe, *photographs.accuracy)} == {"some/folder"}
+    assert photographs.recipe.batch_size == 256
+    assert plan.make(True, net="resnet14").recipe.net == "resnet14"
+
+
+# Results on disk.
+
+ABOUT = {"command": "c", "machine": {}, "setting": "s", "training": {"a on b": {"epochs": 1}, "limit": None}}
+
+
+def test_results_survive_and_are_found_by_their_cell(tmp_path):
+    path = tmp_path / "x.json"
+    store = Store(path, ABOUT)
+    store.add({"block": "acb", "seed": 0}, {"top1": 0.1 + 0.2})
+    again = Store(path, ABOUT)
+    assert {"seed": 0, "block": "acb"} in again
+    assert {"seed": 1, "block": "acb"} not in again
+    again.add({"block": "acb", "seed": 1}, {"top1": 1.0})
+    about, results = read(path)
+    assert about == ABOUT
+    assert [r.values["top1"] for r in results] == [0.1 + 0.2, 1.0]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_results_of_other_networks_are_not_mixed(tmp_path):
+    path = tmp_path / "x.json"
+    Store(path, ABOUT).add({"seed": 0}, {"top1": 1.0})
+    before = path.read_text()
+    other = {**ABOUT, "training": {"a on b": {"epochs": 2}, "limit": None}}
+    with pytest.raises(UserError, match=r"holds results with a on b: \{'epochs': 1\}, got \{'epochs': 2\}"):
+        Store(path, other)
+    assert path.read_text() == before
+    more = Store(path, {**ABOUT, "training": {"c on d": {"epochs": 9}, "limit": None}})
+    assert set(more.about["training"]) == {"a on b", "c on d", "limit"}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"results": []}', '{"results": [3], "training": {}}'])
+def test_files_that_are_no_results_are_refused(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="holds no results of a study"):
+        read(path)
+
+
+def test_csv_has_one_line_a_record(tmp_path):
+    write_csv([{"a": 1, "b": "x, y"}, {"a": 2.5, "b": "ü"}], tmp_path / "x.csv")
+    with (tmp_path / "x.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.DictReader(file)) == [{"a": "1", "b": "x, y"}, {"a": "2.5", "b": "ü"}]
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """The folder of one tiny run of all studies."""
+    out = tmp_path_factory.mktemp("all studies")
+    assert cli.main(["study", "all", *TINY, "--out", str(out)]) == 0
+    return out
+
+
+def test_all_studies_write_their_files_and_one_page(everything):
+    names = list(command.STUDIES)
+    assert names == ["ablation", "rotation", "pruning", "magnitudes", "shifted", "accuracy"]
+    for name in names:
+        assert json.loads((everything / f"{name}.json").read_text())["results"]
+        assert (everything / f"{name}.csv").read_text().count("\n") > 2
+        assert (everything / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    # Trained once, used by all: five kinds of the ablation and the border-shifted one, two seeds each.
+    assert len(list((everything / "networks").iterdir())) == 12
+
+
+def test_the_page_needs_no_other_file(everything):
+    text = (everything / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'(?:src|href)="(?!data:image/png;base64,|#|https://arxiv\.org)', text) == []
+    assert text.count("data:image/png;base64,") == 7
+    for study in command.STUDIES.values():
+        assert f'<h2 id="{study.name}">{study.title}</h2>' in text
+    assert (
+        text.count("study all --quick --nets resnet8 --epochs 1 --limit 64 --test-limit 90 --seeds 2 --prunings 1")
+        == 6
+    )
+
+
+def test_folding_changes_no_accuracy(everything):
+    for result in read(everything / "rotation.json")[1]:
+        for name in ORIENTATIONS:
+            assert result.values[name] == result.values[f"{name}, unfolded"]
+
+
+def test_the_unpruned_network_is_the_ablations(everything):
+    ablation = {
+        r.cell["block"]: r.values["top1"] for r in read(everything / "ablation.json")[1] if not r.cell["seed"]
+    }
+    for result in read(everything / "pruning.json")[1]:
+        if result.cell["sparsity"] == "0" and result.cell["block"] in ablation:
+            assert result.values["top1"] == ablation[result.cell["block"]]
+
+
+def test_plots_are_made_again_without_measuring(everything, capsys, monkeypatch):
+    before = (everything / "ablation.csv").read_text()
+    (everything / "ablation.csv").unlink()
+    (everything / "ablation.png").unlink()
+    monkeypatch.setattr(command, "Lab", None)
+    code, printed, errors = run(capsys, "ablation", "--plot-only", "--out", everything)
+    assert (code, errors) == (0, "")
+    assert (everything / "ablation.csv").read_text() == before
+    assert (everything / "ablation.png").exists()
+    assert "ACNet, one batch norm" in printed
+
+
+@pytest.mark.parametrize("name", list(command.STUDIES))
+def test_unfinished_results_can_be_shown(everything, tmp_path, name):
+    study, results = command.STUDIES[name], read(everything / f"{name}.json")[1][:1]
+    assert all(len(row) == len(study.table(results).header) for row in study.table(results).rows)
+    assert isinstance(study.finding(results), str)
+    for file, plot in study.plots.items():
+        plot(results, tmp_path / file)
+        assert (tmp_path / file).exists()
+
+
+def test_results_are_kept_unless_resumed(everything, capsys):
+    before = (everything / "shifted.json").read_bytes()
+    code, _, errors = run(capsys, "shifted", *TINY, "--out", everything)
+    assert code == 2
+    assert "already holds results: go on with --resume, or give another --out" in errors
+    assert (everything / "shifted.json").read_bytes() == before
+    code, printed, _ = run(capsys, "shifted", *TINY, "--out", everything, "--resume")
+    assert code == 0
+    assert "0 of 6 cells were to be measured" in printed
+    code, _, errors = run(capsys, "shifted", *TINY, "--epochs", 2, "--out", everything, "--resume")
+    assert code == 2
+    assert "holds results with resnet8 on digits" in errors
+
+
+def test_an_interrupted_study_goes_on_and_gives_the_same_numbers(everything, tmp_path, capsys, monkeypatch):
+    study, calls = command.STUDIES["shifted"], []
+
+    def interrupted(lab, cell):
+        calls.append(cell)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return study.measure(lab, cell)
+
+    monkeypatch.setitem(command.STUDIES, "shifted", dataclasses.replace(study, measure=interrupted))
+    code, printed, _ = run(capsys, "shifted", *TINY, "--out", tmp_path)
+    assert code == 130
+    assert "stopped; the same command with --resume goes on from there" in printed
+    assert len(read(tmp_path / "shifted.json")[1]) == 3
+    assert run(capsys, "magnitudes", *TINY, "--out", tmp_path)[0] == 0  # leaves the unfinished one out of the page
+    assert re.findall('h2 id="(.*?)"', (tmp_path / "report.html").read_text()) == ["magnitudes"]
+    code, printed, _ = run(capsys, "shifted", *TINY, "--out", tmp_path, "--resume")
+    assert code == 0
+    assert "3 of 6 cells were to be measured" in printed
+    assert len(calls) == 6
+    assert read(tmp_path / "shifted.json")[1] == read(everything / "shifted.json")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["colours"], "invalid choice: 'colours'"),
+        (["ablation", "--seeds", "0"], "argument --seeds: must be an int above 0, got '0'"),
+        (["ablation", "--plot-only"], "ablation.json is missing: run the study before --plot-only"),
+        (["ablation", *TINY, "--net", "resnet9"], "6n+2 layers"),
+        (["ablation", *TINY, "--limit", "9999"], "--limit must be at most the 1437"),
+        (["ablation", *TINY, "--test-limit", "361"], "--test-limit must be at most the 360 test images there are"),
+    ],
+)
+def test_wrong_use_is_one_sentence(tmp_path, capsys, arguments, said):
+    code, _, errors = run(capsys, *arguments, "--out", tmp_path)
+    assert code == 2
+    assert said in errors
+    assert errors.count("\n") == 1
+
+
+def test_long_networks_can_be_drawn(tmp_path):
+    panels = {"deep": {str(i): torch.rand(3, 3) for i in range(55)}}
+    plots.layers(panels, "55 layers", tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
