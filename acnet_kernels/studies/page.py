@@ -69,7 +69,9 @@ def _image(path: Path) -> str:
     content = path.read_bytes()
     width = int.from_bytes(content[16:20], "big")  # of the PNG header, at 150 dots an inch; a page has 96
     data = base64.b64encode(content).decode()
-    return f'<img alt="{escape(path.stem)}" width="{width * 96 // 150}" src="data:image/png;base64,{data}">'
+    return (
+        f'<img alt="{escape(path.stem)}" style="width: {width * 96 // 150}px" src="data:image/png;base64,{data}">'
+    )
 
 
 def _table(table: Table) -> str:
