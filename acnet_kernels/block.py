@@ -16,7 +16,7 @@ from .functional import acblock
 from .functional import plan as plan_step
 from .geometry import BRANCHES, Geometry, IntOrPair, PaddingMode, Pair
 from .ops.fuse_blocks import Arguments
-from .ops.fusion import append_absent, append_branch, append_step, fold
+from .ops.fusion import FoldBranch, append_branches, append_step, fold
 from .spec import Branch, Norm, Problem, Step, prefers_channels_last
 
 _MODULES = {name: (f"{name}_conv", f"{name}_bn") for name in BRANCHES}
@@ -310,7 +310,7 @@ class ACBlock(nn.Module):
         Raises:
             ValueError: as `fold_step`; a is then as it was.
         """
-        found: list[tuple[Any, ...] | None] = []
+        found: list[FoldBranch | None] = []
         modules = self._modules
         for conv_name, bn_name in _MODULES.values() if self.norm == "branch" else ():
             conv, bn = modules.get(conv_name), modules.get(bn_name)
@@ -327,12 +327,7 @@ class ACBlock(nn.Module):
         if len(found) != len(BRANCHES):  # something special, or wrong: fold_step knows
             append_step(a, self.fold_step())
             return
-        for tensors, kernels in zip(found, (a.square, a.hor, a.ver), strict=True):
-            if tensors is None:
-                append_absent(a)
-            else:
-                append_branch(a, kernels, *tensors)
-        a.place.extend((self.geometry.hor_row, self.geometry.ver_column))
+        append_branches(a, found, (self.geometry.hor_row, self.geometry.ver_column))
 
     def switch_to_deploy(self) -> None:
         """Replaces the branches by their one folded convolution, in place; a second call does nothing.

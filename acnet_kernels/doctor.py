@@ -30,6 +30,7 @@ def report() -> list[tuple[str, str]]:
         ("nvcc", _tool("nvcc")),
         ("CUDA", _cuda()),
         ("extension", _extension.MISSING or "loaded"),
+        ("CUDA kernels", _extension.MISSING_CUDA or "loaded"),
     ]
     for name, backend in planner.BACKENDS.items():
         lines.append((f"backend {name}", backend.unavailable() or "can run here"))

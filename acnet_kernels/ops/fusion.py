@@ -75,17 +75,23 @@ def _call(operator: Any, arguments: tuple[Any, ...], differentiable: bool) -> An
         return operator(*arguments)
 
 
+# weight, conv_bias, gamma, beta, mean, var, eps: what the operator's lists hold of one branch.
+FoldBranch = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor, float]
+_COMPLETE = (BRANCH | GAMMA | BETA | MEAN,) * 3
+
+
 def append_step(a: Arguments, step: Step) -> None:
     """Appends one block to the operator's lists.
 
     Raises:
         ValueError: a batch norm has no running variance; a is then of no more use.
     """
-    branches, total = step.branches, step.norm
-    for name, kernels in (("square", a.square), ("hor", a.hor), ("ver", a.ver)):
-        branch = branches.get(name)
+    total = step.norm
+    found: list[FoldBranch | None] = []
+    for name in ("square", "hor", "ver"):
+        branch = step.branches.get(name)
         if branch is None:
-            append_absent(a)
+            found.append(None)
             continue
         norm = branch.norm if total is None else total
         assert norm is not None
@@ -97,42 +103,50 @@ def append_step(a: Arguments, step: Step) -> None:
         # The norm of the sum: its μ and β count once, its scale for every branch.
         once = total is None or name == "square"
         beta, mean = (norm.beta, norm.running_mean) if once else (None, None)
-        append_branch(a, kernels, branch.weight, branch.bias, norm.gamma, beta, mean, norm.running_var, norm.eps)
-    a.place.extend((step.geometry.hor_row, step.geometry.ver_column))
+        found.append((branch.weight, branch.bias, norm.gamma, beta, mean, norm.running_var, norm.eps))
+    append_branches(a, found, (step.geometry.hor_row, step.geometry.ver_column))
 
 
-def append_branch(
-    a: Arguments,
-    kernels: list[Tensor],
-    weight: Tensor,
-    conv_bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor,
-    eps: float,
-) -> None:
-    """Appends one branch to the operator's lists; kernels is a's list for its weight."""
-    present = BRANCH
-    kernels.append(weight)
-    a.var.append(var)
-    a.eps.append(eps)
-    if gamma is not None:
-        present |= GAMMA
-        a.gamma.append(gamma)
-    if beta is not None:
-        present |= BETA
-        a.beta.append(beta)
-    if mean is not None:
-        present |= MEAN
-        a.mean.append(mean)
-    if conv_bias is not None:
-        present |= CONV_BIAS
-        a.conv_bias.append(conv_bias)
-    a.present.append(present)
-
-
-def append_absent(a: Arguments) -> None:
-    """Appends a branch that the block does not have."""
-    a.present.append(0)
-    a.eps.append(0.0)
+def append_branches(a: Arguments, found: list[FoldBranch | None], place: tuple[int, int]) -> None:
+    """Appends one block, its square, hor and ver, to the operator's lists; place is hor's row and ver's column."""
+    a.place.extend(place)
+    square, hor, ver = found
+    if square is not None and hor is not None and ver is not None:
+        # Nearly always everything but a convolution bias is there, so all at once: this runs for every block.
+        (w0, c0, g0, b0, m0, v0, e0), (w1, c1, g1, b1, m1, v1, e1), (w2, c2, g2, b2, m2, v2, e2) = square, hor, ver
+        if (
+            c0 is c1 is c2 is None
+            and (g0 is not None and g1 is not None and g2 is not None)
+            and (b0 is not None and b1 is not None and b2 is not None)
+            and (m0 is not None and m1 is not None and m2 is not None)
+        ):
+            a.square.append(w0)
+            a.hor.append(w1)
+            a.ver.append(w2)
+            a.gamma.extend((g0, g1, g2))
+            a.beta.extend((b0, b1, b2))
+            a.mean.extend((m0, m1, m2))
+            a.var.extend((v0, v1, v2))
+            a.eps.extend((e0, e1, e2))
+            a.present.extend(_COMPLETE)
+            return
+    for branch, kernels in zip(found, (a.square, a.hor, a.ver), strict=True):
+        if branch is None:
+            a.present.append(0)
+            a.eps.append(0.0)
+            continue
+        weight, conv_bias, gamma, beta, mean, var, eps = branch
+        kernels.append(weight)
+        a.var.append(var)
+        a.eps.append(eps)
+        present = BRANCH
+        for bit, tensor, tensors in (
+            (GAMMA, gamma, a.gamma),
+            (BETA, beta, a.beta),
+            (MEAN, mean, a.mean),
+            (CONV_BIAS, conv_bias, a.conv_bias),
+        ):
+            if tensor is not None:
+                present |= bit
+                tensors.append(tensor)
+        a.present.append(present)
