@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import warnings
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -321,3 +323,17 @@ def test_learns_as_eager_does():
     torch.testing.assert_close(
         torch.tensor(losses["branches"][:10]), torch.tensor(losses["eager"][:10]), rtol=1e-3, atol=1e-4
     )
+
+
+def test_a_missing_extension_is_said_once(monkeypatch):
+    monkeypatch.setattr(planner.bn_sum, "MISSING", "the C++ extension is not built, in this test")
+    planner._warn_without_extension.cache_clear()
+    block = ACBlock(4, 8, 3, padding=1)
+    x = torch.empty(64, 4, 64, 64, device="meta")
+    with pytest.warns(UserWarning, match="eager backend, which is slower: the C\\+\\+ extension is not built"):
+        name = planner.choose(replace(block.plan(x)[0], device="cpu")).backend.NAME
+    assert name == "eager"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        planner.choose(replace(block.plan(x)[0], device="cpu"))
+    planner._warn_without_extension.cache_clear()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -87,11 +89,18 @@ def does_not_pay(backend: str, problem: Problem) -> str | None:
     if backend == "branches":
         if problem.device == "cuda":
             return "its batch-norm sums have no CUDA kernels"
-        if bn_sum.MISSING is not None:
-            return "its batch-norm sums are slow without the C++ extension"
         if problem.output_bytes // problem.dtype.itemsize <= SMALL_MAP:
             return f"maps of {SMALL_MAP} elements or fewer are as fast in eager"
+        if bn_sum.MISSING is not None:
+            if not torch.compiler.is_compiling():
+                _warn_without_extension(bn_sum.MISSING)
+            return "its batch-norm sums are slow without the C++ extension"
     return None
+
+
+@functools.cache
+def _warn_without_extension(why: str) -> None:
+    warnings.warn(f"training steps run on the eager backend, which is slower: {why}", stacklevel=2)
 
 
 def _saving_plan(problem: Problem) -> Plan | None:
