@@ -76,9 +76,9 @@ def choose(problem: Problem, requested: str = "auto") -> Plan:
     raise AssertionError("eager declines nothing and always pays")
 
 
-# Elements of an output map up to which `branches` gains nothing over eager on the CPU: the convolutions, or the
-# cost of a call, are then nearly all of the step.
-SMALL_MAP = 2**19
+# Elements of an output map up to which `branches` gains nothing over eager on the CPU, by bytes an element: the
+# convolutions, or the cost of a call, are then nearly all of the step.
+SMALL_MAP = {2: 2**15, 4: 2**19, 8: 2**19}
 
 
 def does_not_pay(backend: str, problem: Problem) -> str | None:
@@ -89,8 +89,9 @@ def does_not_pay(backend: str, problem: Problem) -> str | None:
     if backend == "branches":
         if problem.device == "cuda":
             return "its batch-norm sums have no CUDA kernels"
-        if problem.output_bytes // problem.dtype.itemsize <= SMALL_MAP:
-            return f"maps of {SMALL_MAP} elements or fewer are as fast in eager"
+        small = SMALL_MAP[problem.dtype.itemsize]
+        if problem.output_bytes // problem.dtype.itemsize <= small:
+            return f"maps of {small} elements or fewer are as fast in eager"
         if bn_sum.MISSING is not None:
             if not torch.compiler.is_compiling():
                 _warn_without_extension(bn_sum.MISSING)
