@@ -330,7 +330,7 @@ std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
-  m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype=None)"
+  m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "bn_sum_backward(Tensor grad, Tensor[] ys, Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy)"

@@ -1,7 +1,7 @@
 """Batch-norm sums, out = Σ_b BN_b(y_b) with the batch's own statistics, and their gradient, as operators.
 
-    bn_sum_forward(ys, gammas, betas, eps, dtype=None) -> (out, means, rstds)
-        out = Σ_b γ_b·(y_b − μ_b)·rstd_b + β_b, in the layout of ys, and in `dtype`: that of ys unless given.
+    bn_sum_forward(ys, gammas, betas, eps, dtype) -> (out, means, rstds)
+        out = Σ_b γ_b·(y_b − μ_b)·rstd_b + β_b, in the layout of ys, and in `dtype`: None for that of ys.
     bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy) -> (dys, dgammas, dbeta)
         dys holds dy_b for every b with needs_dy[b], in order, in the dtype and layout of ys. Every branch's dβ is
         the same Σ grad, hence one dbeta.
@@ -37,7 +37,7 @@ _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 if MISSING is not None:
     _COMMON = "Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy"
     _LIBRARY.define(
-        "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype=None)"
+        "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype)"
         " -> (Tensor, Tensor, Tensor)"
     )
     _LIBRARY.define(f"bn_sum_backward(Tensor grad, Tensor[] ys, {_COMMON}) -> (Tensor[], Tensor, Tensor)")
@@ -79,7 +79,7 @@ def _forward(
     gammas: list[Tensor],
     betas: list[Tensor],
     eps: list[float],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(ys)
     out_dtype = ys[0].dtype if dtype is None else dtype
@@ -160,7 +160,7 @@ for _key in ("CUDA", "CPU") if MISSING is not None else ("CUDA",):
 
 @torch.library.register_fake("acnet_kernels::bn_sum_forward")
 def _(
-    ys: list[Tensor], gammas: Any, betas: Any, eps: Any, dtype: torch.dtype | None = None
+    ys: list[Tensor], gammas: Any, betas: Any, eps: Any, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     statistics = ys[0].new_empty((len(ys), ys[0].shape[1]), dtype=torch.float64)
     return torch.empty_like(ys[0], dtype=dtype), statistics, torch.empty_like(statistics)
@@ -207,9 +207,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*ys, means, rstds, *gammas)
 
 
-def _autograd(
-    ctx: Any, grad: Tensor, *_: Tensor | None
-) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], None, None]:
+def _autograd(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     saved = list(ctx.saved_tensors)
     ys, (means, rstds), gammas = saved[: ctx.count], saved[ctx.count : ctx.count + 2], saved[ctx.count + 2 :]
     dys, dgammas, dbeta = bn_sum_backward(like(grad, ys[0]), ys, means, rstds, gammas, ctx.needs_dy)
