@@ -1,4 +1,4 @@
-"""CUDA only: graphs captured from a training step, NCCL behind SyncBatchNorm."""
+"""CUDA only: graphs captured from a training step."""
 
 import copy
 import sys
