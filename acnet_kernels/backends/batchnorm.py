@@ -49,15 +49,18 @@ def update_running(
     tracked = [b for b, norm in enumerate(norms) if norm.running_mean is not None]
     if not tracked:
         return
-    eps = rstds.new_tensor([norm.eps for norm in norms])
+    eps: float | Tensor = norms[0].eps
+    if any(norm.eps != eps for norm in norms):
+        eps = rstds.new_tensor([norm.eps for norm in norms])[:, None]
     # rstd = 1/√(σ² + ε); rounding may leave a constant channel's σ² a hair below 0.
-    variances = (rstds.square().reciprocal() - eps[:, None]).clamp_min_(0) * (count / (count - 1))
+    variances = rstds.square().reciprocal_().sub_(eps).clamp_min_(0).mul_(count / (count - 1))
+    running: list[Tensor] = []
+    values: list[Tensor] = []
+    factors: list[float | Tensor] = []
     for b in tracked:
         norm, mean, variance, bias = norms[b], means[b], variances[b], biases[b]
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        if bias is not None:
-            mean = mean + bias
         dtype = norm.running_mean.dtype
         factor: float | Tensor
         if norm.momentum is not None:
@@ -65,5 +68,11 @@ def update_running(
         else:  # the cumulative average; 1/n stays a tensor, so nothing waits for it
             assert norm.num_batches_tracked is not None
             factor = norm.num_batches_tracked.to(dtype).reciprocal()
-        norm.running_mean.lerp_(mean.to(dtype), factor)
-        norm.running_var.lerp_(variance.to(dtype), factor)
+        running += [norm.running_mean, norm.running_var]
+        values += [(mean if bias is None else mean + bias).to(dtype), variance.to(dtype)]
+        factors += [factor, factor]
+    if isinstance(factors[0], float) and all(factor is factors[0] or factor == factors[0] for factor in factors):
+        torch._foreach_lerp_(running, values, factors[0])
+    else:
+        for target, value, factor in zip(running, values, factors, strict=True):
+            target.lerp_(value, factor)

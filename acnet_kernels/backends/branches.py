@@ -1,8 +1,8 @@
 """Three vendor convolutions, with all their batch norms and additions done by two operators (ops/bn_sum.py).
 
 Forward: y_b = W_b * x, then out = Σ_b BN_b(y_b) in two passes over the maps. Backward: two passes write every dy_b,
-over y_b's memory where nothing else can hold it, then come the vendor's convolution gradients, dx summed in place
-into the first branch's. Saved: x as it came, y_b, and two numbers a channel and branch.
+over y_b's memory where nothing else can hold it, then come the vendor's convolution gradients, dx summed within the
+convolutions where the vendor can (backends/dgrad.py), in place otherwise. Saved: x as it came, y_b, and two numbers a channel and branch.
 
 A convolution's bias cancels against the batch mean: it moves the running mean alone, and it gets no gradient
 (eager's is rounding noise around zero). The step is differentiable twice: a backward with create_graph=True
@@ -24,6 +24,7 @@ from ..geometry import BRANCHES, Pair, Placement
 from ..ops import bn_sum
 from ..spec import Branch, Problem, Step
 from .batchnorm import update_running
+from .dgrad import add_input_gradient
 
 NAME = "branches"
 
@@ -136,7 +137,8 @@ class _Step(torch.autograd.Function):
         weights, gammas, betas = plan.split(tensors)
         if x.device.type == "cpu":
             _keep_freed_memory()
-        with _without_autocast(x.device.type):
+        # Nothing here is differentiated: calls need not pass the dispatcher's autograd layer.
+        with _without_autocast(x.device.type), torch._C._AutoDispatchBelowAutograd():
             ys = plan.maps(x, weights)
             out, means, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, plan.eps, plan.dtype)
         ctx.plan = plan
@@ -185,10 +187,17 @@ def _convolution_gradients(
         if not (needs_x or need):
             dws.append(None)
             continue
+        dy, weight = next(remaining), weight.to(plan.conv_dtype)
+        needs_dx = needs_x and not (
+            dx is not None and add_input_gradient(dx, dy, weight, place, plan.stride, plan.dilation, plan.groups)
+        )
+        if not (needs_dx or need):
+            dws.append(None)
+            continue
         dx_b, dw, _ = torch.ops.aten.convolution_backward(
-            next(remaining),
+            dy,
             place.apply(x),
-            weight.to(plan.conv_dtype),
+            weight,
             None,
             plan.stride,
             place.padding,
@@ -196,10 +205,10 @@ def _convolution_gradients(
             False,
             (0, 0),
             plan.groups,
-            (needs_x, need, False),
+            (needs_dx, need, False),
         )
         dws.append(dw)
-        if needs_x:
+        if needs_dx:
             dx = dx_b if dx is None else place.add_adjoint(dx, dx_b)
     return dx, dws
 
