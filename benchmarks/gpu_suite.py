@@ -26,7 +26,7 @@ from . import harness
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / part) for part in ("", "triton")]
 from oracle import FLOORS, rel  # noqa: E402 - the tests' own rule, not a second one
-from problems import PROBLEMS, SMALL, Tensors, step  # noqa: E402
+from problems import DEPTHWISE, PROBLEMS, SMALL, Tensors, step  # noqa: E402
 
 # N, C = K, H = W: the CIFAR network's stages, ImageNet's, and a few in between.
 SHAPES = (
@@ -197,7 +197,8 @@ class Suite:
     def equivalence(self) -> bool:
         """Every problem of the tests, in every dtype, by the tests' rule; True when all pass."""
         faults = []
-        for problem in PROBLEMS:
+        problems = [*PROBLEMS, *DEPTHWISE]
+        for problem in problems:
             for dtype in DTYPES.values():
                 t = Tensors(problem, dtype, self.device)
                 true, eager = t.truth(), t.eager()
@@ -208,7 +209,7 @@ class Suite:
                             faults.append((str(problem), str(dtype), name, key, error, allowed))
         self.say(
             "\n## Equivalence with float64\n",
-            f"{len(PROBLEMS)} problems × {len(DTYPES)} dtypes: {len(faults)} faults",
+            f"{len(problems)} problems × {len(DTYPES)} dtypes: {len(faults)} faults",
         )
         if faults:
             self.say(harness.table(("problem", "dtype", "tiles", "tensor", "error", "allowed"), faults))

@@ -47,9 +47,11 @@ def representatives() -> list[codegen.Case]:
         for chosen in (spread, spread_fp32)
         for kind, (arch, mode) in chosen.items()
     ]
+    found += [codegen.depthwise_case(kind, arch, "bf16", 128) for kind, (arch, _) in spread.items()]
+    found += [next(c for c in codegen.moments_cases(a) if c.dtype == d) for a, d in ((90, "bf16"), (80, "fp32"))]
     names = {c.kernel for c in found}
     for arch in configs.FAMILIES:
-        for case in codegen.bn_cases(arch):
+        for case in (*codegen.moments_cases(arch), *codegen.bn_cases(arch)):
             if case.kernel not in names:
                 names.add(case.kernel)
                 found.append(case)
@@ -67,6 +69,14 @@ def test_whatever_is_chosen_is_compiled(arch: int) -> None:
                     config = configs.choose(kind, arch, mode, wide, M, KG, CG, 1)
                     assert (codegen.KERNELS[kind].__name__, mode, tuple(config)) in compiled
                     assert config == configs.SPARE[kind, mode] or not (wide or KG % 16 or CG % 16)
+    for channels in range(1, 300):
+        for kernel in (1, 3, 5, 7, 9):
+            for kind in configs.KINDS:
+                config = configs.depthwise(kind, channels, kernel)
+                assert (codegen.DEPTHWISE[kind].__name__, "", (*config[:2], *config[3:])) in compiled
+        for mode in configs.CORRELATION:
+            config = configs.correlation(mode, channels, 300 - channels)
+            assert ("cross_correlation", mode, tuple(config)) in compiled
 
 
 @pytest.mark.parametrize(
@@ -87,12 +97,15 @@ def test_committed_table_is_complete_and_without_fault(table: Path) -> None:
     with table.open(newline="") as file:
         reports = [codegen.Report(**(row | {n: int(row[n]) for n in numbers})) for row in csv.DictReader(file)]
     wanted = {
-        (c.kernel, c.arch, c.dtype, c.mode, c.shown, c.variation)
+        (c.kernel, c.arch, c.dtype, c.mode, c.shown, c.variation): c
         for a in configs.FAMILIES
         for c in codegen.cases(a)
     }
-    assert {(r.kernel, r.arch, r.dtype, r.mode, r.config, r.variation) for r in reports} == wanted
-    faults = {(r.kernel, r.arch, r.mode, r.config, r.variation): r.faults("conv_" in r.kernel) for r in reports}
+    found = {(r.kernel, r.arch, r.dtype, r.mode, r.config, r.variation): r for r in reports}
+    assert found.keys() == wanted.keys()
+    faults = {
+        (r.kernel, r.arch, r.mode, r.config, r.variation): r.faults(wanted[key].dot) for key, r in found.items()
+    }
     found = {at: fault for at, fault in faults.items() if fault}
     assert all(len(fault) == 1 and "stack" in fault[0] for fault in found.values())
     assert found.keys() == KNOWN_STACKS[table.stem]

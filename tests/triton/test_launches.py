@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 from conftest import INTERPRETED
-from problems import PROBLEMS, SMALL, Tensors
+from problems import DEPTHWISE, PROBLEMS, SMALL, Problem, Tensors
 
 from acnet_kernels.ops import triton_bn_sum, triton_conv
 
@@ -32,15 +32,26 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     yield names
 
 
+@pytest.mark.parametrize(
+    ("problem", "convolutions"),
+    [
+        (PROBLEMS[0], ("conv_branches", "conv_dgrad", "conv_wgrad")),
+        (DEPTHWISE[0], ("depthwise_branches", "depthwise_dgrad", "depthwise_wgrad")),
+    ],
+    ids=["grouped", "depthwise"],
+)
 @pytest.mark.parametrize("config", [SMALL, None], ids=["several_tiles", "table"])
-def test_launches_of_a_step(launches: list[str], config, device: torch.device) -> None:
-    t = Tensors(PROBLEMS[0], torch.float32, device)
+def test_launches_of_a_step(
+    launches: list[str], config, problem: Problem, convolutions: tuple[str, ...], device: torch.device
+) -> None:
+    t = Tensors(problem, torch.float32, device)
+    forward, *backward = convolutions
     weights = t.by_branch()
     _, ys, norms = triton_conv.block_forward(t.x, weights, t.gammas, t.betas, t.eps, t.window)
-    assert launches == ["conv_branches", "merge_statistics", "apply"]
+    assert launches == [forward, "merge_statistics", "apply"]
     launches.clear()
     triton_bn_sum.bn_sum_backward_(t.grad, ys, norms.means, norms.rstds, t.gammas, [True] * 3)
     triton_conv.input_grad(ys, weights, t.window, t.x.shape[2:], config=config)
     triton_conv.weight_grads(t.x, ys, weights, t.window, config=config)
-    assert launches[:5] == ["reduce_grad", "merge_grad", "apply_grad", "conv_dgrad", "conv_wgrad"]
+    assert launches[:5] == ["reduce_grad", "merge_grad", "apply_grad", *backward]
     assert len(launches) <= 6
