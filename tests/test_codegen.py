@@ -47,7 +47,7 @@ def representatives() -> list[codegen.Case]:
         for chosen in (spread, spread_fp32)
         for kind, (arch, mode) in chosen.items()
     ]
-    found += [codegen.depthwise_case(kind, arch, "bf16", 128) for kind, (arch, _) in spread.items()]
+    found += [codegen.depthwise_case(kind, arch, "bf16", 64) for kind, (arch, _) in spread.items()]
     found += [next(c for c in codegen.moments_cases(a) if c.dtype == d) for a, d in ((90, "bf16"), (80, "fp32"))]
     names = {c.kernel for c in found}
     for arch in configs.FAMILIES:
@@ -75,8 +75,9 @@ def test_whatever_is_chosen_is_compiled(arch: int) -> None:
                 config = configs.depthwise(kind, channels, kernel)
                 assert (codegen.DEPTHWISE[kind].__name__, "", (*config[:2], *config[3:])) in compiled
         for mode in configs.CORRELATION:
-            config = configs.correlation(mode, channels, 300 - channels)
-            assert ("cross_correlation", mode, tuple(config)) in compiled
+            for wide in (False, True):
+                config = configs.correlation(mode, wide, channels, 300 - channels)
+                assert ("cross_correlation", mode, tuple(config)) in compiled
 
 
 @pytest.mark.parametrize(

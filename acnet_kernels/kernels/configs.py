@@ -182,19 +182,19 @@ DEPTHWISE = {"conv": 512, "dgrad": 1024, "wgrad": 2048}
 
 def depthwise(kind: str, channels: int, kernel: int) -> Config:
     """The tile of a depthwise phase over `channels` channels of what it computes; there is no block_c."""
-    block_k = streaming_tile(channels).block_k
+    block_k = min(64, streaming_tile(channels).block_k)  # so that neighbouring pixels share a program
     elements = DEPTHWISE[kind] // (power_of_two(max(kernel, 3)) if kind == "wgrad" else 1)
     return Config(max(1, elements // block_k), block_k, 1, 4, 3)
 
 
 # Tiles of second moments, widest first: tensor cores, and fp32 multiply-adds ("ieee").
 CORRELATION = {
-    "half": (Config(32, 64, 64, 8, 3), Config(64, 32, 32, 4, 3), Config(64, 16, 16, 4, 4)),
-    "ieee": (Config(32, 32, 32, 4, 3), Config(32, 16, 16, 4, 3)),
+    "half": (Config(32, 64, 64, 8, 3), Config(64, 32, 32, 4, 3), Config(32, 16, 16, 4, 4)),
+    "ieee": (Config(16, 32, 32, 4, 3), Config(32, 16, 16, 4, 3)),
 }
 
 
-def correlation(mode: str, KG: int, CG: int) -> Config:
-    """The tile of second moments of KG with CG channels a group."""
-    widest = block_of(min(KG, CG))
+def correlation(mode: str, wide: bool, KG: int, CG: int) -> Config:
+    """The tile of second moments of KG with CG channels a group; the widest leaves no registers to spare."""
+    widest = min(block_of(min(KG, CG)), 32 if wide or KG % 16 or CG % 16 else 64)
     return next((c for c in CORRELATION[mode] if c.block_k <= widest), CORRELATION[mode][-1])

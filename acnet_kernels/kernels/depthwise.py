@@ -88,7 +88,6 @@ def depthwise_branches(
         for row in range(KERNEL):
             h = h0 + row * DIL_H
             in_row = live & (h >= 0) & (h < H)
-            on_row = k_live & (row == HOR_ROW)
             for col in tl.static_range(KERNEL):
                 w = w0 + col * DIL_W
                 inside = in_row & (w >= 0) & (w < W)
@@ -96,8 +95,8 @@ def depthwise_branches(
                 x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & k_live[None, :], other=0.0)
                 x = x.to(tl.float32)
                 sq += x * _weight(weights[0], k, k_live, row * KERNEL + col, KERNEL * KERNEL)
-                if weights[1] is not None:
-                    hor += x * _weight(weights[1], k, on_row, col, KERNEL)
+                if weights[1] is not None and row == HOR_ROW:
+                    hor += x * _weight(weights[1], k, k_live, col, KERNEL)
                 if col == VER_COL and weights[2] is not None:
                     ver += x * _weight(weights[2], k, k_live, row, KERNEL)
         before = (first - start).to(tl.float32)
@@ -168,9 +167,8 @@ def depthwise_dgrad(
                 k = c * KG + j
                 dy = tl.load(dys[0] + at[:, None] + k[None, :], mask=inside, other=0.0).to(tl.float32)
                 acc += dy * _weight(weights[0], k, c_live, row * KERNEL + col, KERNEL * KERNEL)
-                if weights[1] is not None:
-                    on_row = inside & (row == HOR_ROW)
-                    dy = tl.load(dys[1] + at[:, None] + k[None, :], mask=on_row, other=0.0).to(tl.float32)
+                if weights[1] is not None and row == HOR_ROW:
+                    dy = tl.load(dys[1] + at[:, None] + k[None, :], mask=inside, other=0.0).to(tl.float32)
                     acc += dy * _weight(weights[1], k, c_live, col, KERNEL)
                 if col == VER_COL and weights[2] is not None:
                     dy = tl.load(dys[2] + at[:, None] + k[None, :], mask=inside, other=0.0).to(tl.float32)

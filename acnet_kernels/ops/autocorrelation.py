@@ -7,12 +7,10 @@ missing, and what the Triton kernels decline: float64, and shifts that are not n
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from ._extension import MISSING
+from ._extension import MISSING, TRITON
 
 SCHEMA = (
     "cross_correlation(Tensor x, Tensor x_pivot, Tensor y, Tensor y_pivot, int[] rows, int[] columns, int groups)"
@@ -91,7 +89,7 @@ def on_cuda(
     x: Tensor, x_pivot: Tensor, y: Tensor, y_pivot: Tensor, rows: list[int], columns: list[int], groups: int
 ) -> tuple[Tensor, Tensor]:
     """`cross_correlation` of channels_last maps by the Triton kernels, or in plain PyTorch where they decline."""
-    if not _TRITON:
+    if not TRITON:
         return _plain(x, x_pivot, y, y_pivot, rows, columns, groups)
     from . import triton_autocorrelation  # Triton is slow to import, and only CUDA needs it
 
@@ -107,7 +105,6 @@ def _fake(
     return products, y_pivot.new_empty(y.shape[2], y.shape[3], y.shape[1]).permute(2, 0, 1)
 
 
-_TRITON = importlib.util.find_spec("triton") is not None
 _library = torch.library.Library("acnet_kernels", "FRAGMENT")
 if MISSING is not None:
     _library.define(SCHEMA)

@@ -66,7 +66,8 @@ def cross_correlation(
     N, C, H, W = x.shape
     K, M = y.shape[1], N * H * W
     CG, KG = C // groups, K // groups
-    config = configs.correlation("half" if x.dtype != torch.float32 else "ieee", KG, CG)
+    wide = max(x.numel(), y.numel()) >= 2**31
+    config = configs.correlation("half" if x.dtype != torch.float32 else "ieee", wide, KG, CG)
     products = torch.empty((len(rows), groups, KG, CG), dtype=torch.float32, device=x.device)
     blocks = groups * cdiv(KG, config.block_k) * cdiv(CG, config.block_c)
     splits, share = configs.pixel_split(M, blocks * len(rows), config.block_m)
@@ -88,7 +89,7 @@ def cross_correlation(
         KG,
         H,
         W,
-        WIDE=max(x.numel(), y.numel()) >= 2**31,
+        WIDE=wide,
         UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
