@@ -23,8 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from acnet_kernels.geometry import Geometry
 from acnet_kernels.kernels import autocorrelation, bn_sum, configs, conv, depthwise, dgrad, wgrad
 from acnet_kernels.kernels.configs import Config
+from acnet_kernels.kernels.window import Window
 
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "tf32x3": ("fp32",)}
 MATRIX_MODES = tuple(DTYPES)
@@ -40,12 +42,13 @@ MERGING = (bn_sum.merge_statistics, bn_sum.merge_grad, wgrad.sum_splits)
 # Of a multiprocessor: registers, threads, programs, bytes of shared memory (a KB a program is the system's).
 REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+WINDOW = Window.of(Geometry.make(3, padding=1))
 ANY = dict.fromkeys(("C", "K", "CG", "KG"), "i32")
 # Ways a problem may differ from the plain one (3×3, stride 1, channels in multiples of 16, channels_last weights),
 # and the kernels that it makes different.
 VARIATIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "stride 2": ({"STRIDE_H": 2, "STRIDE_W": 2}, ("dgrad",)),
-    "5x5": ({"KERNEL": 5, "PAD_H": 2, "PAD_W": 2, "HOR_ROW": 2, "VER_COL": 2}, ("conv",)),
+    "stride 2": ({"WINDOW": WINDOW._replace(stride_h=2, stride_w=2)}, ("dgrad",)),
+    "5x5": ({"WINDOW": Window.of(Geometry.make(5, padding=2))}, ("conv",)),
     "contiguous weights": ({"CHANNELS_LAST": False}, ("conv", "dgrad")),
     "statistics alone": ({"STORE": False}, ("conv",)),
     "any channels": (ANY, configs.KINDS),
@@ -57,7 +60,7 @@ DEPTHWISE_VARIATIONS: dict[str, dict[str, Any]] = {
     "": {},
     "stride 2": VARIATIONS["stride 2"][0],
     "5x5": VARIATIONS["5x5"][0],
-    "9x9": {"KERNEL": 9, "PAD_H": 4, "PAD_W": 4, "HOR_ROW": 4, "VER_COL": 4},
+    "9x9": {"WINDOW": Window.of(Geometry.make(9, padding=4))},
     "statistics alone": {"STORE": False},
     "multiplier": {"KG": "i32"},
     "64-bit, any channels": {"WIDE": True, **ANY, "KG": "i32"},
@@ -128,10 +131,7 @@ def conv_case(kind: str, arch: int, dtype: str, mode: str, config: Config, varia
         "dws": ("*fp32",) * 3,
         **dict.fromkeys(("N", "M", "TILES", "ROWS", "STRIDE", "H", "W", "OH", "OW"), "i32"),
         **scalars,
-        "KERNEL": 3,
-        "HOR_ROW": 1,
-        "VER_COL": 1,
-        **dict.fromkeys(("STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DIL_H", "DIL_W"), 1),
+        "WINDOW": WINDOW,
         "CHANNELS_LAST": True,
         "STORE": True,
         "WIDE": False,
@@ -191,7 +191,7 @@ def bn_cases(arch: int) -> Iterator[Case]:
 def depthwise_case(kind: str, arch: int, dtype: str, channels: int, variation: str = "") -> Case:
     """A depthwise kernel's compilation on `channels` channels; `variation` is one of DEPTHWISE_VARIATIONS."""
     changes = DEPTHWISE_VARIATIONS[variation]
-    kernel = changes.get("KERNEL", 3)
+    kernel = changes.get("WINDOW", WINDOW).kernel
     config = configs.depthwise(kind, channels, kernel)
     plain = conv_case(kind, arch, dtype, "half", config).arguments
     arguments = {**plain, "KG": 1, "BLOCK_T": configs.power_of_two(kernel), **changes}
@@ -247,11 +247,11 @@ def source(case: Case) -> ASTSource:
     compile_time = {p.name for p in kernel.params if p.is_constexpr}
 
     def signature(name: str, path: tuple[int, ...], value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(signature(name, (*path, i), v) for i, v in enumerate(value))
         if value is None or name in compile_time or value == 1:  # a launch makes a number of 1 a constant
             constants[path] = value
             return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(signature(name, (*path, i), v) for i, v in enumerate(value))
         if value.startswith("*") or value.endswith(":16"):
             attributes[path] = [["tt.divisibility", 16]]
         return value.removesuffix(":16")

@@ -49,15 +49,7 @@ def depthwise_branches(
     W,
     OH,
     OW,
-    KERNEL: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr,
-    HOR_ROW: tl.constexpr,
-    VER_COL: tl.constexpr,
+    WINDOW: tl.constexpr,
     STORE: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -67,6 +59,7 @@ def depthwise_branches(
 
     Grid: (TILES, channel blocks).
     """
+    KERNEL: tl.constexpr = WINDOW.kernel
     tile = tl.program_id(0)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     k_live = k < K
@@ -79,25 +72,25 @@ def depthwise_branches(
         m = first + index(tl.arange(0, BLOCK_M), WIDE)
         live = m < stop
         n, oh, ow = split_pixel(m, OH, OW)
-        h0 = oh * STRIDE_H - PAD_H
-        w0 = ow * STRIDE_W - PAD_W
+        h0 = oh * WINDOW.stride_h - WINDOW.pad_h
+        w0 = ow * WINDOW.stride_w - WINDOW.pad_w
         pixel = (n * H + h0) * W + w0
         sq = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         hor = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         ver = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for row in range(KERNEL):
-            h = h0 + row * DIL_H
+            h = h0 + row * WINDOW.dil_h
             in_row = live & (h >= 0) & (h < H)
             for col in tl.static_range(KERNEL):
-                w = w0 + col * DIL_W
+                w = w0 + col * WINDOW.dil_w
                 inside = in_row & (w >= 0) & (w < W)
-                at = (pixel + row * DIL_H * W + col * DIL_W) * C
+                at = (pixel + row * WINDOW.dil_h * W + col * WINDOW.dil_w) * C
                 x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & k_live[None, :], other=0.0)
                 x = x.to(tl.float32)
                 sq += x * _weight(weights[0], k, k_live, row * KERNEL + col, KERNEL * KERNEL)
-                if weights[1] is not None and row == HOR_ROW:
+                if weights[1] is not None and row == WINDOW.hor_row:
                     hor += x * _weight(weights[1], k, k_live, col, KERNEL)
-                if col == VER_COL and weights[2] is not None:
+                if col == WINDOW.ver_col and weights[2] is not None:
                     ver += x * _weight(weights[2], k, k_live, row, KERNEL)
         before = (first - start).to(tl.float32)
         count = tl.minimum(stop - first, BLOCK_M).to(tl.float32)
@@ -127,15 +120,7 @@ def depthwise_dgrad(
     W,
     OH,
     OW,
-    KERNEL: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr,
-    HOR_ROW: tl.constexpr,
-    VER_COL: tl.constexpr,
+    WINDOW: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -145,6 +130,7 @@ def depthwise_dgrad(
     Where a stride or hor's one row leaves a tap out, its load is masked: it moves no memory.
     Grid: (pixel blocks, channel blocks).
     """
+    KERNEL: tl.constexpr = WINDOW.kernel
     c = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     c_live = c < C
     m = index(tl.program_id(0), WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -152,25 +138,25 @@ def depthwise_dgrad(
     n, h, w = split_pixel(m, H, W)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for row in range(KERNEL):
-        down = h + PAD_H - row * DIL_H
-        in_row = live & (down >= 0) & (down % STRIDE_H == 0)
-        down = down // STRIDE_H
+        down = h + WINDOW.pad_h - row * WINDOW.dil_h
+        in_row = live & (down >= 0) & (down % WINDOW.stride_h == 0)
+        down = down // WINDOW.stride_h
         in_row = in_row & (down < OH)
         row_at = (n * OH + down) * OW
         for col in tl.static_range(KERNEL):
-            right = w + PAD_W - col * DIL_W
-            inside = in_row & (right >= 0) & (right % STRIDE_W == 0)
-            right = right // STRIDE_W
+            right = w + WINDOW.pad_w - col * WINDOW.dil_w
+            inside = in_row & (right >= 0) & (right % WINDOW.stride_w == 0)
+            right = right // WINDOW.stride_w
             inside = (inside & (right < OW))[:, None] & c_live[None, :]
             at = (row_at + right) * K
             for j in range(KG):
                 k = c * KG + j
                 dy = tl.load(dys[0] + at[:, None] + k[None, :], mask=inside, other=0.0).to(tl.float32)
                 acc += dy * _weight(weights[0], k, c_live, row * KERNEL + col, KERNEL * KERNEL)
-                if weights[1] is not None and row == HOR_ROW:
+                if weights[1] is not None and row == WINDOW.hor_row:
                     dy = tl.load(dys[1] + at[:, None] + k[None, :], mask=inside, other=0.0).to(tl.float32)
                     acc += dy * _weight(weights[1], k, c_live, col, KERNEL)
-                if col == VER_COL and weights[2] is not None:
+                if col == WINDOW.ver_col and weights[2] is not None:
                     dy = tl.load(dys[2] + at[:, None] + k[None, :], mask=inside, other=0.0).to(tl.float32)
                     acc += dy * _weight(weights[2], k, c_live, row, KERNEL)
     out = dx_ptr + m[:, None] * C + c[None, :]
@@ -201,15 +187,7 @@ def depthwise_wgrad(
     W,
     OH,
     OW,
-    KERNEL: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr,
-    HOR_ROW: tl.constexpr,
-    VER_COL: tl.constexpr,
+    WINDOW: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -217,10 +195,11 @@ def depthwise_wgrad(
 ):
     """dW_b over pixels split·ROWS … of every split; a program takes one row of the window.
 
-    The row's taps are an axis of the tile, BLOCK_T long: a power of two, KERNEL or more. Split s writes STRIDE·s
-    elements behind every dws (wgrad.sum_splits).
-    Grid: (channel blocks, KERNEL, splits).
+    The row's taps are an axis of the tile, BLOCK_T long: a power of two, the kernel's size or more. Split s writes
+    STRIDE·s elements behind every dws (wgrad.sum_splits).
+    Grid: (channel blocks, kernel rows, splits).
     """
+    KERNEL: tl.constexpr = WINDOW.kernel
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     k_live = k < K
     c = k // KG
@@ -236,20 +215,22 @@ def depthwise_wgrad(
     for first in range(start, stop, BLOCK_M):
         m = first + index(tl.arange(0, BLOCK_M), WIDE)
         n, oh, ow = split_pixel(m, OH, OW)
-        h = oh * STRIDE_H - PAD_H + row * DIL_H
-        w0 = (ow * STRIDE_W - PAD_W)[:, None]
+        h = oh * WINDOW.stride_h - WINDOW.pad_h + row * WINDOW.dil_h
+        w0 = (ow * WINDOW.stride_w - WINDOW.pad_w)[:, None]
         row_at = ((n * H + h) * W)[:, None]
         inside = ((m < stop) & (h >= 0) & (h < H))[:, None]
         live = (m < stop)[:, None] & k_live[None, :]
         at = m[:, None] * K + k[None, :]
-        x = _row_of_x(x_ptr, row_at, w0 + col[None, :] * DIL_W, inside & (col < KERNEL)[None, :], c, k_live, W, C)
+        x = _row_of_x(
+            x_ptr, row_at, w0 + col[None, :] * WINDOW.dil_w, inside & (col < KERNEL)[None, :], c, k_live, W, C
+        )
         dy = tl.load(dys[0] + at, mask=live, other=0.0).to(tl.float32)
         sq += x * dy[:, None, :]
         if dws[1] is not None:
-            dy = tl.load(dys[1] + at, mask=live & (row == HOR_ROW), other=0.0).to(tl.float32)
+            dy = tl.load(dys[1] + at, mask=live & (row == WINDOW.hor_row), other=0.0).to(tl.float32)
             hor += x * dy[:, None, :]
         if dws[2] is not None:
-            x = _row_of_x(x_ptr, row_at, w0 + VER_COL * DIL_W, inside, c, k_live, W, C)
+            x = _row_of_x(x_ptr, row_at, w0 + WINDOW.ver_col * WINDOW.dil_w, inside, c, k_live, W, C)
             dy = tl.load(dys[2] + at, mask=live, other=0.0).to(tl.float32)
             ver += x * dy[:, None, :]
     taps = k_live[None, :] & (col < KERNEL)[:, None]
@@ -260,7 +241,7 @@ def depthwise_wgrad(
         tl.store(
             dws[1] + at + col[:, None],
             tl.sum(hor, 0).to(dws[1].dtype.element_ty),
-            mask=taps & (row == HOR_ROW),
+            mask=taps & (row == WINDOW.hor_row),
         )
     if dws[2] is not None:
         tl.store(dws[2] + at + row, tl.sum(ver, 0).to(dws[2].dtype.element_ty), mask=k_live[None, :])

@@ -1,8 +1,7 @@
 """The three branches' convolutions on CUDA by Triton: launches of kernels/*.py, no maths.
 
 Maps are channels_last; weights K×C/groups×rows×columns, all in one memory format, in the input's dtype (fp32, fp16,
-bf16). `weights`, `ys` and their gradients are (square, hor, ver), None for an absent branch. Padding is zeros and
-crops need nothing of their own (geometry.py): hor and ver are lines of the square's window, whatever falls outside.
+bf16). `weights`, `ys` and their gradients are (square, hor, ver), None for an absent branch.
 fp32 is computed in TF32 where torch.backends.cudnn.conv.fp32_precision says "tf32", else by three TF32 products;
 with one input channel a group, where there are no matrix products, always in fp32.
 """
@@ -17,54 +16,21 @@ import torch
 import triton
 from torch import Tensor
 
-from ..geometry import Geometry
 from ..kernels import configs
 from ..kernels.configs import Config, Tile, cdiv
 from ..kernels.conv import conv_branches
 from ..kernels.depthwise import depthwise_branches, depthwise_dgrad, depthwise_wgrad
 from ..kernels.dgrad import conv_dgrad
 from ..kernels.wgrad import conv_wgrad, sum_splits
+from ..kernels.window import Window
 from .triton_bn_sum import Moments, Norms, apply, check_maps, merge_statistics
 
 INTERPRETED = triton.knobs.runtime.interpret
 _SUM_BLOCK = 1024
 _KERNELS = {"conv": conv_branches, "dgrad": conv_dgrad, "wgrad": conv_wgrad}
 _DEPTHWISE = {"conv": depthwise_branches, "dgrad": depthwise_dgrad, "wgrad": depthwise_wgrad}
-# The kernels' names for a window's fields, groups apart.
-_CONSTANTS = ("KERNEL", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DIL_H", "DIL_W", "HOR_ROW", "VER_COL")
 
 Weights = Sequence[Tensor | None]
-
-
-class Window(NamedTuple):
-    """A geometry as the kernels see it: the square's window, and the row and column of it that hor and ver are."""
-
-    kernel: int
-    stride_h: int
-    stride_w: int
-    pad_h: int
-    pad_w: int
-    dil_h: int
-    dil_w: int
-    hor_row: int
-    ver_col: int
-    groups: int
-
-    @classmethod
-    def of(cls, geometry: Geometry) -> Window:
-        """The window of a zero-padded geometry; ValueError for another padding mode (see Geometry.explicit)."""
-        if geometry.padding_mode != "zeros":
-            raise ValueError(f"padding_mode must be 'zeros', got {geometry.padding_mode!r}: pad the input first")
-        g = geometry
-        return cls(g.kernel, *g.stride, *g.padding, *g.dilation, g.hor_row, g.ver_column, g.groups)
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of the output of a height×width input."""
-        reach_h, reach_w = self.dil_h * (self.kernel - 1) + 1, self.dil_w * (self.kernel - 1) + 1
-        return (
-            (height + 2 * self.pad_h - reach_h) // self.stride_h + 1,
-            (width + 2 * self.pad_w - reach_w) // self.stride_w + 1,
-        )
 
 
 class _Plan(NamedTuple):
@@ -75,7 +41,7 @@ class _Plan(NamedTuple):
     size: tuple[int, int]  # OH, OW
     rows: int  # N·OH·OW
     scalars: tuple[int, ...]  # those of C, K, CG, KG, H, W, OH, OW that the kernel takes
-    options: dict[str, int | bool | str]
+    options: dict[str, Any]
     config: Config
 
 
@@ -106,7 +72,7 @@ def _plan(
             kind, family, mode, wide, rows, K // window.groups, C // window.groups, window.groups
         )
     options = {
-        **dict(zip(_CONSTANTS, window, strict=False)),
+        "WINDOW": window.constant,
         "CHANNELS_LAST": last,
         "WIDE": wide,
         "PRECISION": precision,

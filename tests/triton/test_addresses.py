@@ -13,14 +13,15 @@ import torch
 import triton.language as tl
 from conftest import INTERPRETED
 
+from acnet_kernels.geometry import Geometry
 from acnet_kernels.kernels import autocorrelation, bn_sum, conv, depthwise, dgrad, wgrad
+from acnet_kernels.kernels.window import Window
 
 H, W, C = 8192, 16411, 16  # 2³¹ elements and 4.5 million more
 M = H * W
 FAR = 3 * 2**30  # bytes; every other map of these cases is smaller
 BLOCK = 64
-WINDOW = {"KERNEL": 3, "HOR_ROW": 1, "VER_COL": 1}
-WINDOW |= dict.fromkeys(("STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DIL_H", "DIL_W"), 1)
+WINDOW = {"WINDOW": Window.of(Geometry.make(3, padding=1))}
 OPTIONS = {"CHANNELS_LAST": True, "WIDE": True, "PRECISION": "tf32", "UPCAST": False}
 OPTIONS |= {"BLOCK_M": BLOCK, "BLOCK_K": 16, "BLOCK_C": 16}
 
