@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from oracle import rel, scramble
-from steps import GEOMETRIES, VARIANTS, as_eager, check
+from steps import GEOMETRIES, VARIANTS, as_eager, check, check_convolution_biases
 from torch import nn
 
 from acnet_kernels import ACBlock
@@ -69,17 +69,7 @@ def test_ambiguous_layouts_follow_conv2d(channels_last):
 
 
 def test_convolution_biases():
-    b = block(4, 6, 3, padding=1)
-    for conv in b.convs().values():
-        conv.bias = nn.Parameter(torch.randn(6))
-    x, grad = torch.randn(3, 4, 6, 7), torch.randn(3, 6, 6, 7)
-    got, true = oracle.run(b, x, grad), oracle.truth(b, x, grad)
-    assert not any("conv.bias" in name for name in got)
-    oracle.assert_as_good_as(got, oracle.run(as_eager(b), x, grad), {name: true[name] for name in got})
-    eager = as_eager(b)
-    b(x), eager(x)
-    for a, e in zip(b.buffers(), eager.buffers(), strict=True):
-        torch.testing.assert_close(a, e)
+    check_convolution_biases(block(4, 6, 3, padding=1))
 
 
 @pytest.mark.parametrize("kept", ["", "x", "hor_conv.weight", "square_bn", "conv"])

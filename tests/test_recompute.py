@@ -6,8 +6,7 @@ import oracle
 import pytest
 import torch
 from oracle import rel, scramble
-from steps import GEOMETRIES, VARIANTS, as_eager, check
-from torch import nn
+from steps import GEOMETRIES, VARIANTS, as_eager, check, check_chain, check_convolution_biases, saved_by
 
 import acnet_kernels
 from acnet_kernels import ACBlock
@@ -64,17 +63,7 @@ def test_rounded_kernels_shift_no_mean(mean, monkeypatch):
 
 
 def test_convolution_biases():
-    b = block(4, 6, 3, stride=2, padding=1)
-    for conv in b.convs().values():
-        conv.bias = nn.Parameter(torch.randn(6))
-    x, grad = torch.randn(3, 4, 6, 7), torch.randn(3, 6, 3, 4)
-    got, true = oracle.run(b, x, grad), oracle.truth(b, x, grad)
-    assert not any("conv.bias" in name for name in got)
-    oracle.assert_as_good_as(got, oracle.run(as_eager(b), x, grad), {name: true[name] for name in got})
-    eager_block = as_eager(b)
-    b(x), eager_block(x)
-    for a, e in zip(b.buffers(), eager_block.buffers(), strict=True):
-        torch.testing.assert_close(a, e)
+    check_convolution_biases(block(4, 6, 3, stride=2, padding=1))
 
 
 def test_frozen_parts_skip_their_work(monkeypatch):
@@ -125,26 +114,13 @@ def test_what_it_declines():
 # --- memory ---------------------------------------------------------------------------------------------
 
 
-def kept_by(forward, x):
-    """(output, {storage: bytes} of what autograd keeps)."""
-    kept = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = forward(x)
-    return out, kept
-
-
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_keeps_x_alone(geometry, dtype):
     b, x = block(4, 6, **geometry), torch.randn(3, 4, 13, 11, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
         problem = b.plan(x)[0]
-        _, kept = kept_by(b, x)
+        _, kept = saved_by(b, x)
     known = {t.untyped_storage().data_ptr() for t in (x, *b.parameters())}
     statistics = 2 * 3 * 6 * 8  # mean and rstd of every branch and channel, float64
     others = sum(size for at, size in kept.items() if at not in known)
@@ -156,20 +132,7 @@ def test_keeps_x_alone(geometry, dtype):
 
 
 def test_a_chain_with_relu_in_place_keeps_one_map_a_block():
-    blocks = [block(8, 8, 3, padding=2, dilation=2) for _ in range(3)]
-    x = torch.randn(4, 8, 16, 16, requires_grad=True)
-
-    def forward(x, inplace=True):
-        for b in blocks:
-            x = nn.functional.relu(b(x), inplace=inplace)
-        return x
-
-    out, kept = kept_by(forward, x)
-    map_bytes = x.untyped_storage().nbytes()
-    assert sum(size == map_bytes for size in kept.values()) == len(blocks) + 1  # x, and each ReLU's output
-    out.square().sum().backward()
-    expected = torch.autograd.grad(forward(x, inplace=False).square().sum(), x)[0]
-    torch.testing.assert_close(x.grad, expected)
+    check_chain([block(8, 8, 3, padding=2, dilation=2) for _ in range(3)])
 
 
 def test_memory_saver_takes_it_where_moments_declines():
@@ -213,7 +176,7 @@ def test_compiled_it_keeps_x_alone_too(layout):
     for name, t in expected.items():
         assert rel(got[name], t) < 1e-6, name
     assert got["x"].stride() == expected["x"].stride()
-    _, kept = kept_by(lambda t: compiled(b, t), x.requires_grad_())
+    _, kept = saved_by(lambda t: compiled(b, t), x.requires_grad_())
     assert 3 * 6 * 8 * 8 * 4 not in kept.values()
 
 

@@ -11,7 +11,7 @@ they are not, centring is done in fp32, and so are the products.
 import triton
 import triton.language as tl
 
-from .taps import dot, index, split_pixel
+from .taps import dot, index, split_pixel, weight_block
 
 
 @triton.jit
@@ -88,16 +88,11 @@ def cross_correlation(
     shift = tl.program_id(0)
     row = ROW + (FIRST + shift) // WIDTH
     col = COL + (FIRST + shift) % WIDTH
-    c_blocks = tl.cdiv(CG, BLOCK_C)
-    blocks = tl.cdiv(KG, BLOCK_K) * c_blocks
-    group = tl.program_id(1) // blocks
-    block = tl.program_id(1) % blocks
-    in_group = block // c_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_live = in_group < KG
+    group, in_group, of_group = weight_block(tl.program_id(1), KG, CG, BLOCK_K, BLOCK_C)
     k = group * KG + in_group
-    of_group = block % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_live = of_group < CG
     c = group * CG + of_group
+    k_live = in_group < KG
+    c_live = of_group < CG
     split = tl.program_id(2)
     start = index(split, WIDE) * ROWS
     stop = tl.minimum(start + ROWS, M)

@@ -56,6 +56,16 @@ def split_pixel(m, rows, cols):
 
 
 @triton.jit
+def weight_block(block, KG, CG, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(group, output channels, input channels) of a block of the weights; channels are counted in the group."""
+    c_blocks = tl.cdiv(CG, BLOCK_C)
+    blocks = tl.cdiv(KG, BLOCK_K) * c_blocks
+    k = block % blocks // c_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = block % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    return block // blocks, k, c
+
+
+@triton.jit
 def weight_tile(w_ptr, k, c, k_live, c_live, tap, C, TAPS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """W[k, c, tap] with k, c broadcast to the tile wanted, from K×C×rows×columns in either memory format."""
     at = (k * TAPS + tap) * C + c if CHANNELS_LAST else (k * C + c) * TAPS + tap

@@ -9,7 +9,7 @@ pixels are written apart and added in a fixed order by `sum_splits`.
 import triton
 import triton.language as tl
 
-from .taps import class_size, class_tap, dot, index, split_pixel
+from .taps import class_size, class_tap, dot, index, split_pixel, weight_block
 
 
 @triton.jit
@@ -119,14 +119,9 @@ def conv_wgrad(
     as conv_branches takes it. Grid: (groups·⌈KG / BLOCK_K⌉·⌈CG / BLOCK_C⌉, k², splits); taps of several branches
     come first, as their programs take longest.
     """
-    c_blocks = tl.cdiv(CG, BLOCK_C)
-    blocks = tl.cdiv(KG, BLOCK_K) * c_blocks
-    group = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    in_group = block // c_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_live = in_group < KG
+    group, in_group, c = weight_block(tl.program_id(0), KG, CG, BLOCK_K, BLOCK_C)
     k = group * KG + in_group
-    c = block % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    k_live = in_group < KG
     c_live = c < CG
     tap = tl.program_id(1)
     split = tl.program_id(2)

@@ -27,8 +27,9 @@ def test_step_is_as_exact_as_eager(problem: Problem, dtype: torch.dtype, device:
 def test_table_configuration_and_pixel_splits(
     problem: Problem, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The table's own tiles, wgrad split three ways and reduced: the same truth."""
+    """The table's own tiles, pixels split three ways and several blocks of them a program: the same truth."""
     monkeypatch.setattr(triton_conv.configs, "pixel_split", lambda M, programs, block_m: (3, -(-M // 3)))
+    monkeypatch.setattr(triton_conv.configs, "row_split", lambda M, K, tile: (2, -(-M // 2)))
     t = Tensors(problem, torch.float32, device)
     assert_as_good_as(step(t, config=None), t.eager(), t.truth())
 

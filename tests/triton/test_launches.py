@@ -5,8 +5,10 @@ import torch
 import triton
 from conftest import INTERPRETED
 from problems import DEPTHWISE, PROBLEMS, SMALL, Problem, Tensors
+from torch import Tensor
 
-from acnet_kernels.ops import triton_bn_sum, triton_conv
+from acnet_kernels.backends import moments
+from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
 
 
 @pytest.fixture
@@ -55,3 +57,22 @@ def test_launches_of_a_step(
     triton_conv.weight_grads(t.x, ys, weights, t.window, config=config)
     assert launches[:5] == ["reduce_grad", "merge_grad", "apply_grad", *backward]
     assert len(launches) <= 6
+
+
+def test_launches_of_second_moments(
+    launches: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plane is one call, the four edge strips of all groups are another; 3 launches each at most."""
+    monkeypatch.setattr(autocorrelation, "cross_correlation", _by_triton)
+    x = torch.randn(2, 8, 6, 5, device=device)
+    moments.moments_of(x, torch.zeros(8, device=device), 3, 2)
+    assert launches == ["cross_correlation", "centred_total"] * 2
+    launches.clear()
+    monkeypatch.setattr(triton_autocorrelation.configs, "pixel_split", lambda M, programs, block: (2, -(-M // 2)))
+    moments.moments_of(x, torch.zeros(8, device=device), 3, 2)
+    assert launches == ["cross_correlation", "sum_splits", "centred_total"] * 2
+
+
+def _by_triton(x: Tensor, x_pivot: Tensor, y: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    last = x.contiguous(memory_format=torch.channels_last)
+    return triton_autocorrelation.cross_correlation(last, x_pivot, last, *rest)
