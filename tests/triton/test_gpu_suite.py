@@ -19,5 +19,5 @@ def test_suite_runs_and_writes(tmp_path: Path, device: torch.device, monkeypatch
     text, rows = (tmp_path / "gpu_suite.md").read_text(), (tmp_path / "gpu_suite.csv").read_text()
     assert "0 faults" in text
     assert "left out" not in text
-    for phase in (*gpu_suite.PHASES, "step", "conv configuration"):
+    for phase in (*gpu_suite.PHASES, *gpu_suite.MAPS_MOVED, "step", "conv configuration"):
         assert f",{phase}," in rows
