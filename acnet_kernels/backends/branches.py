@@ -223,21 +223,16 @@ def _sum(grad: Tensor) -> Tensor:
 
 
 class Inputs(NamedTuple):
-    """A step in the form of one branch a batch norm: γs and βs are one a branch, or none at all."""
+    """A step's tensors, one a batch norm, in the order of BRANCHES; there may be no γ or no β at all."""
 
-    branches: dict[str, Branch]  # in the order of BRANCHES
+    names: list[str]
+    weights: list[Tensor]
+    biases: list[Tensor | None]
     norms: list[Norm]
     gammas: list[Tensor]
     betas: list[Tensor]
+    eps: list[float]
     dtype: torch.dtype  # of the output
-
-    @property
-    def weights(self) -> list[Tensor]:
-        return [branch.weight for branch in self.branches.values()]
-
-    @property
-    def eps(self) -> list[float]:
-        return [norm.eps for norm in self.norms]
 
 
 def inputs_of(x: Tensor, step: Step) -> Inputs:
@@ -250,7 +245,16 @@ def inputs_of(x: Tensor, step: Step) -> Inputs:
     betas = _all_or_none([norm.beta for norm in norms], 0.0)
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return Inputs(branches, norms, gammas, betas, torch.get_autocast_dtype(device) if autocast else x.dtype)
+    return Inputs(
+        list(branches),
+        [branch.weight for branch in branches.values()],
+        [branch.bias for branch in branches.values()],
+        norms,
+        gammas,
+        betas,
+        [norm.eps for norm in norms],
+        torch.get_autocast_dtype(device) if autocast else x.dtype,
+    )
 
 
 def plan_of(
@@ -275,11 +279,11 @@ def forward(x: Tensor, step: Step) -> Tensor:
     size = geometry.output_size(x.shape[2], x.shape[3])
     count = x.shape[0] * size[0] * size[1]
     inputs = inputs_of(x, step)
-    plan = plan_of(geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type)
+    plan = plan_of(geometry, inputs.names, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type)
     compute = _composed if torch.compiler.is_compiling() else _Step.apply
     out, means, rstds = compute(plan, x, *inputs.weights, *inputs.gammas, *inputs.betas)
     with torch.no_grad():
-        update_running(inputs.norms, means, rstds, count, [branch.bias for branch in inputs.branches.values()])
+        update_running(inputs.norms, means, rstds, count, inputs.biases)
     return out
 
 

@@ -52,14 +52,13 @@ def forward(x: Tensor, step: Step) -> Tensor:
         inputs.gammas,
         inputs.betas,
         inputs.eps,
-        list(inputs.branches),
+        inputs.names,
         ops.pack(step.geometry),
         inputs.dtype,
         prefers_channels_last(x, inputs.weights[0]),
     )
-    biases = [branch.bias for branch in inputs.branches.values()]
     with torch.no_grad():
-        update_running(inputs.norms, means, rstds, x.shape[0] * size[0] * size[1], biases)
+        update_running(inputs.norms, means, rstds, x.shape[0] * size[0] * size[1], inputs.biases)
     return out
 
 
