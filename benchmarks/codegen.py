@@ -238,10 +238,15 @@ def cases(arch: int) -> list[Case]:
     return [*conv_cases(arch), *depthwise_cases(arch), *moments_cases(arch), *bn_cases(arch)]
 
 
+def kernel_of(case: Case) -> Any:
+    """The case's kernel."""
+    kernels = (*KERNELS.values(), *DEPTHWISE.values(), *MOMENTS, *STREAMING, *MERGING)
+    return next(f for f in kernels if f.__name__ == case.kernel)
+
+
 def source(case: Case) -> ASTSource:
     """The case as Triton's compiler takes it: types, compile-time constants, alignments."""
-    kernels = (*KERNELS.values(), *DEPTHWISE.values(), *MOMENTS, *STREAMING, *MERGING)
-    kernel = next(f for f in kernels if f.__name__ == case.kernel)
+    kernel = kernel_of(case)
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list] = {}
     compile_time = {p.name for p in kernel.params if p.is_constexpr}

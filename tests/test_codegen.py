@@ -6,6 +6,7 @@ they were committed.
 
 import csv
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,15 @@ def test_family_of_a_device(capability: tuple[int, int], family: int) -> None:
 @pytest.mark.parametrize("case", representatives(), ids=lambda c: f"{c.kernel}-{c.arch}-{c.dtype}")
 def test_compiles_to_what_can_be_launched(case: codegen.Case) -> None:
     assert codegen.compile_case(case).faults(case.dot) == []
+
+
+@pytest.mark.parametrize("case", {c.kernel: c for c in representatives()}.values(), ids=lambda c: c.kernel)
+def test_numbers_of_one_compile(case: codegen.Case) -> None:
+    """A launch makes a number of 1 a constant, whose type the kernel's expressions must take too."""
+    specialised = [p.name for p in codegen.kernel_of(case).params if not (p.is_constexpr or p.do_not_specialize)]
+    ones = {name: 1 for name in specialised if str(case.arguments[name]).startswith("i32")}
+    assert ones or case.kernel == "sum_splits"
+    assert codegen.compile_case(replace(case, arguments={**case.arguments, **ones})).stack == 0
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda path: path.stem)

@@ -133,7 +133,7 @@ def cross_correlation(
     tl.store(products, acc, mask=k_live[:, None] & c_live[None, :])
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "PIXELS"])
 def centred_total(y_ptr, pivot_ptr, total_ptr, N, PIXELS, K, BLOCK: tl.constexpr):
     """total = Σ_n (y[n] − pivot), PIXELS×K of fp32. Grid: blocks of total's elements."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
