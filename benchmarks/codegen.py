@@ -23,27 +23,47 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from acnet_kernels.kernels import bn_sum, configs, conv, dgrad, wgrad
+from acnet_kernels.geometry import Geometry
+from acnet_kernels.kernels import autocorrelation, bn_sum, configs, conv, depthwise, dgrad, wgrad
 from acnet_kernels.kernels.configs import Config
+from acnet_kernels.kernels.window import Window
 
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "tf32x3": ("fp32",)}
+MATRIX_MODES = tuple(DTYPES)
 KERNELS = {"conv": conv.conv_branches, "dgrad": dgrad.conv_dgrad, "wgrad": wgrad.conv_wgrad}
+DEPTHWISE = {
+    "conv": depthwise.depthwise_branches,
+    "dgrad": depthwise.depthwise_dgrad,
+    "wgrad": depthwise.depthwise_wgrad,
+}
+MOMENTS = (autocorrelation.cross_correlation, autocorrelation.centred_total)
 STREAMING = (bn_sum.statistics, bn_sum.apply, bn_sum.reduce_grad, bn_sum.apply_grad)
 MERGING = (bn_sum.merge_statistics, bn_sum.merge_grad, wgrad.sum_splits)
 # Of a multiprocessor: registers, threads, programs, bytes of shared memory (a KB a program is the system's).
 REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+WINDOW = Window.of(Geometry.make(3, padding=1))
 ANY = dict.fromkeys(("C", "K", "CG", "KG"), "i32")
 # Ways a problem may differ from the plain one (3×3, stride 1, channels in multiples of 16, channels_last weights),
 # and the kernels that it makes different.
 VARIATIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "stride 2": ({"STRIDE_H": 2, "STRIDE_W": 2}, ("dgrad",)),
-    "5x5": ({"KERNEL": 5, "PAD_H": 2, "PAD_W": 2, "HOR_ROW": 2, "VER_COL": 2}, ("conv",)),
+    "stride 2": ({"WINDOW": WINDOW._replace(stride_h=2, stride_w=2)}, ("dgrad",)),
+    "5x5": ({"WINDOW": Window.of(Geometry.make(5, padding=2))}, ("conv",)),
     "contiguous weights": ({"CHANNELS_LAST": False}, ("conv", "dgrad")),
     "statistics alone": ({"STORE": False}, ("conv",)),
     "any channels": (ANY, configs.KINDS),
     "64-bit": ({"WIDE": True}, configs.KINDS),
     "64-bit, any channels": ({"WIDE": True, **ANY}, configs.KINDS),
+}
+# Those of the depthwise kernels; KG = 2 is a channel multiplier.
+DEPTHWISE_VARIATIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "stride 2": VARIATIONS["stride 2"][0],
+    "5x5": VARIATIONS["5x5"][0],
+    "9x9": {"WINDOW": Window.of(Geometry.make(9, padding=4))},
+    "statistics alone": {"STORE": False},
+    "multiplier": {"KG": "i32"},
+    "64-bit, any channels": {"WIDE": True, **ANY, "KG": "i32"},
 }
 
 
@@ -67,8 +87,8 @@ class Case:
 
     @property
     def dot(self) -> bool:
-        """Whether the kernel has matrix products."""
-        return self.kernel in {f.__name__ for f in KERNELS.values()}
+        """Whether the kernel has matrix products for tensor cores."""
+        return self.mode in MATRIX_MODES
 
 
 @dataclass(frozen=True)
@@ -111,10 +131,7 @@ def conv_case(kind: str, arch: int, dtype: str, mode: str, config: Config, varia
         "dws": ("*fp32",) * 3,
         **dict.fromkeys(("N", "M", "TILES", "ROWS", "STRIDE", "H", "W", "OH", "OW"), "i32"),
         **scalars,
-        "KERNEL": 3,
-        "HOR_ROW": 1,
-        "VER_COL": 1,
-        **dict.fromkeys(("STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DIL_H", "DIL_W"), 1),
+        "WINDOW": WINDOW,
         "CHANNELS_LAST": True,
         "STORE": True,
         "WIDE": False,
@@ -171,24 +188,75 @@ def bn_cases(arch: int) -> Iterator[Case]:
         yield Case(kernel.__name__, arch, "fp32", "", (4, 3), "", {**common, **dws, **sizes})
 
 
+def depthwise_case(kind: str, arch: int, dtype: str, channels: int, variation: str = "") -> Case:
+    """A depthwise kernel's compilation on `channels` channels; `variation` is one of DEPTHWISE_VARIATIONS."""
+    changes = DEPTHWISE_VARIATIONS[variation]
+    kernel = changes.get("WINDOW", WINDOW).kernel
+    config = configs.depthwise(kind, channels, kernel)
+    plain = conv_case(kind, arch, dtype, "half", config).arguments
+    arguments = {**plain, "KG": 1, "BLOCK_T": configs.power_of_two(kernel), **changes}
+    if not arguments["STORE"]:
+        arguments["ys"] = (None,) * 3
+    shown = (config.block_m, config.block_k, config.warps, config.stages)
+    return Case(DEPTHWISE[kind].__name__, arch, dtype, "", shown, variation, arguments)
+
+
+def depthwise_cases(arch: int) -> Iterator[Case]:
+    """Every channel block and window of the depthwise kernels, and other variations on the widest block."""
+    for kind in DEPTHWISE:
+        for channels in (16, 32, 64):
+            for window in ("", "5x5", "9x9"):
+                yield depthwise_case(kind, arch, "bf16", channels, window)
+        for dtype in ("fp16", "fp32"):
+            yield depthwise_case(kind, arch, dtype, 64)
+        for variation in ("stride 2", "multiplier", "64-bit, any channels"):
+            yield depthwise_case(kind, arch, "bf16", 64, variation)
+    yield depthwise_case("conv", arch, "bf16", 64, "statistics alone")
+
+
+def moments_cases(arch: int) -> Iterator[Case]:
+    """Second moments: every configuration in its dtypes, with odd channels and 64-bit offsets too."""
+    numbers = ("M", "ROWS", "STRIDE", "FIRST", "ROW", "COL", "WIDTH", "H", "W", "N", "PIXELS")
+    pointers = ("x_pivot_ptr", "y_pivot_ptr", "pivot_ptr", "products_ptr", "total_ptr")
+    common = {**dict.fromkeys(numbers, "i32"), **dict.fromkeys(pointers, "*fp32")}
+    common |= {**dict.fromkeys(("C", "K", "CG", "KG"), "i32:16"), "WIDE": False, "UPCAST": False, "BLOCK": 1024}
+    for mode, table in configs.CORRELATION.items():
+        for dtype in ("bf16", "fp16") if mode == "half" else ("fp32",):
+            maps = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+            for config in table:
+                blocks = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_C": config.block_c}
+                odd = {name: VARIATIONS[name][0] for name in ("any channels", "64-bit, any channels")}
+                spare = dtype != "fp16" and config in (configs.correlation(mode, True, c, c) for c in (16, 64))
+                for variation, changes in {"": {}, **(odd if spare else {})}.items():
+                    arguments = {**common, **maps, **blocks, **changes}
+                    yield Case("cross_correlation", arch, dtype, mode, tuple(config), variation, arguments)
+            yield Case("centred_total", arch, dtype, "", (1024, 4, 3), "", {**common, **maps})
+
+
 def cases(arch: int) -> list[Case]:
     """Everything compiled for an architecture."""
-    return [*conv_cases(arch), *bn_cases(arch)]
+    return [*conv_cases(arch), *depthwise_cases(arch), *moments_cases(arch), *bn_cases(arch)]
+
+
+def kernel_of(case: Case) -> Any:
+    """The case's kernel."""
+    kernels = (*KERNELS.values(), *DEPTHWISE.values(), *MOMENTS, *STREAMING, *MERGING)
+    return next(f for f in kernels if f.__name__ == case.kernel)
 
 
 def source(case: Case) -> ASTSource:
     """The case as Triton's compiler takes it: types, compile-time constants, alignments."""
-    kernel = next(f for f in (*KERNELS.values(), *STREAMING, *MERGING) if f.__name__ == case.kernel)
+    kernel = kernel_of(case)
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list] = {}
     compile_time = {p.name for p in kernel.params if p.is_constexpr}
 
     def signature(name: str, path: tuple[int, ...], value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(signature(name, (*path, i), v) for i, v in enumerate(value))
-        if value is None or name in compile_time:
+        if value is None or name in compile_time or value == 1:  # a launch makes a number of 1 a constant
             constants[path] = value
             return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(signature(name, (*path, i), v) for i, v in enumerate(value))
         if value.startswith("*") or value.endswith(":16"):
             attributes[path] = [["tt.divisibility", 16]]
         return value.removesuffix(":16")

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from acnet_kernels.geometry import Geometry
 from acnet_kernels.kernels import configs
-from acnet_kernels.ops import triton_bn_sum, triton_conv
+from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
 from acnet_kernels.ops.triton_conv import Window
 
 from . import harness
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / part) for part in ("", "triton")]
 from oracle import FLOORS, rel  # noqa: E402 - the tests' own rule, not a second one
-from problems import PROBLEMS, SMALL, Tensors, step  # noqa: E402
+from problems import DEPTHWISE, PROBLEMS, SMALL, Tensors, step  # noqa: E402
 
 # N, C = K, H = W: the CIFAR network's stages, ImageNet's, and a few in between.
 SHAPES = (
@@ -47,22 +47,22 @@ SIZES = ((3, 3), (1, 3), (3, 1))
 class Inputs:
     """One input set: maps, weights and affine parameters of a 3×3 block with 'same' padding."""
 
-    def __init__(self, N: int, C: int, H: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, N: int, C: int, H: int, dtype: torch.dtype, device: torch.device, depthwise: bool = False
+    ) -> None:
+        groups = C if depthwise else 1
+
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
 
         self.x, self.grad = random(N, C, H, H), random(N, C, H, H)
-        self.weights = [random(C, C, *size) / C**0.5 for size in SIZES]
+        self.weights = [random(C, C // groups, *size) / (C // groups) ** 0.5 for size in SIZES]
         self.dys = [random(N, C, H, H) for _ in SIZES]
         self.gammas = [torch.rand(C, device=device) + 0.5 for _ in SIZES]
         self.betas = [torch.randn(C, device=device) for _ in SIZES]
         self.eps = [1e-5] * 3
-        self.window = Window.of(Geometry.make(3, padding=1))
-
-    @property
-    def taps(self) -> int:
-        """Multiply-adds of one convolution phase of the three branches."""
-        return 15 * self.x.numel() * self.x.shape[1]
+        self.pivot = torch.zeros(C, device=device)
+        self.window = Window.of(Geometry.make(3, padding=1, groups=groups))
 
     @property
     def map_bytes(self) -> int:
@@ -70,15 +70,19 @@ class Inputs:
         return self.x.numel() * self.x.element_size()
 
 
+# The half plane of shifts that a 3×3 window's second moments need.
+SHIFTS = [(row, column) for row in range(3) for column in range(-2 if row else 0, 3)]
+
+
 def vendor_conv(i: Inputs) -> list[Tensor]:
-    return [F.conv2d(i.x, w, None, 1, p) for w, p in zip(i.weights, PADDINGS, strict=True)]
+    return [F.conv2d(i.x, w, None, 1, p, 1, i.window.groups) for w, p in zip(i.weights, PADDINGS, strict=True)]
 
 
 def vendor_backward(i: Inputs, dys: list[Tensor], mask: list[bool]) -> list[tuple[Tensor | None, ...]]:
     """(dx, dW, None) of each branch, those that mask wants."""
     backward = torch.ops.aten.convolution_backward
     return [
-        backward(dy, i.x, w, None, [1, 1], list(p), [1, 1], False, [0, 0], 1, mask)
+        backward(dy, i.x, w, None, [1, 1], list(p), [1, 1], False, [0, 0], i.window.groups, mask)
         for dy, w, p in zip(dys, i.weights, PADDINGS, strict=True)
     ]
 
@@ -96,8 +100,13 @@ def vendor_batch_norms(i: Inputs) -> Tensor:
     return first + others[0] + others[1]
 
 
-# Phase → its contenders.
-PHASES: dict[str, dict[str, Callable[[Inputs], object]]] = {
+def second_moments(implementation: Callable[..., object], i: Inputs) -> object:
+    rows, columns = ([shift[axis] for shift in SHIFTS] for axis in (0, 1))
+    return implementation(i.x, i.pivot, i.x, i.pivot, rows, columns, 1)
+
+
+Contenders = dict[str, Callable[[Inputs], object]]
+CONVOLUTIONS: dict[str, Contenders] = {
     "conv": {
         "vendor": vendor_conv,
         "triton": lambda i: triton_conv.conv_forward(i.x, i.weights, i.window),
@@ -110,11 +119,22 @@ PHASES: dict[str, dict[str, Callable[[Inputs], object]]] = {
         "vendor": lambda i: vendor_backward(i, i.dys, [False, True, False]),
         "triton": lambda i: triton_conv.weight_grads(i.x, i.dys, i.weights, i.window),
     },
+}
+# Phase → its contenders.
+PHASES: dict[str, Contenders] = {
+    **CONVOLUTIONS,
+    "second moments": {
+        "vendor": lambda i: second_moments(autocorrelation._plain, i),
+        "triton": lambda i: second_moments(triton_autocorrelation.cross_correlation, i),
+    },
     "batch norms": {
         "vendor": vendor_batch_norms,
         "triton": lambda i: triton_bn_sum.bn_sum_forward(i.dys, i.gammas, i.betas, i.eps),
     },
 }
+
+# Maps that a memory-bound phase reads and writes at the least; the others are bound by multiply-adds.
+MAPS_MOVED = {"batch norms": 7, **{f"depthwise {phase}": 4 for phase in CONVOLUTIONS}}
 
 
 def eager_step(i: Inputs, branches: int = 3) -> tuple[Tensor, ...]:
@@ -181,13 +201,17 @@ class Suite:
         self.say(f"\nOut of time: left out {what} and what follows it.")
         return True
 
-    def problems(self) -> Iterator[tuple[str, torch.dtype, list[Inputs]]]:
-        """(name, dtype, input sets beyond the cache) of every shape."""
+    def problems(self, depthwise: bool = False) -> Iterator[tuple[str, torch.dtype, list[Inputs]]]:
+        """(name, dtype, input sets beyond the cache) of every shape; depthwise: with one channel a group."""
         for dtype in self.dtypes:
             for N, C, H in self.shapes:
                 nbytes = 4 * N * C * H * H * dtype.itemsize
                 sets = harness.sets_beyond_cache(nbytes, self.device, most=8 if self.device.type == "cuda" else 1)
-                yield f"{N}x{C}x{H}x{H}", dtype, [Inputs(N, C, H, dtype, self.device) for _ in range(sets)]
+                yield (
+                    f"{N}x{C}x{H}x{H}",
+                    dtype,
+                    [Inputs(N, C, H, dtype, self.device, depthwise) for _ in range(sets)],
+                )
 
     def measure(self, contenders: dict[str, Callable[[Inputs], object]], sets: list[Inputs]) -> dict[str, float]:
         """Median milliseconds; rows go to the report by the caller."""
@@ -197,7 +221,8 @@ class Suite:
     def equivalence(self) -> bool:
         """Every problem of the tests, in every dtype, by the tests' rule; True when all pass."""
         faults = []
-        for problem in PROBLEMS:
+        problems = [*PROBLEMS, *DEPTHWISE]
+        for problem in problems:
             for dtype in DTYPES.values():
                 t = Tensors(problem, dtype, self.device)
                 true, eager = t.truth(), t.eager()
@@ -208,7 +233,7 @@ class Suite:
                             faults.append((str(problem), str(dtype), name, key, error, allowed))
         self.say(
             "\n## Equivalence with float64\n",
-            f"{len(PROBLEMS)} problems × {len(DTYPES)} dtypes: {len(faults)} faults",
+            f"{len(problems)} problems × {len(DTYPES)} dtypes: {len(faults)} faults",
         )
         if faults:
             self.say(harness.table(("problem", "dtype", "tiles", "tensor", "error", "allowed"), faults))
@@ -245,24 +270,25 @@ class Suite:
 
     def phases(self, bandwidth: float, rates: dict[torch.dtype, float]) -> None:
         """Each phase by Triton and by the vendor, and the share of the ceiling it reaches."""
-        self.say("\n## Phases, ms\n")
         rows = []
-        for shape, dtype, sets in self.problems():
-            if self.late(f"phases from {shape} {dtype}"):
-                break
-            for phase, contenders in PHASES.items():
-                found = self.measure(contenders, sets)
-                for name, samples in found.items():
-                    self.report.add(name, phase, shape, dtype, "channels_last", "time_ms", samples)
-                spent = found["triton"].p50
-                if phase == "batch norms":  # three maps read twice, one written
-                    share = 7 * sets[0].map_bytes / spent / 1e6 / bandwidth
-                else:
-                    share = 2 * sets[0].taps / spent / 1e9 / rates[dtype]
-                pair = (found["vendor"].p50, spent)
-                rows.append((shape, str(dtype), phase, *pair, pair[0] / pair[1], share))
+        for depthwise, contenders in ((False, PHASES), (True, CONVOLUTIONS)):
+            for shape, dtype, sets in self.problems(depthwise):
+                if self.late(f"phases from {shape} {dtype}{' depthwise' * depthwise}"):
+                    break
+                for phase, calls in contenders.items():
+                    name = f"depthwise {phase}" if depthwise else phase
+                    found = self.measure(calls, sets)
+                    for contender, samples in found.items():
+                        self.report.add(contender, name, shape, dtype, "channels_last", "time_ms", samples)
+                    vendor, spent = found["vendor"].p50, found["triton"].p50
+                    if maps := MAPS_MOVED.get(name):
+                        share = maps * sets[0].map_bytes / spent / 1e6 / bandwidth
+                    else:
+                        taps = len(SHIFTS) if phase == "second moments" else 15
+                        share = 2 * taps * sets[0].x.numel() * sets[0].x.shape[1] / spent / 1e9 / rates[dtype]
+                    rows.append((shape, str(dtype), name, vendor, spent, vendor / spent, share))
         header = ("shape", "dtype", "phase", "vendor", "triton", "vendor / triton", "triton / ceiling")
-        self.say(harness.table(header, rows))
+        self.say("\n## Phases, ms\n", harness.table(header, rows))
 
     def tune(self) -> None:
         """Every configuration of the table on every shape, against the one that `choose` takes."""

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from oracle import rel, scramble
+from steps import GEOMETRIES, VARIANTS, as_eager, check, check_convolution_biases
 from torch import nn
 
 from acnet_kernels import ACBlock
@@ -20,59 +21,13 @@ def block(*args, backend="branches", **kwargs):
     return scramble(ACBlock(*args, backend=backend, **kwargs))
 
 
-def as_eager(b):
-    other = copy.deepcopy(b)
-    other.backend = "eager"
-    return other
-
-
-def check(b, x, dtype=None):
-    """Output and every gradient within the rule; running statistics and counters as eager's; the same layout."""
-    grad = torch.randn(b(x).shape)
-
-    def autocast(m, t):
-        assert dtype is None or m(t).dtype != dtype
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            return m(t)
-
-    eager = as_eager(b)
-    got = oracle.run(b, x, grad, autocast)
-    want = oracle.run(eager, x, grad, autocast)
-    assert got["out"].stride() == want["out"].stride()
-    oracle.assert_as_good_as(got, want, oracle.truth(b, x, grad))
-    mine, theirs = copy.deepcopy(b), copy.deepcopy(eager)
-    autocast(mine, x), autocast(theirs, x)
-    for (name, a), e in zip(mine.named_buffers(), theirs.buffers(), strict=True):
-        assert a.dtype == e.dtype
-        assert rel(a, e) < (1e-5 if dtype is None else 1e-2), name
-
-
-GEOMETRIES = [
-    {"kernel_size": 3, "padding": 1},
-    {"kernel_size": 3, "padding": 0},
-    {"kernel_size": 5, "padding": 1, "stride": 2},
-    {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 2},
-    {"kernel_size": 3, "padding": 3, "stride": (1, 2)},
-    {"kernel_size": 3, "padding": 1, "shift": (1, -1)},
-    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
-    {"kernel_size": 1},
-]
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_every_geometry(geometry, layout):
     check(block(4, 6, **geometry), torch.randn(3, 4, 13, 11).to(memory_format=layout))
 
 
-@pytest.mark.parametrize("kwargs", [
-    {"norm": "sum"},
-    {"branches": ("square",)},
-    {"branches": ("square", "ver")},
-    {"use_affine": False},
-    {"momentum": None},
-    {"norm": "sum", "branches": ("square", "hor"), "momentum": 0.3, "eps": 1e-2},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
 def test_every_variant(kwargs):
     check(block(5, 7, 3, padding=1, **kwargs), torch.randn(4, 5, 9, 8))
 
@@ -114,17 +69,7 @@ def test_ambiguous_layouts_follow_conv2d(channels_last):
 
 
 def test_convolution_biases():
-    b = block(4, 6, 3, padding=1)
-    for conv in b.convs().values():
-        conv.bias = nn.Parameter(torch.randn(6))
-    x, grad = torch.randn(3, 4, 6, 7), torch.randn(3, 6, 6, 7)
-    got, true = oracle.run(b, x, grad), oracle.truth(b, x, grad)
-    assert not any("conv.bias" in name for name in got)
-    oracle.assert_as_good_as(got, oracle.run(as_eager(b), x, grad), {name: true[name] for name in got})
-    eager = as_eager(b)
-    b(x), eager(x)
-    for a, e in zip(b.buffers(), eager.buffers(), strict=True):
-        torch.testing.assert_close(a, e)
+    check_convolution_biases(block(4, 6, 3, padding=1))
 
 
 @pytest.mark.parametrize("kept", ["", "x", "hor_conv.weight", "square_bn", "conv"])

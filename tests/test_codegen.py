@@ -6,6 +6,7 @@ they were committed.
 
 import csv
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,11 @@ def representatives() -> list[codegen.Case]:
         for chosen in (spread, spread_fp32)
         for kind, (arch, mode) in chosen.items()
     ]
+    found += [codegen.depthwise_case(kind, arch, "bf16", 64) for kind, (arch, _) in spread.items()]
+    found += [next(c for c in codegen.moments_cases(a) if c.dtype == d) for a, d in ((90, "bf16"), (80, "fp32"))]
     names = {c.kernel for c in found}
     for arch in configs.FAMILIES:
-        for case in codegen.bn_cases(arch):
+        for case in (*codegen.moments_cases(arch), *codegen.bn_cases(arch)):
             if case.kernel not in names:
                 names.add(case.kernel)
                 found.append(case)
@@ -67,6 +70,15 @@ def test_whatever_is_chosen_is_compiled(arch: int) -> None:
                     config = configs.choose(kind, arch, mode, wide, M, KG, CG, 1)
                     assert (codegen.KERNELS[kind].__name__, mode, tuple(config)) in compiled
                     assert config == configs.SPARE[kind, mode] or not (wide or KG % 16 or CG % 16)
+    for channels in range(1, 300):
+        for kernel in (1, 3, 5, 7, 9):
+            for kind in configs.KINDS:
+                config = configs.depthwise(kind, channels, kernel)
+                assert (codegen.DEPTHWISE[kind].__name__, "", (*config[:2], *config[3:])) in compiled
+        for mode in configs.CORRELATION:
+            for wide in (False, True):
+                config = configs.correlation(mode, wide, channels, 300 - channels)
+                assert ("cross_correlation", mode, tuple(config)) in compiled
 
 
 @pytest.mark.parametrize(
@@ -81,18 +93,30 @@ def test_compiles_to_what_can_be_launched(case: codegen.Case) -> None:
     assert codegen.compile_case(case).faults(case.dot) == []
 
 
+@pytest.mark.parametrize("case", {c.kernel: c for c in representatives()}.values(), ids=lambda c: c.kernel)
+def test_numbers_of_one_compile(case: codegen.Case) -> None:
+    """A launch makes a number of 1 a constant, whose type the kernel's expressions must take too."""
+    specialised = [p.name for p in codegen.kernel_of(case).params if not (p.is_constexpr or p.do_not_specialize)]
+    ones = {name: 1 for name in specialised if str(case.arguments[name]).startswith("i32")}
+    assert ones or case.kernel == "sum_splits"
+    assert codegen.compile_case(replace(case, arguments={**case.arguments, **ones})).stack == 0
+
+
 @pytest.mark.parametrize("table", TABLES, ids=lambda path: path.stem)
 def test_committed_table_is_complete_and_without_fault(table: Path) -> None:
     numbers = ("arch", "registers", "stack", "shared", "tensor_core", "async_copies", "programs_per_sm")
     with table.open(newline="") as file:
         reports = [codegen.Report(**(row | {n: int(row[n]) for n in numbers})) for row in csv.DictReader(file)]
     wanted = {
-        (c.kernel, c.arch, c.dtype, c.mode, c.shown, c.variation)
+        (c.kernel, c.arch, c.dtype, c.mode, c.shown, c.variation): c
         for a in configs.FAMILIES
         for c in codegen.cases(a)
     }
-    assert {(r.kernel, r.arch, r.dtype, r.mode, r.config, r.variation) for r in reports} == wanted
-    faults = {(r.kernel, r.arch, r.mode, r.config, r.variation): r.faults("conv_" in r.kernel) for r in reports}
+    found = {(r.kernel, r.arch, r.dtype, r.mode, r.config, r.variation): r for r in reports}
+    assert found.keys() == wanted.keys()
+    faults = {
+        (r.kernel, r.arch, r.mode, r.config, r.variation): r.faults(wanted[key].dot) for key, r in found.items()
+    }
     found = {at: fault for at, fault in faults.items() if fault}
     assert all(len(fault) == 1 and "stack" in fault[0] for fault in found.values())
     assert found.keys() == KNOWN_STACKS[table.stem]

@@ -14,15 +14,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import platform
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import BRANCHES, Pair, Placement
+from ..geometry import BRANCHES, Geometry, Pair, Placement
 from ..ops import bn_sum
-from ..spec import Branch, Problem, Step
+from ..spec import Branch, Norm, Problem, Step
 from .batchnorm import update_running
 from .dgrad import add_input_gradient
 
@@ -78,7 +79,7 @@ def convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" and dtype in _SLOW_HALF_TYPES else dtype
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """Everything about a step but its tensors."""
 
     places: tuple[Placement, ...]
@@ -111,7 +112,7 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
-def _composed(plan: _Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _composed(plan: Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(out, means, rstds) from operators that torch.compile can trace and differentiate."""
     weights, gammas, betas = plan.split(tensors)
     with _without_autocast(x.device.type):
@@ -133,7 +134,7 @@ class _Step(torch.autograd.Function):
     """The same in one node, which knows that nobody else needs the y_b."""
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, plan: Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights, gammas, betas = plan.split(tensors)
         if x.device.type == "cpu":
             _keep_freed_memory()
@@ -154,7 +155,7 @@ class _Step(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if grad is None:
             return (None,) * len(needs)
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         x, *saved = ctx.saved_tensors
         weights, gammas, (means, rstds, *ys) = plan.split(saved)
         # Autograd casts what is returned to the inputs' dtypes.
@@ -170,13 +171,13 @@ class _Step(torch.autograd.Function):
                 dys = [y for y, need in zip(ys, needs_dy, strict=True) if need]
             else:
                 dys, dgammas, dbeta = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy)
-            dx, dws = _convolution_gradients(plan, dys, x, weights, needs_x, needs_w)
+            dx, dws = convolution_gradients(plan, dys, x, weights, needs_x, needs_w)
         parameters = (*dgammas[: plan.affine], *(dbeta for _ in needs[2 + len(weights) + plan.affine :]))
         return None, dx, *dws, *parameters
 
 
-def _convolution_gradients(
-    plan: _Plan, dys: list[Tensor], x: Tensor, weights: tuple[Tensor, ...], needs_x: bool, needs_w: tuple[bool, ...]
+def convolution_gradients(
+    plan: Plan, dys: list[Tensor], x: Tensor, weights: tuple[Tensor, ...], needs_x: bool, needs_w: tuple[bool, ...]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(dx, every dW_b), None where not needed; dys holds the dy_b of the branches with work to do."""
     x = x.to(plan.conv_dtype)
@@ -214,7 +215,7 @@ def _convolution_gradients(
 
 
 def _differentiable_gradients(
-    plan: _Plan, grad: Tensor, inputs: tuple[Tensor, ...], needs: tuple[bool, ...]
+    plan: Plan, grad: Tensor, inputs: tuple[Tensor, ...], needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """Gradients of x, weights and γs by eager formulas, themselves differentiable."""
     weights, gammas, _ = plan.split(inputs[1:])
@@ -230,38 +231,72 @@ def _sum(grad: Tensor) -> Tensor:
     return grad.to(bn_sum.accumulation_dtype(grad.dtype)).sum((0, 2, 3))
 
 
-def forward(x: Tensor, step: Step) -> Tensor:
-    """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
-    geometry = step.geometry
-    size = geometry.output_size(x.shape[2], x.shape[3])
-    count = x.shape[0] * size[0] * size[1]
+class Inputs(NamedTuple):
+    """A step's tensors, one a batch norm, in the order of BRANCHES; there may be no γ or no β at all."""
+
+    names: list[str]
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    norms: list[Norm]
+    gammas: list[Tensor]
+    betas: list[Tensor]
+    eps: list[float]
+    dtype: torch.dtype  # of the output
+
+
+def inputs_of(x: Tensor, step: Step) -> Inputs:
+    """The step's tensors; a batch norm after the sum makes one branch of the summed kernel."""
     branches = {name: step.branches[name] for name in BRANCHES if name in step.branches}
     if step.norm is not None:
-        branches = {"square": _summed(branches, step)}
+        branches = {"square": summed(branches, step)}
     norms = [branch.norm for branch in branches.values() if branch.norm is not None]
     gammas = _all_or_none([norm.gamma for norm in norms], 1.0)
     betas = _all_or_none([norm.beta for norm in norms], 0.0)
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    plan = _Plan(
-        tuple(geometry.placement(name) for name in branches),
+    return Inputs(
+        list(branches),
+        [branch.weight for branch in branches.values()],
+        [branch.bias for branch in branches.values()],
+        norms,
+        gammas,
+        betas,
+        [norm.eps for norm in norms],
+        torch.get_autocast_dtype(device) if autocast else x.dtype,
+    )
+
+
+def plan_of(
+    geometry: Geometry, names: Iterable[str], eps: Sequence[float], affine: int, dtype: torch.dtype, device: str
+) -> Plan:
+    """The plan of the named branches' step; `affine` says how many γ there are, `dtype` is the output's."""
+    return Plan(
+        tuple(geometry.placement(name) for name in names),
         geometry.stride,
         geometry.dilation,
         geometry.groups,
-        tuple(norm.eps for norm in norms),
-        len(gammas),
+        tuple(eps),
+        affine,
         dtype,
         convolution_dtype(dtype, device),
     )
+
+
+def forward(x: Tensor, step: Step) -> Tensor:
+    """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
+    geometry = step.geometry
+    size = geometry.output_size(x.shape[2], x.shape[3])
+    count = x.shape[0] * size[0] * size[1]
+    inputs = inputs_of(x, step)
+    plan = plan_of(geometry, inputs.names, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type)
     compute = _composed if torch.compiler.is_compiling() else _Step.apply
-    out, means, rstds = compute(plan, x, *(branch.weight for branch in branches.values()), *gammas, *betas)
+    out, means, rstds = compute(plan, x, *inputs.weights, *inputs.gammas, *inputs.betas)
     with torch.no_grad():
-        update_running(norms, means, rstds, count, [branch.bias for branch in branches.values()])
+        update_running(inputs.norms, means, rstds, count, inputs.biases)
     return out
 
 
-def _summed(branches: dict[str, Branch], step: Step) -> Branch:
+def summed(branches: dict[str, Branch], step: Step) -> Branch:
     """The branches as one: with one batch norm after the sum, one convolution with the summed kernel is exact."""
     geometry = step.geometry
     weight = branches["square"].weight.clone()

@@ -13,10 +13,10 @@ import torch
 
 from ..ops import bn_sum
 from ..spec import Problem
-from . import branches, eager, folded, moments, synced
+from . import branches, eager, folded, moments, recompute, synced
 
 # In order of preference: 'auto' takes the first that pays, so what follows eager only on request.
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (folded, branches, eager, moments)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (folded, branches, eager, moments, recompute)}
 CHOICES = ("auto", "memory_saver", *BACKENDS)
 
 _saving = False
@@ -38,7 +38,7 @@ def check_choice(backend: str) -> str:
 
 @contextlib.contextmanager
 def memory_saver(enabled: bool = True) -> Iterator[None]:
-    """Within it, blocks of backend 'auto' use `moments` wherever it can and keeps fewer bytes for backward.
+    """Within it, blocks of backend 'auto' use `moments`, or else `recompute`, where that keeps fewer bytes.
 
     Process-wide, so that replicas in other threads follow. The same for one block: backend='memory_saver'.
     """
@@ -105,14 +105,16 @@ def _warn_without_extension(why: str) -> None:
 
 
 def _saving_plan(problem: Problem) -> Plan | None:
-    if moments.unavailable() or moments.declines(problem):
-        return None
-    kept, usual = moments.saved_bytes(problem), eager.saved_bytes(problem)
-    if kept >= usual:
-        return None
-    if torch.compiler.is_compiling():  # a number in the text would tie the graph to one batch size
-        return Plan(moments, "memory saver")
-    return Plan(moments, f"memory saver: keeps {kept:,} bytes for backward, {usual - kept:,} fewer than eager")
+    for module in (moments, recompute):
+        if module.unavailable() or module.declines(problem):
+            continue
+        kept, usual = module.saved_bytes(problem), eager.saved_bytes(problem)
+        if kept >= usual:
+            continue
+        if torch.compiler.is_compiling():  # a number in the text would tie the graph to one batch size
+            return Plan(module, "memory saver")
+        return Plan(module, f"memory saver: keeps {kept:,} bytes for backward, {usual - kept:,} fewer than eager")
+    return None
 
 
 def _forced(problem: Problem) -> Plan | None:

@@ -21,6 +21,14 @@ def tile_moments(y, live, count):
 
 
 @triton.jit
+def merge_moments(mean, m2, before, block_mean, block_m2, count):
+    """(mean, M2) of `before` rows and a block of `count` more, by Chan's rule."""
+    delta = block_mean - mean
+    share = count / (before + count)
+    return mean + delta * share, m2 + block_m2 + delta * delta * before * share
+
+
+@triton.jit
 def mean_of(mean_ptr, at, live):
     """An fp64 mean as two fp32 numbers: one would round away the deviation of a map whose mean is far larger."""
     mean = tl.load(mean_ptr + at, mask=live, other=0.0)
@@ -53,12 +61,7 @@ def statistics(ys, partial_ptr, M, K, TILES, ROWS, B: tl.constexpr, BLOCK_M: tl.
             y = tl.load(ys[b] + m[:, None] * K + k[None, :], mask=live[:, None] & k_live[None, :], other=0.0)
             count = tl.minimum(stop - row, BLOCK_M).to(tl.float32)
             block_mean, block_m2 = tile_moments(y.to(tl.float32), live, count)
-            # Chan's rule: the rows before this block number row − start.
-            before = (row - start).to(tl.float32)
-            delta = block_mean - mean
-            share = count / (before + count)
-            mean += delta * share
-            m2 += block_m2 + delta * delta * before * share
+            mean, m2 = merge_moments(mean, m2, (row - start).to(tl.float32), block_mean, block_m2, count)
         store_moments(partial_ptr, mean, m2, b, k, k_live, K, tile, TILES)
 
 

@@ -169,3 +169,32 @@ def row_split(M: int, K: int, tile: Tile) -> tuple[int, int]:
     rows = cdiv(max(M, 1), wanted)
     rows = cdiv(rows, tile.block_m) * tile.block_m
     return cdiv(M, rows), rows
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is no less."""
+    return 1 << (count - 1).bit_length()
+
+
+# Elements of a depthwise tile. conv carries six moments a channel besides; wgrad's tile has an axis of taps too.
+DEPTHWISE = {"conv": 512, "dgrad": 1024, "wgrad": 2048}
+
+
+def depthwise(kind: str, channels: int, kernel: int) -> Config:
+    """The tile of a depthwise phase over `channels` channels of what it computes; there is no block_c."""
+    block_k = min(64, streaming_tile(channels).block_k)  # so that neighbouring pixels share a program
+    elements = DEPTHWISE[kind] // (power_of_two(max(kernel, 3)) if kind == "wgrad" else 1)
+    return Config(max(1, elements // block_k), block_k, 1, 4, 3)
+
+
+# Tiles of second moments, widest first: tensor cores, and fp32 multiply-adds ("ieee").
+CORRELATION = {
+    "half": (Config(32, 64, 64, 8, 3), Config(64, 32, 32, 4, 3), Config(32, 16, 16, 4, 4)),
+    "ieee": (Config(16, 32, 32, 4, 3), Config(32, 16, 16, 4, 3)),
+}
+
+
+def correlation(mode: str, wide: bool, KG: int, CG: int) -> Config:
+    """The tile of second moments of KG with CG channels a group; the widest leaves no registers to spare."""
+    widest = min(block_of(min(KG, CG)), 32 if wide or KG % 16 or CG % 16 else 64)
+    return next((c for c in CORRELATION[mode] if c.block_k <= widest), CORRELATION[mode][-1])

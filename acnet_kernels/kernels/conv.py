@@ -30,11 +30,7 @@ def _accumulate(
     CG,
     H,
     W,
-    KERNEL: tl.constexpr,
-    DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr,
-    HOR_ROW: tl.constexpr,
-    VER_COL: tl.constexpr,
+    WINDOW: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -43,17 +39,17 @@ def _accumulate(
     ON_COL: tl.constexpr,
 ):
     """Adds one tap class to the accumulators of its branches. `pixel` is (n·H + h0)·W + w0, tap (0, 0)'s."""
-    TAPS: tl.constexpr = class_size(KERNEL, ON_ROW, ON_COL)
+    TAPS: tl.constexpr = class_size(WINDOW.kernel, ON_ROW, ON_COL)
     if TAPS > 0:
         chunks = tl.cdiv(CG, BLOCK_C)
         for i in range(TAPS * chunks):
-            row, col = class_tap(i // chunks, KERNEL, HOR_ROW, VER_COL, ON_ROW, ON_COL)
+            row, col = class_tap(i // chunks, WINDOW, ON_ROW, ON_COL)
             c = (i % chunks) * BLOCK_C + tl.arange(0, BLOCK_C)
             c_live = c < CG
-            h = h0 + row * DIL_H
-            w = w0 + col * DIL_W
+            h = h0 + row * WINDOW.dil_h
+            w = w0 + col * WINDOW.dil_w
             inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            at = (pixel + row * DIL_H * W + col * DIL_W) * C
+            at = (pixel + row * WINDOW.dil_h * W + col * WINDOW.dil_w) * C
             x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & c_live[None, :], other=0.0)
             b = weight_tile(
                 weights[0],
@@ -61,9 +57,9 @@ def _accumulate(
                 c[:, None],
                 k_live[None, :],
                 c_live[:, None],
-                row * KERNEL + col,
+                row * WINDOW.kernel + col,
                 CG,
-                KERNEL * KERNEL,
+                WINDOW.kernel * WINDOW.kernel,
                 CHANNELS_LAST,
             )
             sq = dot(x, b, sq, PRECISION, UPCAST)
@@ -76,7 +72,7 @@ def _accumulate(
                     c_live[:, None],
                     col,
                     CG,
-                    KERNEL,
+                    WINDOW.kernel,
                     CHANNELS_LAST,
                 )
                 hor = dot(x, b, hor, PRECISION, UPCAST)
@@ -89,7 +85,7 @@ def _accumulate(
                     c_live[:, None],
                     row,
                     CG,
-                    KERNEL,
+                    WINDOW.kernel,
                     CHANNELS_LAST,
                 )
                 ver = dot(x, b, ver, PRECISION, UPCAST)
@@ -124,15 +120,7 @@ def conv_branches(
     W,
     OH,
     OW,
-    KERNEL: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr,
-    HOR_ROW: tl.constexpr,
-    VER_COL: tl.constexpr,
+    WINDOW: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     STORE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -159,8 +147,8 @@ def conv_branches(
     m = index(tile, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = m < M
     n, oh, ow = split_pixel(m, OH, OW)
-    h0 = oh * STRIDE_H - PAD_H
-    w0 = ow * STRIDE_W - PAD_W
+    h0 = oh * WINDOW.stride_h - WINDOW.pad_h
+    w0 = ow * WINDOW.stride_w - WINDOW.pad_w
     pixel = (n * H + h0) * W + w0
     sq = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     hor = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -182,11 +170,7 @@ def conv_branches(
             CG,
             H,
             W,
-            KERNEL,
-            DIL_H,
-            DIL_W,
-            HOR_ROW,
-            VER_COL,
+            WINDOW,
             CHANNELS_LAST,
             PRECISION,
             UPCAST,

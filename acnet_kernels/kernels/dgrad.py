@@ -53,10 +53,7 @@ def _accumulate(
     OH,
     OW,
     k0,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr,
+    WINDOW: tl.constexpr,
     TAPS: tl.constexpr,
     PER_ROW: tl.constexpr,
     PER_COL: tl.constexpr,
@@ -66,8 +63,8 @@ def _accumulate(
     BLOCK_K: tl.constexpr,
 ):
     """Adds a branch's taps, `rows` from row0 by `cols` from col0; PER_ROW·row + PER_COL·col is the weight's."""
-    ROW_STEP: tl.constexpr = tap_step(STRIDE_H, DIL_H)
-    COL_STEP: tl.constexpr = tap_step(STRIDE_W, DIL_W)
+    ROW_STEP: tl.constexpr = tap_step(WINDOW.stride_h, WINDOW.dil_h)
+    COL_STEP: tl.constexpr = tap_step(WINDOW.stride_w, WINDOW.dil_w)
     chunks = tl.cdiv(KG, BLOCK_K)
     for i in range(rows * cols * chunks):
         row = row0 + i // chunks // cols * ROW_STEP
@@ -75,8 +72,8 @@ def _accumulate(
         k = i % chunks * BLOCK_K + tl.arange(0, BLOCK_K)
         k_live = k < KG
         # Exact divisions: the phase meets these taps.
-        down = (at_h - row * DIL_H) // STRIDE_H
-        right = (at_w - col * DIL_W) // STRIDE_W
+        down = (at_h - row * WINDOW.dil_h) // WINDOW.stride_h
+        right = (at_w - col * WINDOW.dil_w) // WINDOW.stride_w
         inside = live & (h + down >= 0) & (h + down < OH) & (w + right >= 0) & (w + right < OW)
         at = (pixel + down * OW + right) * K + k0
         dy = tl.load(dy_ptr + at[:, None] + k[None, :], mask=inside[:, None] & k_live[None, :], other=0.0)
@@ -111,15 +108,7 @@ def conv_dgrad(
     W,
     OH,
     OW,
-    KERNEL: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr,
-    HOR_ROW: tl.constexpr,
-    VER_COL: tl.constexpr,
+    WINDOW: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -131,7 +120,7 @@ def conv_dgrad(
     """dx = Σ_b the transposed convolution of dy_b with W_b.
 
     Arguments as conv_branches takes them; dys in the place of ys. TILES: row blocks of the largest phase,
-    ⌈N·⌈H/STRIDE_H⌉·⌈W/STRIDE_W⌉ / BLOCK_M⌉. Grid: STRIDE_H·STRIDE_W × TILES × groups·⌈CG / BLOCK_C⌉, flat, channel
+    ⌈N·⌈H/stride_h⌉·⌈W/stride_w⌉ / BLOCK_M⌉. Grid: stride_h·stride_w × TILES × groups·⌈CG / BLOCK_C⌉, flat, channel
     blocks fastest.
     """
     blocks = tl.cdiv(CG, BLOCK_C)
@@ -141,24 +130,24 @@ def conv_dgrad(
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     c_live = c < CG
     phase = rest // TILES
-    phase_h = phase // STRIDE_W
-    phase_w = phase % STRIDE_W
+    phase_h = phase // WINDOW.stride_w
+    phase_w = phase % WINDOW.stride_w
     # Rows and columns of this phase; none where the map is smaller than the stride.
-    rows = tl.cdiv(H - phase_h, STRIDE_H)
-    cols = tl.cdiv(W - phase_w, STRIDE_W)
+    rows = tl.cdiv(H - phase_h, WINDOW.stride_h)
+    cols = tl.cdiv(W - phase_w, WINDOW.stride_w)
     m = index(rest % TILES, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
     n, h, w = split_pixel(m, tl.maximum(rows, 1), tl.maximum(cols, 1))
     live = (n < N) & (rows > 0) & (cols > 0)
     pixel = (n * OH + h) * OW + w
 
-    at_h = phase_h + PAD_H
-    at_w = phase_w + PAD_W
-    row0 = _first_tap(at_h, KERNEL, STRIDE_H, DIL_H)
-    col0 = _first_tap(at_w, KERNEL, STRIDE_W, DIL_W)
-    row_taps = tl.cdiv(KERNEL - row0, tap_step(STRIDE_H, DIL_H))
-    col_taps = tl.cdiv(KERNEL - col0, tap_step(STRIDE_W, DIL_W))
-    on_row = ((at_h - HOR_ROW * DIL_H) % STRIDE_H == 0).to(tl.int32)
-    on_col = ((at_w - VER_COL * DIL_W) % STRIDE_W == 0).to(tl.int32)
+    at_h = phase_h + WINDOW.pad_h
+    at_w = phase_w + WINDOW.pad_w
+    row0 = _first_tap(at_h, WINDOW.kernel, WINDOW.stride_h, WINDOW.dil_h)
+    col0 = _first_tap(at_w, WINDOW.kernel, WINDOW.stride_w, WINDOW.dil_w)
+    row_taps = tl.cdiv(WINDOW.kernel - row0, tap_step(WINDOW.stride_h, WINDOW.dil_h))
+    col_taps = tl.cdiv(WINDOW.kernel - col0, tap_step(WINDOW.stride_w, WINDOW.dil_w))
+    on_row = ((at_h - WINDOW.hor_row * WINDOW.dil_h) % WINDOW.stride_h == 0).to(tl.int32)
+    on_col = ((at_w - WINDOW.ver_col * WINDOW.dil_w) % WINDOW.stride_w == 0).to(tl.int32)
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for b in tl.static_range(3):
@@ -175,9 +164,9 @@ def conv_dgrad(
                 c_live,
                 at_h,
                 at_w,
-                HOR_ROW if b == 1 else row0,
+                WINDOW.hor_row if b == 1 else row0,
                 on_row if b == 1 else row_taps,
-                VER_COL if b == 2 else col0,
+                WINDOW.ver_col if b == 2 else col0,
                 on_col if b == 2 else col_taps,
                 K,
                 CG,
@@ -185,19 +174,16 @@ def conv_dgrad(
                 OH,
                 OW,
                 group * KG,
-                STRIDE_H,
-                STRIDE_W,
-                DIL_H,
-                DIL_W,
-                KERNEL * KERNEL if b == 0 else KERNEL,
-                KERNEL if b == 0 else b // 2,
+                WINDOW,
+                WINDOW.kernel * WINDOW.kernel if b == 0 else WINDOW.kernel,
+                WINDOW.kernel if b == 0 else b // 2,
                 1 if b < 2 else 0,
                 CHANNELS_LAST,
                 PRECISION,
                 UPCAST,
                 BLOCK_K,
             )
-    out = ((n * H + h * STRIDE_H + phase_h) * W + w * STRIDE_W + phase_w) * C + group * CG
+    out = ((n * H + h * WINDOW.stride_h + phase_h) * W + w * WINDOW.stride_w + phase_w) * C + group * CG
     tl.store(
         dx_ptr + out[:, None] + c[None, :], acc.to(dx_ptr.dtype.element_ty), mask=live[:, None] & c_live[None, :]
     )

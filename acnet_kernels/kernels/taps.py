@@ -1,9 +1,9 @@
 """Where a kernel tap reads, and which branches want it.
 
-Seen from the k×k kernel, hor is its row HOR_ROW and ver its column VER_COL (see geometry.py). So the k² taps are of
-four classes: off both lines → square; on the row → square, hor; on the column → square, ver; crossing → all. A
-class is (ON_ROW, ON_COL). Looping over one class at a time keeps each loop's operands few: unrolling the taps gives
-every tap its own multi-buffered shared memory (811 KB on sm_90).
+WINDOW is a window.Window. Seen from the k×k kernel, hor is its row hor_row and ver its column ver_col. So the k²
+taps are of four classes: off both lines → square; on the row → square, hor; on the column → square, ver; crossing
+→ all. A class is (ON_ROW, ON_COL). Looping over one class at a time keeps each loop's operands few: unrolling the
+taps gives every tap its own multi-buffered shared memory (811 KB on sm_90).
 """
 # Triton's language, not Python's types.
 # mypy: ignore-errors
@@ -21,23 +21,21 @@ def class_size(kernel, on_row, on_col):
 @triton.jit
 def class_tap(
     i,
-    KERNEL: tl.constexpr,
-    HOR_ROW: tl.constexpr,
-    VER_COL: tl.constexpr,
+    WINDOW: tl.constexpr,
     ON_ROW: tl.constexpr,
     ON_COL: tl.constexpr,
 ):
     """(row, column) in the k×k kernel of the i-th tap of a class."""
     if ON_ROW:
-        row = HOR_ROW + 0 * i
+        row = WINDOW.hor_row + 0 * i
     else:
-        row = i if ON_COL else i // (KERNEL - 1)
-        row += (row >= HOR_ROW).to(tl.int32)
+        row = i if ON_COL else i // (WINDOW.kernel - 1)
+        row += (row >= WINDOW.hor_row).to(tl.int32)
     if ON_COL:
-        col = VER_COL + 0 * i
+        col = WINDOW.ver_col + 0 * i
     else:
-        col = i if ON_ROW else i % (KERNEL - 1)
-        col += (col >= VER_COL).to(tl.int32)
+        col = i if ON_ROW else i % (WINDOW.kernel - 1)
+        col += (col >= WINDOW.ver_col).to(tl.int32)
     return row, col
 
 
@@ -55,6 +53,16 @@ def split_pixel(m, rows, cols):
     """(image, row, column) of flat pixel m in maps of rows×cols; the image in m's type, the others int32."""
     rest = m // cols
     return rest // rows, (rest % rows).to(tl.int32), (m % cols).to(tl.int32)
+
+
+@triton.jit
+def weight_block(block, KG, CG, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(group, output channels, input channels) of a block of the weights; channels are counted in the group."""
+    c_blocks = tl.cdiv(CG, BLOCK_C)
+    blocks = tl.cdiv(KG, BLOCK_K) * c_blocks
+    k = block % blocks // c_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = block % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    return block // blocks, k, c
 
 
 @triton.jit

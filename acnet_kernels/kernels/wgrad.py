@@ -9,7 +9,7 @@ pixels are written apart and added in a fixed order by `sum_splits`.
 import triton
 import triton.language as tl
 
-from .taps import class_size, class_tap, dot, index, split_pixel
+from .taps import class_size, class_tap, dot, index, split_pixel, weight_block
 
 
 @triton.jit
@@ -42,15 +42,7 @@ def _one_class(
     W,
     OH,
     OW,
-    KERNEL: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr,
-    HOR_ROW: tl.constexpr,
-    VER_COL: tl.constexpr,
+    WINDOW: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -66,19 +58,19 @@ def _one_class(
     """
     ON_ROW: tl.constexpr = KIND < 2
     ON_COL: tl.constexpr = KIND == 0 or KIND == 2
-    SIZE: tl.constexpr = class_size(KERNEL, ON_ROW, ON_COL)
-    BEGIN: tl.constexpr = 0 if KIND == 0 else 1 + (KIND - 1) * (KERNEL - 1)
-    TAPS: tl.constexpr = KERNEL * KERNEL
+    SIZE: tl.constexpr = class_size(WINDOW.kernel, ON_ROW, ON_COL)
+    BEGIN: tl.constexpr = 0 if KIND == 0 else 1 + (KIND - 1) * (WINDOW.kernel - 1)
+    TAPS: tl.constexpr = WINDOW.kernel * WINDOW.kernel
     if SIZE > 0 and tap >= BEGIN and tap < BEGIN + SIZE:
-        row, col = class_tap(tap - BEGIN, KERNEL, HOR_ROW, VER_COL, ON_ROW, ON_COL)
+        row, col = class_tap(tap - BEGIN, WINDOW, ON_ROW, ON_COL)
         sq = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
         hor = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
         ver = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
         for first in range(start, stop, BLOCK_M):
             m = first + index(tl.arange(0, BLOCK_M), WIDE)
             n, oh, ow = split_pixel(m, OH, OW)
-            h = oh * STRIDE_H - PAD_H + row * DIL_H
-            w = ow * STRIDE_W - PAD_W + col * DIL_W
+            h = oh * WINDOW.stride_h - WINDOW.pad_h + row * WINDOW.dil_h
+            w = ow * WINDOW.stride_w - WINDOW.pad_w + col * WINDOW.dil_w
             inside = (m < stop) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             at = ((n * H + h) * W + w) * C + group * CG
             x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & c_live[None, :], other=0.0)
@@ -89,11 +81,11 @@ def _one_class(
                 hor = dot(tl.trans(tl.load(dys[1] + at, mask=live, other=0.0)), x, hor, PRECISION, UPCAST)
             if ON_COL and dws[2] is not None:
                 ver = dot(tl.trans(tl.load(dys[2] + at, mask=live, other=0.0)), x, ver, PRECISION, UPCAST)
-        _store(dws[0] + into, sq, k, c, k_live, c_live, row * KERNEL + col, CG, TAPS, CHANNELS_LAST)
+        _store(dws[0] + into, sq, k, c, k_live, c_live, row * WINDOW.kernel + col, CG, TAPS, CHANNELS_LAST)
         if ON_ROW and dws[1] is not None:
-            _store(dws[1] + into, hor, k, c, k_live, c_live, col, CG, KERNEL, CHANNELS_LAST)
+            _store(dws[1] + into, hor, k, c, k_live, c_live, col, CG, WINDOW.kernel, CHANNELS_LAST)
         if ON_COL and dws[2] is not None:
-            _store(dws[2] + into, ver, k, c, k_live, c_live, row, CG, KERNEL, CHANNELS_LAST)
+            _store(dws[2] + into, ver, k, c, k_live, c_live, row, CG, WINDOW.kernel, CHANNELS_LAST)
 
 
 @triton.jit(do_not_specialize=["M", "ROWS", "STRIDE"])
@@ -112,15 +104,7 @@ def conv_wgrad(
     W,
     OH,
     OW,
-    KERNEL: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr,
-    HOR_ROW: tl.constexpr,
-    VER_COL: tl.constexpr,
+    WINDOW: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -135,14 +119,9 @@ def conv_wgrad(
     as conv_branches takes it. Grid: (groups·⌈KG / BLOCK_K⌉·⌈CG / BLOCK_C⌉, k², splits); taps of several branches
     come first, as their programs take longest.
     """
-    c_blocks = tl.cdiv(CG, BLOCK_C)
-    blocks = tl.cdiv(KG, BLOCK_K) * c_blocks
-    group = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    in_group = block // c_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_live = in_group < KG
+    group, in_group, c = weight_block(tl.program_id(0), KG, CG, BLOCK_K, BLOCK_C)
     k = group * KG + in_group
-    c = block % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    k_live = in_group < KG
     c_live = c < CG
     tap = tl.program_id(1)
     split = tl.program_id(2)
@@ -170,15 +149,7 @@ def conv_wgrad(
             W,
             OH,
             OW,
-            KERNEL,
-            STRIDE_H,
-            STRIDE_W,
-            PAD_H,
-            PAD_W,
-            DIL_H,
-            DIL_W,
-            HOR_ROW,
-            VER_COL,
+            WINDOW,
             CHANNELS_LAST,
             WIDE,
             PRECISION,

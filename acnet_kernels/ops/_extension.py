@@ -1,7 +1,11 @@
-"""Loads the compiled extension, which registers the C++ operators: _C.abi3.so, and _C_cuda.abi3.so for CUDA."""
+"""Loads the compiled extension, which registers the C++ operators: _C.abi3.so, and _C_cuda.abi3.so for CUDA.
+
+Says too whether Triton is there, whose kernels need no build.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -18,6 +22,9 @@ def _load(library: Path, what: str, remedy: str) -> str | None:
         return f"{what} does not load into torch {torch.__version__}: {error.__cause__ or error}"
     return None
 
+
+# Whether Triton is installed: without it CUDA tensors go through plain PyTorch. Importing it takes long.
+TRITON = importlib.util.find_spec("triton") is not None
 
 # Why the C++ operators are missing, or None when they are registered.
 MISSING = _load(

@@ -1,7 +1,8 @@
 """Second moments of maps over all pixels: a cross-correlation, and the autocorrelation as its special case.
 
-The C++ kernel (csrc/autocorrelation.cpp) registers itself for the CPU with the schema below; where the extension
-is missing, and on CUDA, the plain PyTorch form here computes the same.
+The C++ kernel (csrc/autocorrelation.cpp) registers itself for the CPU with the schema below; CUDA has Triton
+kernels (triton_autocorrelation.py). The plain PyTorch form here computes the same where the extension or Triton is
+missing, and what the Triton kernels decline: float64, and shifts that are not neighbours in raster order.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._extension import MISSING
+from ._extension import MISSING, TRITON
 
 SCHEMA = (
     "cross_correlation(Tensor x, Tensor x_pivot, Tensor y, Tensor y_pivot, int[] rows, int[] columns, int groups)"
@@ -84,6 +85,19 @@ def _plain(
     return products, centred_y.sum(0).permute(2, 0, 1)
 
 
+def on_cuda(
+    x: Tensor, x_pivot: Tensor, y: Tensor, y_pivot: Tensor, rows: list[int], columns: list[int], groups: int
+) -> tuple[Tensor, Tensor]:
+    """`cross_correlation` of channels_last maps by the Triton kernels, or in plain PyTorch where they decline."""
+    if not TRITON:
+        return _plain(x, x_pivot, y, y_pivot, rows, columns, groups)
+    from . import triton_autocorrelation  # Triton is slow to import, and only CUDA needs it
+
+    if triton_autocorrelation.declines(x, rows, columns) is not None:
+        return _plain(x, x_pivot, y, y_pivot, rows, columns, groups)
+    return triton_autocorrelation.cross_correlation(x, x_pivot, y, y_pivot, rows, columns, groups)
+
+
 def _fake(
     x: Tensor, x_pivot: Tensor, y: Tensor, y_pivot: Tensor, rows: list[int], columns: list[int], groups: int
 ) -> tuple[Tensor, Tensor]:
@@ -95,5 +109,5 @@ _library = torch.library.Library("acnet_kernels", "FRAGMENT")
 if MISSING is not None:
     _library.define(SCHEMA)
     _library.impl("cross_correlation", _plain, "CPU")
-_library.impl("cross_correlation", _plain, "CUDA")
+_library.impl("cross_correlation", on_cuda, "CUDA")
 torch.library.register_fake("acnet_kernels::cross_correlation", _fake)

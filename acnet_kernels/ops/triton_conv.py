@@ -1,75 +1,47 @@
-"""The three branches' convolutions on CUDA by Triton: launches of kernels/{conv,dgrad,wgrad}.py, no maths.
+"""The three branches' convolutions on CUDA by Triton: launches of kernels/*.py, no maths.
 
 Maps are channels_last; weights K×C/groups×rows×columns, all in one memory format, in the input's dtype (fp32, fp16,
-bf16). `weights`, `ys` and their gradients are (square, hor, ver), None for an absent branch. Padding is zeros and
-crops need nothing of their own (geometry.py): hor and ver are lines of the square's window, whatever falls outside.
-fp32 is computed in TF32 where torch.backends.cudnn.conv.fp32_precision says "tf32", else by three TF32 products.
+bf16). `weights`, `ys` and their gradients are (square, hor, ver), None for an absent branch.
+fp32 is computed in TF32 where torch.backends.cudnn.conv.fp32_precision says "tf32", else by three TF32 products;
+with one input channel a group, where there are no matrix products, always in fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from ..geometry import Geometry
 from ..kernels import configs
-from ..kernels.configs import Config, cdiv
+from ..kernels.configs import Config, Tile, cdiv
 from ..kernels.conv import conv_branches
+from ..kernels.depthwise import depthwise_branches, depthwise_dgrad, depthwise_wgrad
 from ..kernels.dgrad import conv_dgrad
 from ..kernels.wgrad import conv_wgrad, sum_splits
+from ..kernels.window import Window
 from .triton_bn_sum import Moments, Norms, apply, check_maps, merge_statistics
 
 INTERPRETED = triton.knobs.runtime.interpret
 _SUM_BLOCK = 1024
-# The kernels' names for a window's fields, groups apart.
-_CONSTANTS = ("KERNEL", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DIL_H", "DIL_W", "HOR_ROW", "VER_COL")
+_KERNELS = {"conv": conv_branches, "dgrad": conv_dgrad, "wgrad": conv_wgrad}
+_DEPTHWISE = {"conv": depthwise_branches, "dgrad": depthwise_dgrad, "wgrad": depthwise_wgrad}
 
 Weights = Sequence[Tensor | None]
-
-
-class Window(NamedTuple):
-    """A geometry as the kernels see it: the square's window, and the row and column of it that hor and ver are."""
-
-    kernel: int
-    stride_h: int
-    stride_w: int
-    pad_h: int
-    pad_w: int
-    dil_h: int
-    dil_w: int
-    hor_row: int
-    ver_col: int
-    groups: int
-
-    @classmethod
-    def of(cls, geometry: Geometry) -> Window:
-        """The window of a zero-padded geometry; ValueError for another padding mode (see Geometry.explicit)."""
-        if geometry.padding_mode != "zeros":
-            raise ValueError(f"padding_mode must be 'zeros', got {geometry.padding_mode!r}: pad the input first")
-        g = geometry
-        return cls(g.kernel, *g.stride, *g.padding, *g.dilation, g.hor_row, g.ver_column, g.groups)
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of the output of a height×width input."""
-        reach_h, reach_w = self.dil_h * (self.kernel - 1) + 1, self.dil_w * (self.kernel - 1) + 1
-        return (
-            (height + 2 * self.pad_h - reach_h) // self.stride_h + 1,
-            (width + 2 * self.pad_w - reach_w) // self.stride_w + 1,
-        )
 
 
 class _Plan(NamedTuple):
     """What a launch is made of beyond its tensors; one a problem, cached."""
 
+    kernel: Any
+    depthwise: bool
     size: tuple[int, int]  # OH, OW
     rows: int  # N·OH·OW
-    scalars: tuple[int, ...]  # C, K, CG, KG, H, W, OH, OW
-    options: dict[str, int | bool | str]
+    scalars: tuple[int, ...]  # those of C, K, CG, KG, H, W, OH, OW that the kernel takes
+    options: dict[str, Any]
     config: Config
 
 
@@ -89,14 +61,18 @@ def _plan(
     size = window.output_size(H, W)
     rows = N * size[0] * size[1]
     wide = max(N * C * H * W, rows * K) >= 2**31
-    if config is None:
+    depthwise = window.groups == C
+    kernel = (_DEPTHWISE if depthwise else _KERNELS)[kind]
+    if config is None and depthwise:
+        config = configs.depthwise(kind, C if kind == "dgrad" else K, window.kernel)
+    elif config is None:
         family = 90 if INTERPRETED else configs.family(torch.cuda.get_device_capability(device))
         mode = "half" if dtype != torch.float32 else precision
         config = configs.choose(
             kind, family, mode, wide, rows, K // window.groups, C // window.groups, window.groups
         )
     options = {
-        **dict(zip(_CONSTANTS, window, strict=False)),
+        "WINDOW": window.constant,
         "CHANNELS_LAST": last,
         "WIDE": wide,
         "PRECISION": precision,
@@ -104,11 +80,14 @@ def _plan(
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "BLOCK_C": config.block_c,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
+        "BLOCK_T": configs.power_of_two(window.kernel),
     }
-    scalars = (C, K, C // window.groups, K // window.groups, H, W, *size)
-    return _Plan(size, rows, scalars, options, config)
+    taken = {name: value for name, value in options.items() if name in kernel.arg_names}
+    taken |= {"num_warps": config.warps, "num_stages": config.stages}
+    scalars = {"C": C, "K": K, "CG": C // window.groups, "KG": K // window.groups, "H": H, "W": W}
+    scalars |= {"OH": size[0], "OW": size[1]}
+    numbers = tuple(value for name, value in scalars.items() if name in kernel.arg_names)
+    return _Plan(kernel, depthwise, size, rows, numbers, taken, config)
 
 
 def _plan_of(
@@ -151,14 +130,20 @@ def conv_forward(
     """
     check_maps(x=x)
     plan = _plan_of("conv", x, x.shape, weights, window, config)
-    M, (_, K, _, KG, *_) = plan.rows, plan.scalars
+    M, K, (block_m, block_k, *_) = plan.rows, plan.scalars[1], plan.config
     ys = tuple(_empty_map((x.shape[0], K, *plan.size), x) if store and w is not None else None for w in weights)
-    tiles = cdiv(M, plan.config.block_m)
     present = sum(w is not None for w in weights)
+    if plan.depthwise:
+        tiles, rows = configs.row_split(M, K, Tile(block_m, block_k))
+        split: tuple[int, ...] = (M, rows, tiles)
+        grid: tuple[int, ...] = (tiles, cdiv(K, block_k))
+    else:
+        tiles, rows = cdiv(M, block_m), block_m
+        split = (M, tiles)
+        grid = (tiles * window.groups * cdiv(K // window.groups, block_k),)
     partial = torch.empty((present, 2, K, tiles), dtype=torch.float32, device=x.device)
-    grid = (tiles * window.groups * cdiv(KG, plan.config.block_k),)
-    conv_branches[grid](x, tuple(weights), ys, partial, M, tiles, *plan.scalars, STORE=store, **plan.options)
-    return ys, Moments(partial, plan.config.block_m, M)
+    plan.kernel[grid](x, tuple(weights), ys, partial, *split, *plan.scalars, STORE=store, **plan.options)
+    return ys, Moments(partial, rows, M)
 
 
 def block_forward(
@@ -195,11 +180,17 @@ def input_grad(
     plan = _plan_of("dgrad", dy, shape, weights, window, config)
     _check_size(dy, plan.size)
     dx = _empty_map(shape, dy)
-    largest_phase = cdiv(input_size[0], window.stride_h) * cdiv(input_size[1], window.stride_w)
-    tiles = cdiv(shape[0] * largest_phase, plan.config.block_m)
-    blocks = window.groups * cdiv(plan.scalars[2], plan.config.block_c)
-    grid = (window.stride_h * window.stride_w * tiles * blocks,)
-    conv_dgrad[grid](tuple(dys), tuple(weights), dx, shape[0], tiles, *plan.scalars, **plan.options)
+    if plan.depthwise:
+        M = shape[0] * input_size[0] * input_size[1]
+        split: tuple[int, ...] = (M,)
+        grid: tuple[int, ...] = (cdiv(M, plan.config.block_m), cdiv(shape[1], plan.config.block_k))
+    else:
+        largest_phase = cdiv(input_size[0], window.stride_h) * cdiv(input_size[1], window.stride_w)
+        tiles = cdiv(shape[0] * largest_phase, plan.config.block_m)
+        blocks = window.groups * cdiv(square.shape[1], plan.config.block_c)
+        split = (shape[0], tiles)
+        grid = (window.stride_h * window.stride_w * tiles * blocks,)
+    plan.kernel[grid](tuple(dys), tuple(weights), dx, *split, *plan.scalars, **plan.options)
     return dx
 
 
@@ -217,8 +208,13 @@ def weight_grads(
         raise ValueError(f"dys must be {x.dtype} for {x.shape[0]} images, got {dy.dtype} for {dy.shape[0]}")
     _check_size(dy, plan.size)
     dws = tuple(None if w is None else torch.empty_like(w, memory_format=torch.preserve_format) for w in weights)
-    taps, (_, _, CG, KG, *_) = window.kernel**2, plan.scalars
-    blocks = window.groups * cdiv(KG, plan.config.block_k) * cdiv(CG, plan.config.block_c)
+    K = dy.shape[1]
+    if plan.depthwise:  # a program takes a row of taps
+        taps, blocks = window.kernel, cdiv(K, plan.config.block_k)
+    else:
+        KG, CG = K // window.groups, x.shape[1] // window.groups
+        taps = window.kernel**2
+        blocks = window.groups * cdiv(KG, plan.config.block_k) * cdiv(CG, plan.config.block_c)
     splits, rows = configs.pixel_split(plan.rows, blocks * taps, plan.config.block_m)
     sizes = tuple(0 if w is None else w.numel() for w in weights)
     targets, stride = dws, sum(sizes)
@@ -227,7 +223,7 @@ def weight_grads(
         starts = (0, sizes[0], sizes[0] + sizes[1])
         targets = tuple(None if w is None else partial[at:] for w, at in zip(weights, starts, strict=True))
     grid = (blocks, taps, splits)
-    conv_wgrad[grid](x, tuple(dys), targets, plan.rows, rows, stride, *plan.scalars, **plan.options)
+    plan.kernel[grid](x, tuple(dys), targets, plan.rows, rows, stride, *plan.scalars, **plan.options)
     if splits > 1:
         grid = (cdiv(sizes[0], _SUM_BLOCK), 3, 1)
         sum_splits[grid](targets, dws, sizes, splits, stride, BLOCK=_SUM_BLOCK)

@@ -11,6 +11,7 @@ from oracle import rel
 from torch import Tensor
 
 from acnet_kernels.geometry import Geometry
+from acnet_kernels.ops.autocorrelation import autocorrelation
 from acnet_kernels.ops.triton_block import triton_forward, triton_input_grad, triton_weight_grads
 from acnet_kernels.ops.triton_bn_sum import bn_sum_backward_
 from acnet_kernels.ops.triton_conv import Window, conv_forward, input_grad, weight_grads
@@ -79,6 +80,24 @@ def test_hundred_runs_give_the_same_bits() -> None:
     first = step(x, parameters, grad)
     for _ in range(99):
         assert all(torch.equal(a, b) for a, b in zip(first, step(x, parameters, grad), strict=True))
+
+
+def test_hundred_runs_of_depthwise_phases_and_second_moments_give_the_same_bits() -> None:
+    C = 96
+    window = Window.of(Geometry.make(3, padding=1, groups=C))
+    x, dys = map_of(8, C, 29, 31, dtype=torch.bfloat16), [map_of(8, C, 29, 31, dtype=torch.bfloat16)] * 3
+    weights = weights_of(C, 1, torch.bfloat16)
+    pivot = torch.zeros(C, device=DEVICE)
+
+    def run() -> list[Tensor]:
+        ys, moments = conv_forward(x, weights, window)
+        dx, dws = input_grad(dys, weights, window, (29, 31)), weight_grads(x, dys, weights, window)
+        products = [*autocorrelation(x, pivot, 2, 2, 1), *autocorrelation(x.float(), pivot + 0.5, 2, 2, 3)]
+        return [t for t in (*ys, moments.partial, dx, *dws, *products) if t is not None]
+
+    first = run()
+    for _ in range(99):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
 def test_cuda_graph_replays_a_step() -> None:

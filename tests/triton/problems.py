@@ -48,11 +48,28 @@ PROBLEMS = [
     Problem("crop_5", (1, 3, 7, 6), 4, 5, channels_last=False, geometry={"padding": 1, "stride": 2}),
     Problem("shift", (1, 4, 5, 6), 3, geometry={"padding": 1, "shift": (1, -1)}),
     Problem("groups", (2, 6, 5, 4), 8, geometry={"padding": 1, "groups": 2}),
-    Problem("depthwise", (1, 5, 6, 5), 5, geometry={"padding": 1, "groups": 5}),
     Problem("kernel_1", (2, 3, 4, 3), 5, 1),
     Problem("no_hor", (1, 3, 5, 4), 4, branches=("square", "ver"), geometry={"padding": 1}),
     Problem("no_ver", (1, 3, 5, 4), 4, branches=("square", "hor"), geometry={"padding": 1, "stride": 2}),
     Problem("square_alone", (1, 3, 5, 4), 4, branches=("square",), geometry={"padding": 1}),
+]
+
+# One input channel a group: kernels of their own.
+DEPTHWISE = [
+    Problem("depthwise", (2, 19, 7, 5), 19, geometry={"padding": 1, "groups": 19}),
+    Problem("depthwise_contiguous", (1, 5, 6, 5), 5, channels_last=False, geometry={"padding": 1, "groups": 5}),
+    Problem("depthwise_stride", (2, 3, 7, 8), 3, geometry={"padding": 1, "groups": 3, "stride": (2, 3)}),
+    Problem("depthwise_dilation", (1, 4, 9, 8), 4, geometry={"padding": (3, 2), "groups": 4, "dilation": (3, 2)}),
+    Problem(
+        "depthwise_5", (1, 3, 9, 8), 3, 5, geometry={"padding": 1, "groups": 3, "stride": 2, "dilation": (1, 2)}
+    ),
+    Problem("depthwise_shift", (1, 4, 5, 6), 4, geometry={"padding": 0, "groups": 4, "shift": (-1, 1)}),
+    Problem("depthwise_multiplier", (2, 7, 5, 6), 21, geometry={"padding": 1, "groups": 7, "stride": (1, 2)}),
+    Problem("depthwise_row", (3, 2, 1, 4), 4, geometry={"padding": 1, "groups": 2}),
+    Problem("one_channel", (1, 1, 6, 7), 5, geometry={"padding": 1}),
+    Problem("depthwise_no_hor", (1, 3, 5, 4), 3, branches=("square", "ver"), geometry={"padding": 1, "groups": 3}),
+    Problem("depthwise_no_ver", (1, 3, 5, 4), 3, branches=("square", "hor"), geometry={"padding": 1, "groups": 3}),
+    Problem("depthwise_alone", (1, 3, 5, 4), 3, branches=("square",), geometry={"padding": 1, "groups": 3}),
 ]
 
 

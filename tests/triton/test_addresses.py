@@ -13,14 +13,15 @@ import torch
 import triton.language as tl
 from conftest import INTERPRETED
 
-from acnet_kernels.kernels import bn_sum, conv, dgrad, wgrad
+from acnet_kernels.geometry import Geometry
+from acnet_kernels.kernels import autocorrelation, bn_sum, conv, depthwise, dgrad, wgrad
+from acnet_kernels.kernels.window import Window
 
 H, W, C = 8192, 16411, 16  # 2³¹ elements and 4.5 million more
 M = H * W
 FAR = 3 * 2**30  # bytes; every other map of these cases is smaller
 BLOCK = 64
-WINDOW = {"KERNEL": 3, "HOR_ROW": 1, "VER_COL": 1}
-WINDOW |= dict.fromkeys(("STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DIL_H", "DIL_W"), 1)
+WINDOW = {"WINDOW": Window.of(Geometry.make(3, padding=1))}
 OPTIONS = {"CHANNELS_LAST": True, "WIDE": True, "PRECISION": "tf32", "UPCAST": False}
 OPTIONS |= {"BLOCK_M": BLOCK, "BLOCK_K": 16, "BLOCK_C": 16}
 
@@ -114,6 +115,50 @@ def test_weight_gradient_reads_where_it_should(last: Last) -> None:
         one, (one,) * 3, (torch.zeros(1),) * 3, M, BLOCK, 0, 1, C, 1, C, H, W, H, W, **WINDOW, **OPTIONS
     )
     assert last.found == elements(LAST_TILE)
+
+
+DEPTHWISE = {"WIDE": True, "BLOCK_M": BLOCK, "BLOCK_K": 16, **WINDOW}
+
+
+def test_depthwise_phases_write_and_read_where_they_should(last: Last) -> None:
+    """x is huge where every channel has its pixels alone, y where one input channel has all outputs."""
+    one, three, small = last.base, (last.base,) * 3, torch.zeros(1)
+    tiles, size = -(-M // BLOCK), (H, W, H, W)
+    last.index = (tiles - 1, 0, 0)
+    depthwise.depthwise_branches[(1,)](
+        one, three, three, small, M, BLOCK, tiles, C, C, 1, *size, STORE=False, **DEPTHWISE
+    )
+    assert last.found == elements(neighbours(LAST_TILE))
+    last.found.clear()
+    depthwise.depthwise_branches[(1,)](
+        one, three, three, small, M, BLOCK, tiles, 1, C, C, *size, STORE=True, **DEPTHWISE
+    )
+    assert last.found == elements(LAST_TILE)
+    last.found.clear()
+    depthwise.depthwise_dgrad[(1,)](three, three, one, M, 1, C, C, *size, **DEPTHWISE)
+    assert last.found == elements(neighbours(LAST_TILE))
+    last.found.clear()
+    last.index = (0, 0, tiles - 1)
+    splits = {**DEPTHWISE, "BLOCK_T": 4}
+    depthwise.depthwise_wgrad[(1, 3, 1)](one, three, (small,) * 3, M, BLOCK, 0, 1, C, C, *size, **splits)
+    assert last.found == elements(LAST_TILE)
+
+
+def test_second_moments_read_where_they_should(last: Last) -> None:
+    one, small, splits = last.base, torch.zeros(16), -(-M // BLOCK)
+    options = {"WIDE": True, "UPCAST": False, "BLOCK_M": BLOCK, "BLOCK_K": 16, "BLOCK_C": 16}
+    last.index = (0, 0, splits - 1)
+    for channels in ((C, 1), (1, C)):
+        last.found.clear()
+        autocorrelation.cross_correlation[(9, 1, 1)](
+            one, small, one, small, small, M, BLOCK, 0, 0, -1, -1, 3, *channels, *channels, H, W, **options
+        )
+        assert last.found == elements(neighbours(LAST_TILE) if channels == (C, 1) else LAST_TILE)
+    last.found.clear()
+    last.index = (-(-M * C // 1024) - 1, 0, 0)
+    autocorrelation.centred_total[(1,)](one, small, small, 1, M, C, BLOCK=1024)
+    beyond = M * C % 1024 or 1024
+    assert last.found >= set(range(M * C - beyond, M * C))
 
 
 def _bn_pass(name: str, one: torch.Tensor, tiles: int) -> None:

@@ -3,17 +3,18 @@
 import pytest
 import torch
 from oracle import FLOORS, assert_as_good_as, border, rel
-from problems import BRANCHES, PROBLEMS, SMALL, Problem, Tensors, step
+from problems import BRANCHES, DEPTHWISE, PROBLEMS, SMALL, Problem, Tensors, step
 
 from acnet_kernels.geometry import Geometry
 from acnet_kernels.ops import triton_bn_sum, triton_conv
 from acnet_kernels.ops.triton_conv import Window
 
+BOTH_KINDS = pytest.mark.parametrize("problem", [PROBLEMS[0], DEPTHWISE[0]], ids=str)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", [*PROBLEMS, *DEPTHWISE], ids=str)
 def test_step_is_as_exact_as_eager(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
     t = Tensors(problem, dtype, device)
     got, eager, true = step(t), t.eager(), t.truth()
@@ -22,15 +23,22 @@ def test_step_is_as_exact_as_eager(problem: Problem, dtype: torch.dtype, device:
         assert rel(border(got[name]), border(true[name])) <= FLOORS[dtype]
 
 
-def test_table_configuration_and_pixel_splits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table's own tiles, wgrad split three ways and reduced: the same truth."""
+@BOTH_KINDS
+def test_table_configuration_and_pixel_splits(
+    problem: Problem, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table's own tiles, pixels split three ways and several blocks of them a program: the same truth."""
     monkeypatch.setattr(triton_conv.configs, "pixel_split", lambda M, programs, block_m: (3, -(-M // 3)))
-    t = Tensors(PROBLEMS[0], torch.float32, device)
+    monkeypatch.setattr(triton_conv.configs, "row_split", lambda M, K, tile: (2, -(-M // 2)))
+    t = Tensors(problem, torch.float32, device)
     assert_as_good_as(step(t, config=None), t.eager(), t.truth())
 
 
-def test_64_bit_offsets_change_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    t = Tensors(PROBLEMS[4], torch.float32, device)
+@pytest.mark.parametrize("problem", [PROBLEMS[4], DEPTHWISE[2]], ids=str)
+def test_64_bit_offsets_change_nothing(
+    problem: Problem, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = Tensors(problem, torch.float32, device)
     narrow = step(t)
     plan = triton_conv._plan
     monkeypatch.setattr(triton_conv, "_plan", lambda *args: _widened(plan(*args)))
@@ -54,9 +62,10 @@ def test_wide_from_the_first_map_of_two_to_the_31(shape: tuple[int, ...], K: int
         assert plan.options["WIDE"] == wide
 
 
-def test_statistics_alone(device: torch.device) -> None:
+@BOTH_KINDS
+def test_statistics_alone(problem: Problem, device: torch.device) -> None:
     """store=False leaves no maps and the statistics of the fp32 results: what the recompute variant runs."""
-    t = Tensors(PROBLEMS[0], torch.float16, device)
+    t = Tensors(problem, torch.float16, device)
     maps, moments = triton_conv.conv_forward(t.x, t.by_branch(), t.window, store=False, config=SMALL)
     norms = triton_bn_sum.merge_statistics(moments, t.gammas, t.betas, t.eps)
     true = t.truth()

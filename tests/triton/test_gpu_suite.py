@@ -11,6 +11,7 @@ from benchmarks import gpu_suite
 def test_suite_runs_and_writes(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # poisoning is no part of it
     monkeypatch.setattr(gpu_suite, "PROBLEMS", gpu_suite.PROBLEMS[:1])
+    monkeypatch.setattr(gpu_suite, "DEPTHWISE", [])
     monkeypatch.setattr(gpu_suite, "DTYPES", {"fp32": torch.float32})
     monkeypatch.setattr(gpu_suite.configs, "variants", lambda *_: [gpu_suite.SMALL])
     arguments = ["--device", device.type, "--out", str(tmp_path), "--shapes", "1x4x3", "--dtypes", "fp32"]
@@ -18,5 +19,5 @@ def test_suite_runs_and_writes(tmp_path: Path, device: torch.device, monkeypatch
     text, rows = (tmp_path / "gpu_suite.md").read_text(), (tmp_path / "gpu_suite.csv").read_text()
     assert "0 faults" in text
     assert "left out" not in text
-    for phase in (*gpu_suite.PHASES, "step", "conv configuration"):
+    for phase in (*gpu_suite.PHASES, *gpu_suite.MAPS_MOVED, "step", "conv configuration"):
         assert f",{phase}," in rows

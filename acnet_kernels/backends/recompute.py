@@ -1,0 +1,187 @@
+"""Nothing kept but x, for any geometry: every y_b is computed twice, once for its statistics and once for backward.
+
+Forward: y_b = W_b * x, one at a time, gives its mean and variance and is freed; out is one k×k convolution with the
+kernels folded by them, Σ_b s_b·W_b, and the bias Σ_b (β_b − s_b·μ_b). Backward: the y_b again, then what `branches`
+does. Exactly three batch norms' training semantics. On CUDA the statistics are one Triton pass that stores no map.
+
+One more convolution forward and three more backward: this runs on request, and under the memory saver where
+`moments`, whose identities need stride 1, dilation 1 and "same" padding, declines. Without a double backward.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import BRANCHES, Geometry
+from ..ops import bn_sum
+from ..ops import recompute as ops
+from ..ops._extension import TRITON
+from ..spec import Branch, Problem, Step, prefers_channels_last
+from . import branches
+from .batchnorm import update_running
+
+NAME = "recompute"
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run on this machine, or None."""
+    return branches.unavailable()
+
+
+def declines(problem: Problem) -> str | None:
+    """Why this backend cannot compute the problem, or None."""
+    return branches.declines(problem)
+
+
+def saved_bytes(problem: Problem) -> int:
+    """Bytes of maps kept for backward: x as it came."""
+    return math.prod(problem.shape) * problem.input_dtype.itemsize if problem.grad else 0
+
+
+def forward(x: Tensor, step: Step) -> Tensor:
+    """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
+    size = step.geometry.output_size(x.shape[2], x.shape[3])
+    inputs = branches.inputs_of(x, step)
+    out, means, rstds = ops.recompute_step(
+        x,
+        inputs.weights,
+        inputs.gammas,
+        inputs.betas,
+        inputs.eps,
+        inputs.names,
+        ops.pack(step.geometry),
+        inputs.dtype,
+        prefers_channels_last(x, inputs.weights[0]),
+    )
+    with torch.no_grad():
+        update_running(inputs.norms, means, rstds, x.shape[0] * size[0] * size[1], inputs.biases)
+    return out
+
+
+@torch.library.impl("acnet_kernels::recompute_step", ("CPU", "CUDA"))
+def _step(
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    eps: list[float],
+    names: list[str],
+    geometry: list[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    place = ops.unpack(geometry)
+    plan = branches.plan_of(place, names, eps, len(gammas), dtype, x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(plan.conv_dtype)
+        kernels = dict(zip(names, (weight.to(plan.conv_dtype) for weight in weights), strict=True))
+        means, rstds = (_triton_statistics if _has_triton(x) else _statistics)(x, kernels, plan, place)
+        scale = rstds * torch.stack(gammas) if gammas else rstds
+        bias = (-scale * means).sum(0)
+        for beta in betas:
+            bias += beta
+        out = _folded_convolution(x, kernels, scale, bias, place)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return out.to(dtype).contiguous(memory_format=layout), means, rstds
+
+
+def _statistics(
+    x: Tensor, kernels: dict[str, Tensor], plan: branches.Plan, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """(means, rstds) of every y_b, B×K float64; one y_b at a time is in memory."""
+    found = []
+    for placement, weight, eps in zip(plan.places, kernels.values(), plan.eps, strict=True):
+        maps = plan._replace(places=(placement,)).maps(x, (weight,))
+        found.append(bn_sum.bn_sum_forward(maps, [], [], [eps], None)[1:])
+    means, rstds = zip(*found, strict=True)
+    return torch.cat(means), torch.cat(rstds)
+
+
+def _has_triton(x: Tensor) -> bool:
+    """Whether the Triton pass computes these statistics: on CUDA, but for float64."""
+    return x.is_cuda and x.dtype != torch.float64 and TRITON
+
+
+def _triton_statistics(
+    x: Tensor, kernels: dict[str, Tensor], plan: branches.Plan, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """(means, rstds) of every y_b, B×K float64, in two launches; no y_b is ever in memory."""
+    from ..ops import triton_conv  # Triton is slow to import, and only CUDA needs it
+    from ..ops.triton_bn_sum import merge_statistics
+
+    x = x.contiguous(memory_format=torch.channels_last)
+    weights = [
+        None if (weight := kernels.get(name)) is None else weight.contiguous(memory_format=torch.channels_last)
+        for name in BRANCHES
+    ]
+    _, moments = triton_conv.conv_forward(x, weights, triton_conv.Window.of(geometry), store=False)
+    norms = merge_statistics(moments, [], [], plan.eps)
+    return norms.means, norms.rstds
+
+
+def _folded_convolution(
+    x: Tensor, kernels: dict[str, Tensor], scale: Tensor, bias: Tensor, geometry: Geometry
+) -> Tensor:
+    """(Σ_b scale_b·W_b) * x + bias; scale B×K and bias K in float64."""
+    wide = bn_sum.accumulation_dtype(x.dtype)
+    scaled = {
+        name: Branch(weight.to(wide) * row[:, None, None, None], None, None)
+        for (name, weight), row in zip(kernels.items(), scale.to(wide), strict=True)
+    }
+    exact = branches.summed(scaled, Step(geometry, {}, None)).weight
+    args = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    if x.dtype == wide:
+        return F.conv2d(x, exact, bias.to(wide), *args)
+    # The bias must cancel the mean that the rounded kernel gives, or that mean times a rounding error is left.
+    # Convolution is linear, so the batch's mean image tells what is missing.
+    rounded = exact.to(x.dtype)
+    image = x.mean(0, keepdim=True, dtype=wide)
+    bias = bias + F.conv2d(image, exact - rounded.to(wide), None, *args).mean((0, 2, 3))
+    return F.conv2d(x, rounded, None, *args).add_(bias.to(wide)[:, None, None])
+
+
+@torch.library.impl("acnet_kernels::recompute_step_backward", ("CPU", "CUDA"))
+def _step_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    eps: list[float],
+    names: list[str],
+    geometry: list[int],
+    need_x: bool,
+    need_weights: list[bool],
+    need_gammas: bool,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    dtype = bn_sum.accumulation_dtype(grad.dtype)
+    none = means.new_empty(0, dtype=dtype)
+    needs_dy = [need_x or need for need in need_weights]
+    if not (any(needs_dy) or need_gammas):
+        return x.new_empty(0), [], none, grad.sum((0, 2, 3), dtype=dtype)
+    plan = branches.plan_of(ops.unpack(geometry), names, eps, len(gammas), grad.dtype, x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        ys = plan.maps(x, tuple(weights))
+        like = bn_sum.like(grad, ys[0])
+        dgammas, dbeta = bn_sum.bn_sum_backward_(like, ys, means, rstds, gammas, needs_dy)
+        dys = [y for y, need in zip(ys, needs_dy, strict=True) if need]
+        dx, dws = branches.convolution_gradients(plan, dys, x, tuple(weights), need_x, tuple(need_weights))
+    return (
+        x.new_empty(0) if dx is None else _as(dx, x),
+        [_as(dw, weight) for dw, weight in zip(dws, weights, strict=True) if dw is not None],
+        dgammas if need_gammas else none,
+        dbeta,
+    )
+
+
+def _as(gradient: Tensor, like: Tensor) -> Tensor:
+    """gradient in like's dtype and, as the operator promises, in the layout of torch.empty_like(like)."""
+    target = torch.empty_like(like, device="meta")
+    if (gradient.dtype, gradient.stride()) == (target.dtype, target.stride()):
+        return gradient
+    return torch.empty_like(like).copy_(gradient)

@@ -1,0 +1,132 @@
+"""The operators of the `recompute` backend: schema, fake, autograd. backends/recompute.py registers their kernels.
+
+    recompute_step(x, weights, gammas, betas, eps, branches, geometry, dtype, channels_last) -> (out, means, rstds)
+        out = Σ_b BN_b(W_b * x) by the batch's statistics, in `dtype` and the layout named.
+    recompute_step_backward(grad, x, weights, gammas, means, rstds, eps, branches, geometry, need_x, need_weights,
+                            need_gammas) -> (dx, dws, dgammas, dbeta)
+        Gradients of what is needed; dws holds those of the weights that need one, the others are empty.
+
+Arguments: `weights`, `eps` and, unless [], `gammas` and `betas` hold one entry a branch; `branches` names them,
+'square', 'hor' and 'ver' in this order; `geometry` is what `pack` makes of one. `means` and `rstds`: B×K, float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..geometry import Geometry
+from .bn_sum import accumulation_dtype
+
+_LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
+_LIBRARY.define(
+    "recompute_step(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, str[] branches,"
+    " int[] geometry, ScalarType dtype, bool channels_last) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "recompute_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor means, Tensor rstds,"
+    " float[] eps, str[] branches, int[] geometry, bool need_x, bool[] need_weights, bool need_gammas)"
+    " -> (Tensor, Tensor[], Tensor, Tensor)"
+)
+
+recompute_step = torch.ops.acnet_kernels.recompute_step.default
+recompute_step_backward = torch.ops.acnet_kernels.recompute_step_backward.default
+
+
+def pack(geometry: Geometry) -> list[int]:
+    """A zero-padded geometry as numbers, for an operator's arguments."""
+    g = geometry
+    return [g.kernel, *g.stride, *g.padding, *g.dilation, g.groups, *g.shift]
+
+
+def unpack(numbers: list[int]) -> Geometry:
+    """The geometry that `pack` was given."""
+    kernel, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups, down, right = numbers
+    pairs = (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w)
+    return Geometry(kernel, *pairs, groups, "zeros", (down, right))
+
+
+@torch.library.register_fake("acnet_kernels::recompute_step")
+def _(
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: Any,
+    betas: Any,
+    eps: Any,
+    branches: Any,
+    geometry: list[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    K = weights[0].shape[0]
+    size = unpack(geometry).output_size(x.shape[2], x.shape[3])
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty((x.shape[0], K, *size), dtype=dtype, device=x.device, memory_format=layout)
+    means, rstds = (x.new_empty((len(weights), K), dtype=torch.float64) for _ in range(2))
+    return out, means, rstds
+
+
+@torch.library.register_fake("acnet_kernels::recompute_step_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: Any,
+    means: Tensor,
+    rstds: Any,
+    eps: Any,
+    branches: Any,
+    geometry: Any,
+    need_x: bool,
+    need_weights: list[bool],
+    need_gammas: bool,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    dtype = accumulation_dtype(grad.dtype)
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        [torch.empty_like(w) for w, need in zip(weights, need_weights, strict=True) if need],
+        torch.empty_like(means, dtype=dtype) if need_gammas else means.new_empty(0, dtype=dtype),
+        means.new_empty(means.shape[1], dtype=dtype),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weights, gammas, betas, eps, branches, geometry, _, _ = inputs
+    _, means, rstds = output
+    ctx.mark_non_differentiable(means, rstds)
+    ctx.save_for_backward(x, means, rstds, *weights, *gammas)
+    ctx.constants = eps, branches, geometry
+    ctx.beta_dtypes = [beta.dtype for beta in betas]
+    ctx.need_x, ctx.need_weights = x.requires_grad, [weight.requires_grad for weight in weights]
+    ctx.need_gammas = any(gamma.requires_grad for gamma in gammas)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    x, means, rstds, *rest = ctx.saved_tensors
+    count = len(ctx.need_weights)
+    weights, gammas = rest[:count], rest[count:]
+    dx, dws, dgammas, dbeta = recompute_step_backward(
+        grad, x, weights, gammas, means, rstds, *ctx.constants, ctx.need_x, ctx.need_weights, ctx.need_gammas
+    )
+    given = iter(dws)
+    found = list(dgammas) if ctx.need_gammas else [None] * len(gammas)
+    return (
+        dx if ctx.need_x else None,
+        [next(given) if need else None for need in ctx.need_weights],
+        [d if d is None else d.to(gamma.dtype) for gamma, d in zip(gammas, found, strict=True)],
+        [dbeta.to(dtype) for dtype in ctx.beta_dtypes],
+        *(None,) * 5,
+    )
+
+
+def _no_double_backward(ctx: Any, *_: Any) -> NoReturn:
+    raise RuntimeError(
+        "the recompute backend has no double backward: its gradient is computed without a graph; use "
+        "backend='branches' or 'eager' where create_graph=True is wanted"
+    )
+
+
+torch.library.register_autograd("acnet_kernels::recompute_step", _backward, setup_context=_setup)
+torch.library.register_autograd("acnet_kernels::recompute_step_backward", _no_double_backward)

@@ -1,0 +1,101 @@
+"""What the tests of a backend's training step share: every kind of block, and the comparison with eager."""
+
+import copy
+
+import oracle
+import torch
+from oracle import rel
+from torch import nn
+
+
+def as_eager(b):
+    other = copy.deepcopy(b)
+    other.backend = "eager"
+    return other
+
+
+def check(b, x, dtype=None):
+    """Output and every gradient within the rule; running statistics and counters as eager's; the same layout."""
+    grad = torch.randn(b(x).shape)
+
+    def autocast(m, t):
+        assert dtype is None or m(t).dtype != dtype
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            return m(t)
+
+    eager = as_eager(b)
+    got = oracle.run(b, x, grad, autocast)
+    want = oracle.run(eager, x, grad, autocast)
+    assert got["out"].stride() == want["out"].stride()
+    oracle.assert_as_good_as(got, want, oracle.truth(b, x, grad))
+    mine, theirs = copy.deepcopy(b), copy.deepcopy(eager)
+    autocast(mine, x), autocast(theirs, x)
+    for (name, a), e in zip(mine.named_buffers(), theirs.buffers(), strict=True):
+        assert a.dtype == e.dtype
+        assert rel(a, e) < (1e-5 if dtype is None else 1e-2), name
+
+
+def check_convolution_biases(b):
+    """Biases reach the running means as eager's do, and get no gradient: eager's is rounding noise around zero."""
+    for conv in b.convs().values():
+        conv.bias = nn.Parameter(torch.randn(6))
+    x = torch.randn(3, 4, 6, 7)
+    grad = torch.randn(b(x).shape)
+    got, true = oracle.run(b, x, grad), oracle.truth(b, x, grad)
+    assert not any("conv.bias" in name for name in got)
+    oracle.assert_as_good_as(got, oracle.run(as_eager(b), x, grad), {name: true[name] for name in got})
+    eager = as_eager(b)
+    b(x), eager(x)
+    for a, e in zip(b.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def saved_by(forward, x):
+    """(output, {storage: bytes} of what autograd keeps)."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = forward(x)
+    return out, kept
+
+
+def check_chain(blocks):
+    """Blocks of 8 channels that keep the size, with ReLUs in place between them, keep one map each."""
+    x = torch.randn(4, 8, 16, 16, requires_grad=True)
+
+    def forward(x, inplace=True):
+        for block in blocks:
+            x = nn.functional.relu(block(x), inplace=inplace)
+        return x
+
+    out, kept = saved_by(forward, x)
+    map_bytes = x.untyped_storage().nbytes()
+    assert sum(size == map_bytes for size in kept.values()) == len(blocks) + 1  # x, and each ReLU's output
+    out.square().sum().backward()
+    expected = torch.autograd.grad(forward(x, inplace=False).square().sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected)
+
+
+GEOMETRIES = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "padding": 0},
+    {"kernel_size": 5, "padding": 1, "stride": 2},
+    {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 2},
+    {"kernel_size": 3, "padding": 3, "stride": (1, 2)},
+    {"kernel_size": 3, "padding": 1, "shift": (1, -1)},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    {"kernel_size": 1},
+]
+
+VARIANTS = [
+    {"norm": "sum"},
+    {"branches": ("square",)},
+    {"branches": ("square", "ver")},
+    {"use_affine": False},
+    {"momentum": None},
+    {"norm": "sum", "branches": ("square", "hor"), "momentum": 0.3, "eps": 1e-2},
+]

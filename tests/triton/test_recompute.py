@@ -1,0 +1,32 @@
+"""The recompute backend with its statistics by the Triton pass that stores no map."""
+
+import pytest
+import torch
+from oracle import FLOORS, border, rel
+from problems import DEPTHWISE, PROBLEMS, Problem, Tensors
+
+from acnet_kernels.backends import recompute
+from acnet_kernels.ops import recompute as ops
+
+CHOSEN = [p for p in (*PROBLEMS, *DEPTHWISE) if p.name in ("stride", "crop_5", "no_hor", "depthwise_shift")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("problem", CHOSEN, ids=str)
+def test_step(problem: Problem, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(recompute, "_has_triton", lambda x: asked.append(x) or True)
+    t = Tensors(problem, dtype, device)
+    constants = (t.eps, list(t.branches), ops.pack(t.geometry))
+    out, means, rstds = ops.recompute_step(
+        t.x, list(t.weights.values()), t.gammas, t.betas, *constants, dtype, True
+    )
+    assert asked
+    true, eager = t.truth(), t.eager()
+    for part in (lambda v: v, border):
+        allowed = max(2 * rel(part(eager["out"]), part(true["out"])), FLOORS[dtype])
+        assert rel(part(out), part(true["out"])) <= allowed
+    for i, b in enumerate(t.branches):
+        var = true[f"y_{b}"].var((0, 2, 3), correction=0)
+        assert rel(means[i], true[f"y_{b}"].mean((0, 2, 3))) < 1e-5
+        assert rel(rstds[i], (var + t.eps[i]).rsqrt()) < 1e-5
