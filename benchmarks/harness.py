@@ -42,7 +42,8 @@ class Row:
     """One line of the CSV: a metric of one contender, with the machine and software it was measured on.
 
     `mode` is what was run (forward, backward, step, out=, …); `metric` names the quantity and its unit
-    ("time_ms", "saved_bytes", "copy_fraction"). A quantity without spread has p20 = p50 = p80.
+    ("time_ms", "saved_bytes", "copy_fraction"). A quantity without spread has p20 = p50 = p80. `clock` is the
+    core's (CUDA: multiprocessors') in MHz just after the samples were taken, empty where it cannot be known.
     """
 
     contender: str
@@ -59,6 +60,7 @@ class Row:
     triton: str
     cudnn: str
     driver: str
+    clock: str
     command: str
     date: str
 
@@ -68,6 +70,7 @@ class Samples:
     """Milliseconds of every timed call of one contender."""
 
     milliseconds: tuple[float, ...]
+    clock: str = ""
 
     def quantile(self, q: float) -> float:
         """The q-quantile, linearly interpolated."""
@@ -113,7 +116,8 @@ def measure(
             calls = contenders[name]
             times[name].append(clock(calls[i % len(calls)]))
         i += 1
-    return {name: Samples(tuple(values)) for name, values in times.items()}
+    at = clock_mhz(device)
+    return {name: Samples(tuple(values), at) for name, values in times.items()}
 
 
 def _time_cpu(call: Callable[[], Any]) -> float:
@@ -234,10 +238,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         from triton import __version__ as triton
     except ImportError:
         triton = ""
-    device, driver = torch.device(device), ""
-    if device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    device = torch.device(device)
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"-m {module.name}" if module else os.path.relpath(sys.argv[0])
     return {
@@ -245,10 +246,28 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton,
         "cudnn": str(torch.backends.cudnn.version() or "") if device.type == "cuda" else "",
-        "driver": driver,
+        "driver": _ask_nvidia("driver_version", device) if device.type == "cuda" else "",
         "command": f"python {program} {shlex.join(sys.argv[1:])}".strip(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def clock_mhz(device: torch.device | str = "cpu") -> str:
+    """The clock now, in MHz: the fastest core's, or a GPU's multiprocessors'; '' where it cannot be known."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _ask_nvidia("clocks.sm", device).split()[0]
+    try:
+        found = re.findall(r"^cpu MHz\s*: ([\d.]+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return ""
+    return f"{max(map(float, found)):.0f}" if found else ""
+
+
+def _ask_nvidia(field: str, device: torch.device) -> str:
+    uuid = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", uuid, f"--query-gpu={field}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 class Report:
@@ -277,16 +296,28 @@ class Report:
             p20, p50, p80 = (round(value.quantile(q), 6) for q in (0.2, 0.5, 0.8))
         else:
             p20 = p50 = p80 = value
-        name = str(dtype).removeprefix("torch.")
-        self.rows.append(Row(contender, mode, shape, name, layout, metric, p20, p50, p80, **self.environment))
+        what = (contender, mode, shape, str(dtype).removeprefix("torch."), layout, metric, p20, p50, p80)
+        clock = value.clock if isinstance(value, Samples) else ""
+        self.rows.append(Row(*what, clock=clock, **self.environment))
 
     def write_csv(self, path: Path) -> None:
         """All rows, one header line."""
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
-            names = [field.name for field in fields(Row)]
-            writer.writerow(names)
-            writer.writerows([getattr(row, name) for name in names] for row in self.rows)
+            writer.writerow(COLUMNS)
+            writer.writerows([getattr(row, name) for name in COLUMNS] for row in self.rows)
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a file that `Report.write_csv` wrote; ValueError where its columns are others."""
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}, got {reader.fieldnames}")
+        return [Row(**{**line, **{q: float(line[q]) for q in ("p20", "p50", "p80")}}) for line in reader]
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
