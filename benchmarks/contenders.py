@@ -79,11 +79,15 @@ class Contender:
         """Name and layout."""
         return f"{self.name} {self.layout}"
 
+    def autocasting(self) -> torch.autocast:
+        """The context that the forward runs in."""
+        device = self.sets[0][0].device.type
+        return torch.autocast(device, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
     def forward(self, i: int = 0) -> Tensor:
         """The output for input set i, with its graph."""
-        x = self.sets[i][0]
-        with torch.autocast(x.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            return self.module(x)
+        with self.autocasting():
+            return self.module(self.sets[i][0])
 
     def step(self, i: int = 0) -> tuple[Tensor, ...]:
         """Forward and backward: the gradients of the input and of every parameter, added to nothing."""
@@ -163,16 +167,13 @@ def build(
             found.append(contender(name, "channels_last", peers[name]()))
         else:
             made = [contender(name, layout, block(name)) for layout in LAYOUTS]
-            found += [c for c in made if name == "auto" or runs(c, name)]
+            found += [c for c in made if name in ("auto", backend_of(c))]
     return found
 
 
-def runs(contender: Contender, backend: str) -> bool:
-    """Whether the backend computes this step itself, and no other in its place."""
+def backend_of(contender: Contender) -> str:
+    """The name of the backend that computes an ACBlock's step."""
     assert isinstance(contender.module, ACBlock)
     x = contender.sets[0][0]
-    with torch.autocast(
-        x.device.type, contender.autocast or torch.bfloat16, enabled=contender.autocast is not None
-    ):
-        plan = contender.module.plan(x)[1]
-    return plan.backend is planner.BACKENDS[backend]
+    with contender.autocasting():
+        return contender.module.plan(x)[1].backend.NAME

@@ -137,7 +137,8 @@ def measure(
         warm_up: seconds each contender runs first (autotuning, clocks), in one call at the least.
         seconds: length of the timed part, all contenders together, in equal shares: one that has used up its own is
             left out of further rounds, so a slow one takes no time from the others.
-        least: calls of each that are timed even if they take longer than that.
+        least: calls of each that are timed even if they take longer than its share, unless they take longer than
+            all of `seconds`.
         clock: None is the device's.
     """
     clock = clock or clock_of(device)
@@ -147,14 +148,15 @@ def measure(
             clock.milliseconds(calls[i % len(calls)])
             i += 1
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    share = 1e3 * seconds / max(len(times), 1)
+    share = seconds / max(len(times), 1)
     waiting, i = list(times), 0
     while waiting:
         first = i % len(waiting)  # whoever follows a slow contender changes from round to round
         for name in waiting[first:] + waiting[:first]:
             calls = contenders[name]
             times[name].append(clock.milliseconds(calls[i % len(calls)]))
-        waiting = [name for name in waiting if len(times[name]) < least or sum(times[name]) < share]
+        spent = {name: sum(times[name]) / 1e3 for name in waiting}
+        waiting = [n for n in waiting if spent[n] < share or (len(times[n]) < least and spent[n] < seconds)]
         i += 1
     at = clock_mhz(device)
     return {name: Samples(tuple(values), at) for name, values in times.items()}

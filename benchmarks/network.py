@@ -119,10 +119,9 @@ def run(options: argparse.Namespace) -> list[Path]:
     written = []
     for dtype in options.dtype:
         report = harness.Report(options.device)
-        for name in options.networks:
-            print(
-                f"{name} {harness.dtype_name(dtype)}: {measure(NETWORKS[name], dtype, options, report)}", flush=True
-            )
+        for name in [name for name in options.networks if name in NETWORKS]:
+            line = measure(NETWORKS[name], dtype, options, report)
+            print(f"{name} {harness.dtype_name(dtype)}: {line}", flush=True)
         written.append(options.out / f"network-{harness.dtype_name(dtype)}.csv")
         report.write_csv(written[-1])
     return written

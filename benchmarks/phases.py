@@ -106,10 +106,14 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def record(step: Callable[[], Any], clock: Clock, times: int = 3) -> dict[str, Phase]:
-    """The phases of a step, by falling time; each time is the median of so many steps."""
-    runs = []
-    for _ in range(times):
+def record(step: Callable[[], Any], clock: Clock, seconds: float = 0.3, most: int = 5) -> dict[str, Phase]:
+    """The phases of a step, by falling time.
+
+    Each time is the median of as many steps as begin within the seconds, of `most` at the most.
+    """
+    runs: list[dict[str, Phase]] = []
+    end = clock.seconds() + seconds
+    while not runs or (len(runs) < most and clock.seconds() < end):
         with Recorder(clock) as recorder:
             step()
         runs.append(recorder.phases)

@@ -138,9 +138,16 @@ def losing(results: Results) -> str:
             if OURS in times and "eager" in times and times[OURS].p50 > analysis.LOSS * times["eager"].p50:
                 share = times[OURS].p50 / times["eager"].p50
                 sentences.append(f"{network} in {dtype} takes {share:.2f} times eager's step.")
-    if len(sentences) == 1:
-        sentences.append("No block was measured.")
-    return " ".join(sentences)
+    for dtype, rows in results.memory.items():
+        kept = analysis.steps(rows, "saved_bytes")
+        more = {n: of[OURS].p50 / of["eager"].p50 for n, of in kept.items() if {OURS, "eager"} <= of.keys()}
+        more = {network: times for network, times in more.items() if times > analysis.LOSS}
+        if more:
+            listed = ", ".join(f"{network} {times:.2f}×" for network, times in more.items())
+            sentences.append(
+                f"In {dtype} `{OURS}` keeps more for backward than eager ({listed}): maps of wider type."
+            )
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _against(found: Steps, made_of: analysis.Phases, dtype: str, others: tuple[str, ...]) -> str:
