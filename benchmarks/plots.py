@@ -152,7 +152,9 @@ def _streaming(points: list[Point], copy: float, axis: Any) -> None:
         axis.plot(*at, style(backend)[1], label=backend, **_dots(backend))
     axis.axvline(copy, color="black", linewidth=1.2, label="copy in this run")
     axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.set(xlabel="GB/s of operands and results", ylim=(len(names) - 0.5, -0.5), xscale="log")
+    axis.set(xlabel="GB/s of operands and results", xscale="log")
+    if names:
+        axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_title("phases without", fontsize=10)
     _plain_numbers(axis.xaxis)
 

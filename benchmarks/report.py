@@ -147,6 +147,8 @@ def losing(results: Results) -> str:
             sentences.append(
                 f"In {dtype} `{OURS}` keeps more for backward than eager ({listed}): maps of wider type."
             )
+    if len(sentences) == 1:
+        sentences.append("Nothing of what was measured shows it.")
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -181,7 +183,7 @@ def _backends(found: Steps, made_of: analysis.Phases) -> Iterator[str]:
         shape = max(
             (s for s in found if name in found[s]), key=lambda s: found[s][name].p50 / found[s]["eager"].p50
         )
-        reason = analysis.why(name, made_of.get(shape, {}).get(name, {}))
+        reason = analysis.why("eager", made_of.get(shape, {}).get(name, {}))
         times = f"{slower[2]:.1f} times eager's step at the median, {slower[3]:.1f} at worst"
         yield f"`{name}` alone takes {times} ({shape}: {reason})."
 
@@ -206,10 +208,11 @@ def speed_part(results: Results, directory: Path) -> Part | None:
                 f"{dtype}: `{OURS}` is {best[1]:.2f}–{best[3]:.2f} times as fast as the better eager layout over "
                 f"{best[0]} shapes, median {best[2]:.2f}."
             )
-        figures.append(directory / f"speedup-{dtype}.png")
         layers = {str(shape): shape.name for shape in (*shapes.CPU, *shapes.CUDA)}
         titled = {f"{layers.get(shape, '')}\n{shape}": times for shape, times in found.items()}
-        plots.speedups(titled, f"Training step of one block, {dtype}, {rows[0].device}", figures[-1])
+        if best:
+            figures.append(directory / f"speedup-{dtype}.png")
+            plots.speedups(titled, f"Training step of one block, {dtype}, {rows[0].device}", figures[-1])
         rates = analysis.steps(rows, "useful_gflop_per_s")
         graphs = analysis.steps(rows, "graph_ms")
         for shape, times in found.items():
@@ -229,8 +232,9 @@ def roofline_part(results: Results, directory: Path) -> Part | None:
     figures, lines = [], []
     for dtype, rows in results.phases.items():
         made_of, tops = analysis.phases(rows), analysis.ceilings(rows)
-        figures.append(directory / f"roofline-{dtype}.png")
-        plots.roofline(made_of, tops, f"Phases of a training step, {dtype}, {rows[0].device}", figures[-1])
+        if made_of:
+            figures.append(directory / f"roofline-{dtype}.png")
+            plots.roofline(made_of, tops, f"Phases of a training step, {dtype}, {rows[0].device}", figures[-1])
         totals: dict[str, dict[str, float]] = {}
         for of_shape in made_of.values():
             for contender, phases in of_shape.items():
