@@ -13,6 +13,7 @@ from .phases import CONVOLUTIONS
 
 OURS = "auto"  # what a user gets
 LOSS = 1.03  # times the other's median from which it is called a loss
+SHORT, IDLE = 5.0, 0.15  # a step of fewer ms, whose work takes less of them at the ceilings, is bound by its calls
 VENDOR_BOUND = 0.75  # share of the vendor's convolutions in a step from which they are the reason
 REGRESSION = 1.05
 
@@ -78,7 +79,7 @@ class Loss:
     certain: bool
 
 
-def losses(found: Steps, made_of: Phases, others: tuple[str, ...]) -> list[Loss]:
+def losses(found: Steps, made_of: Phases, tops: dict[str, float], others: tuple[str, ...]) -> list[Loss]:
     """Where the median of `auto` is above the fastest of the others' by more than LOSS; the worst first."""
     lost = []
     for shape, times in found.items():
@@ -88,13 +89,13 @@ def losses(found: Steps, made_of: Phases, others: tuple[str, ...]) -> list[Loss]
         rival = min(rivals, key=lambda row: row.p50)
         against = ratio(rival, times[OURS])
         if times[OURS].p50 > LOSS * rival.p50:
-            reason = why(rival.contender, made_of.get(shape, {}).get(OURS, {}))
+            reason = why(rival.contender, made_of.get(shape, {}).get(OURS, {}), tops)
             lost.append(Loss(shape, rival.contender, 1 / against.p50, reason, against.certain))
     return sorted(lost, key=lambda loss: -loss.times)
 
 
-def why(rival: str, step: dict[str, dict[str, float]]) -> str:
-    """The reason for a loss, from what our step is made of."""
+def why(rival: str, step: dict[str, dict[str, float]], tops: dict[str, float]) -> str:
+    """The reason for a loss, from what our step is made of and the ceilings."""
     if not step:
         return "the step's phases were not measured"
     times = {name: values["time_ms"] for name, values in step.items()}
@@ -103,6 +104,9 @@ def why(rival: str, step: dict[str, dict[str, float]]) -> str:
     largest = max(times, key=lambda name: times[name])
     if rival == "eager" and "batch norm forward" in times:
         return "the planner takes eager here: the same code"
+    work = sum(1e3 * max(p["gflop"] / tops["gemm"], p["gbyte"] / tops["copy"]) for p in step.values()) / total
+    if total < SHORT and work < IDLE:
+        return f"calls are the cost of so short a step: its work would take {work:.0%} of it at the ceilings"
     if vendor >= VENDOR_BOUND:
         return f"the vendor's convolutions are {vendor:.0%} of the step"
     if rival in COMPILED and largest in CONVOLUTIONS:

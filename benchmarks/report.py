@@ -124,15 +124,16 @@ def losing(results: Results) -> str:
     """The report's first paragraph: where `auto` is slower than what it replaces and than its peers, and why."""
     sentences = ["**Where we lose.**"]
     for dtype, rows in results.block.items():
-        found, made_of = analysis.steps(rows), analysis.phases(results.phases.get(dtype, []))
-        sentences += [_against(found, made_of, dtype, others) for others in (("eager",), (*COMPILED, "3k"))]
+        found, parts = analysis.steps(rows), results.phases.get(dtype, [])
+        made_of, tops = analysis.phases(parts), analysis.ceilings(parts)
+        sentences += [_against(dtype, others, found, made_of, tops) for others in (("eager",), (*COMPILED, "3k"))]
         bound = analysis.summary(found, OURS, "conv+bn")
         if bound:
             _, least, middle, most = bound
             sentences.append(
                 f"Plain conv+BN, the bound, takes {least:.2f}–{most:.2f} of `{OURS}` (median {middle:.2f})."
             )
-        sentences += _backends(found, made_of)
+        sentences += _backends(found, made_of, tops)
     for dtype, rows in results.network.items():
         for network, times in analysis.steps(rows).items():
             if OURS in times and "eager" in times and times[OURS].p50 > analysis.LOSS * times["eager"].p50:
@@ -152,12 +153,14 @@ def losing(results: Results) -> str:
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def _against(found: Steps, made_of: analysis.Phases, dtype: str, others: tuple[str, ...]) -> str:
+def _against(
+    dtype: str, others: tuple[str, ...], found: Steps, made_of: analysis.Phases, tops: dict[str, float]
+) -> str:
     """A sentence on the losses of `auto` against the fastest of the others."""
     compared = sum(OURS in times and any(name in times for name in others) for times in found.values())
     if not compared:
         return ""
-    lost = analysis.losses(found, made_of, others)
+    lost = analysis.losses(found, made_of, tops, others)
     name = "eager's better layout" if others == ("eager",) else "the faster of torch.compile and the 3K trick"
     if not lost:
         limit = f"{analysis.LOSS - 1:.0%}"
@@ -174,7 +177,7 @@ def _against(found: Steps, made_of: analysis.Phases, dtype: str, others: tuple[s
     )
 
 
-def _backends(found: Steps, made_of: analysis.Phases) -> Iterator[str]:
+def _backends(found: Steps, made_of: analysis.Phases, tops: dict[str, float]) -> Iterator[str]:
     """A sentence for each backend that `auto` leaves alone on most shapes because it is slower there."""
     for name in dict.fromkeys(contender for times in found.values() for contender in times):
         slower = analysis.summary(found, "eager", name)
@@ -183,7 +186,7 @@ def _backends(found: Steps, made_of: analysis.Phases) -> Iterator[str]:
         shape = max(
             (s for s in found if name in found[s]), key=lambda s: found[s][name].p50 / found[s]["eager"].p50
         )
-        reason = analysis.why("eager", made_of.get(shape, {}).get(name, {}))
+        reason = analysis.why("eager", made_of.get(shape, {}).get(name, {}), tops)
         times = f"{slower[2]:.1f} times eager's step at the median, {slower[3]:.1f} at worst"
         yield f"`{name}` alone takes {times} ({shape}: {reason})."
 
@@ -210,7 +213,7 @@ def speed_part(results: Results, directory: Path) -> Part | None:
             )
         layers = {str(shape): shape.name for shape in (*shapes.CPU, *shapes.CUDA)}
         titled = {f"{layers.get(shape, '')}\n{shape}": times for shape, times in found.items()}
-        if best:
+        if any(len(times) > 1 for times in found.values() if "eager" in times):
             figures.append(directory / f"speedup-{dtype}.png")
             plots.speedups(titled, f"Training step of one block, {dtype}, {rows[0].device}", figures[-1])
         rates = analysis.steps(rows, "useful_gflop_per_s")
