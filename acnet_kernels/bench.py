@@ -16,7 +16,7 @@ from .training.command import choose_device, make_directory, number
 HELP = "measure blocks, networks, folding and memory against their peers, and report"
 PARTS = ("block", "network", "fusion", "memory", "codegen", "report", "all")
 ROOT = Path(__file__).parents[1]
-QUICK_SECONDS, SECONDS = 0.2, 1.2
+QUICK_SECONDS, SECONDS = 0.2, 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -134,7 +134,7 @@ def measure(
     Args:
         contenders: name → callables, one per input set; round i uses callable i modulo their number.
         device: 'cpu' is timed by a monotonic clock, a CUDA device by events on its current stream.
-        warm_up: seconds each contender runs first (autotuning, clocks), in one call at the least.
+        warm_up: seconds each contender runs first (autotuning, clocks), in one call at the least; 0 is not at all.
         seconds: length of the timed part, all contenders together, in equal shares: one that has used up its own is
             left out of further rounds, so a slow one takes no time from the others.
         least: calls of each that are timed even if they take longer than its share, unless they take longer than
@@ -144,7 +144,7 @@ def measure(
     clock = clock or clock_of(device)
     for calls in contenders.values():
         end, i = clock.seconds() + warm_up, 0
-        while i == 0 or clock.seconds() < end:
+        while clock.seconds() < end:
             clock.milliseconds(calls[i % len(calls)])
             i += 1
     times: dict[str, list[float]] = {name: [] for name in contenders}

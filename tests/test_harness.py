@@ -35,7 +35,7 @@ def logged(log, name, spent):
 
 def test_samples_are_what_the_calls_took():
     times = iter(range(1, 100))
-    samples = run({"a": [lambda: next(times)]}, warm_up=0.0, seconds=0.02, least=2)["a"]
+    samples = run({"a": [lambda: next(times)]}, warm_up=1e-4, seconds=0.02, least=2)["a"]
     assert samples.values == (2, 3, 4, 5, 6)  # the first warms up
     assert (samples.quantile(0.2), samples.p50, samples.quantile(0.8)) == (
         pytest.approx(2.8),
@@ -48,7 +48,7 @@ def test_samples_are_what_the_calls_took():
 def test_contenders_take_turns_and_each_round_begins_with_another():
     log = []
     run({n: [logged(log, n, 200)] for n in "abc"}, warm_up=0.0, seconds=1.0, least=4)
-    assert "".join(log) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert "".join(log) == "abc" + "bca" + "cab" + "abc"
 
 
 def test_input_sets_rotate():
@@ -63,7 +63,7 @@ def test_a_slow_contender_takes_no_time_from_the_others():
     contenders = {"slow": [logged(log, "s", 400)], "fast": [logged(log, "f", 10)]}
     found = run(contenders, warm_up=0.0, seconds=1.0, least=2)
     assert {name: len(samples.values) for name, samples in found.items()} == {"slow": 2, "fast": 50}
-    assert "".join(log[2:6]) == "sffs"  # in turn, as long as both run
+    assert "".join(log[:4]) == "sffs"  # in turn, as long as both run
 
 
 def test_a_very_slow_contender_is_called_once():
