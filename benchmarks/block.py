@@ -25,6 +25,8 @@ COMPILED_SHAPES = (
     *("resnet56 stage 2", "resnet18 stage 2", "vgg stage 2"),
 )
 
+LEAST_SHARE = 0.01  # of a step, for a phase to be written
+
 
 def run(options: argparse.Namespace) -> list[Path]:
     """Measures all shapes in all dtypes; returns the files written."""
@@ -144,7 +146,10 @@ def take_apart(
         backend = contenders.backend_of(c)
         if backend not in found:
             found[backend] = phases.record(c.step, clock)
+        total = sum(phase.milliseconds for phase in found[backend].values())
         for name, phase in found[backend].items():
+            if phase.milliseconds < LEAST_SHARE * total:
+                continue
             add = _adder(report, c, name, shape, dtype)
             add("time_ms", phase.milliseconds)
             add("gflop", phase.flops / 1e9)
