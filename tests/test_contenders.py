@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import rel
+from oracle import rel, scramble
 from torch import nn
 
 from acnet_kernels import ACBlock
@@ -41,6 +41,12 @@ def test_every_contender_but_the_bound_computes_the_block(shape):
             assert all(rel(g, want_weights[n]) < 1e-4 for g, n in zip(got[1:], order, strict=False))
         else:
             assert all(rel(a, b) < 1e-4 for a, b in zip(got, want, strict=True))
+
+
+def test_one_convolution_of_3k_outputs_is_the_block_whatever_its_affine_parameters():
+    block = scramble(ACBlock(4, 6, 3, padding=1, groups=2, backend="eager"))
+    x = torch.randn(2, 4, 5, 7)
+    assert rel(contenders.Concatenated(block)(x), block(x)) < 1e-5
 
 
 def test_ours_and_eager_come_in_both_layouts_their_peers_in_one():
