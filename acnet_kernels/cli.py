@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
-from . import __version__, doctor
+from . import __version__, bench, doctor
 from .errors import UserError
 from .studies import command as study
 from .training import command as train
@@ -32,6 +32,7 @@ COMMANDS = {
     "train": Command(train.HELP, train.add_arguments, train.main),
     "demo": Command(demo.HELP, demo.add_arguments, demo.main),
     "study": Command(study.HELP, study.add_arguments, study.main),
+    "bench": Command(bench.HELP, bench.add_arguments, bench.main),
     "doctor": Command("print what this machine has", lambda parser: None, lambda arguments: doctor.main()),
 }
 

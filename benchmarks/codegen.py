@@ -1,4 +1,4 @@
-"""What the compiler makes of every Triton kernel, without a GPU: `python benchmarks/codegen.py`.
+"""What the compiler makes of every Triton kernel, without a GPU.
 
 Compiles each kernel × configuration × dtype ahead of time for sm_80, sm_90 and sm_100, and tabulates registers and
 stack a thread, shared memory, tensor-core instructions and asynchronous copies (in PTX), and how many programs a
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import multiprocessing
-import os
 import re
 import subprocess
 import tempfile
@@ -27,6 +26,8 @@ from acnet_kernels.geometry import Geometry
 from acnet_kernels.kernels import autocorrelation, bn_sum, configs, conv, depthwise, dgrad, wgrad
 from acnet_kernels.kernels.configs import Config
 from acnet_kernels.kernels.window import Window
+
+from . import harness
 
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "tf32x3": ("fp32",)}
 MATRIX_MODES = tuple(DTYPES)
@@ -321,34 +322,21 @@ def write(reports: list[Report], path: Path) -> None:
         table.writerows(asdict(r) for r in reports)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", choices=configs.FAMILIES, default=configs.FAMILIES)
-    parser.add_argument("--kernel", help="compile this kernel alone")
-    parser.add_argument("--variation", help="compile this variation alone; '' is the plain problem")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="CSV file to write")
-    args = parser.parse_args()
+def run(options: argparse.Namespace) -> list[Path]:
+    """Compiles what the options choose, prints and writes the table; a kernel's faults are said after it."""
     chosen = [
         c
-        for arch in args.arch
+        for arch in options.arch or configs.FAMILIES
         for c in cases(arch)
-        if args.kernel in (None, c.kernel) and args.variation in (None, c.variation)
+        if options.kernel in (None, c.kernel) and options.variation in (None, c.variation)
     ]
-    reports = compile_all(chosen, args.jobs)
+    reports = compile_all(chosen, options.jobs)
+    rows = [[str(value) for value in asdict(report).values()] for report in reports]
     print(f"Triton {triton.__version__}: {len(reports)} compilations")
-    names = [f.name for f in fields(Report)]
-    rows = [names, *([str(v) for v in asdict(r).values()] for r in reports)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
-    for row in rows:
-        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)))
-    if args.out:
-        write(reports, args.out)
+    print(harness.table([f.name for f in fields(Report)], rows))
+    path = options.out / f"codegen-triton-{'.'.join(triton.__version__.split('.')[:2])}.csv"
+    write(reports, path)
     faulty = [(r, f) for c, r in zip(chosen, reports, strict=True) if (f := r.faults(c.dot))]
     for report, faults in faulty:
         print("FAULT", report, "; ".join(faults))
-    raise SystemExit(1 if faulty else 0)
-
-
-if __name__ == "__main__":
-    main()
+    return [path]

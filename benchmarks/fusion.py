@@ -1,15 +1,14 @@
 """Folding all blocks of a network: ours against the per-block PyTorch way, torch._foreach_* and torch.compile.
 
-    python -m benchmarks.fusion [--networks resnet56 …] [--seconds S] [--compile]
-
 Contenders with fresh results allocate them; "out" ones write into given tensors. `copy_fraction` is the time of a
 Tensor.copy_ that moves as many bytes as a fold must (every input read once, every result written once) over the
-contender's time, both from this run.
+contender's time, both from this run. Writes fusion.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,8 @@ NETWORKS: dict[str, list[Block]] = {
     "vgg16": [(3, 64), (64, 64), (64, 128), (128, 128), (128, 256)] + [(256, 256)] * 2 + [(256, 512)]
     + [(512, 512)] * 5,
 }  # fmt: skip
+# What compiles in ten seconds on two cores, as an example: all five take minutes.
+COMPILED_NETWORKS = ("resnet50",)
 BRANCHES = ("square", "hor", "ver")
 
 
@@ -107,37 +108,22 @@ def relative_error(blocks: nn.ModuleList) -> float:
     return max(((o.double() - t).norm() / t.norm()).item() for o, t in pairs)
 
 
-def main() -> None:
-    """Runs the benchmark and writes fusion.csv and fusion.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, default=4.0, help="timed per network, all contenders together")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile of the per-block way, too (slow to build)"
-    )
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    report, lines = harness.Report(device), []
-    for name in options.networks:
-        lines += bench(name, device, options.seconds, options.compile, report)
-    directory = harness.results_dir(device)
-    report.write_csv(directory / "fusion.csv")
+def run(options: argparse.Namespace) -> list[Path]:
+    """Folds every network by every contender; returns the file written. float32, as checkpoints are."""
+    report, lines = harness.Report(options.device), []
+    for name in [name for name in options.networks if name in NETWORKS]:
+        lines += measure(name, options, report)
     header = ("network", "contender", "p20 ms", "p50 ms", "p80 ms", "× per block", "of copy speed", "calls")
-    environment = report.environment
-    title = (
-        f"Folding all blocks, float32, {environment['device']}, torch {environment['torch']}, {environment['date']}"
-    )
-    text = f"# {title}\n\n`{environment['command']}`\n\n{harness.table(header, lines)}\n"
-    (directory / "fusion.md").write_text(text)
-    print(text)
+    print(harness.table(header, lines), flush=True)
+    path = options.out / "fusion.csv"
+    report.write_csv(path)
+    return [path]
 
 
 @torch.no_grad()
-def bench(
-    name: str, device: torch.device, seconds: float, compiled: bool, report: harness.Report
-) -> list[tuple[object, ...]]:
-    """Measures one network; returns the table's lines."""
+def measure(name: str, options: argparse.Namespace, report: harness.Report) -> list[tuple[object, ...]]:
+    """Measures one network and adds its rows; returns the table's lines."""
+    device = options.device
     nbytes = moved_bytes(network(NETWORKS[name]))
     sets = harness.sets_beyond_cache(nbytes, device)
     nets = [network(NETWORKS[name]).to(device) for _ in range(sets)]
@@ -149,10 +135,11 @@ def bench(
         "ours out": [lambda net=net, out=out: ak.fold(net, out=out) for net, out in zip(nets, outs, strict=True)],
         "copy": harness.copy_calls(nbytes, device, sets),
     }
-    if compiled:
+    if "compile" in options.contenders or (name in COMPILED_NETWORKS and not options.quick):
+        torch.compiler.reset()
         function = torch.compile(per_block)
-        contenders["torch.compile"] = [lambda: function(nets[0])]  # a graph a set would measure compilation
-    samples = harness.measure(contenders, device, seconds=seconds)
+        contenders["compile"] = [lambda: function(nets[0])]  # a graph a set would measure compilation
+    samples = harness.measure(contenders, device, warm_up=0.05, seconds=2 * options.seconds, least=options.least)
     lines: list[tuple[object, ...]] = []
     base, copy = samples["per block"].p50, samples["copy"].p50
     for contender, s in samples.items():
@@ -164,9 +151,4 @@ def bench(
         lines.append((name, contender, *times, base / s.p50, copy / s.p50, calls))
     error = relative_error(nets[0])
     report.add("ours", "fresh", name, torch.float32, "contiguous", "relative_error", error)
-    print(f"{name}: {nbytes / 1e6:.1f} MB moved, {sets} input sets, max relative error {error:.1e}", flush=True)
     return lines
-
-
-if __name__ == "__main__":
-    main()

@@ -22,7 +22,7 @@ from acnet_kernels.kernels import configs
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
 from acnet_kernels.ops.triton_conv import Window
 
-from . import harness
+from . import harness, machine
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / part) for part in ("", "triton")]
 from oracle import FLOORS, rel  # noqa: E402 - the tests' own rule, not a second one
@@ -183,7 +183,7 @@ class Suite:
         self.end, self.slice, self.rounds = time.monotonic() + args.seconds, args.slice, args.rounds
         self.report, self.text = (
             harness.Report(self.device),
-            [f"# GPU suite on {harness.device_name(self.device)}\n"],
+            [f"# GPU suite on {machine.device_name(self.device)}\n"],
         )
         self.out.mkdir(parents=True, exist_ok=True)
 

@@ -9,32 +9,18 @@ when the sets together exceed it (`sets_beyond_cache`).
 from __future__ import annotations
 
 import csv
-import datetime
-import os
-import platform
-import re
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Calls = Sequence[Callable[[], Any]]  # one contender: the same work on each input set in turn
+from .machine import cache_bytes, clock_mhz, environment, machine_class
 
-# Family 6 models whose /proc/cpuinfo name says no more than "Xeon Processor" under virtualisation.
-INTEL_MODELS = {
-    85: "cascade-lake",
-    106: "ice-lake",
-    143: "sapphire-rapids",
-    173: "granite-rapids",
-    207: "emerald-rapids",
-}
+Calls = Sequence[Callable[[], Any]]  # one contender: the same work on each input set in turn
 
 
 @dataclass(frozen=True)
@@ -42,7 +28,8 @@ class Row:
     """One line of the CSV: a metric of one contender, with the machine and software it was measured on.
 
     `mode` is what was run (forward, backward, step, out=, …); `metric` names the quantity and its unit
-    ("time_ms", "saved_bytes", "copy_fraction"). A quantity without spread has p20 = p50 = p80.
+    ("time_ms", "saved_bytes", "copy_fraction"). A quantity without spread has p20 = p50 = p80. `clock` is the
+    core's (CUDA: multiprocessors') in MHz just after the samples were taken, empty where it cannot be known.
     """
 
     contender: str
@@ -59,24 +46,78 @@ class Row:
     triton: str
     cudnn: str
     driver: str
+    clock: str
     command: str
     date: str
 
 
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
 @dataclass(frozen=True)
 class Samples:
-    """Milliseconds of every timed call of one contender."""
+    """What every timed call of one contender took (milliseconds), or its rate; the clock in MHz after them."""
 
-    milliseconds: tuple[float, ...]
+    values: tuple[float, ...]
+    clock: str = ""
 
     def quantile(self, q: float) -> float:
         """The q-quantile, linearly interpolated."""
-        return torch.tensor(self.milliseconds, dtype=torch.float64).quantile(q).item()
+        return torch.tensor(self.values, dtype=torch.float64).quantile(q).item()
 
     @property
     def p50(self) -> float:
         """The median."""
         return self.quantile(0.5)
+
+    def rate(self, amount: float) -> Samples:
+        """Billions of whatever there is `amount` of in each call, a second."""
+        return Samples(tuple(amount / value / 1e6 for value in self.values), self.clock)
+
+
+class Clock(Protocol):
+    """What times a call."""
+
+    def seconds(self) -> float:
+        """Of a clock that never goes back."""
+        ...
+
+    def milliseconds(self, call: Callable[[], Any]) -> float:
+        """How long the call takes, all it started on the device included."""
+        ...
+
+
+class CpuClock:
+    """The monotonic clock."""
+
+    def seconds(self) -> float:
+        """Since some moment."""
+        return time.monotonic()
+
+    def milliseconds(self, call: Callable[[], Any]) -> float:
+        """Of the call."""
+        begin = time.perf_counter_ns()
+        call()
+        return (time.perf_counter_ns() - begin) / 1e6
+
+
+class CudaClock(CpuClock):
+    """Events on the current stream, recorded on an idle device: launches are part of the time."""
+
+    def milliseconds(self, call: Callable[[], Any]) -> float:
+        """Between the call's beginning and the end of what it launched."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+def clock_of(device: torch.device | str) -> Clock:
+    """What times calls on this device."""
+    return CudaClock() if torch.device(device).type == "cuda" else CpuClock()
 
 
 def measure(
@@ -86,60 +127,58 @@ def measure(
     warm_up: float = 0.3,
     seconds: float = 2.0,
     least: int = 10,
+    clock: Clock | None = None,
 ) -> dict[str, Samples]:
     """Times all contenders in turn, round after round, and returns each one's samples.
 
     Args:
         contenders: name → callables, one per input set; round i uses callable i modulo their number.
         device: 'cpu' is timed by a monotonic clock, a CUDA device by events on its current stream.
-        warm_up: seconds each contender runs first (compilation, autotuning, clocks).
-        seconds: length of the timed part, all contenders together.
-        least: rounds timed even if they take longer than that.
+        warm_up: seconds each contender runs first (autotuning, clocks), in one call at the least; 0 is not at all.
+        seconds: length of the timed part, all contenders together, in equal shares: one that has used up its own is
+            left out of further rounds, so a slow one takes no time from the others.
+        least: calls of each that are timed even if they take longer than its share, unless they take longer than
+            all of `seconds`.
+        clock: None is the device's.
     """
-    device = torch.device(device)
-    clock = _time_cuda if device.type == "cuda" else _time_cpu
+    clock = clock or clock_of(device)
     for calls in contenders.values():
-        end, i = time.monotonic() + warm_up, 0
-        while i < len(calls) or time.monotonic() < end:  # every input set once, at the least
-            calls[i % len(calls)]()
+        end, i = clock.seconds() + warm_up, 0
+        while clock.seconds() < end:
+            clock.milliseconds(calls[i % len(calls)])
             i += 1
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-    names, times = list(contenders), {name: [] for name in contenders}
-    end, i = time.monotonic() + seconds, 0
-    while i < least or time.monotonic() < end:
-        first = i % len(names)  # whoever follows a slow contender changes from round to round
-        for name in names[first:] + names[:first]:
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    share = seconds / max(len(times), 1)
+    waiting, i = list(times), 0
+    while waiting:
+        first = i % len(waiting)  # whoever follows a slow contender changes from round to round
+        for name in waiting[first:] + waiting[:first]:
             calls = contenders[name]
-            times[name].append(clock(calls[i % len(calls)]))
+            times[name].append(clock.milliseconds(calls[i % len(calls)]))
+        spent = {name: sum(times[name]) / 1e3 for name in waiting}
+        waiting = [n for n in waiting if spent[n] < share or (len(times[n]) < least and spent[n] < seconds)]
         i += 1
-    return {name: Samples(tuple(values)) for name, values in times.items()}
+    at = clock_mhz(device)
+    return {name: Samples(tuple(values), at) for name, values in times.items()}
 
 
-def _time_cpu(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter_ns()
-    call()
-    return (time.perf_counter_ns() - begin) / 1e6
+def graphed(call: Callable[[], Any]) -> Callable[[], None]:
+    """The call's CUDA kernels as one graph: replaying it runs them without launching each from Python.
 
-
-def _time_cuda(call: Callable[[], Any]) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
-def cache_bytes(device: torch.device | str = "cpu") -> int:
-    """Bytes of the last cache before memory: L2 of a GPU, the largest cache of CPU 0."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=32 * 2**20)
+    Raises what the capture raises where the call cannot be captured (it synchronises, or is a graph itself).
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(
+        side
+    ):  # capture wants workspaces and autotuning done, on another stream than the default
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def sets_beyond_cache(bytes_per_set: int, device: torch.device | str = "cpu", most: int = 64) -> int:
@@ -187,68 +226,14 @@ def peak_bytes(call: Callable[[], Any], device: torch.device | str) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def cpu_name() -> str:
-    """The processor's name, with its code name where the model number gives it away."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    entry = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", info.split("\n\n")[0], re.MULTILINE))
-    name = re.sub(r"\((R|TM)\)", "", entry.get("model name", platform.machine()))
-    if entry.get("vendor_id") == "GenuineIntel" and entry.get("cpu family") == "6":
-        code = INTEL_MODELS.get(int(entry["model"]))
-        return f"{name} ({code})" if code else name
-    return name
-
-
-def device_name(device: torch.device | str = "cpu") -> str:
-    """'NVIDIA H100 …', or the processor with the threads in use."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def machine_class(device: torch.device | str = "cpu") -> str:
-    """The directory name under benchmarks/results for this kind of machine: 'xeon-emerald-rapids-2core'."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return _slug(torch.cuda.get_device_name(device))
-    return _slug(re.sub(r"\b(Intel|AMD|Processor|CPU)\b|@.*", "", cpu_name())) + f"-{os.cpu_count()}core"
-
-
-def _slug(text: str) -> str:
-    return "-".join(re.findall(r"[a-z0-9]+", text.lower()))
+def dtype_name(dtype: torch.dtype) -> str:
+    """'float32' of torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def results_dir(device: torch.device | str = "cpu") -> Path:
-    """benchmarks/results/<machine class>, made if absent."""
-    path = Path(__file__).parent / "results" / machine_class(device)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def environment(device: torch.device | str = "cpu") -> dict[str, str]:
-    """The Row fields that say where and with what a run was made."""
-    try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = ""
-    device, driver = torch.device(device), ""
-    if device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"-m {module.name}" if module else os.path.relpath(sys.argv[0])
-    return {
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "triton": triton,
-        "cudnn": str(torch.backends.cudnn.version() or "") if device.type == "cuda" else "",
-        "driver": driver,
-        "command": f"python {program} {shlex.join(sys.argv[1:])}".strip(),
-        "date": datetime.date.today().isoformat(),
-    }
+    """Where results of this kind of machine are committed: benchmarks/results/<machine class>."""
+    return Path(__file__).parent / "results" / machine_class(device)
 
 
 class Report:
@@ -277,16 +262,25 @@ class Report:
             p20, p50, p80 = (round(value.quantile(q), 6) for q in (0.2, 0.5, 0.8))
         else:
             p20 = p50 = p80 = value
-        name = str(dtype).removeprefix("torch.")
-        self.rows.append(Row(contender, mode, shape, name, layout, metric, p20, p50, p80, **self.environment))
+        what = (contender, mode, shape, dtype_name(dtype), layout, metric, p20, p50, p80)
+        clock = value.clock if isinstance(value, Samples) else ""
+        self.rows.append(Row(*what, clock=clock, **self.environment))
 
     def write_csv(self, path: Path) -> None:
         """All rows, one header line."""
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
-            names = [field.name for field in fields(Row)]
-            writer.writerow(names)
-            writer.writerows([getattr(row, name) for name in names] for row in self.rows)
+            writer.writerow(COLUMNS)
+            writer.writerows([getattr(row, name) for name in COLUMNS] for row in self.rows)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a file that `Report.write_csv` wrote; ValueError where its columns are others."""
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}, got {reader.fieldnames}")
+        return [Row(**{**line, **{q: float(line[q]) for q in ("p20", "p50", "p80")}}) for line in reader]
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:

@@ -7,8 +7,6 @@ Memory bars come from memory.py's CSV of this machine class; the errors are comp
 
 from __future__ import annotations
 
-import csv
-
 import matplotlib
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 SHAPES = ((128, 16, 32), (128, 32, 16), (32, 64, 8), (16, 128, 4))
-CONTENDERS = ("plain", "eager", "compile", "checkpoint", "branches", "memory_saver")
+CONTENDERS = ("plain", "eager", "checkpoint", "auto", "memory_saver")
 
 
 def weight_gradients(block: ACBlock, x: Tensor, grad: Tensor, backend: str) -> list[Tensor]:
@@ -50,10 +48,9 @@ def errors(n: int, c: int, size: int) -> dict[str, float]:
 def saved() -> dict[str, dict[str, float]]:
     """Network → contender → saved MiB, from memory.py's last run here."""
     rows: dict[str, dict[str, float]] = {}
-    with (harness.results_dir() / "memory_bfloat16.csv").open() as file:
-        for row in csv.DictReader(file):
-            if row["metric"] == "saved_bytes":
-                rows.setdefault(row["shape"], {})[row["contender"]] = float(row["p50"]) / 2**20
+    for row in harness.read_csv(harness.results_dir() / "memory-bfloat16.csv"):
+        if row.metric == "saved_bytes":
+            rows.setdefault(row.shape, {})[row.contender] = row.p50 / 2**20
     return rows
 
 

@@ -39,42 +39,50 @@ def write_page(sections: Sequence[Section], path: Path) -> None:
     """Writes the page, figures embedded."""
     links = "".join(f'<a href="#{s.study.name}">{escape(s.study.title)}</a>' for s in sections)
     body = "\n".join(_section(section) for section in sections)
-    path.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>ACNet studies</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style></head>\n'
-        "<body><h1>ACNet studies</h1>\n"
+    text = (
         "<p>The experiments of “ACNet: Strengthening the Kernel Skeletons for Powerful CNN via Asymmetric "
         'Convolution Blocks” (<a href="https://arxiv.org/abs/1908.03930">arXiv 1908.03930</a>), repeated with '
-        f"<code>acnet_kernels</code>.</p>\n<nav>{links}</nav>\n{body}\n</body></html>\n",
-        encoding="utf-8",
+        f"<code>acnet_kernels</code>.</p>\n<nav>{links}</nav>\n{body}"
+    )
+    path.write_text(document("ACNet studies", text), encoding="utf-8")
+
+
+def document(title: str, body: str) -> str:
+    """A page with this title and body."""
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style></head>\n'
+        f"<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
     )
 
 
 def _section(section: Section) -> str:
     study, about = section.study, section.about
-    figures = "\n".join(_image(figure) for figure in section.figures)
+    figures = "\n".join(image(figure) for figure in section.figures)
     machine = ", ".join(f"{name} {value}" for name, value in about["machine"].items())
     return (
         f'<h2 id="{study.name}">{escape(study.title)}</h2>\n'
         f"<p><b>In the paper.</b> {escape(study.paper)}</p>\n"
         f"<p><b>Here.</b> {escape(about['setting'])}.</p>\n"
         f'<p class="finding">{escape(section.finding)}</p>\n'
-        f"{_table(section.table)}\n{figures}\n"
+        f"{table(section.table)}\n{figures}\n"
         f"<p><b>What this shows and does not.</b> {escape(study.limits)}</p>\n"
         f'<p class="note">Made by <code>{escape(about["command"])}</code> on {escape(machine)}.</p>'
     )
 
 
-def _image(path: Path) -> str:
+def image(path: Path) -> str:
+    """The PNG file, of 150 dots an inch, embedded."""
     content = path.read_bytes()
-    width = int.from_bytes(content[16:20], "big")  # of the PNG header, at 150 dots an inch; a page has 96
+    width = int.from_bytes(content[16:20], "big")  # of the PNG header; a page has 96 dots an inch
     data = base64.b64encode(content).decode()
     return (
         f'<img alt="{escape(path.stem)}" style="width: {width * 96 // 150}px" src="data:image/png;base64,{data}">'
     )
 
 
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.header)
-    rows = "\n".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in table.rows)
+def table(content: Table) -> str:
+    """The table, its first column left and the others right."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in content.header)
+    rows = "\n".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in content.rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'

@@ -1,0 +1,109 @@
+"""Where a benchmark runs: the machine's name, its cache and clock, and the versions that go into every row."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+# Family 6 models whose /proc/cpuinfo name says no more than "Xeon Processor" under virtualisation.
+INTEL_MODELS = {
+    85: "cascade-lake",
+    106: "ice-lake",
+    143: "sapphire-rapids",
+    173: "granite-rapids",
+    207: "emerald-rapids",
+}
+
+
+def cache_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes of the last cache before memory: L2 of a GPU, the largest cache of CPU 0."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=32 * 2**20)
+
+
+def cpu_name() -> str:
+    """The processor's name, with its code name where the model number gives it away."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    entry = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", info.split("\n\n")[0], re.MULTILINE))
+    name = re.sub(r"\((R|TM)\)", "", entry.get("model name", platform.machine()))
+    if entry.get("vendor_id") == "GenuineIntel" and entry.get("cpu family") == "6":
+        code = INTEL_MODELS.get(int(entry["model"]))
+        return f"{name} ({code})" if code else name
+    return name
+
+
+def device_name(device: torch.device | str = "cpu") -> str:
+    """'NVIDIA H100 …', or the processor with the threads in use."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def machine_class(device: torch.device | str = "cpu") -> str:
+    """The directory name under benchmarks/results for this kind of machine: 'xeon-emerald-rapids-2core'."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _slug(torch.cuda.get_device_name(device))
+    return _slug(re.sub(r"\b(Intel|AMD|Processor|CPU)\b|@.*", "", cpu_name())) + f"-{os.cpu_count()}core"
+
+
+def _slug(text: str) -> str:
+    return "-".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, str]:
+    """The Row fields that say where and with what a run was made."""
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = ""
+    device = torch.device(device)
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"-m {module.name.removesuffix('.__main__')}" if module else os.path.relpath(sys.argv[0])
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": triton,
+        "cudnn": str(torch.backends.cudnn.version() or "") if device.type == "cuda" else "",
+        "driver": _ask_nvidia("driver_version", device) if device.type == "cuda" else "",
+        "command": f"python {program} {shlex.join(sys.argv[1:])}".strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def clock_mhz(device: torch.device | str = "cpu") -> str:
+    """The clock now, in MHz: the fastest core's, or a GPU's multiprocessors'; '' where it cannot be known."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _ask_nvidia("clocks.sm", device).partition(" ")[0]
+    try:
+        found = re.findall(r"^cpu MHz\s*: ([\d.]+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return ""
+    return f"{max(map(float, found)):.0f}" if found else ""
+
+
+def _ask_nvidia(field: str, device: torch.device) -> str:
+    """What nvidia-smi says of the device, '' where there is no answer."""
+    uuid = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", uuid, f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

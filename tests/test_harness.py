@@ -1,0 +1,136 @@
+"""The benchmarks' harness: interleaved timing by a clock that is told what calls take, rows and their file."""
+
+import pytest
+import torch
+
+from benchmarks import harness, machine
+
+
+class FakeClock:
+    """Time passes only in calls, which return how many milliseconds they take."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def seconds(self):
+        return self.now
+
+    def milliseconds(self, call):
+        spent = call()
+        self.now += spent / 1e3
+        return spent
+
+
+def run(contenders, **settings):
+    return harness.measure(contenders, clock=FakeClock(), **settings)
+
+
+def logged(log, name, spent):
+    def call():
+        log.append(name)
+        return spent
+
+    return call
+
+
+def test_samples_are_what_the_calls_took():
+    times = iter(range(1, 100))
+    samples = run({"a": [lambda: next(times)]}, warm_up=1e-4, seconds=0.02, least=2)["a"]
+    assert samples.values == (2, 3, 4, 5, 6)  # the first warms up
+    assert (samples.quantile(0.2), samples.p50, samples.quantile(0.8)) == (
+        pytest.approx(2.8),
+        4,
+        pytest.approx(5.2),
+    )
+    assert samples.clock == machine.clock_mhz()
+
+
+def test_contenders_take_turns_and_each_round_begins_with_another():
+    log = []
+    run({n: [logged(log, n, 200)] for n in "abc"}, warm_up=0.0, seconds=1.0, least=4)
+    assert "".join(log) == "abc" + "bca" + "cab" + "abc"
+
+
+def test_input_sets_rotate():
+    log = []
+    calls = [logged(log, i, 10) for i in range(3)]
+    run({"a": calls}, warm_up=0.05, seconds=0.05, least=2)
+    assert log == [0, 1, 2, 0, 1, 0, 1, 2, 0, 1]
+
+
+def test_a_slow_contender_takes_no_time_from_the_others():
+    log = []
+    contenders = {"slow": [logged(log, "s", 400)], "fast": [logged(log, "f", 10)]}
+    found = run(contenders, warm_up=0.0, seconds=1.0, least=2)
+    assert {name: len(samples.values) for name, samples in found.items()} == {"slow": 2, "fast": 50}
+    assert "".join(log[:4]) == "sffs"  # in turn, as long as both run
+
+
+def test_a_very_slow_contender_is_called_once():
+    log = []
+    found = run({"slow": [logged(log, "s", 1100)], "fast": [logged(log, "f", 10)]}, seconds=1.0, least=5)
+    assert len(found["slow"].values) == 1
+
+
+def test_a_rate_is_an_amount_over_the_time():
+    rates = harness.Samples((1.0, 2.0), "99").rate(4e6)
+    assert rates == harness.Samples((4.0, 2.0), "99")  # 4e6 in a millisecond are 4e9 in a second
+
+
+def test_the_cpu_clock_counts_what_the_call_takes(monkeypatch):
+    ticks = iter([1_000_000, 3_500_000])
+    monkeypatch.setattr(harness.time, "perf_counter_ns", lambda: next(ticks))
+    assert harness.CpuClock().milliseconds(lambda: None) == 2.5
+
+
+def test_sets_exceed_the_cache(monkeypatch):
+    monkeypatch.setattr(harness, "cache_bytes", lambda device: 1000)
+    assert harness.sets_beyond_cache(300) == 4
+    assert harness.sets_beyond_cache(5000) == 2
+    assert harness.sets_beyond_cache(1) == 64
+
+
+def test_saved_bytes_counts_each_storage_once_and_parameters_not():
+    x, w = torch.randn(8, 4), torch.randn(4, 4, requires_grad=True)
+    assert harness.saved_bytes(lambda: ((x @ w).sin() * (x @ w).cos()).sum(), but=[w]) > 4 * x.nbytes
+    assert harness.saved_bytes(lambda: (x @ w) + (x @ w), but=[w]) == x.nbytes
+    assert harness.saved_bytes(lambda: x @ x.T) == 0
+
+
+def test_rows_survive_their_file(tmp_path):
+    report = harness.Report()
+    samples = harness.Samples((1.0, 2.0, 4.0), "99")
+    report.add("ours", "step", "8x16x8x8->16 /2", torch.bfloat16, "nchw", "time_ms", samples)
+    report.add("eager, with a comma", "forward", "s", torch.float32, "nchw", "saved_bytes", 12.0)
+    path = tmp_path / "a.csv"
+    report.write_csv(path)
+    assert harness.read_csv(path) == report.rows
+    assert path.read_text().splitlines()[0] == (
+        "contender,mode,shape,dtype,layout,metric,p20,p50,p80,device,torch,triton,cudnn,driver,clock,command,date"
+    )
+    first, second = report.rows
+    assert (first.p20, first.p50, first.p80, first.clock) == (pytest.approx(1.4), 2.0, pytest.approx(3.2), "99")
+    assert (second.p20, second.p50, second.p80, second.clock) == (12.0, 12.0, 12.0, "")
+
+
+def test_a_file_of_other_columns_is_refused(tmp_path):
+    path = tmp_path / "old.csv"
+    path.write_text("contender,mode\nours,step\n")
+    with pytest.raises(ValueError, match="must have the columns contender, mode"):
+        harness.read_csv(path)
+
+
+def test_the_clock_is_the_fastest_cores_or_unknown(monkeypatch, tmp_path):
+    class Info:
+        text = "cpu MHz\t\t: 2300.4\ncpu MHz\t\t: 3100.6\n"
+
+        def __init__(self, _):
+            pass
+
+        def read_text(self):
+            return self.text
+
+    monkeypatch.setattr(machine, "Path", Info)
+    assert machine.clock_mhz() == "3101"
+    monkeypatch.setattr(Info, "text", "processor: 0\n")
+    assert machine.clock_mhz() == ""
