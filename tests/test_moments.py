@@ -306,7 +306,7 @@ def test_gradient_sums_of_two_halves_add_up_to_the_whole_batchs():
 
 
 def test_scattering_is_the_transpose_of_assembling():
-    """⟨assemble(R, strips, corners), T⟩ = ⟨R, plane⟩ − ⟨strips, …⟩ + ⟨corners, …⟩ for symmetric T."""
+    """⟨assemble(R, strips, corners), T⟩ = ⟨(R, strips, corners), scatter(T)⟩ for symmetric T."""
     k, c, g, r = 5, 2, 2, 2
     plane = torch.randn(g, 2 * k - 1, 2 * k - 1, c, c, dtype=torch.float64)
     strips = torch.randn(4, g, 2 * k - 1, r, r, c, c, dtype=torch.float64)
@@ -315,10 +315,9 @@ def test_scattering_is_the_transpose_of_assembling():
     composite = composite + composite.mT
     ours = (algebra.assemble_gram(plane, strips, corners, k) * composite).sum()
     p, s, q = algebra.scatter_composite(composite, k)
-    p = p.unflatten(0, (g, c)).permute(0, 3, 4, 1, 2)  # g×d×d×c'×c, d = t−t'
+    p = p.unflatten(0, (g, c)).permute(0, 3, 4, 1, 2)  # g×d×d×c×c'
     s = s.unflatten(0, (4, g, r, c)).unflatten(4, (r, c)).permute(0, 1, 6, 2, 4, 3, 5)
-    expected = (plane * p).sum() - (strips * s).sum() + (corners * q).sum()
-    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(ours, (plane * p).sum() + (strips * s).sum() + (corners * q).sum())
 
 
 @pytest.mark.parametrize(

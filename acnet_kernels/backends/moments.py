@@ -27,6 +27,7 @@ from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
 from ..spec import Norm, Problem, Step, prefers_channels_last
 from . import moments_algebra as algebra
+from .allocator import keep_freed_memory
 
 NAME = "moments"
 Reduce = Callable[[Tensor], Tensor]  # sums of one process → sums of all
@@ -34,7 +35,7 @@ Reduce = Callable[[Tensor], Tensor]  # sums of one process → sums of all
 PIVOT_SAMPLES = 2048
 # Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
 HALF_PRECISION_RATIO = 16.0
-CHUNK_BYTES = 1 << 20  # of float32 maps converted at a time: they stay in cache
+CHUNK_BYTES = 4 << 20  # of float32 maps converted at a time: they stay in cache
 
 
 def unavailable() -> str | None:
@@ -154,32 +155,34 @@ def _sum_kernels(kernels: dict[str, Tensor], geometry: Geometry) -> Tensor:
 
 
 class _Branch(NamedTuple):
-    # A branch's kernel as g×(K/g)×(taps·Cg) in float64, patch order, and which of the k² taps it has.
+    # A branch's kernel as g×(K/g)×(taps·Cg) in float64, and where its entries are in patch order (None: all of it).
     weight: Tensor
-    taps: list[int]
+    entries: Tensor | None
     channels: int
 
     def pick(self, patch: Tensor, dim: int) -> Tensor:
         """The branch's own taps along a dimension in patch order."""
-        dim %= patch.dim()
-        split = patch.unflatten(dim, (-1, self.channels))
-        if len(self.taps) == split.shape[dim]:
-            return patch
-        index = torch.tensor(self.taps, device=patch.device)
-        return split.index_select(dim, index).flatten(dim, dim + 1)
+        return patch if self.entries is None else patch.index_select(dim, self.entries)
 
     def embed(self, matrix: Tensor, k: int) -> Tensor:
         """g×(K/g)×(taps·Cg) → g×(K/g)×(k²·Cg), zero outside the branch's taps."""
-        if len(self.taps) == k * k:
+        if self.entries is None:
             return matrix
-        g, rows, _ = matrix.shape
-        full = matrix.new_zeros(g, rows, k * k, self.channels)
-        full[:, :, self.taps] = matrix.unflatten(2, (-1, self.channels))
-        return full.flatten(2)
+        return matrix.new_zeros(*matrix.shape[:2], k * k * self.channels).index_copy_(2, self.entries, matrix)
 
     def to_weight(self, matrix: Tensor) -> Tensor:
         """g×(K/g)×(taps·Cg) → K×(Cg·taps), the order of a convolution's weight."""
         return matrix.unflatten(2, (-1, self.channels)).transpose(2, 3).flatten(0, 1).flatten(1)
+
+
+@functools.lru_cache(maxsize=256)
+def _patch_index(
+    row: int, column: int, rows: int, columns: int, kernel: int, channels: int, device: torch.device
+) -> Tensor | None:
+    if rows == columns == kernel:
+        return None
+    taps = [(row + i) * kernel + column + j for i in range(rows) for j in range(columns)]
+    return torch.tensor([tap * channels + c for tap in taps for c in range(channels)], device=device)
 
 
 def _branches(weights: list[Tensor], origins: list[int], kernel: int, groups: int) -> list[_Branch]:
@@ -187,8 +190,8 @@ def _branches(weights: list[Tensor], origins: list[int], kernel: int, groups: in
     for weight, row, column in zip(weights, origins[::2], origins[1::2], strict=True):
         k, c, rows, columns = weight.shape
         matrix = weight.double().view(groups, k // groups, c, rows * columns).transpose(2, 3).flatten(2)
-        taps = [(row + i) * kernel + column + j for i in range(rows) for j in range(columns)]
-        branches.append(_Branch(matrix, taps, c))
+        index = _patch_index(row, column, rows, columns, kernel, c, weight.device)
+        branches.append(_Branch(matrix, index, c))
     return branches
 
 
@@ -280,6 +283,8 @@ def _step(
     groups: int,
     channels_last: bool,
 ) -> tuple[Tensor, ...]:
+    if x.device.type == "cpu":
+        keep_freed_memory()
     with torch.autocast(x.device.type, enabled=False):
         branches = _branches(weights, origins, kernel, groups)
         pivot = pivot_of(x)
@@ -299,9 +304,13 @@ def _step(
         bias = (beta.double() - level).to(dtype)
         weight = _as_conv(rounded, kernel)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        out = x.new_empty(x.shape[0], gamma.shape[1], *x.shape[2:]).contiguous(memory_format=layout)
-        for part, target in _chunks(x, out):
-            target.copy_(F.conv2d(part.to(dtype), weight, bias, 1, kernel // 2, 1, groups))
+        if x.dtype == dtype:
+            out = F.conv2d(x, weight, bias, 1, kernel // 2, 1, groups).contiguous(memory_format=layout)
+        else:
+            shape = (x.shape[0], gamma.shape[1], *x.shape[2:])
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+            for part, target in _chunks(x, out):
+                target.copy_(F.conv2d(part.to(dtype), weight, bias, 1, kernel // 2, 1, groups))
         return out, mean.clone(), variance, pivot, moments.sums, torch.cat(centred, 1).to(pivot.dtype)
 
 
@@ -380,34 +389,42 @@ def _input_gradient(
     r, dtype = k // 2, compute_dtype(x)
     small = torch.promote_types(x.dtype, torch.float32)
     kernels = torch.cat([branch.embed(branch.weight, k) for branch in branches], 1)  # g×(B·K/g)×(k²·Cg)
-    rows = torch.cat([row.view(groups, -1, 1) for row in curvature], 1)
-    composite = kernels.to(small).mT @ (kernels * rows).to(small)
+    rows = curvature.view(len(branches), groups, -1).transpose(0, 1).reshape(groups, -1, 1)
+    composite = kernels.to(small).mT @ (kernels * -rows).to(small)
     plane, strips, corners = algebra.scatter_composite(composite, k)
-    kernels = _as_conv(kernels, k)
     slopes, offsets = (
-        torch.cat([row.view(groups, -1) for row in rows], 1).view(-1, 1, 1) for rows in (curvature, levels)
+        t.view(len(branches), groups, -1).transpose(0, 1).reshape(-1, 1, 1) for t in (curvature, levels)
     )
+    kernels = _as_conv(kernels, k)
     constant = algebra.constant_image(kernels, pivot, slopes, offsets, x.shape[2], x.shape[3], groups).to(dtype)
-    weight, minus = _as_conv(fused, k).to(dtype), -plane.to(dtype)
+    weight, plane = _as_conv(fused, k).to(dtype), plane.to(dtype)
     # Whole images in x's layout: broadcasting along one dimension is slower than reading them from cache.
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     constant = constant[None].contiguous(memory_format=layout)
-    level = pivot.view(-1, 1, 1).expand_as(constant).contiguous(memory_format=layout)
-    dx = torch.empty_like(x)
+    level = None
+    if x.device.type != "cpu" or pivot.any():  # a GPU would have to be waited for
+        level = pivot.view(-1, 1, 1).expand_as(constant).contiguous(memory_format=layout)
     edges = _edge_terms(x, pivot, strips, corners, k, groups)
+    dx = torch.empty_like(x)
+    whole = grad.dtype == dtype
+    if whole:  # nothing is converted, so the vendor's gradient becomes dx
+        found = F.conv_transpose2d(grad, weight, None, 1, r, 0, groups)
+        whole = found.stride() == dx.stride()
+        dx = found if whole else dx
     for part, slope, edge, target in _chunks(x, grad, edges, dx):
-        centred = part.to(level.dtype, copy=True).sub_(level).to(dtype)
-        value = F.conv2d(centred, minus, None, 1, k - 1, 1, groups)
+        value = target if whole else F.conv_transpose2d(slope.to(dtype), weight, None, 1, r, 0, groups)
         value += constant
-        value += F.conv_transpose2d(slope.to(dtype), weight, None, 1, r, 0, groups)
+        part = part.to(dtype) if level is None else torch.sub(part, level).to(dtype)
+        value += F.conv2d(part, plane, None, 1, k - 1, 1, groups)
         _add_edges(value, edge)
-        target.copy_(value)
+        if not whole:
+            target.copy_(value)
     return dx
 
 
 def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: int, groups: int) -> Tensor:
-    # What the (2k−1)×(2k−1) convolution of x − pivot took too much, by way of output pixels outside the image,
-    # as lines, N×L×4×g×r×Cg (`edge_strips`).
+    # What the (2k−1)×(2k−1) convolution of x − pivot owes to output pixels outside the image, as lines,
+    # N×L×4×g×r×Cg (`edge_strips`).
     r, w = k // 2, x.shape[3]
     lines = algebra.edge_strips(x, pivot, k, groups)
     if r == 0:
@@ -420,7 +437,7 @@ def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: in
     for v in range(2):
         for u in range(2):
             for j in range(min(r, w)):
-                added[:, w - 1 - j if u else j, v] -= twice[:, v, u, :, :, j]
+                added[:, w - 1 - j if u else j, v] += twice[:, v, u, :, :, j]
     return added
 
 
