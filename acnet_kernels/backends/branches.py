@@ -12,6 +12,7 @@ recomputes it by eager formulas.
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 from typing import Any, NamedTuple
 
@@ -22,7 +23,6 @@ from torch import Tensor
 from ..geometry import BRANCHES, Pair, Placement
 from ..ops import bn_sum
 from ..spec import Branch, Problem, Step
-from .allocator import keep_freed_memory
 from .batchnorm import update_running
 
 NAME = "branches"
@@ -117,6 +117,17 @@ def _composed(plan: _Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor,
         return bn_sum.bn_sum_forward(plan.maps(x, weights), gammas, betas, plan.eps, plan.dtype)
 
 
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Has glibc keep freed maps for the next step, up to 64 MiB, where it would hand them back to the system.
+
+    Its thresholds follow the largest block ever freed: one of just under 32 MiB, never touched, raises them to
+    their maximum for good, as freeing a map of that size would. Otherwise a step of a few 8 MB maps faults in
+    thousands of fresh pages, which costs as much as its arithmetic.
+    """
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
+
+
 class _Step(torch.autograd.Function):
     """The same in one node, which knows that nobody else needs the y_b."""
 
@@ -124,7 +135,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights, gammas, betas = plan.split(tensors)
         if x.device.type == "cpu":
-            keep_freed_memory()
+            _keep_freed_memory()
         with _without_autocast(x.device.type):
             ys = plan.maps(x, weights)
             out, means, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, plan.eps, plan.dtype)

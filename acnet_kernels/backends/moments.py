@@ -27,7 +27,6 @@ from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
 from ..spec import Norm, Problem, Step, prefers_channels_last
 from . import moments_algebra as algebra
-from .allocator import keep_freed_memory
 
 NAME = "moments"
 Reduce = Callable[[Tensor], Tensor]  # sums of one process → sums of all
@@ -283,8 +282,6 @@ def _step(
     groups: int,
     channels_last: bool,
 ) -> tuple[Tensor, ...]:
-    if x.device.type == "cpu":
-        keep_freed_memory()
     with torch.autocast(x.device.type, enabled=False):
         branches = _branches(weights, origins, kernel, groups)
         pivot = pivot_of(x)
@@ -309,8 +306,9 @@ def _step(
         else:
             shape = (x.shape[0], gamma.shape[1], *x.shape[2:])
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+            wide = _scratch(x, out, dtype=dtype)
             for part, target in _chunks(x, out):
-                target.copy_(F.conv2d(part.to(dtype), weight, bias, 1, kernel // 2, 1, groups))
+                target.copy_(F.conv2d(_converted(part, wide), weight, bias, 1, kernel // 2, 1, groups))
         return out, mean.clone(), variance, pivot, moments.sums, torch.cat(centred, 1).to(pivot.dtype)
 
 
@@ -411,10 +409,15 @@ def _input_gradient(
         found = F.conv_transpose2d(grad, weight, None, 1, r, 0, groups)
         whole = found.stride() == dx.stride()
         dx = found if whole else dx
-    for part, slope, edge, target in _chunks(x, grad, edges, dx):
-        value = target if whole else F.conv_transpose2d(slope.to(dtype), weight, None, 1, r, 0, groups)
+    others = grad, edges, dx
+    wide, wide_grad = _scratch(x, *others, dtype=dtype), _scratch(grad, x, *others, dtype=dtype)
+    for part, slope, edge, target in _chunks(x, *others):
+        if whole:
+            value = target
+        else:
+            value = F.conv_transpose2d(_converted(slope, wide_grad), weight, None, 1, r, 0, groups)
         value += constant
-        part = part.to(dtype) if level is None else torch.sub(part, level).to(dtype)
+        part = _converted(part, wide) if level is None else torch.sub(part, level, out=wide[: len(part)])
         value += F.conv2d(part, plane, None, 1, k - 1, 1, groups)
         _add_edges(value, edge)
         if not whole:
@@ -481,10 +484,23 @@ _AMX_BF16 = torch.cpu._is_amx_tile_supported()
 _AMX_FP16 = torch.cpu._is_amx_fp16_supported()
 
 
-def _chunks(first: Tensor, *rest: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _images_at_a_time(maps: tuple[Tensor, ...]) -> int:
     # A CPU converts and adds a few images at a time, in cache; a GPU takes the batch whole.
-    images = max(first.shape[0], 1)
-    if first.device.type == "cpu":
-        largest = max(t[:1].numel() for t in (first, *rest))
-        images = min(images, max(1, CHUNK_BYTES // max(4 * largest, 1)))
-    return zip(*(t.split(images) for t in (first, *rest)), strict=True)
+    images = max(maps[0].shape[0], 1)
+    if maps[0].device.type != "cpu":
+        return images
+    return min(images, max(1, CHUNK_BYTES // max(4 * max(t[:1].numel() for t in maps), 1)))
+
+
+def _chunks(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    images = _images_at_a_time(maps)
+    return zip(*(t.split(images) for t in maps), strict=True)
+
+
+def _scratch(*maps: Tensor, dtype: torch.dtype) -> Tensor:
+    # A place for one of `_chunks(*maps)`' parts of the first map in another dtype: pages once touched stay.
+    return torch.empty_like(maps[0][: _images_at_a_time(maps)], dtype=dtype)
+
+
+def _converted(part: Tensor, scratch: Tensor) -> Tensor:
+    return part if part.dtype == scratch.dtype else scratch[: len(part)].copy_(part)
