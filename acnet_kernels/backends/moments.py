@@ -306,7 +306,7 @@ def _step(
         else:
             shape = (x.shape[0], gamma.shape[1], *x.shape[2:])
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-            wide = _scratch(x, out, dtype=dtype)
+            wide = _scratch(x, x, out, dtype=dtype)
             for part, target in _chunks(x, out):
                 target.copy_(F.conv2d(_converted(part, wide), weight, bias, 1, kernel // 2, 1, groups))
         return out, mean.clone(), variance, pivot, moments.sums, torch.cat(centred, 1).to(pivot.dtype)
@@ -395,7 +395,8 @@ def _input_gradient(
     )
     kernels = _as_conv(kernels, k)
     constant = algebra.constant_image(kernels, pivot, slopes, offsets, x.shape[2], x.shape[3], groups).to(dtype)
-    weight, plane = _as_conv(fused, k).to(dtype), plane.to(dtype)
+    weight = _as_conv(fused, k).unflatten(0, (groups, -1)).transpose(1, 2).flip(3, 4).flatten(0, 1).to(dtype)
+    plane = plane.to(dtype)
     # Whole images in x's layout: broadcasting along one dimension is slower than reading them from cache.
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     constant = constant[None].contiguous(memory_format=layout)
@@ -404,25 +405,33 @@ def _input_gradient(
         level = pivot.view(-1, 1, 1).expand_as(constant).contiguous(memory_format=layout)
     edges = _edge_terms(x, pivot, strips, corners, k, groups)
     dx = torch.empty_like(x)
-    whole = grad.dtype == dtype
-    if whole:  # nothing is converted, so the vendor's gradient becomes dx
-        found = F.conv_transpose2d(grad, weight, None, 1, r, 0, groups)
-        whole = found.stride() == dx.stride()
-        dx = found if whole else dx
-    others = grad, edges, dx
-    wide, wide_grad = _scratch(x, *others, dtype=dtype), _scratch(grad, x, *others, dtype=dtype)
-    for part, slope, edge, target in _chunks(x, *others):
-        if whole:
-            value = target
-        else:
-            value = F.conv_transpose2d(_converted(slope, wide_grad), weight, None, 1, r, 0, groups)
-        value += constant
-        part = _converted(part, wide) if level is None else torch.sub(part, level, out=wide[: len(part)])
-        value += F.conv2d(part, plane, None, 1, k - 1, 1, groups)
+    maps = x, grad, dx, edges
+    wide_x, wide_grad, wide_dx = (_scratch(t, *maps, dtype=dtype) for t in (x, grad, dx))
+    for part, slope, target, edge in _chunks(*maps):
+        value = target if dx.dtype == dtype else wide_dx[: len(target)]
+        value.copy_(constant.expand_as(value))
+        _add_convolution(value, _converted(slope, wide_grad), weight, r, groups)
+        part = _converted(part, wide_x) if level is None else torch.sub(part, level, out=wide_x[: len(part)])
+        _add_convolution(value, part, plane, k - 1, groups)
         _add_edges(value, edge)
-        if not whole:
+        if value is not target:
             target.copy_(value)
     return dx
+
+
+def _add_convolution(out: Tensor, x: Tensor, weight: Tensor, padding: int, groups: int) -> None:
+    # out += weight * x, by the vendor in one pass where it can: oneDNN's sum after a convolution.
+    one_pass = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.enabled
+    if one_pass and any(
+        x.is_contiguous(memory_format=layout) and out.is_contiguous(memory_format=layout)
+        for layout in (torch.channels_last, torch.contiguous_format)
+    ):
+        ones, pads = [1, 1], [padding, padding]
+        torch.ops.mkldnn._convolution_pointwise_.binary(
+            out, x, weight, None, pads, ones, ones, groups, "add", None, None, [], None
+        )
+    else:
+        out += F.conv2d(x, weight, None, 1, padding, 1, groups)
 
 
 def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: int, groups: int) -> Tensor:
@@ -497,9 +506,9 @@ def _chunks(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(images) for t in maps), strict=True)
 
 
-def _scratch(*maps: Tensor, dtype: torch.dtype) -> Tensor:
-    # A place for one of `_chunks(*maps)`' parts of the first map in another dtype: pages once touched stay.
-    return torch.empty_like(maps[0][: _images_at_a_time(maps)], dtype=dtype)
+def _scratch(like: Tensor, *maps: Tensor, dtype: torch.dtype) -> Tensor:
+    # A place for a part of one of `_chunks(*maps)`' maps in another dtype: pages once touched stay.
+    return torch.empty_like(like[: _images_at_a_time(maps)], dtype=dtype)
 
 
 def _converted(part: Tensor, scratch: Tensor) -> Tensor:
