@@ -8,14 +8,13 @@ output exists, so the output is one convolution with the fused weights. Backward
     dx   = dgrad(g, Σ s_b·W̃_b) − Σ_b W̃ᵀ_b * (s_b·c_b·rstd_b·(W̃_b * x)) + what the constants leave
 
 Exactly three batch norms' training semantics; no map but x is kept, and no batch-norm pass over a map exists.
-Statistics are sums over pixels: a distributed step has to add one small vector a block (`Reduce`).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,6 @@ from ..spec import Norm, Problem, Step, prefers_channels_last
 from . import moments_algebra as algebra
 
 NAME = "moments"
-Reduce = Callable[[Tensor], Tensor]  # sums of one process → sums of all
 
 PIVOT_SAMPLES = 2048
 # Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
@@ -233,14 +231,8 @@ def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMo
     return algebra.patch_moments(gram, total, pivot, n, k)
 
 
-def statistics(
-    moments: algebra.PatchMoments, branches: list[_Branch], reduce: Reduce | None = None
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(mean B×K, biased variance B×K, W̃G of each branch on its own taps), in float64.
-
-    Args:
-        reduce: adds up, over all processes, the vector of one pixel count and each branch's Σy and Σy².
-    """
+def statistics(moments: algebra.PatchMoments, branches: list[_Branch]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(mean B×K, biased variance B×K, W̃G of each branch on its own taps), in float64."""
     products, sums = [], []
     for branch in branches:
         gram = branch.pick(branch.pick(moments.gram, 1), 2)
@@ -248,26 +240,9 @@ def statistics(
         first = branch.weight @ branch.pick(moments.sums, 1).unsqueeze(2)
         sums += [first.flatten(), (product * branch.weight).sum(2).flatten()]
         products.append(product)
-    vector = torch.cat([sums[0].new_full((1,), moments.pixels), *sums])
-    if reduce is not None:
-        vector = reduce(vector)
-    mean, square = (vector[1:] / vector[0].clamp_min(1)).view(len(branches), 2, -1).transpose(0, 1).contiguous()
+    means = torch.cat(sums) / max(moments.pixels, 1)
+    mean, square = means.view(len(branches), 2, -1).transpose(0, 1).contiguous()
     return mean, (square - mean * mean).clamp_min(0), products
-
-
-def gradient_means(
-    dgamma: Tensor, dbeta: Tensor, pixels: int, reduce: Reduce | None = None
-) -> tuple[Tensor, Tensor]:
-    """(dγ/M B×K, dβ/M K): what a batch norm's backward subtracts, from one process's sums or all of them.
-
-    Args:
-        reduce: adds up, over all processes, the vector of one pixel count, dβ and each branch's dγ.
-    """
-    vector = torch.cat([dbeta.new_full((1,), pixels), dbeta, dgamma.flatten()])
-    if reduce is not None:
-        vector = reduce(vector)
-    means = (vector[1:] / vector[0].clamp_min(1)).view(-1, len(dbeta))
-    return means[1:], means[0]
 
 
 @torch.library.impl("acnet_kernels::moments_step", ("CPU", "CUDA"))
@@ -338,7 +313,8 @@ def _step_backward(
         products, dbeta = _patch_gradient(grad, x, pivot, kernel, groups)
         dgamma = torch.stack([(b.pick(products, 2) * b.weight).sum(2).flatten() for b in branches])
         dgamma = rstd * (dgamma - mean * dbeta)
-        slope, offset = gradient_means(dgamma, dbeta, grad.shape[0] * grad.shape[2] * grad.shape[3])
+        pixels = max(grad.shape[0] * grad.shape[2] * grad.shape[3], 1)
+        slope, offset = dgamma / pixels, dbeta / pixels
         scale, dweights = gamma.double() * rstd, []
         if need_weights:
             parts = centred.split([weight[0].numel() for weight in weights], 1)
