@@ -32,7 +32,7 @@ NAME = "moments"
 PIVOT_SAMPLES = 2048
 # Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
 HALF_PRECISION_RATIO = 16.0
-CHUNK_BYTES = 4 << 20  # of float32 maps converted at a time: they stay in cache
+CHUNK_BYTES = 2 << 20  # of float32 maps converted at a time: they stay in cache
 
 
 def unavailable() -> str | None:
