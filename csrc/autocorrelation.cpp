@@ -22,6 +22,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlockElements = 32 << 10;  // of x and y each, packed: both stay in the second-level cache
 constexpr int64_t kMostTasks = 32;
+constexpr int64_t kLeastBlocks = 8;  // where there are as many images: small maps too occupy all threads
 constexpr int64_t kPartialBytes = 64 << 20;  // of all tasks' partial sums
 
 template <class T, class A>
@@ -53,7 +54,8 @@ struct Cut {
   Cut(int64_t n, int64_t height, int64_t width, int64_t channels) {
     const int64_t row = width * channels;
     rows = std::min(height, std::max<int64_t>(8, kBlockElements / row));
-    images = rows < height ? 1 : std::clamp<int64_t>(kBlockElements / (row * height), 1, std::max<int64_t>(n, 1));
+    const int64_t most = std::max<int64_t>(n / kLeastBlocks, 1);
+    images = rows < height ? 1 : std::clamp<int64_t>(kBlockElements / (row * height), 1, most);
     image_blocks = (n + images - 1) / images;
     bands = (height + rows - 1) / rows;
   }

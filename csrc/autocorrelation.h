@@ -31,7 +31,7 @@ struct Block {
 
 constexpr int64_t kRowTile = 4;   // x channels are padded to a multiple of this
 constexpr int64_t kMostRows = 16;  // and taken this many at a time at the most
-constexpr int64_t kRun = 192;      // pixels whose x and y tiles share the first-level cache
+constexpr int64_t kMostRun = 192;  // pixels whose x and y tiles share the first-level cache
 template <class A>
 constexpr int64_t kLanes = 64 / sizeof(A);  // y channels are padded to a multiple of this
 

@@ -1,12 +1,13 @@
-// The passes, compiled once an instruction set. The including file defines ACNET_ISA (its namespace), ACNET_TILE
-// (x channels accumulated at a time) and, with F16C, ACNET_F16C.
+// The passes, compiled once an instruction set. The including file defines ACNET_ISA (its namespace), in it
+// multiply_add(), ACNET_REGISTER (bytes of one), ACNET_TILE (x channels accumulated at a time) and, with F16C,
+// ACNET_F16C.
 
 namespace acnet::autocorrelation::ACNET_ISA {
 namespace {
 
 template <class A>
-struct Vector {
-  typedef A type __attribute__((vector_size(64), aligned(alignof(A)), may_alias));
+struct Register {
+  typedef A type __attribute__((vector_size(ACNET_REGISTER), aligned(alignof(A)), may_alias));
 };
 
 inline void widen(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * sizeof(float)); }
@@ -26,32 +27,25 @@ inline void widen(const c10::Half* from, float* to, int64_t n) {
   for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
 }
 
-// kWidth channels of a pixel less the pivot. No array in between: loads wider than its stores would stall.
-template <int kWidth, class A>
-void centre(const A* from, const A* pivot, A* to) {
-  for (int c = 0; c < kWidth; ++c) to[c] = from[c] - pivot[c];
-}
+// kWidth channels of a pixel less the pivot. Whole vectors: the compiler cannot know that the pointers differ.
 typedef uint16_t Narrow __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t Wide __attribute__((vector_size(64)));
-typedef float Floats __attribute__((vector_size(64)));
-typedef float LooseFloats __attribute__((vector_size(64), aligned(4), may_alias));
+template <class A>
+using Lanes __attribute__((vector_size(64), aligned(alignof(A)), may_alias)) = A;
 
-template <int kWidth>
-void centre(const c10::BFloat16* from, const float* pivot, float* to) {
-  if constexpr (kWidth == 16) {
+template <int kWidth, class T, class A>
+void centre(const T* from, const A* pivot, A* to) {
+  if constexpr (kWidth == kLanes<A> && std::is_same_v<T, A>) {
+    *reinterpret_cast<Lanes<A>*>(to) =
+        *reinterpret_cast<const Lanes<A>*>(from) - *reinterpret_cast<const Lanes<A>*>(pivot);
+  } else if constexpr (kWidth == 16 && std::is_same_v<T, c10::BFloat16>) {
     const Wide bits = __builtin_convertvector(*reinterpret_cast<const Narrow*>(from), Wide) << 16;
-    *reinterpret_cast<LooseFloats*>(to) = (Floats)bits - *reinterpret_cast<const LooseFloats*>(pivot);
+    *reinterpret_cast<Lanes<A>*>(to) = (Lanes<A>)bits - *reinterpret_cast<const Lanes<A>*>(pivot);
   } else {
-    float wide[kWidth];
+    A wide[kWidth];
     widen(from, wide, kWidth);
     for (int c = 0; c < kWidth; ++c) to[c] = wide[c] - pivot[c];
   }
-}
-template <int kWidth>
-void centre(const c10::Half* from, const float* pivot, float* to) {
-  float wide[kWidth];
-  widen(from, wide, kWidth);
-  for (int c = 0; c < kWidth; ++c) to[c] = wide[c] - pivot[c];
 }
 
 // `pixels` pixels of kWidth channels, `channels` of them real and less the pivot, the others zero.
@@ -87,18 +81,25 @@ void pack(const Block<T, A>& b, const T* map, int64_t pixel, const A* pivot, int
   }
 }
 
-// kRows x channels times one vector of y channels over some pixels: kRows accumulators, added to the sums.
+// kRows x channels times kLanes y channels over some pixels, accumulated in registers and added to the sums.
 template <int kRows, class A>
 void tile(const A* x, const A* y, int64_t pixels, A* sums, int64_t stride) {
-  using V = typename Vector<A>::type;
-  V acc[kRows] = {};
+  using V = typename Register<A>::type;
+  constexpr int kParts = kLanes<A> * sizeof(A) / sizeof(V), kWidth = sizeof(V) / sizeof(A);
+  V acc[kRows][kParts] = {};
   for (int64_t p = 0; p < pixels; ++p, x += kRows, y += kLanes<A>) {
-    const V v = *reinterpret_cast<const V*>(y);
+    V v[kParts];
+#pragma GCC unroll 8
+    for (int j = 0; j < kParts; ++j) v[j] = *reinterpret_cast<const V*>(y + j * kWidth);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) acc[i] += x[i] * v;
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kParts; ++j) acc[i][j] = multiply_add(x[i], v[j], acc[i][j]);
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) *reinterpret_cast<V*>(sums + i * stride) += acc[i];
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kParts; ++j) *reinterpret_cast<V*>(sums + i * stride + j * kWidth) += acc[i][j];
 }
 
 // One tile of x channels with every tile of y channels: all shifts while a run of pixels is in first-level cache.
@@ -106,20 +107,23 @@ template <int kRows, class T, class A>
 void correlate_rows(const Block<T, A>& b, int64_t first, int64_t y_size) {
   const int64_t pitch = b.width + b.reach_columns;
   const int64_t cs = round_up(b.x_channels, kRowTile), ks = round_up(b.y_channels, kLanes<A>);
-  const int64_t pixels = pixels_of(b) - b.reach_rows * pitch;  // the last band's zero rows add nothing
+  const int64_t span = (b.rows + b.reach_rows) * pitch, pixels = b.rows * pitch;  // the zero rows add nothing
+  const int64_t runs = (pixels + kMostRun - 1) / kMostRun, run = (pixels + runs - 1) / runs;
   const int64_t guard = b.reach_columns * kRows, rows = b.images * (b.rows + b.reach_rows) + b.reach_rows;
   std::memset(b.x_packed, 0, guard * sizeof(A));
   pack<kRows>(b, b.x, b.x_pixel, b.x_pivot, first, b.x_channels, b.reach_rows, true, b.x_packed + guard);
   std::memset(b.x_packed + guard + rows * pitch * kRows, 0, guard * sizeof(A));
   for (int64_t k = 0; k < ks; k += kLanes<A>)
-    for (int64_t p = 0; p < pixels; p += kRun) {
-      const A* y = b.y_packed + k * y_size + p * kLanes<A>;
-      const int64_t run = pixels - p < kRun ? pixels - p : kRun;
-      for (int64_t s = 0; s < b.shifts; ++s) {
-        const int64_t offset = (b.shift_rows[s] + b.reach_rows) * pitch + b.shift_columns[s] + b.reach_columns;
-        tile<kRows>(b.x_packed + (p + offset) * kRows, y, run, b.block_sums + (s * cs + first) * ks + k, ks);
+    for (int64_t n = 0; n < b.images; ++n)
+      for (int64_t p = 0; p < pixels; p += run) {
+        const int64_t first_pixel = n * span + p, size = std::min(run, pixels - p);
+        const A* y = b.y_packed + k * y_size + first_pixel * kLanes<A>;
+        for (int64_t s = 0; s < b.shifts; ++s) {
+          const int64_t offset = (b.shift_rows[s] + b.reach_rows) * pitch + b.shift_columns[s] + b.reach_columns;
+          const A* x = b.x_packed + (first_pixel + offset) * kRows;
+          tile<kRows>(x, y, size, b.block_sums + (s * cs + first) * ks + k, ks);
+        }
       }
-    }
 }
 
 template <class T, class A>

@@ -250,38 +250,8 @@ def test_opcheck(dtype):
             torch.library.opcheck(torch.ops.acnet_kernels.moments_step_backward.default, args)
 
 
-def test_statistics_of_two_halves_add_up_to_the_whole_batchs():
-    x, weight = torch.randn(6, 4, 5, 3), [torch.randn(6, 4, 3, 3), torch.randn(6, 4, 1, 3)]
-    branches = moments._branches(weight, [0, 0, 1, 0], 3, 1)
-    vectors = []
-
-    def collect(vector):
-        vectors.append(vector)
-        return vector
-
-    def moments_of(x):
-        return moments.moments_of(x, moments.pivot_of(x), 3, 1)
-
-    for part in (x[:2], x[2:]):
-        moments.statistics(moments_of(part), branches, collect)
-    mean, variance, _ = moments.statistics(moments_of(x), branches)
-    reduced, deviation, _ = moments.statistics(moments_of(x[:2]), branches, lambda _: vectors[0] + vectors[1])
-    assert len(vectors[0]) == 1 + 2 * 2 * 6  # one small vector for all branches
-    torch.testing.assert_close(reduced, mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(deviation, variance, rtol=1e-5, atol=1e-6)
-
-
-def test_gradient_sums_of_two_halves_add_up_to_the_whole_batchs():
-    dgamma, dbeta = torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
-    vectors = []
-    for i in range(2):
-        moments.gradient_means(dgamma[i], dbeta[i], 10 + i, lambda vector: vectors.append(vector) or vector)
-    got = moments.gradient_means(dgamma[0], dbeta[0], 10, lambda _: vectors[0] + vectors[1])
-    torch.testing.assert_close(got, (dgamma.sum(0) / 21, dbeta.sum(0) / 21))
-
-
 def test_scattering_is_the_transpose_of_assembling():
-    """⟨assemble(R, strips, corners), T⟩ = ⟨R, plane⟩ − ⟨strips, …⟩ + ⟨corners, …⟩ for symmetric T."""
+    """⟨assemble(R, strips, corners), T⟩ = ⟨(R, strips, corners), scatter(T)⟩ for symmetric T."""
     k, c, g, r = 5, 2, 2, 2
     plane = torch.randn(g, 2 * k - 1, 2 * k - 1, c, c, dtype=torch.float64)
     strips = torch.randn(4, g, 2 * k - 1, r, r, c, c, dtype=torch.float64)
@@ -290,10 +260,9 @@ def test_scattering_is_the_transpose_of_assembling():
     composite = composite + composite.mT
     ours = (algebra.assemble_gram(plane, strips, corners, k) * composite).sum()
     p, s, q = algebra.scatter_composite(composite, k)
-    p = p.unflatten(0, (g, c)).permute(0, 3, 4, 1, 2)  # g×d×d×c'×c, d = t−t'
+    p = p.unflatten(0, (g, c)).permute(0, 3, 4, 1, 2)  # g×d×d×c×c'
     s = s.unflatten(0, (4, g, r, c)).unflatten(4, (r, c)).permute(0, 1, 6, 2, 4, 3, 5)
-    expected = (plane * p).sum() - (strips * s).sum() + (corners * q).sum()
-    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(ours, (plane * p).sum() + (strips * s).sum() + (corners * q).sum())
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,13 @@ output exists, so the output is one convolution with the fused weights. Backward
     dx   = dgrad(g, Σ s_b·W̃_b) − Σ_b W̃ᵀ_b * (s_b·c_b·rstd_b·(W̃_b * x)) + what the constants leave
 
 Exactly three batch norms' training semantics; no map but x is kept, and no batch-norm pass over a map exists.
-Statistics are sums over pixels: a distributed step has to add one small vector a block (`Reduce`).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,12 +28,11 @@ from ..spec import Norm, Problem, Step, prefers_channels_last
 from . import moments_algebra as algebra
 
 NAME = "moments"
-Reduce = Callable[[Tensor], Tensor]  # sums of one process → sums of all
 
 PIVOT_SAMPLES = 2048
 # Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
 HALF_PRECISION_RATIO = 16.0
-CHUNK_BYTES = 1 << 20  # of float32 maps converted at a time: they stay in cache
+CHUNK_BYTES = 2 << 20  # of float32 maps converted at a time: they stay in cache
 
 
 def unavailable() -> str | None:
@@ -154,32 +152,34 @@ def _sum_kernels(kernels: dict[str, Tensor], geometry: Geometry) -> Tensor:
 
 
 class _Branch(NamedTuple):
-    # A branch's kernel as g×(K/g)×(taps·Cg) in float64, patch order, and which of the k² taps it has.
+    # A branch's kernel as g×(K/g)×(taps·Cg) in float64, and where its entries are in patch order (None: all of it).
     weight: Tensor
-    taps: list[int]
+    entries: Tensor | None
     channels: int
 
     def pick(self, patch: Tensor, dim: int) -> Tensor:
         """The branch's own taps along a dimension in patch order."""
-        dim %= patch.dim()
-        split = patch.unflatten(dim, (-1, self.channels))
-        if len(self.taps) == split.shape[dim]:
-            return patch
-        index = torch.tensor(self.taps, device=patch.device)
-        return split.index_select(dim, index).flatten(dim, dim + 1)
+        return patch if self.entries is None else patch.index_select(dim, self.entries)
 
     def embed(self, matrix: Tensor, k: int) -> Tensor:
         """g×(K/g)×(taps·Cg) → g×(K/g)×(k²·Cg), zero outside the branch's taps."""
-        if len(self.taps) == k * k:
+        if self.entries is None:
             return matrix
-        g, rows, _ = matrix.shape
-        full = matrix.new_zeros(g, rows, k * k, self.channels)
-        full[:, :, self.taps] = matrix.unflatten(2, (-1, self.channels))
-        return full.flatten(2)
+        return matrix.new_zeros(*matrix.shape[:2], k * k * self.channels).index_copy_(2, self.entries, matrix)
 
     def to_weight(self, matrix: Tensor) -> Tensor:
         """g×(K/g)×(taps·Cg) → K×(Cg·taps), the order of a convolution's weight."""
         return matrix.unflatten(2, (-1, self.channels)).transpose(2, 3).flatten(0, 1).flatten(1)
+
+
+@functools.lru_cache(maxsize=256)
+def _patch_index(
+    row: int, column: int, rows: int, columns: int, kernel: int, channels: int, device: torch.device
+) -> Tensor | None:
+    if rows == columns == kernel:
+        return None
+    taps = [(row + i) * kernel + column + j for i in range(rows) for j in range(columns)]
+    return torch.tensor([tap * channels + c for tap in taps for c in range(channels)], device=device)
 
 
 def _branches(weights: list[Tensor], origins: list[int], kernel: int, groups: int) -> list[_Branch]:
@@ -187,8 +187,8 @@ def _branches(weights: list[Tensor], origins: list[int], kernel: int, groups: in
     for weight, row, column in zip(weights, origins[::2], origins[1::2], strict=True):
         k, c, rows, columns = weight.shape
         matrix = weight.double().view(groups, k // groups, c, rows * columns).transpose(2, 3).flatten(2)
-        taps = [(row + i) * kernel + column + j for i in range(rows) for j in range(columns)]
-        branches.append(_Branch(matrix, taps, c))
+        index = _patch_index(row, column, rows, columns, kernel, c, weight.device)
+        branches.append(_Branch(matrix, index, c))
     return branches
 
 
@@ -231,14 +231,8 @@ def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMo
     return algebra.patch_moments(gram, total, pivot, n, k)
 
 
-def statistics(
-    moments: algebra.PatchMoments, branches: list[_Branch], reduce: Reduce | None = None
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(mean B×K, biased variance B×K, W̃G of each branch on its own taps), in float64.
-
-    Args:
-        reduce: adds up, over all processes, the vector of one pixel count and each branch's Σy and Σy².
-    """
+def statistics(moments: algebra.PatchMoments, branches: list[_Branch]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(mean B×K, biased variance B×K, W̃G of each branch on its own taps), in float64."""
     products, sums = [], []
     for branch in branches:
         gram = branch.pick(branch.pick(moments.gram, 1), 2)
@@ -246,26 +240,9 @@ def statistics(
         first = branch.weight @ branch.pick(moments.sums, 1).unsqueeze(2)
         sums += [first.flatten(), (product * branch.weight).sum(2).flatten()]
         products.append(product)
-    vector = torch.cat([sums[0].new_full((1,), moments.pixels), *sums])
-    if reduce is not None:
-        vector = reduce(vector)
-    mean, square = (vector[1:] / vector[0].clamp_min(1)).view(len(branches), 2, -1).transpose(0, 1).contiguous()
+    means = torch.cat(sums) / max(moments.pixels, 1)
+    mean, square = means.view(len(branches), 2, -1).transpose(0, 1).contiguous()
     return mean, (square - mean * mean).clamp_min(0), products
-
-
-def gradient_means(
-    dgamma: Tensor, dbeta: Tensor, pixels: int, reduce: Reduce | None = None
-) -> tuple[Tensor, Tensor]:
-    """(dγ/M B×K, dβ/M K): what a batch norm's backward subtracts, from one process's sums or all of them.
-
-    Args:
-        reduce: adds up, over all processes, the vector of one pixel count, dβ and each branch's dγ.
-    """
-    vector = torch.cat([dbeta.new_full((1,), pixels), dbeta, dgamma.flatten()])
-    if reduce is not None:
-        vector = reduce(vector)
-    means = (vector[1:] / vector[0].clamp_min(1)).view(-1, len(dbeta))
-    return means[1:], means[0]
 
 
 @torch.library.impl("acnet_kernels::moments_step", ("CPU", "CUDA"))
@@ -299,9 +276,14 @@ def _step(
         bias = (beta.double() - level).to(dtype)
         weight = _as_conv(rounded, kernel)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        out = x.new_empty(x.shape[0], gamma.shape[1], *x.shape[2:]).contiguous(memory_format=layout)
-        for part, target in _chunks(x, out):
-            target.copy_(F.conv2d(part.to(dtype), weight, bias, 1, kernel // 2, 1, groups))
+        if x.dtype == dtype:
+            out = F.conv2d(x, weight, bias, 1, kernel // 2, 1, groups).contiguous(memory_format=layout)
+        else:
+            shape = (x.shape[0], gamma.shape[1], *x.shape[2:])
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+            wide = _scratch(x, x, out, dtype=dtype)
+            for part, target in _chunks(x, out):
+                target.copy_(F.conv2d(_converted(part, wide), weight, bias, 1, kernel // 2, 1, groups))
         return out, mean.clone(), variance, pivot, moments.sums, torch.cat(centred, 1).to(pivot.dtype)
 
 
@@ -331,7 +313,8 @@ def _step_backward(
         products, dbeta = _patch_gradient(grad, x, pivot, kernel, groups)
         dgamma = torch.stack([(b.pick(products, 2) * b.weight).sum(2).flatten() for b in branches])
         dgamma = rstd * (dgamma - mean * dbeta)
-        slope, offset = gradient_means(dgamma, dbeta, grad.shape[0] * grad.shape[2] * grad.shape[3])
+        pixels = max(grad.shape[0] * grad.shape[2] * grad.shape[3], 1)
+        slope, offset = dgamma / pixels, dbeta / pixels
         scale, dweights = gamma.double() * rstd, []
         if need_weights:
             parts = centred.split([weight[0].numel() for weight in weights], 1)
@@ -380,34 +363,56 @@ def _input_gradient(
     r, dtype = k // 2, compute_dtype(x)
     small = torch.promote_types(x.dtype, torch.float32)
     kernels = torch.cat([branch.embed(branch.weight, k) for branch in branches], 1)  # g×(B·K/g)×(k²·Cg)
-    rows = torch.cat([row.view(groups, -1, 1) for row in curvature], 1)
-    composite = kernels.to(small).mT @ (kernels * rows).to(small)
+    rows = curvature.view(len(branches), groups, -1).transpose(0, 1).reshape(groups, -1, 1)
+    composite = kernels.to(small).mT @ (kernels * -rows).to(small)
     plane, strips, corners = algebra.scatter_composite(composite, k)
-    kernels = _as_conv(kernels, k)
     slopes, offsets = (
-        torch.cat([row.view(groups, -1) for row in rows], 1).view(-1, 1, 1) for rows in (curvature, levels)
+        t.view(len(branches), groups, -1).transpose(0, 1).reshape(-1, 1, 1) for t in (curvature, levels)
     )
+    kernels = _as_conv(kernels, k)
     constant = algebra.constant_image(kernels, pivot, slopes, offsets, x.shape[2], x.shape[3], groups).to(dtype)
-    weight, minus = _as_conv(fused, k).to(dtype), -plane.to(dtype)
+    weight = _as_conv(fused, k).unflatten(0, (groups, -1)).transpose(1, 2).flip(3, 4).flatten(0, 1).to(dtype)
+    plane = plane.to(dtype)
     # Whole images in x's layout: broadcasting along one dimension is slower than reading them from cache.
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     constant = constant[None].contiguous(memory_format=layout)
-    level = pivot.view(-1, 1, 1).expand_as(constant).contiguous(memory_format=layout)
-    dx = torch.empty_like(x)
+    level = None
+    if x.device.type != "cpu" or pivot.any():  # a GPU would have to be waited for
+        level = pivot.view(-1, 1, 1).expand_as(constant).contiguous(memory_format=layout)
     edges = _edge_terms(x, pivot, strips, corners, k, groups)
-    for part, slope, edge, target in _chunks(x, grad, edges, dx):
-        centred = part.to(level.dtype, copy=True).sub_(level).to(dtype)
-        value = F.conv2d(centred, minus, None, 1, k - 1, 1, groups)
-        value += constant
-        value += F.conv_transpose2d(slope.to(dtype), weight, None, 1, r, 0, groups)
+    dx = torch.empty_like(x)
+    maps = x, grad, dx, edges
+    wide_x, wide_grad, wide_dx = (_scratch(t, *maps, dtype=dtype) for t in (x, grad, dx))
+    for part, slope, target, edge in _chunks(*maps):
+        value = target if dx.dtype == dtype else wide_dx[: len(target)]
+        value.copy_(constant.expand_as(value))
+        _add_convolution(value, _converted(slope, wide_grad), weight, r, groups)
+        part = _converted(part, wide_x) if level is None else torch.sub(part, level, out=wide_x[: len(part)])
+        _add_convolution(value, part, plane, k - 1, groups)
         _add_edges(value, edge)
-        target.copy_(value)
+        if value is not target:
+            target.copy_(value)
     return dx
 
 
+def _add_convolution(out: Tensor, x: Tensor, weight: Tensor, padding: int, groups: int) -> None:
+    # out += weight * x, by the vendor in one pass where it can: oneDNN's sum after a convolution.
+    one_pass = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.enabled
+    if one_pass and any(
+        x.is_contiguous(memory_format=layout) and out.is_contiguous(memory_format=layout)
+        for layout in (torch.channels_last, torch.contiguous_format)
+    ):
+        ones, pads = [1, 1], [padding, padding]
+        torch.ops.mkldnn._convolution_pointwise_.binary(
+            out, x, weight, None, pads, ones, ones, groups, "add", None, None, [], None
+        )
+    else:
+        out += F.conv2d(x, weight, None, 1, padding, 1, groups)
+
+
 def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: int, groups: int) -> Tensor:
-    # What the (2k−1)×(2k−1) convolution of x − pivot took too much, by way of output pixels outside the image,
-    # as lines, N×L×4×g×r×Cg (`edge_strips`).
+    # What the (2k−1)×(2k−1) convolution of x − pivot owes to output pixels outside the image, as lines,
+    # N×L×4×g×r×Cg (`edge_strips`).
     r, w = k // 2, x.shape[3]
     lines = algebra.edge_strips(x, pivot, k, groups)
     if r == 0:
@@ -420,7 +425,7 @@ def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: in
     for v in range(2):
         for u in range(2):
             for j in range(min(r, w)):
-                added[:, w - 1 - j if u else j, v] -= twice[:, v, u, :, :, j]
+                added[:, w - 1 - j if u else j, v] += twice[:, v, u, :, :, j]
     return added
 
 
@@ -464,10 +469,23 @@ _AMX_BF16 = torch.cpu._is_amx_tile_supported()
 _AMX_FP16 = torch.cpu._is_amx_fp16_supported()
 
 
-def _chunks(first: Tensor, *rest: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _images_at_a_time(maps: tuple[Tensor, ...]) -> int:
     # A CPU converts and adds a few images at a time, in cache; a GPU takes the batch whole.
-    images = max(first.shape[0], 1)
-    if first.device.type == "cpu":
-        largest = max(t[:1].numel() for t in (first, *rest))
-        images = min(images, max(1, CHUNK_BYTES // max(4 * largest, 1)))
-    return zip(*(t.split(images) for t in (first, *rest)), strict=True)
+    images = max(maps[0].shape[0], 1)
+    if maps[0].device.type != "cpu":
+        return images
+    return min(images, max(1, CHUNK_BYTES // max(4 * max(t[:1].numel() for t in maps), 1)))
+
+
+def _chunks(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    images = _images_at_a_time(maps)
+    return zip(*(t.split(images) for t in maps), strict=True)
+
+
+def _scratch(like: Tensor, *maps: Tensor, dtype: torch.dtype) -> Tensor:
+    # A place for a part of one of `_chunks(*maps)`' maps in another dtype: pages once touched stay.
+    return torch.empty_like(like[: _images_at_a_time(maps)], dtype=dtype)
+
+
+def _converted(part: Tensor, scratch: Tensor) -> Tensor:
+    return part if part.dtype == scratch.dtype else scratch[: len(part)].copy_(part)

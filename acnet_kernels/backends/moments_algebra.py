@@ -18,6 +18,8 @@ Shapes: g groups of C/g = Cg inputs; taps are (row, column) indices 0…k−1, r
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -80,6 +82,25 @@ def corner_blocks(strips: Tensor, width: int) -> Tensor:
     return torch.stack([left, right]).permute(1, 3, 0, 4, 5, 2, 6)
 
 
+@functools.lru_cache(maxsize=32)
+def axis_table(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a pair of taps adds up along one axis, by what there is to add: k²×(2k−1 + 2·r²).
+
+    Pair (t, t') takes the sum over all pixels at shift t'−t, less the pixels by which an output pixel outside
+    the image sees the inside with both: by line i with t and line i' with t', counted from the edge. Columns:
+    the shifts, then (near or far edge)×i×i'.
+    """
+    r, span = k // 2, 2 * k - 1
+    table = torch.zeros(k, k, span + 2 * r * r, dtype=dtype)
+    for t, other in itertools.product(range(-r, r + 1), repeat=2):
+        table[t + r, other + r, other - t + k - 1] = 1
+        for far, sign in enumerate((1, -1)):
+            for beyond in range(1, min(sign * t, sign * other) + 1):
+                i, j = sign * t - beyond, sign * other - beyond
+                table[t + r, other + r, span + (far * r + i) * r + j] = -1
+    return table.flatten(0, 1).to(device)
+
+
 def assemble_gram(plane: Tensor, strips: Tensor, corners: Tensor, k: int) -> Tensor:
     """G of centred patches, g×(k²·Cg)×(k²·Cg) float64.
 
@@ -88,29 +109,19 @@ def assemble_gram(plane: Tensor, strips: Tensor, corners: Tensor, k: int) -> Ten
         strips: that of `edge_strips`, 4×g×(2k−1)×r×r×Cg×Cg: shift, line of the fixed pixel, of the shifted one.
         corners: Gram matrices of `corner_blocks`, 2×2×g×(r·r·Cg)×(r·r·Cg).
     """
-    r, (g, c) = k // 2, (plane.shape[0], plane.shape[-1])
-    shift = torch.arange(k, device=plane.device)
-    shift = shift[None, :] - shift[:, None] + k - 1  # t'−t, from index 0
-    whole = plane.new_empty(g, k, k, c, k, k, c, dtype=torch.float64)
-    gram = whole.permute(0, 1, 2, 4, 5, 3, 6)  # g×tr×tc×t'r×t'c×c×c'
-    gram.copy_(plane[:, shift[:, None, :, None], shift[None, :, None, :]])
-    bands = strips.double()[:, :, shift].permute(0, 1, 4, 5, 2, 3, 6, 7)  # 4×g×i×i'×t×t'×c×c'
-    blocks = corners.double().reshape(2, 2, g, r, r, c, r, r, c).permute(0, 1, 2, 3, 4, 6, 7, 5, 8)
-    for j in range(1, r + 1):
-        n = r - j + 1
-        for side, outer in enumerate(_outer_taps(r, j)):
-            band = _facing(bands[side, :, :n, :n], side, (1, 2))
-            gram[:, outer, :, outer] -= band.permute(0, 1, 3, 2, 4, 5, 6)
-            band = _facing(bands[2 + side, :, :n, :n], side, (1, 2))
-            gram[:, :, outer, :, outer] -= band.permute(0, 3, 1, 4, 2, 5, 6)
-        for i in range(1, r + 1):
-            m = r - i + 1
-            for v, rows in enumerate(_outer_taps(r, j)):
-                for u, columns in enumerate(_outer_taps(r, i)):
-                    block = blocks[v, u, :, :n, :m, :n, :m]
-                    block = _facing(_facing(block, v, (1, 3)), u, (2, 4))
-                    gram[:, rows, columns, rows, columns] += block
-    return whole.view(g, k * k * c, k * k * c)
+    r, span, (g, c) = k // 2, 2 * k - 1, (plane.shape[0], plane.shape[-1])
+    table = axis_table(k, torch.float64, plane.device)
+    terms = plane.new_empty(g, table.shape[1], table.shape[1], c, c, dtype=torch.float64)
+    terms[:, :span, :span] = plane
+    if r:
+        rows = terms[:, span:, :span].view(g, 2, r, r, span, c, c)
+        rows.copy_(strips[:2].permute(1, 0, 3, 4, 2, 5, 6))
+        columns = terms[:, :span, span:].unflatten(2, (2, r, r))
+        columns.copy_(strips[2:].permute(1, 2, 0, 3, 4, 5, 6))
+        blocks = corners.view(2, 2, g, r, r, c, r, r, c).permute(2, 0, 3, 6, 1, 4, 7, 5, 8)
+        terms[:, span:, span:].view(g, 2, r, r, 2, r, r, c, c).copy_(blocks)
+    pairs = table @ (table @ terms.flatten(2)).unflatten(2, (-1, c * c))  # g×(rows t, t')×(columns t, t')×(c·c')
+    return pairs.view(g, k, k, k, k, c, c).permute(0, 1, 3, 5, 2, 4, 6).reshape(g, k * k * c, k * k * c)
 
 
 def scatter_composite(composite: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,46 +132,23 @@ def scatter_composite(composite: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor
 
     Returns:
         (plane, strips, corners): weights (g·Cg)×Cg×(2k−1)×(2k−1) for F.conv2d; (4·g·r·Cg)×(r·Cg)×(2k−1) for
-        F.conv1d on lines in the order side, group, line, channel; 2×2×g×(r·r·Cg)×(r·r·Cg), inputs first.
+        F.conv1d on lines in the order side, group, line, channel; 2×2×g×(r·r·Cg)×(r·r·Cg). The three results
+        add up to Σ_b W̃ᵀ_b * (D_b · (W̃_b * x)).
     """
-    r, g = k // 2, composite.shape[0]
+    r, span, g = k // 2, 2 * k - 1, composite.shape[0]
     c = composite.shape[-1] // (k * k)
-    taps = composite.reshape(g, k, k, c, k, k, c).permute(0, 1, 2, 4, 5, 3, 6)  # g×tr×tc×t'r×t'c×c×c'
-    shift = torch.arange(k, device=composite.device)
-    shift = shift[:, None] - shift[None, :] + k - 1  # t−t', from index 0: the input pixel less the output's
-    onehot = F.one_hot(shift, 2 * k - 1).to(composite.dtype)  # t×t'×d
-    lines = torch.einsum("xzd,gyxwzab->gywdab", onehot, taps)  # g×tr×t'r×dc×c×c'
-    columns = torch.einsum("ywd,gyxwzab->gxzdab", onehot, taps)  # g×tc×t'c×dr×c×c'
-    plane = torch.einsum("ywe,gywdab->gbaed", onehot, lines).reshape(g * c, c, 2 * k - 1, 2 * k - 1)
-    strips = composite.new_zeros(SIDES, g, r, r, 2 * k - 1, c, c)
-    corners = composite.new_zeros(2, 2, g, r, r, r, r, c, c)
-    for j in range(1, r + 1):
-        n = r - j + 1
-        for side, outer in enumerate(_outer_taps(r, j)):
-            strips[side, :, :n, :n] += _facing(lines[:, outer, outer], side, (1, 2))
-            strips[2 + side, :, :n, :n] += _facing(columns[:, outer, outer], side, (1, 2))
-        for i in range(1, r + 1):
-            m = r - i + 1
-            for v, rows in enumerate(_outer_taps(r, j)):
-                for u, cols in enumerate(_outer_taps(r, i)):
-                    block = _facing(_facing(taps[:, rows, cols, rows, cols], v, (1, 3)), u, (2, 4))
-                    corners[v, u, :, :n, :m, :n, :m] += block
-    # 4×g×i×i'×d×c×c' → outputs (i',c'), inputs (i,c)
-    strips = strips.permute(0, 1, 3, 6, 2, 5, 4).reshape(SIDES * g * r * c, r * c, 2 * k - 1)
-    corners = corners.permute(0, 1, 2, 3, 4, 7, 5, 6, 8).reshape(2, 2, g, r * r * c, r * r * c)
-    return plane, strips, corners
+    table = axis_table(k, composite.dtype, composite.device).mT
+    pairs = composite.view(g, k, k, c, k, k, c).permute(0, 1, 4, 2, 5, 3, 6).reshape(g, k * k, -1)
+    terms = (table @ (table @ pairs).unflatten(2, (-1, c * c))).unflatten(3, (c, c))
+    plane = terms[:, :span, :span].permute(0, 3, 4, 1, 2).reshape(g * c, c, span, span)
+    rows = terms[:, span:, :span].view(g, 2, r, r, span, c, c).permute(1, 0, 2, 5, 3, 6, 4)
+    columns = terms[:, :span, span:].unflatten(2, (2, r, r)).permute(2, 0, 3, 5, 4, 6, 1)
+    strips = torch.cat([rows, columns]).reshape(SIDES * g * r * c, r * c, span)
+    blocks = terms[:, span:, span:].view(g, 2, r, r, 2, r, r, c, c).permute(1, 4, 0, 2, 5, 7, 3, 6, 8)
+    return plane, strips, blocks.reshape(2, 2, g, r * r * c, r * r * c)
 
 
-def _outer_taps(r: int, j: int) -> tuple[slice, slice]:
-    # Taps by which an output pixel j beyond the (top or left, bottom or right) edge reaches the image.
-    return slice(r + j, 2 * r + 1), slice(0, r - j + 1)
-
-
-def _facing(band: Tensor, far: int, dims: tuple[int, int]) -> Tensor:
-    # At the far edge (bottom, right) taps ascend towards the edge's outermost line, so lines descend.
-    return band.flip(dims) if far else band
-
-
+@functools.lru_cache(maxsize=64)
 def inside_counts(size: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Along one axis: which pixels a pair of taps sees, and each tap alone, in float64.
 
@@ -189,16 +177,15 @@ def patch_moments(gram: Tensor, total: Tensor, pivot: Tensor, images: int, k: in
     """
     g = gram.shape[0]
     h, w = total.shape[1:]
-    rows, one_row = inside_counts(h, k, total.device)
-    columns, one_column = inside_counts(w, k, total.device)
+    rows, columns = (inside_counts(size, k, total.device)[0].flatten(0, 1) for size in (h, w))
     # Σ_p x̃[p+t]·[p+t' inside], and the number of p with p+t and p+t' inside
-    mixed = torch.einsum("abq,cqs,xys->caxby", rows, total.double(), columns).reshape(g, -1, k * k, k * k)
-    pixels = images * torch.einsum("ap,bp,xs,ys->axby", one_row, one_row, one_column, one_column)
-    pixels = pixels.reshape(k * k, k * k)
+    mixed = (rows @ total.double() @ columns.mT).view(g, -1, k, k, k, k)  # c, t_r, t'_r, t_c, t'_c
+    mixed = mixed.transpose(3, 4).reshape(g, -1, k * k, k * k)
+    pixels = images * pixel_counts(h, w, k, total.device)
     level = pivot.double().view(g, -1)
     # G − G̃ is a matrix and its transpose: x̃ with the constant, and half of the constant with itself.
     half = mixed + 0.5 * pixels * level[:, :, None, None]
-    cross = torch.einsum("gctu,gd->gtcud", half, level).reshape(gram.shape)
+    cross = (half.movedim(2, 1).unsqueeze(-1) * level[:, None, None, None]).reshape(gram.shape)
     gram += cross
     gram += cross.mT
     centre = k * k // 2  # by the centre tap every output pixel sees a pixel inside
@@ -206,11 +193,17 @@ def patch_moments(gram: Tensor, total: Tensor, pivot: Tensor, images: int, k: in
     return PatchMoments(sums.flatten(1), gram, images * h * w)
 
 
+@functools.lru_cache(maxsize=64)
+def pixel_counts(height: int, width: int, k: int, device: torch.device) -> Tensor:
+    """How many output pixels of an image see a pixel inside by both of a pair of taps: k²×k² float64."""
+    rows, columns = (single @ single.mT for _, single in (inside_counts(s, k, device) for s in (height, width)))
+    return torch.kron(rows, columns)
+
+
 def patch_gradient_sums(total: Tensor, k: int) -> Tensor:
     """Σ_p g[p]·[p+t inside] for each tap, from Σ_n g[n] (K×H×W): K×k² float64. The centre tap's is Σ_p g[p]."""
-    rows = inside_counts(total.shape[1], k, total.device)[1]
-    columns = inside_counts(total.shape[2], k, total.device)[1]
-    return torch.einsum("ap,kps,xs->kax", rows, total.double(), columns).flatten(1)
+    rows, columns = (inside_counts(size, k, total.device)[1] for size in total.shape[1:])
+    return (rows @ total.double() @ columns.mT).flatten(1)
 
 
 def constant_image(
@@ -227,12 +220,16 @@ def constant_image(
     """
     k = kernels.shape[-1]
     near = 2 * (k // 2)  # further than this from the borders, all pixels are alike
-    index = []
-    for size in (height, width):
-        q = torch.arange(size, device=kernels.device)
-        index.append(torch.where(q < size - near, q.clamp_max(near), q - max(size - (2 * near + 1), 0)))
+    rows, columns = (_representatives(size, near, kernels.device) for size in (height, width))
     small = (min(height, 2 * near + 1), min(width, 2 * near + 1))
     x = pivot.to(kernels.dtype)[:, None, None].expand(-1, *small)
     y = levels - curvature * F.conv2d(x, kernels, None, 1, k // 2, 1, groups)
     out = F.conv_transpose2d(y, kernels, None, 1, k // 2, 0, groups)
-    return out[:, index[0][:, None], index[1]]
+    return out[:, rows[:, None], columns]
+
+
+@functools.lru_cache(maxsize=64)
+def _representatives(size: int, near: int, device: torch.device) -> Tensor:
+    # For every pixel of an axis, the one in a small image that is as far from the borders, as far as that matters.
+    q = torch.arange(size, device=device)
+    return torch.where(q < size - near, q.clamp_max(near), q - max(size - (2 * near + 1), 0))
