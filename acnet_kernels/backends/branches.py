@@ -82,7 +82,6 @@ class _Plan(NamedTuple):
 
     places: tuple[Placement, ...]
     stride: Pair
-    dilation: Pair
     groups: int
     eps: tuple[float, ...]
     affine: int  # how many γ there are: one a branch, or none
@@ -94,7 +93,7 @@ class _Plan(NamedTuple):
         x = x.to(self.conv_dtype)
         ys: list[Tensor] = []
         for place, weight in zip(self.places, weights, strict=True):
-            args = (None, self.stride, place.padding, self.dilation, self.groups)
+            args = (None, self.stride, place.padding, place.dilation, self.groups)
             y = F.conv2d(place.apply(x), weight.to(self.conv_dtype), *args)
             ys.append(bn_sum.like(y, ys[0] if ys else y))
         return ys
@@ -192,7 +191,7 @@ def _convolution_gradients(
             None,
             plan.stride,
             place.padding,
-            plan.dilation,
+            place.dilation,
             False,
             (0, 0),
             plan.groups,
@@ -238,7 +237,6 @@ def forward(x: Tensor, step: Step) -> Tensor:
     plan = _Plan(
         tuple(geometry.placement(name) for name in branches),
         geometry.stride,
-        geometry.dilation,
         geometry.groups,
         tuple(norm.eps for norm in norms),
         len(gammas),
