@@ -213,7 +213,7 @@ def pivot_of(x: Tensor) -> Tensor:
 
 
 def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMoments:
-    """S and G of x's zero-padded k×k patches."""
+    """S and G − SSᵀ/M of x's zero-padded k×k patches."""
     n, width = x.shape[0], x.shape[3]
     half, total = autocorrelation(x, pivot, k - 1, k - 1, groups)
     plane = algebra.mirrored(half, 2 * k - 1)
@@ -234,23 +234,27 @@ def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMo
 def statistics(
     moments: algebra.PatchMoments, branches: list[_Branch], reduce: Reduce | None = None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(mean B×K, biased variance B×K, W̃G of each branch on its own taps), in float64.
+    """(mean B×K, biased variance B×K, W̃(G − SSᵀ/M) of each branch on its own taps), in float64.
 
     Args:
         reduce: adds up, over all processes, the vector of one pixel count and each branch's Σy and Σy².
     """
-    products, sums = [], []
+    products, firsts, seconds = [], [], []
+    pixels = max(moments.pixels, 1)
     for branch in branches:
         gram = branch.pick(branch.pick(moments.gram, 1), 2)
         product = branch.weight @ gram
         first = branch.weight @ branch.pick(moments.sums, 1).unsqueeze(2)
-        sums += [first.flatten(), (product * branch.weight).sum(2).flatten()]
+        firsts.append(first.flatten())
+        seconds.append((product * branch.weight).sum(2).flatten())
         products.append(product)
-    vector = torch.cat([sums[0].new_full((1,), moments.pixels), *sums])
+    mean, variance = torch.stack(firsts) / pixels, torch.stack(seconds) / pixels
     if reduce is not None:
-        vector = reduce(vector)
-    mean, square = (vector[1:] / vector[0].clamp_min(1)).view(len(branches), 2, -1).transpose(0, 1).contiguous()
-    return mean, (square - mean * mean).clamp_min(0), products
+        sums = torch.stack([mean, variance + mean * mean]) * moments.pixels
+        vector = reduce(torch.cat([sums.new_full((1,), moments.pixels), sums.flatten()]))
+        mean, square = (vector[1:] / vector[0].clamp_min(1)).view_as(sums)
+        variance = square - mean * mean
+    return mean, variance.clamp_min(0), products
 
 
 def gradient_means(
@@ -287,10 +291,7 @@ def _step(
         mean, variance, products = statistics(moments, branches)
         rstd = (variance + variance.new_tensor(eps)[:, None]).rsqrt()
         scale = gamma.double() * rstd
-        centred = []
-        for i, (branch, product) in enumerate(zip(branches, products, strict=True)):
-            at = mean[i].view(groups, -1, 1) * branch.pick(moments.sums, 1).unsqueeze(1)
-            centred.append(branch.to_weight(product - at))
+        centred = [branch.to_weight(product) for branch, product in zip(branches, products, strict=True)]
         fused = _fuse(branches, scale, kernel)
         dtype = compute_dtype(x)
         # The mean of what the rounded weights give, not of what the exact ones would: it cancels exactly.
