@@ -46,11 +46,14 @@ class Placement:
         edges: (left, right, top, bottom) in F.pad's order, applied to the input before the convolution;
             positive entries pad in the block's padding mode, negative ones crop.
         padding: the symmetric (rows, columns) padding left to the convolution itself.
+        dilation: the convolution's; 1 along an axis of one tap, where it means nothing. Given one there, oneDNN's
+            half-precision convolution crashes when all its output columns lie in the padding (torch 2.14, CPU).
     """
 
     kernel: Pair
     edges: tuple[int, int, int, int]
     padding: Pair
+    dilation: Pair
 
     def apply(self, x: Tensor, padding_mode: PaddingMode = "zeros") -> Tensor:
         """The branch's view of x (N×C×H×W): padded where an edge is positive, cropped (no copy) elsewhere."""
@@ -155,18 +158,19 @@ class Geometry:
     def placement(self, branch: str) -> Placement:
         """Where a branch ('square', 'hor' or 'ver') sits."""
         k, (p_rows, p_columns) = self.kernel, self.padding
+        d_rows, d_columns = self.dilation if k > 1 else (1, 1)
         if branch == "square":
-            return Placement((k, k), (0, 0, 0, 0), self.padding)
+            return Placement((k, k), (0, 0, 0, 0), self.padding, (d_rows, d_columns))
         if branch == "hor":
             before, after = self._offsets(0)
             if before == after >= 0:
-                return Placement((1, k), (0, 0, 0, 0), (before, p_columns))
-            return Placement((1, k), (0, 0, before, after), (0, p_columns))
+                return Placement((1, k), (0, 0, 0, 0), (before, p_columns), (1, d_columns))
+            return Placement((1, k), (0, 0, before, after), (0, p_columns), (1, d_columns))
         if branch == "ver":
             before, after = self._offsets(1)
             if before == after >= 0:
-                return Placement((k, 1), (0, 0, 0, 0), (p_rows, before))
-            return Placement((k, 1), (before, after, 0, 0), (p_rows, 0))
+                return Placement((k, 1), (0, 0, 0, 0), (p_rows, before), (d_rows, 1))
+            return Placement((k, 1), (before, after, 0, 0), (p_rows, 0), (d_rows, 1))
         raise ValueError(f"branch must be one of {BRANCHES}, got {branch!r}")
 
     def _offsets(self, axis: int) -> Pair:

@@ -173,12 +173,13 @@ Tensor make_tensor(const Tensor& like, std::vector<int64_t> sizes, const std::ve
   return t;
 }
 
-// An uninitialised map in y's shape and layout.
-Tensor empty_map(const Tensor& y, ScalarType dtype, bool channels_last) {
+// An uninitialised map in y's shape and layout; not a view of one, or autograd would forbid changing it in place.
+Tensor empty_map(const Tensor& y, ScalarType dtype) {
   if (dtype == y.scalar_type()) return torch::stable::empty_like(y);
-  const int64_t n = y.size(0), k = y.size(1), h = y.size(2), w = y.size(3);
-  if (!channels_last) return torch::stable::new_empty(y, {n, k, h, w}, dtype);
-  return torch::stable::transpose(torch::stable::transpose(torch::stable::new_empty(y, {n, h, w, k}, dtype), 2, 3), 1, 2);
+  using torch::headeronly::MemoryFormat;
+  const std::vector<int64_t> sizes = {y.size(0), y.size(1), y.size(2), y.size(3)};
+  return torch::stable::empty(sizes, dtype, std::nullopt, std::nullopt, std::nullopt,
+                              y.is_contiguous() ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
@@ -193,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors b
     using E = decltype(element);
     using A = decltype(accumulator);
     const Passes<A>& pass = passes<E, decltype(outer), A>();
-    Tensor out = empty_map(ys[0], dtype.value_or(type), plan.channels_last);
+    Tensor out = empty_map(ys[0], dtype.value_or(type));
     const std::vector<const void*> y = pointers(ys);
     const int64_t channels = plan.channels, per_slab = plan.branches * channels;
     std::vector<A> slab_mean(plan.slabs * per_slab), slab_m2(plan.slabs * per_slab);

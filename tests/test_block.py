@@ -498,6 +498,23 @@ def test_small_padding(k, p):
     assert rel(b(x), want) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("kernel", "columns"), [(1, 1), (3, 3)])
+def test_dilated_columns_of_padding_alone_do_not_crash(kernel, columns, dtype):
+    """nn.Conv2d does, where its kernel has one column: ver's, here, and all of a 1×1 block's (torch 2.14)."""
+    options = {"stride": (1, 2), "padding": (1, columns), "dilation": (1, 2)}
+    x = torch.randn(2, 4, 7, 1).to(dtype).to(memory_format=torch.channels_last)
+    for backend in planner.CHOICES:
+        b = block(kernel=kernel, backend=backend, **options).to(dtype)
+        for training in (True, False):
+            grad = torch.randn_like(b.train(training)(x))
+            eager = oracle.run(b, x, grad, lambda m, t: m._forward_modules(t))
+            true = oracle.truth(b, x, grad)
+            oracle.assert_as_good_as(oracle.run(b, x, grad), eager, true)
+        b.switch_to_deploy()
+        oracle.assert_as_good_as({"out": b(x)}, {"out": eager["out"]}, {"out": true["out"]})
+
+
 def test_evaluate_train_evaluate_sees_new_weights():
     b = block(padding=1)
     x = torch.randn(2, 4, 8, 8)

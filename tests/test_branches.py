@@ -56,6 +56,17 @@ def test_small_images(shape):
     check(block(4, 5, 3, padding=1), torch.randn(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_may_be_changed_in_place(dtype):
+    b = block(4, 4, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 6, 5).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        want = torch.relu(b(x))
+        got = torch.relu_(b(x))  # as nn.ReLU(inplace=True) does in most networks
+    assert torch.equal(got, want)
+    got.sum().backward()
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_ambiguous_layouts_follow_conv2d(channels_last):
     for shape, weights_too in itertools.product([(3, 1, 6, 6), (5, 4, 1, 1)], (False, True)):

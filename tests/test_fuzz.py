@@ -4,6 +4,7 @@
 """
 
 import copy
+import math
 import os
 import warnings
 
@@ -17,6 +18,7 @@ from acnet_kernels import ACBlock
 from acnet_kernels.backends import planner
 
 CASES = int(os.environ.get("HYPOTHESIS_CASES", 2000))
+NEIGHBOURS = 16
 MODES = ("train", "eval", "frozen norms", "one frozen norm", "momentum=None")
 
 pair_or_int = st.one_of(st.integers(1, 3), st.tuples(st.integers(1, 3), st.integers(1, 3)))
@@ -29,17 +31,25 @@ def options(draw):
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     k = draw(st.sampled_from([1, 3, 3, 3, 5, 7]))
     padding = st.one_of(st.integers(0, 4), st.tuples(st.integers(0, 3), st.integers(0, 3)), st.just("same"))
-    if k == 1:  # nn.Conv2d itself crashes now and then on a padded 1×1 kernel (torch 2.14.1, CPU, channels_last)
-        padding = st.just(0)
+    geometry = {  # what every backend can compute, half of the time
+        "stride": draw(st.one_of(st.just(1), pair_or_int)),
+        "padding": k // 2,
+        "dilation": 1,
+        "padding_mode": "zeros",
+    }
+    if draw(st.booleans()):
+        geometry |= {
+            "stride": draw(pair_or_int),
+            "padding": draw(padding),
+            "dilation": draw(st.sampled_from([1, 1, 2, (1, 2)])),
+            "padding_mode": draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"])),
+        }
     return {
+        **geometry,
         "in_channels": groups * draw(st.integers(1, 3)),
         "out_channels": groups * draw(st.integers(1, 3)),
         "kernel_size": k,
-        "stride": draw(pair_or_int),
-        "padding": draw(padding),
-        "dilation": draw(st.sampled_from([1, 1, 2, (1, 2)])),
         "groups": groups,
-        "padding_mode": draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"])),
         "use_affine": draw(st.sampled_from([True, True, False])),
         "branches": ("square", *draw(sides)),
         "norm": draw(st.sampled_from(["branch", "branch", "sum"])),
@@ -56,7 +66,7 @@ def inputs(draw, channels):
     dtype = draw(st.sampled_from([torch.float32] * 4 + [torch.float64, torch.bfloat16, torch.float16]))
     layout = draw(st.sampled_from(["contiguous", "channels_last", "strided", "expanded"]))
     x = torch.randn(n, channels, h, 2 * w)
-    x = x * draw(st.sampled_from([1.0, 1e-3, 10.0])) + draw(st.sampled_from([0.0, 0.0, 3.0]))
+    x = x * draw(st.sampled_from([1.0, 1e-3, 10.0])) + draw(st.sampled_from([0.0, 0.0, 3.0, -100.0]))
     x = x.to(dtype)
     if layout == "strided":
         return x[..., ::2]
@@ -114,10 +124,15 @@ def check(data):
         return
     mode = data.draw(st.sampled_from(MODES))
     x = data.draw(inputs(arguments["in_channels"]))
+    if x.dtype == torch.bfloat16 and b.stride[1] > 1 and x.shape[3] < b.kernel_size[1]:
+        # oneDNN's strided bfloat16 convolutions of images narrower than the kernel read memory they never wrote:
+        # nn.Conv2d's outputs and weight gradients are garbage, now and then (torch 2.14.1, CPU, channels_last).
+        event("bfloat16 that nn.Conv2d gets wrong")
+        return
     b = prepare(b, mode, x.dtype)
     before = {name: t.clone() for name, t in b.state_dict().items()}
-    want, its_error = attempt(lambda: oracle.run(b, x, gradient(b, x), lambda m, t: m._forward_modules(t)))
-    got, error = attempt(lambda: oracle.run(b, x, gradient(b, x)))
+    want, its_error = attempt(lambda: run(b, x, through_modules))
+    got, error = attempt(lambda: run(b, x))
     if its_error is not None or error is not None:
         assert error is not None, f"only the submodules refuse this: {its_error}"
         assert its_error is not None, f"the submodules take this: {error}"
@@ -128,7 +143,6 @@ def check(data):
         return
     event(f"compared: {mode}, {b.plan(x)[1].backend.NAME}")
     check_outputs(b, x, got, want)
-    check_statistics(b, x)
     check_folding(b, x)
 
 
@@ -145,73 +159,97 @@ def check_outputs(b, x, got, want):
     for name, t in want.items():
         if t.isfinite().all():
             assert got[name].isfinite().all(), f"{name} is not finite, the submodules' is"
-    live = any(norm.batch_stats for norm in b.step().norms)
-    values = want["out"].numel() // b.out_channels
-    # The variance of a handful of half-precision values can be all rounding error, eager's as well as ours.
-    meaningful = x.numel() and not (live and x.dtype.itemsize == 2 and values < 16)
-    if meaningful and all(t.isfinite().all() for t in want.values()):
-        close(got, want, oracle.truth(b, x, gradient(b, x)), live_terms_of(b, x) if live else terms_of(b, x))
+    if all(t.isfinite().all() for t in want.values()):
+        true = oracle.truth(b, x, gradient(b, x))
+        true |= buffers_after(copy.deepcopy(b).double(), x.double(), through_modules)
+        judge(b, x, got, want, true, fixed_gradients(b, x))
 
 
-def close(got, eager, true, terms=0.0):
-    """The suite's tolerance rule, with the norm of the terms that cancel in out as its least scale."""
-    # Among thousands of half-precision cases eager is sometimes lucky: four times the floor there.
-    dtype = got["out"].dtype
-    floor = oracle.FLOORS[dtype] * (4 if dtype.itemsize == 2 else 1)
-    largest = max(t.double().norm() for t in true.values())
-    for name, t in true.items():
-        t, off = t.double(), eager[name].double() - t.double()
-        scale = max(t.norm(), terms) if name == "out" else largest
-        allowed = max(2 * off.norm(), floor * scale)
-        error = (got[name].double() - t).norm()
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, norm {t.norm():.2e}"
+def fixed_gradients(b, x):
+    """Every gradient at the batch's statistics held fixed, in float64.
+
+    A batch norm's gradient is this one less its projections on 1 and ŷ, terms of its size: of a batch of two values
+    next to nothing is left. So its norm is the scale of rounding in the gradients of x and the kernels.
+    """
+    b = copy.deepcopy(b).double()
+    for norm in b.norms().values():
+        if norm.training:
+            norm.momentum = 1.0
+    b._forward_modules(x.double())
+    values = x.shape[0] * math.prod(b.geometry.output_size(*x.shape[2:]))
+    for norm in b.norms().values():
+        if norm.training:
+            norm.running_var.mul_((values - 1) / max(values, 1))  # the biased one normalises
+    found = oracle.truth(b.eval(), x, gradient(b, x))
+    return {name: t for name, t in found.items() if name == "x" or name.endswith("conv.weight")}
 
 
-def terms_of(b, x):
-    """‖conv(|x|, |W|) + |bias|‖ of the folded block: what its output is the rounded sum of."""
-    b = copy.deepcopy(b).double().eval()
-    b.switch_to_deploy()
-    with torch.no_grad():
-        for p in b.fused_conv.parameters():
-            p.abs_()
-        return b(x.double().abs()).norm()
+def judge(b, x, got, eager, true, terms):
+    """Every tensor of got is within max(2 × eager's error, the floor) of true.
+
+    Eager's error on one input may be lucky, and where terms cancel it has no size of its own: 0, say, for a tensor
+    that is mathematically 0. So where got misses the bound, eager's error is the largest on that input's
+    neighbours too, which rounding could have made of it. That is the problem's conditioning, by eager's arithmetic.
+    """
+    floor = oracle.FLOORS[got["out"].dtype]
+    error, its = ({name: distance(found[name], t) for name, t in true.items()} for found in (got, eager))
+    scale = {name: max(t.double().norm() for t in (true[name], terms.get(name, true[name]))) for name in true}
+    missed = [name for name in true if error[name] > max(2 * its[name], floor * scale[name])]
+    for near, moved_x in neighbours(b, x) if missed else ():
+        found = run(near, moved_x, through_modules)
+        for name in missed:
+            its[name] = max(its[name], distance(found[name], true[name]))
+    for name in missed:
+        assert error[name] <= 2 * its[name], (
+            f"{name}: error {error[name]:.2e}, eager's {its[name]:.2e}, norm {true[name].norm():.2e}"
+        )
 
 
-def live_terms_of(b, x):
-    """The same by batch statistics: conv(|x|, |W|), scaled as its batch norm scales what is left of it."""
-    b, x = copy.deepcopy(b).double(), x.double()
-    norms, maps, terms = b.norms(), {}, {}
-    with torch.no_grad():
-        for name, conv in b.convs().items():
-            place, key = b.geometry.placement(name), name if name in norms else "sum"
-            maps[key] = maps.get(key, 0) + conv(place.apply(x, b.padding_mode))
-            conv.weight.abs_()
-            terms[key] = terms.get(key, 0) + conv(place.apply(x.abs(), b.padding_mode)).abs()
-        total = torch.zeros((), dtype=torch.float64)
-        for name, bn in norms.items():
-            scale = (maps[name].var((0, 2, 3), unbiased=False) + bn.eps).rsqrt()
-            scale = scale if bn.weight is None else scale * bn.weight.abs()
-            total += (terms[name] * scale[:, None, None]).norm()
-    return total
+def distance(a, b):
+    return (a.double() - b.double()).norm()
 
 
-def check_statistics(b, x):
-    got, want = copy.deepcopy(b), copy.deepcopy(b)
-    got(x), want._forward_modules(x)
-    tolerance = oracle.FLOORS[x.dtype]
-    for (name, t), its in zip(got.named_buffers(), want.buffers(), strict=True):
-        if its.isfinite().all():
-            torch.testing.assert_close(t, its, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+def neighbours(b, x):
+    """The block and its input with every number moved up or down by its last place, in both layouts."""
+    for i in range(NEIGHBOURS):
+        near = copy.deepcopy(b)
+        with torch.no_grad():
+            for t in (*near.parameters(), *near.buffers()):
+                t.copy_(moved(t))
+        yield near, moved(x).contiguous(memory_format=(torch.contiguous_format, torch.channels_last)[i % 2])
+
+
+def moved(t):
+    if not t.is_floating_point():
+        return t
+    return t + t * torch.finfo(t.dtype).eps * (2 * torch.randint_like(t, 2) - 1)
+
+
+def through_modules(b, x):
+    return b._forward_modules(x)
+
+
+def run(b, x, forward=ACBlock.__call__):
+    """Output, gradients, and the buffers that are left."""
+    return oracle.run(b, x, gradient(b, x), forward) | buffers_after(b, x, forward)
+
+
+def buffers_after(b, x, forward):
+    b = copy.deepcopy(b)
+    forward(b, x)
+    return dict(b.named_buffers())
 
 
 def check_folding(b, x):
-    undeployed = b
     b = copy.deepcopy(b).eval()
-    want = copy.deepcopy(b).double()._forward_modules(x.double())
-    eager = b._forward_modules(x)
-    b.switch_to_deploy()
-    if x.numel() and want.isfinite().all() and eager.isfinite().all():
-        close({"out": b(x)}, {"out": eager}, {"out": want}, terms_of(undeployed, x))
+    with torch.no_grad():
+        eager, true = b._forward_modules(x), oracle.reference_block(copy.deepcopy(b).double(), x.double())
+        folded = copy.deepcopy(b)
+        folded.switch_to_deploy()
+        got = folded(x)
+    if eager.isfinite().all():
+        assert got.isfinite().all()
+        judge(b, x, {"out": got}, {"out": eager}, {"out": true}, {})
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ def branch_by_placement(g: Geometry, name: str, x: torch.Tensor, w: torch.Tensor
         x = F.pad(x, (columns, columns, rows, rows), g.padding_mode)
     else:
         padding = place.padding
-    return F.conv2d(x, w, None, g.stride, padding, g.dilation, g.groups)
+    return F.conv2d(x, w, None, g.stride, padding, place.dilation, g.groups)
 
 
 def branch_by_embedding(g: Geometry, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

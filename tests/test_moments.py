@@ -97,6 +97,25 @@ def test_a_mean_far_above_the_spread_does_not_cancel(dtype, mean, std, pointwise
     check(block.to(dtype), (torch.randn(8, 8, 9, 7) * std + mean).to(dtype))
 
 
+def test_the_mean_cancels_exactly_where_nothing_is_padded():
+    x = torch.randn(2, 3, 9, 5, dtype=torch.float64) * 1e-3 - 100  # squares lose 10 of 16 digits to the mean's
+    weight = torch.randn(6, 3, 1, 1, dtype=torch.float64)
+    branches = moments._branches([weight], [0, 0], 1, 1)
+    _, variance, _ = moments.statistics(moments.moments_of(x, moments.pivot_of(x), 1, 1), branches)
+    true = nn.functional.conv2d(x - x.mean((0, 2, 3), keepdim=True), weight).var((0, 2, 3), correction=0)
+    assert rel(variance[0], true) < 1e-9
+
+
+def test_a_branch_that_sees_padding_alone_has_no_variance_and_no_gradient():
+    block = block_of(2, 2, 7, groups=2, shift=(3, 3))  # ver's column lies beyond images of one column
+    x = torch.randn(3, 2, 11, 1) * 10
+    found = run(block, x, torch.randn(3, 2, 11, 1))
+    assert found["ver_conv.weight"].count_nonzero() == 0
+    before = block.ver_bn.running_var.clone()
+    block(x)
+    assert torch.equal(block.ver_bn.running_var, before.lerp(torch.zeros(2), 0.1))
+
+
 def test_without_the_pivot_the_mean_cancels(monkeypatch):
     monkeypatch.setattr(moments, "pivot_of", lambda x: x.new_zeros(x.shape[1]))
     with pytest.raises(AssertionError, match=r"error .* allowed"):

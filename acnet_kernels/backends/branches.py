@@ -1,10 +1,11 @@
 """Three vendor convolutions, with all their batch norms and additions done by two operators (ops/bn_sum.py).
 
 Forward: y_b = W_b * x, then out = Σ_b BN_b(y_b) in two passes over the maps. Backward: two passes write every dy_b,
-over y_b's memory where nothing else can hold it, then come the vendor's convolution gradients, dx summed within the
-convolutions where the vendor can (backends/dgrad.py), in place otherwise. Saved: x as it came, y_b, and two numbers a channel and branch.
+over y_b's memory where nothing else can hold it, then come the vendor's convolution gradients, dx summed within
+them where the vendor can (backends/convolution.py), in place otherwise. Saved: x as it came, y_b, and two numbers a
+channel and branch.
 
-A convolution's bias cancels against the batch mean: it moves the running mean alone, and it gets no gradient
+A convolution's bias cancels against the batch mean: it moves the running mean alone, and its gradient is zero
 (eager's is rounding noise around zero). The step is differentiable twice: a backward with create_graph=True
 recomputes it by eager formulas.
 """
@@ -25,7 +26,7 @@ from ..geometry import BRANCHES, Geometry, Pair, Placement
 from ..ops import bn_sum
 from ..spec import Branch, Norm, Problem, Step
 from .batchnorm import update_running
-from .dgrad import add_input_gradient
+from .convolution import add_input_gradient
 
 NAME = "branches"
 
@@ -84,7 +85,6 @@ class Plan(NamedTuple):
 
     places: tuple[Placement, ...]
     stride: Pair
-    dilation: Pair
     groups: int
     eps: tuple[float, ...]
     affine: int  # how many γ there are: one a branch, or none
@@ -96,7 +96,7 @@ class Plan(NamedTuple):
         x = x.to(self.conv_dtype)
         ys: list[Tensor] = []
         for place, weight in zip(self.places, weights, strict=True):
-            args = (None, self.stride, place.padding, self.dilation, self.groups)
+            args = (None, self.stride, place.padding, place.dilation, self.groups)
             y = F.conv2d(place.apply(x), weight.to(self.conv_dtype), *args)
             ys.append(bn_sum.like(y, ys[0] if ys else y))
         return ys
@@ -190,7 +190,7 @@ def convolution_gradients(
             continue
         dy, weight = next(remaining), weight.to(plan.conv_dtype)
         needs_dx = needs_x and not (
-            dx is not None and add_input_gradient(dx, dy, weight, place, plan.stride, plan.dilation, plan.groups)
+            dx is not None and add_input_gradient(dx, dy, weight, place, plan.stride, plan.groups)
         )
         if not (needs_dx or need):
             dws.append(None)
@@ -202,7 +202,7 @@ def convolution_gradients(
             None,
             plan.stride,
             place.padding,
-            plan.dilation,
+            place.dilation,
             False,
             (0, 0),
             plan.groups,
@@ -250,14 +250,20 @@ def inputs_of(x: Tensor, step: Step) -> Inputs:
     if step.norm is not None:
         branches = {"square": summed(branches, step)}
     norms = [branch.norm for branch in branches.values() if branch.norm is not None]
+    weights = [branch.weight for branch in branches.values()]
     gammas = _all_or_none([norm.gamma for norm in norms], 1.0)
     betas = _all_or_none([norm.beta for norm in norms], 0.0)
+    biases = [branch.bias for branch in branches.values()]
+    if any(bias is not None and bias.requires_grad for bias in biases):
+        # The bias shifts a mean that is subtracted again: its gradient is zero, but it has one.
+        betas = betas or [torch.zeros_like(weight[:, 0, 0, 0]) for weight in weights]
+        betas = [beta if bias is None else beta + 0 * bias for beta, bias in zip(betas, biases, strict=True)]
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return Inputs(
         list(branches),
-        [branch.weight for branch in branches.values()],
-        [branch.bias for branch in branches.values()],
+        weights,
+        biases,
         norms,
         gammas,
         betas,
@@ -273,7 +279,6 @@ def plan_of(
     return Plan(
         tuple(geometry.placement(name) for name in names),
         geometry.stride,
-        geometry.dilation,
         geometry.groups,
         tuple(eps),
         affine,
@@ -305,7 +310,7 @@ def summed(branches: dict[str, Branch], step: Step) -> Branch:
     if "ver" in branches:
         weight[:, :, :, geometry.ver_column : geometry.ver_column + 1] += branches["ver"].weight
     biases = [branch.bias for branch in branches.values() if branch.bias is not None]
-    return Branch(weight, torch.stack(biases).sum(0) if biases else None, step.norm)
+    return Branch(weight, functools.reduce(torch.add, biases) if biases else None, step.norm)
 
 
 def _all_or_none(tensors: list[Tensor | None], missing: float) -> list[Tensor]:

@@ -32,7 +32,7 @@ def saved_bytes(problem: Problem) -> int:
 def convolve(x: Tensor, branch: Branch, geometry: Geometry, name: str) -> Tensor:
     """The branch's convolution of x, before its batch norm."""
     place = geometry.placement(name)
-    args = (geometry.stride, place.padding, geometry.dilation, geometry.groups)
+    args = (geometry.stride, place.padding, place.dilation, geometry.groups)
     return F.conv2d(place.apply(x), branch.weight, branch.bias, *args)
 
 

@@ -30,5 +30,5 @@ def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros); differentiable."""
     geometry = step.geometry
     weight, bias = fold(step)
-    args = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-    return F.conv2d(x, weight, bias, *args)
+    place = geometry.placement("square")
+    return F.conv2d(x, weight, bias, geometry.stride, place.padding, place.dilation, geometry.groups)

@@ -26,6 +26,7 @@ from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
 from ..spec import Norm, Problem, Step, prefers_channels_last
 from . import moments_algebra as algebra
+from .convolution import add_convolution
 
 NAME = "moments"
 
@@ -213,7 +214,7 @@ def pivot_of(x: Tensor) -> Tensor:
 
 
 def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMoments:
-    """S and G of x's zero-padded k×k patches."""
+    """S and G − SSᵀ/M of x's zero-padded k×k patches."""
     n, width = x.shape[0], x.shape[3]
     half, total = autocorrelation(x, pivot, k - 1, k - 1, groups)
     plane = algebra.mirrored(half, 2 * k - 1)
@@ -232,17 +233,17 @@ def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMo
 
 
 def statistics(moments: algebra.PatchMoments, branches: list[_Branch]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(mean B×K, biased variance B×K, W̃G of each branch on its own taps), in float64."""
-    products, sums = [], []
+    """(mean B×K, biased variance B×K, W̃(G − SSᵀ/M) of each branch on its own taps), in float64."""
+    products, firsts, seconds = [], [], []
+    pixels = max(moments.pixels, 1)
     for branch in branches:
         gram = branch.pick(branch.pick(moments.gram, 1), 2)
         product = branch.weight @ gram
         first = branch.weight @ branch.pick(moments.sums, 1).unsqueeze(2)
-        sums += [first.flatten(), (product * branch.weight).sum(2).flatten()]
+        firsts.append(first.flatten())
+        seconds.append((product * branch.weight).sum(2).flatten())
         products.append(product)
-    means = torch.cat(sums) / max(moments.pixels, 1)
-    mean, square = means.view(len(branches), 2, -1).transpose(0, 1).contiguous()
-    return mean, (square - mean * mean).clamp_min(0), products
+    return torch.stack(firsts) / pixels, (torch.stack(seconds) / pixels).clamp_min(0), products
 
 
 @torch.library.impl("acnet_kernels::moments_step", ("CPU", "CUDA"))
@@ -264,10 +265,7 @@ def _step(
         mean, variance, products = statistics(moments, branches)
         rstd = (variance + variance.new_tensor(eps)[:, None]).rsqrt()
         scale = gamma.double() * rstd
-        centred = []
-        for i, (branch, product) in enumerate(zip(branches, products, strict=True)):
-            at = mean[i].view(groups, -1, 1) * branch.pick(moments.sums, 1).unsqueeze(1)
-            centred.append(branch.to_weight(product - at))
+        centred = [branch.to_weight(product) for branch, product in zip(branches, products, strict=True)]
         fused = _fuse(branches, scale, kernel)
         dtype = compute_dtype(x)
         # The mean of what the rounded weights give, not of what the exact ones would: it cancels exactly.
@@ -386,28 +384,13 @@ def _input_gradient(
     for part, slope, target, edge in _chunks(*maps):
         value = target if dx.dtype == dtype else wide_dx[: len(target)]
         value.copy_(constant.expand_as(value))
-        _add_convolution(value, _converted(slope, wide_grad), weight, r, groups)
+        add_convolution(value, _converted(slope, wide_grad), weight, (r, r), (1, 1), groups)
         part = _converted(part, wide_x) if level is None else torch.sub(part, level, out=wide_x[: len(part)])
-        _add_convolution(value, part, plane, k - 1, groups)
+        add_convolution(value, part, plane, (k - 1, k - 1), (1, 1), groups)
         _add_edges(value, edge)
         if value is not target:
             target.copy_(value)
     return dx
-
-
-def _add_convolution(out: Tensor, x: Tensor, weight: Tensor, padding: int, groups: int) -> None:
-    # out += weight * x, by the vendor in one pass where it can: oneDNN's sum after a convolution.
-    one_pass = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.enabled
-    if one_pass and any(
-        x.is_contiguous(memory_format=layout) and out.is_contiguous(memory_format=layout)
-        for layout in (torch.channels_last, torch.contiguous_format)
-    ):
-        ones, pads = [1, 1], [padding, padding]
-        torch.ops.mkldnn._convolution_pointwise_.binary(
-            out, x, weight, None, pads, ones, ones, groups, "add", None, None, [], None
-        )
-    else:
-        out += F.conv2d(x, weight, None, 1, padding, 1, groups)
 
 
 def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: int, groups: int) -> Tensor:

@@ -10,7 +10,7 @@ G = PᵀP:  Σ y = W̃S and Σ y² = diag(W̃GW̃ᵀ). Neither needs patches:
   convolution of x, less one-dimensional ones of the strips, plus one matrix a corner.
 
 Inputs are centred by a pivot c per channel, x = x̃ + c inside the image, so that a mean far above the spread does
-not cancel; the constant's patch sums are counts of pixels, added back in float64 (`patch_moments`).
+not cancel; the constant's patch sums are counts of pixels, centred and added back in float64 (`patch_moments`).
 
 Shapes: g groups of C/g = Cg inputs; taps are (row, column) indices 0…k−1, r the centre; "patch order" is
 (row tap, column tap, channel). Strips come in the order top, bottom, left, right, their index 0 the outermost line.
@@ -34,7 +34,7 @@ class PatchMoments(NamedTuple):
 
     Attributes:
         sums: S, g×(k²·Cg), in patch order.
-        gram: G, g×(k²·Cg)×(k²·Cg).
+        gram: G − SSᵀ/M, of the patches about their mean, g×(k²·Cg)×(k²·Cg).
         pixels: M = N·H·W.
     """
 
@@ -167,7 +167,10 @@ def inside_counts(size: int, k: int, device: torch.device) -> tuple[Tensor, Tens
 
 
 def patch_moments(gram: Tensor, total: Tensor, pivot: Tensor, images: int, k: int) -> PatchMoments:
-    """S and G of the patches of x = x̃ + pivot, from those of x̃.
+    """S and G − SSᵀ/M of the patches of x = x̃ + pivot, from those of x̃.
+
+    The pivot's share is centred before it is added: it is exactly 0 where no patch has padding, so that a mean
+    however far above the spread costs nothing. Taps that never see the image together are exactly 0 too.
 
     Args:
         gram: G of x̃, from `assemble_gram`; overwritten.
@@ -182,14 +185,21 @@ def patch_moments(gram: Tensor, total: Tensor, pivot: Tensor, images: int, k: in
     mixed = (rows @ total.double() @ columns.mT).view(g, -1, k, k, k, k)  # c, t_r, t'_r, t_c, t'_c
     mixed = mixed.transpose(3, 4).reshape(g, -1, k * k, k * k)
     pixels = images * pixel_counts(h, w, k, total.device)
+    centre, count = k * k // 2, max(images * h * w, 1)  # by the centre tap every output pixel sees a pixel inside
+    shifted, seen = mixed[..., centre], pixels[:, centre]
+    if min(h, w) < k:
+        gram.view(g, k * k, -1, k * k, gram.shape[-1] // (k * k)).mul_((pixels > 0)[:, None, :, None])
+    flat = shifted.mT.flatten(1)
+    gram.baddbmm_(flat[:, :, None], flat[:, None], alpha=-1 / count)
+    mixed = mixed - shifted[..., None] * (seen / count)
+    pixels = pixels - seen[:, None] * (seen / count)
     level = pivot.double().view(g, -1)
     # G − G̃ is a matrix and its transpose: x̃ with the constant, and half of the constant with itself.
     half = mixed + 0.5 * pixels * level[:, :, None, None]
     cross = (half.movedim(2, 1).unsqueeze(-1) * level[:, None, None, None]).reshape(gram.shape)
     gram += cross
     gram += cross.mT
-    centre = k * k // 2  # by the centre tap every output pixel sees a pixel inside
-    sums = mixed[..., centre].mT + pixels[:, centre, None] * level[:, None]
+    sums = shifted.mT + seen[:, None] * level[:, None]
     return PatchMoments(sums.flatten(1), gram, images * h * w)
 
 

@@ -133,7 +133,8 @@ def _folded_convolution(
         for (name, weight), row in zip(kernels.items(), scale.to(wide), strict=True)
     }
     exact = branches.summed(scaled, Step(geometry, {}, None)).weight
-    args = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    place = geometry.placement("square")
+    args = (geometry.stride, place.padding, place.dilation, geometry.groups)
     if x.dtype == wide:
         return F.conv2d(x, exact, bias.to(wide), *args)
     # The bias must cancel the mean that the rounded kernel gives, or that mean times a rounding error is left.

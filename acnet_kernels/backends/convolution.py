@@ -1,0 +1,69 @@
+"""Convolutions added to a map that exists already, and input gradients so added."""
+
+from __future__ import annotations
+
+import functools
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import Pair, Placement
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Turning a kernel round costs a pass over it: not where the map is hardly larger than the kernel.
+LEAST_MAP = 4
+
+
+@functools.cache
+def _vendor_accumulates() -> bool:
+    # oneDNN's convolution with a sum, which torch.compile uses; elsewhere than on x86-64 it may be a slow loop.
+    has_operator = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
+    return has_operator and platform.machine() in ("x86_64", "AMD64")
+
+
+def _in_one_pass(out: Tensor) -> bool:
+    dense = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
+    fits = out.is_cpu and out.dtype in _DTYPES and out.numel() > 0 and dense
+    return fits and _vendor_accumulates() and torch._C._get_mkldnn_enabled()
+
+
+def add_convolution(out: Tensor, x: Tensor, weight: Tensor, padding: Pair, dilation: Pair, groups: int) -> None:
+    """out += conv2d(x, weight) at stride 1, within the vendor's convolution where it can, so without its own pass.
+
+    Args:
+        out: N×K×H'×W', dense; x: N×C×H×W; weight: K×(C/groups)×rows×columns; all of one dtype.
+    """
+    if not _in_one_pass(out):
+        out += F.conv2d(x, weight, None, 1, padding, dilation, groups)
+        return
+    torch.ops.mkldnn._convolution_pointwise_.binary(
+        out, x, weight, None, padding, (1, 1), dilation, groups, "add", 1.0, None, [], ""
+    )
+
+
+def add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor, place: Placement, stride: Pair, groups: int) -> bool:
+    """Adds the gradient of x in y = conv2d(place.apply(x), weight) to dx, in one pass.
+
+    At stride 1 that gradient is a convolution of dy with the kernel turned round, and what a placement crops is
+    padding of dy. It saves writing the gradient and the passes that would add it.
+
+    Args:
+        dx: N×C×H×W, dense; added to in place.
+        dy: N×K×H'×W' of dx's dtype; weight: K×(C/groups)×rows×columns of that dtype too.
+
+    Returns:
+        Whether it did; dx is untouched where the vendor has no such convolution for the case.
+    """
+    left, right, top, bottom = place.edges
+    pays = dx.numel() >= LEAST_MAP * weight.numel()
+    if not (stride == (1, 1) and top == bottom and left == right and pays and _in_one_pass(dx)):
+        return False
+    reach = [d * (k - 1) for k, d in zip(place.kernel, place.dilation, strict=True)]
+    padding = (reach[0] - place.padding[0] - top, reach[1] - place.padding[1] - left)
+    if min(padding) < 0:
+        return False
+    turned = weight.flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    add_convolution(dx, dy, turned, padding, place.dilation, groups)
+    return True
