@@ -81,7 +81,7 @@ def test_pivots_of_one_block_of_channels_alone(device: torch.device) -> None:
 
 
 def test_whole_statistics_of_a_block(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The moments backend's S and G, plane and edge strips by the kernels, are sums over patches."""
+    """The moments backend's S and G − SSᵀ/M, plane and edge strips by the kernels, are sums over patches."""
     monkeypatch.setattr(
         autocorrelation, "cross_correlation", lambda *args: triton_autocorrelation.cross_correlation(*_laid(args))
     )
@@ -90,6 +90,7 @@ def test_whole_statistics_of_a_block(device: torch.device, monkeypatch: pytest.M
     patches = torch.nn.functional.unfold(x.double(), 3, padding=1).unflatten(1, (2, 2, 9))  # N×g×Cg×taps×pixels
     patches = patches.permute(1, 0, 4, 3, 2).flatten(3).flatten(1, 2)
     assert rel(found.sums, patches.sum(1)) < 1e-6
+    patches -= patches.mean(1, keepdim=True)
     assert rel(found.gram, patches.mT @ patches) < 1e-6
 
 
