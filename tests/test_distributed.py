@@ -227,9 +227,10 @@ def test_without_processes_a_synced_block_runs_as_any_other():
 class Net(nn.Module):
     """Two blocks and a head, and a block that no forward uses."""
 
-    def __init__(self, spare=True):
+    def __init__(self, spare=True, backends=("auto", "auto")):
         super().__init__()
-        self.stem, self.body = ACBlock(3, 8, 3, padding=1), ACBlock(8, 8, 3, padding=1, stride=2)
+        self.stem = ACBlock(3, 8, 3, padding=1, backend=backends[0])
+        self.body = ACBlock(8, 8, 3, padding=1, stride=2, backend=backends[1])
         self.head = nn.Linear(8, 4)
         if spare:
             self.spare = ACBlock(8, 8, 3, padding=1)
@@ -306,7 +307,7 @@ def train_fsdp(rank, world, net, x, y, folder):
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
     step(first, optimizer)
 
-    fresh = sharded(Net(spare=False))
+    fresh = sharded(Net(spare=False, backends=(net.stem.backend, net.body.backend)))
     resumed = torch.optim.SGD(fresh.parameters(), 0.1, momentum=0.9)
     step(fresh, resumed)  # wrong weights and momenta, to be overwritten
     model_state, optimizer_state = get_state_dict(fresh, resumed)
@@ -321,8 +322,9 @@ def train_fsdp(rank, world, net, x, y, folder):
     return {"first": whole(first), "resumed": whole(fresh), "backends": backends}
 
 
-def test_fsdp2_trains_saves_and_resumes(tmp_path):
-    net = Net(spare=False)
+@pytest.mark.parametrize("backends", [("branches", "branches"), ("moments", "recompute")])
+def test_fsdp2_trains_saves_and_resumes(backends, tmp_path):
+    net = Net(spare=False, backends=backends)
     x, y = torch.randn(4, 3, 9, 9), torch.randint(4, (4,))
     results = distributed.run(2, train_fsdp, net, x, y, str(tmp_path))
     net = net.double()
@@ -332,6 +334,7 @@ def test_fsdp2_trains_saves_and_resumes(tmp_path):
         nn.functional.cross_entropy(net(x.double()), y).backward()
         optimizer.step()
     for r in results:
+        assert r["backends"] == list(backends)
         for name, t in net.state_dict().items():
             for run in ("first", "resumed"):
                 torch.testing.assert_close(
