@@ -182,8 +182,8 @@ Tensor empty_map(const Tensor& y, ScalarType dtype) {
                               y.is_contiguous() ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
-                                           std::optional<ScalarType> dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
+                                                   std::optional<ScalarType> dtype) {
   const Plan plan = plan_of(ys);
   const size_t branches = ys.size();
   check_affine("gammas", gammas, branches);
@@ -222,19 +222,21 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors b
     // The passes subtract the mean rounded to A; what that leaves of a mean far larger than the deviation is made up
     // for in the shift, here, and in the offset, in the gradient.
     std::vector<A> center(mean.begin(), mean.end()), scale(per_slab);
-    std::vector<double> rstd(per_slab), sum(channels);
+    std::vector<double> variance(per_slab), rstd(per_slab), sum(channels);
     for (size_t b = 0; b < branches; ++b) {
       const std::vector<A> gamma = channel_values<A>("gammas", gammas, b, channels, 1);
       const std::vector<A> beta = channel_values<A>("betas", betas, b, channels, 0);
       for (int64_t k = 0; k < channels; ++k) {
         const int64_t c = b * channels + k;
-        rstd[c] = 1 / std::sqrt(m2[c] / count + eps[b]);
+        variance[c] = m2[c] / count;
+        rstd[c] = 1 / std::sqrt(variance[c] + eps[b]);
         scale[c] = static_cast<A>(gamma[k] * rstd[c]);
         sum[k] += beta[k] - scale[c] * (mean[c] - center[c]);
       }
     }
     std::vector<A> shift(sum.begin(), sum.end());
     Tensor means = make_tensor(ys[0], {plan.branches, channels}, mean);
+    Tensor variances = make_tensor(ys[0], {plan.branches, channels}, variance);
     Tensor rstds = make_tensor(ys[0], {plan.branches, channels}, rstd);
     center = widen(plan, center);
     scale = widen(plan, scale);
@@ -242,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors b
     run(plan, [&](int64_t begin, int64_t end) {
       pass.apply(plan, y.data(), center.data(), scale.data(), shift.data(), out.mutable_data_ptr(), begin, end);
     });
-    return std::make_tuple(out, means, rstds);
+    return std::make_tuple(out, means, variances, rstds);
   });
 }
 
@@ -332,7 +334,7 @@ std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tens
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
   m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype)"
-      " -> (Tensor, Tensor, Tensor)");
+      " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "bn_sum_backward(Tensor grad, Tensor[] ys, Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy)"
       " -> (Tensor[], Tensor, Tensor)");

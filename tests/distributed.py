@@ -1,4 +1,4 @@
-"""Runs a function in several gloo processes on this machine and returns what each of them returned."""
+"""Runs a function in several processes on this machine and returns what each of them returned."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _worker(rank: int, world: int, folder: str, function: Callable[..., Any]) -> None:
+def _worker(rank: int, world: int, folder: str, function: Callable[..., Any], backend: str) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        torch.backends.cudnn.allow_tf32 = False  # the tests' bounds are float32's
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", store, timedelta(seconds=60), world, rank)
+    dist.init_process_group(backend, store, timedelta(seconds=60), world, rank)
     args = torch.load(Path(folder, "args.pt"), weights_only=False)
     try:
         torch.save(function(rank, world, *args), Path(folder, f"{rank}.pt"))
@@ -25,10 +28,15 @@ def _worker(rank: int, world: int, folder: str, function: Callable[..., Any]) ->
         dist.destroy_process_group()
 
 
-def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """[function(rank, world, *args) for each rank], each in a process of its own."""
+def device() -> torch.device:
+    """Where this process's collectives take their tensors from."""
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def run(world: int, function: Callable[..., Any], *args: Any, backend: str = "gloo") -> list[Any]:
+    """[function(rank, world, *args) for each rank], each in a process of its own: with NCCL, on its own GPU."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
         torch.save(args, Path(folder, "args.pt"))  # spawn's own arguments would be shared memory, not copies
-        mp.spawn(_worker, (world, folder, function), nprocs=world)
+        mp.spawn(_worker, (world, folder, function, backend), nprocs=world)
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]

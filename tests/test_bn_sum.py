@@ -69,7 +69,7 @@ def check(implementation, shape, dtype, layout, branches):
     forward, backward, backward_ = IMPLEMENTATIONS[implementation]
     ys, gammas, betas, eps, grad = make(shape, dtype, layout, branches)
     true_out, true_dys, true_dgammas, true_dbeta = definition(ys, gammas, betas, eps, grad)
-    out, means, rstds = forward(ys, gammas, betas, eps, None)
+    out, means, _, rstds = forward(ys, gammas, betas, eps, None)
     dys, dgammas, dbeta = backward(grad, ys, means, rstds, gammas, [True] * branches)
     of_maps, of_sums = TOLERANCES[dtype]
     for got in (out, *dys):
@@ -121,7 +121,7 @@ print("checked")
 def test_float32_maps_between_narrow_ones(implementation, layout, narrow):
     forward, backward, _ = IMPLEMENTATIONS[implementation]
     ys, gammas, betas, eps, grad = make((3, 19, 7, 5), layout=layout)
-    wide, means, rstds = forward(ys, gammas, betas, eps, None)
+    wide, means, _, rstds = forward(ys, gammas, betas, eps, None)
     out = forward(ys, gammas, betas, eps, narrow)[0]
     assert torch.equal(out, wide.to(narrow))
     assert out.stride() == ys[0].stride()
@@ -138,9 +138,9 @@ def test_same_bits_for_any_number_of_threads(layout):
     ys, gammas, betas, eps, grad = make((40, 33, 20, 20), layout=layout)
 
     def run():
-        out, means, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, eps, None)
+        out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, eps, None)
         dys, dgammas, dbeta = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, [True] * 3)
-        return [out, means, rstds, *dys, dgammas, dbeta]
+        return [out, means, variances, rstds, *dys, dgammas, dbeta]
 
     threads = torch.get_num_threads()
     try:
@@ -159,7 +159,7 @@ def test_same_bits_for_any_number_of_threads(layout):
 def test_mean_far_larger_than_the_deviation(layout):
     ys, gammas, betas, eps, grad = make((8, 6, 12, 11), layout=layout, mean=1e3, deviation=0.1)
     true_out, true_dys, true_dgammas, _ = definition(ys, gammas, betas, eps, grad)
-    out, means, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, eps, None)
+    out, means, _, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, eps, None)
     dys, dgammas, _ = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, [True] * 3)
     assert rel(out, true_out) < 1e-6
     assert rel(dgammas, true_dgammas) < 1e-5
@@ -169,12 +169,22 @@ def test_mean_far_larger_than_the_deviation(layout):
         assert dy.double().sum((0, 2, 3)).abs().max() < 1e-6 * dy.double().abs().sum((0, 2, 3)).max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_variance_far_below_eps_keeps_its_digits(implementation, dtype):
+    forward = IMPLEMENTATIONS[implementation][0]
+    y = torch.randn(3, 4, 5, 5, dtype=dtype) * 1e-6
+    variances = forward([y], [], [], [1e-3], None)[2]
+    want = y.double().var((0, 2, 3), correction=0)
+    assert rel(variances[0], want) < (1e-6 if dtype == torch.float32 else 1e-14)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_constant_maps(implementation):
     forward, backward, _ = IMPLEMENTATIONS[implementation]
     ys = [torch.full((3, 4, 5, 5), 7.3) for _ in range(2)]
     betas = [torch.randn(4) for _ in range(2)]
-    out, means, rstds = forward(ys, [torch.ones(4)] * 2, betas, [1e-5] * 2, None)
+    out, means, _, rstds = forward(ys, [torch.ones(4)] * 2, betas, [1e-5] * 2, None)
     torch.testing.assert_close(out, (betas[0] + betas[1])[:, None, None].expand_as(out), atol=1e-3, rtol=0)
     torch.testing.assert_close(rstds, torch.full_like(rstds, 1e-5).rsqrt(), rtol=1e-3, atol=0)
     dys, _, _ = backward(torch.randn_like(out), ys, means, rstds, [], [True] * 2)
@@ -185,7 +195,7 @@ def test_constant_maps(implementation):
 def test_only_the_wanted_dy(implementation):
     forward, backward, backward_ = IMPLEMENTATIONS[implementation]
     ys, gammas, betas, eps, grad = make((3, 5, 4, 6))
-    _, means, rstds = forward(ys, gammas, betas, eps, None)
+    _, means, _, rstds = forward(ys, gammas, betas, eps, None)
     every, dgammas, _ = backward(grad, ys, means, rstds, gammas, [True] * 3)
     some, dgammas_of_some, _ = backward(grad, ys, means, rstds, gammas, [False, True, False])
     assert len(some) == 1
@@ -202,7 +212,7 @@ def test_only_the_wanted_dy(implementation):
 def test_opcheck(affine, layout):
     ys, gammas, betas, eps, grad = make((3, 5, 4, 6), layout=layout)
     gammas, betas = (gammas, betas) if affine else ([], [])
-    _, means, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, eps, None)
+    _, means, _, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, eps, None)
     wants = [True, False, True]
     torch.library.opcheck(bn_sum.bn_sum_backward, (grad, ys, means, rstds, gammas, wants))
     torch.library.opcheck(bn_sum.bn_sum_backward_, (grad, ys, means, rstds, gammas, wants))
@@ -250,7 +260,7 @@ def test_wrong_layouts_are_refused():
         bn_sum.bn_sum_forward([ys[0], ys[1].to(memory_format=torch.channels_last), ys[2]], gammas, betas, eps, None)
     with pytest.raises(RuntimeError, match="all be contiguous or all channels_last"):
         bn_sum.bn_sum_forward([y[:, :, ::2] for y in ys], gammas, betas, eps, None)
-    _, means, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, eps, None)
+    _, means, _, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, eps, None)
     wrong = grad.to(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="grad must agree"):
         bn_sum.bn_sum_backward(wrong, ys, means, rstds, gammas, [True] * 3)
@@ -264,8 +274,8 @@ def test_running_statistics_are_batchnorm2d_s(momentum, dtype):
     biases = [None, torch.randn(5, dtype=dtype), None]
     for _ in range(3):
         ys = make((4, 5, 3, 3), dtype)[0]
-        _, means, rstds = bn_sum.bn_sum_forward(ys, [], [], [m.eps for m in modules], None)
-        update_running(norms, means, rstds, 36, biases)
+        _, means, variances, _ = bn_sum.bn_sum_forward(ys, [], [], [m.eps for m in modules], None)
+        update_running(norms, means, variances, 36, biases)
         for module, y, bias in zip(modules, ys, biases, strict=True):
             module(y if bias is None else y + bias[:, None, None])
     for module, norm in zip(modules, norms, strict=True):

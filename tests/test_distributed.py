@@ -1,6 +1,7 @@
 """Several processes: SyncBatchNorm in one collective each way, DDP, FSDP2, distributed checkpoints."""
 
 import copy
+import functools
 
 import distributed
 import oracle
@@ -45,32 +46,42 @@ def part(t, rank, sizes):
 
 def result(b, x, out, **more):
     return {
-        "out": out.detach(),
-        "x": x.grad,
-        "grads": {name: p.grad for name, p in b.named_parameters() if p.grad is not None},
-        "buffers": dict(b.named_buffers()),
+        "out": out.detach().cpu(),
+        "x": x.grad.cpu(),
+        "grads": {name: p.grad.cpu() for name, p in b.named_parameters() if p.grad is not None},
+        "buffers": {name: t.cpu() for name, t in b.named_buffers()},
         **more,
     }
 
 
-def check_against_whole(results, b, x, grad, autocast=None):
-    """Every process's part together against one process that has the whole batch."""
+def check_against_whole(results, b, x, grad, sizes, autocast=None, device="cpu"):
+    """Every process's part together against one process that has the whole batch.
+
+    Eager, too, convolves each part alone: a vendor rounds a large batch and a small one differently, and where the
+    mean is far above the deviation that difference is seen.
+    """
     true = oracle.truth(b, x, grad)
 
     def eager(m, t):
-        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        for conv in m.convs().values():
+            conv.forward = functools.partial(by_parts, conv.forward)
+        with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
             return m._forward_modules(t)
+
+    def by_parts(convolve, t):
+        return torch.cat([convolve(p) for p in t.split(list(sizes))])
 
     got = {key: torch.cat([r[key] for r in results]) for key in ("out", "x")}
     for name in results[0]["grads"]:  # each process holds its share
         got[name] = torch.stack([r["grads"][name] for r in results]).sum(0)
-    oracle.assert_as_good_as(got, oracle.run(b, x, grad, eager), true)
-    whole = copy.deepcopy(b)
-    eager(whole, x)
+    whole = copy.deepcopy(b).to(device)
+    its = oracle.run(whole, x.to(device), grad.to(device), eager)
+    oracle.assert_as_good_as(got, {name: t.cpu() for name, t in its.items()}, true)
+    eager(whole, x.to(device))
     slack = {"rtol": 1e-2, "atol": 1e-2} if autocast else {}
     for r in results:
         for name, buffer in whole.named_buffers():
-            torch.testing.assert_close(r["buffers"][name], buffer, msg=lambda m, n=name: f"{n}: {m}", **slack)
+            torch.testing.assert_close(r["buffers"][name], buffer.cpu(), msg=lambda m, n=name: f"{n}: {m}", **slack)
 
 
 # --- SyncBatchNorm ----------------------------------------------------------------------------------------
@@ -78,15 +89,16 @@ def check_against_whole(results, b, x, grad, autocast=None):
 
 def sync_steps(rank, world, cases):
     """One forward and backward of this process's part of every case, and the collectives that took."""
-    found = []
+    found, device = [], distributed.device()
     for b, x, grad, sizes, autocast in cases:
-        b = synced(b)
-        x = part(x, rank, sizes).detach().requires_grad_()
+        b = synced(b).to(device)
+        x = part(x, rank, sizes).detach().to(device).requires_grad_()
         plan = explain(b, x).blocks[0]
-        with Collectives() as forward, torch.autocast("cpu", autocast or torch.bfloat16, enabled=bool(autocast)):
+        cast = torch.autocast(device.type, autocast or torch.bfloat16, enabled=bool(autocast))
+        with Collectives() as forward, cast:
             out = b(x)
         with Collectives() as backward:
-            out.backward(part(grad, rank, sizes).to(out.dtype))
+            out.backward(part(grad, rank, sizes).to(out))
         counts = len(forward.names), len(backward.names)
         found.append(result(b, x, out, collectives=counts, backend=plan.backend))
     return found
@@ -98,9 +110,14 @@ def freeze(b, name):
     return b
 
 
+def shares(world):
+    """Eight images unevenly over 1 to 8 processes."""
+    return (9 - world, *(1,) * (world - 1))
+
+
 def sync_cases(world):
     """(block, whole input, whole gradient, rows a process, autocast dtype): every option that touches a norm."""
-    uneven = {2: (3, 5), 3: (5, 1, 2)}[world]
+    uneven = shares(world)
     blocks = [
         ACBlock(4, 6, 3, padding=1),
         ACBlock(4, 6, 3, padding=1, momentum=None),
@@ -113,12 +130,13 @@ def sync_cases(world):
     cases = [(b, torch.randn(8, 4, 7, 5) * 3 + 5, uneven, None) for b in blocks]
     far = torch.randn(8, 4, 7, 5) * 0.1 + 1e3  # mean ≫ deviation: what E[x²] − E[x]² would lose
     cases.append((ACBlock(4, 6, 3), far, uneven, None))
-    empty = (0, 8) if world == 2 else (3, 0, 5)
-    cases.append((ACBlock(4, 6, 3, padding=1), torch.randn(8, 4, 7, 5), empty, None))
     cases.append((ACBlock(4, 6, 3, padding=1), torch.randn(8, 4, 7, 5), uneven, torch.bfloat16))
     cases.append((ACBlock(4, 6, 3, padding=1).double(), torch.randn(8, 4, 7, 5).double(), uneven, None))
-    single = (1,) * world  # one value per channel and process: only the joint batch has a variance
-    cases.append((ACBlock(4, 6, 3, padding=1), torch.randn(world, 4, 1, 1), single, None))
+    if world > 1:
+        empty = (0, *shares(world - 1))
+        cases.append((ACBlock(4, 6, 3, padding=1), torch.randn(8, 4, 7, 5), empty, None))
+        single = (1,) * world  # one value per channel and process: only the joint batch has a variance
+        cases.append((ACBlock(4, 6, 3, padding=1), torch.randn(world, 4, 1, 1), single, None))
     found = []
     for b, x, sizes, autocast in cases:
         grad = torch.randn_like(copy.deepcopy(b).eval()(x))
@@ -126,14 +144,22 @@ def sync_cases(world):
     return found
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_synced_norms_equal_one_process_with_the_whole_batch(world):
+def check_synced(world, backend):
+    """sync_cases in world processes against one: equal, by one collective forward and one backward."""
     cases = sync_cases(world)
-    by_rank = distributed.run(world, sync_steps, cases)
-    for i, (b, x, grad, _, autocast) in enumerate(cases):
+    by_rank = distributed.run(world, sync_steps, cases, backend=backend)
+    for i, (b, x, grad, sizes, autocast) in enumerate(cases):
         results = [r[i] for r in by_rank]
-        assert {(r["collectives"], r["backend"]) for r in results} == {((1, 1), "synced")}, f"case {i}"
-        check_against_whole(results, b, x, grad, autocast)
+        if world == 1:  # nothing to synchronise
+            assert results[0]["collectives"] == (0, 0), f"case {i}"
+        else:
+            assert {(r["collectives"], r["backend"]) for r in results} == {((1, 1), "synced")}, f"case {i}"
+        check_against_whole(results, b, x, grad, sizes, autocast, "cuda" if backend == "nccl" else "cpu")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_synced_norms_equal_one_process_with_the_whole_batch(world):
+    check_synced(world, "gloo")
 
 
 def sync_rest(rank, world, b, x, grad, sizes):
@@ -174,8 +200,8 @@ def test_synced_norms_compiled_in_groups_and_in_eval():
     b = scramble(ACBlock(4, 6, 3, padding=1))
     x, grad, sizes = torch.randn(8, 4, 7, 5), torch.randn(8, 6, 7, 5), (5, 1, 2)
     results = distributed.run(3, sync_rest, b, x, grad, sizes)
-    check_against_whole([r["compiled"] for r in results], b, x, grad)
-    check_against_whole([r["pair"] for r in results[:2]], b, x[:6], grad[:6])
+    check_against_whole([r["compiled"] for r in results], b, x, grad, sizes)
+    check_against_whole([r["pair"] for r in results[:2]], b, x[:6], grad[:6], (3, 3))
     assert results[0]["two groups"] == "its batch norms synchronise over different process groups"
     for r in results:
         assert r["eval collectives"] == 0
@@ -201,9 +227,10 @@ def test_without_processes_a_synced_block_runs_as_any_other():
 class Net(nn.Module):
     """Two blocks and a head, and a block that no forward uses."""
 
-    def __init__(self, spare=True):
+    def __init__(self, spare=True, backends=("auto", "auto")):
         super().__init__()
-        self.stem, self.body = ACBlock(3, 8, 3, padding=1), ACBlock(8, 8, 3, padding=1, stride=2)
+        self.stem = ACBlock(3, 8, 3, padding=1, backend=backends[0])
+        self.body = ACBlock(8, 8, 3, padding=1, stride=2, backend=backends[1])
         self.head = nn.Linear(8, 4)
         if spare:
             self.spare = ACBlock(8, 8, 3, padding=1)
@@ -280,7 +307,7 @@ def train_fsdp(rank, world, net, x, y, folder):
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
     step(first, optimizer)
 
-    fresh = sharded(Net(spare=False))
+    fresh = sharded(Net(spare=False, backends=(net.stem.backend, net.body.backend)))
     resumed = torch.optim.SGD(fresh.parameters(), 0.1, momentum=0.9)
     step(fresh, resumed)  # wrong weights and momenta, to be overwritten
     model_state, optimizer_state = get_state_dict(fresh, resumed)
@@ -295,8 +322,9 @@ def train_fsdp(rank, world, net, x, y, folder):
     return {"first": whole(first), "resumed": whole(fresh), "backends": backends}
 
 
-def test_fsdp2_trains_saves_and_resumes(tmp_path):
-    net = Net(spare=False)
+@pytest.mark.parametrize("backends", [("branches", "branches"), ("moments", "recompute")])
+def test_fsdp2_trains_saves_and_resumes(backends, tmp_path):
+    net = Net(spare=False, backends=backends)
     x, y = torch.randn(4, 3, 9, 9), torch.randint(4, (4,))
     results = distributed.run(2, train_fsdp, net, x, y, str(tmp_path))
     net = net.double()
@@ -306,6 +334,7 @@ def test_fsdp2_trains_saves_and_resumes(tmp_path):
         nn.functional.cross_entropy(net(x.double()), y).backward()
         optimizer.step()
     for r in results:
+        assert r["backends"] == list(backends)
         for name, t in net.state_dict().items():
             for run in ("first", "resumed"):
                 torch.testing.assert_close(

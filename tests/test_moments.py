@@ -106,6 +106,13 @@ def test_the_mean_cancels_exactly_where_nothing_is_padded():
     assert rel(variance[0], true) < 1e-9
 
 
+def test_taps_that_see_padding_alone_cost_no_precision():
+    block = block_of(2, 2, 3, branches=("square",))
+    with torch.no_grad():  # a centre far below its neighbours, and a variance far below ε
+        block.square_conv.weight[..., 1, 1] *= 1e-3
+    check(block, torch.randn(2, 2, 1, 1))
+
+
 def test_a_branch_that_sees_padding_alone_has_no_variance_and_no_gradient():
     block = block_of(2, 2, 7, groups=2, shift=(3, 3))  # ver's column lies beyond images of one column
     x = torch.randn(3, 2, 11, 1) * 10

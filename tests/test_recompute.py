@@ -189,7 +189,7 @@ def test_opcheck(dtype):
     constants = ([1e-5, 1e-3], ["square", "ver"], geometry)
     torch.library.opcheck(ops.recompute_step, (x, weights, gammas, betas, *constants, dtype, True))
     with torch.no_grad():
-        out, means, rstds = ops.recompute_step(x, weights, gammas, betas, *constants, dtype, True)
+        out, means, _, rstds = ops.recompute_step(x, weights, gammas, betas, *constants, dtype, True)
         tensors = torch.randn_like(out), x.detach(), [w.detach() for w in weights], [g.detach() for g in gammas]
         for need in ((True, [True, True], True), (False, [False, True], False), (False, [False, False], False)):
             torch.library.opcheck(ops.recompute_step_backward, (*tensors, means, rstds, *constants, *need))

@@ -33,13 +33,13 @@ def batch_norm(y: Tensor, norm: Norm) -> Tensor:
 
 
 def update_running(
-    norms: Sequence[Norm], means: Tensor, rstds: Tensor, count: int, biases: Sequence[Tensor | None]
+    norms: Sequence[Norm], means: Tensor, variances: Tensor, count: int, biases: Sequence[Tensor | None]
 ) -> None:
     """Moves the running statistics and batch counters of all norms as nn.BatchNorm2d does, in place.
 
     Args:
         norms: the batch norms, all normalising by the batch.
-        means, rstds: (norms, K) float64, of maps without their convolution's bias, as `ops.bn_sum` returns them.
+        means, variances: (norms, K) float64, of maps without their convolution's bias, the variances biased ones.
         count: elements per channel, more than 1; the running variance is the unbiased one.
         biases: the convolution's bias (K) of each norm, or None; it moves the mean only.
     """
@@ -49,11 +49,7 @@ def update_running(
     tracked = [b for b, norm in enumerate(norms) if norm.running_mean is not None]
     if not tracked:
         return
-    eps: float | Tensor = norms[0].eps
-    if any(norm.eps != eps for norm in norms):
-        eps = rstds.new_tensor([norm.eps for norm in norms])[:, None]
-    # rstd = 1/√(σ² + ε); rounding may leave a constant channel's σ² a hair below 0.
-    variances = rstds.square().reciprocal_().sub_(eps).clamp_min_(0).mul_(count / (count - 1))
+    variances = variances * (count / (count - 1))
     running: list[Tensor] = []
     values: list[Tensor] = []
     factors: list[float | Tensor] = []

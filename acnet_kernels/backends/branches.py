@@ -113,10 +113,10 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager:
 
 
 def _composed(plan: Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, means, rstds) from operators that torch.compile can trace and differentiate."""
+    """(out, means, variances) from operators that torch.compile can trace and differentiate."""
     weights, gammas, betas = plan.split(tensors)
     with _without_autocast(x.device.type):
-        return bn_sum.bn_sum_forward(plan.maps(x, weights), gammas, betas, plan.eps, plan.dtype)
+        return bn_sum.bn_sum_forward(plan.maps(x, weights), gammas, betas, plan.eps, plan.dtype)[:3]
 
 
 @functools.cache
@@ -141,14 +141,14 @@ class _Step(torch.autograd.Function):
         # Nothing here is differentiated: calls need not pass the dispatcher's autograd layer.
         with _without_autocast(x.device.type), torch._C._AutoDispatchBelowAutograd():
             ys = plan.maps(x, weights)
-            out, means, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, plan.eps, plan.dtype)
+            out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, plan.eps, plan.dtype)
         ctx.plan = plan
         # A hook on saved tensors may keep what it was given.
         ctx.owns_maps = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         ctx.save_for_backward(x, *weights, *gammas, means, rstds, *ys)
-        ctx.mark_non_differentiable(means, rstds)
+        ctx.mark_non_differentiable(means, variances)
         ctx.set_materialize_grads(False)
-        return out, means, rstds
+        return out, means, variances
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -295,9 +295,9 @@ def forward(x: Tensor, step: Step) -> Tensor:
     inputs = inputs_of(x, step)
     plan = plan_of(geometry, inputs.names, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type)
     compute = _composed if torch.compiler.is_compiling() else _Step.apply
-    out, means, rstds = compute(plan, x, *inputs.weights, *inputs.gammas, *inputs.betas)
+    out, means, variances = compute(plan, x, *inputs.weights, *inputs.gammas, *inputs.betas)
     with torch.no_grad():
-        update_running(inputs.norms, means, rstds, count, inputs.biases)
+        update_running(inputs.norms, means, variances, count, inputs.biases)
     return out
 
 

@@ -363,6 +363,7 @@ def _input_gradient(
     kernels = torch.cat([branch.embed(branch.weight, k) for branch in branches], 1)  # g×(B·K/g)×(k²·Cg)
     rows = curvature.view(len(branches), groups, -1).transpose(0, 1).reshape(groups, -1, 1)
     composite = kernels.to(small).mT @ (kernels * -rows).to(small)
+    algebra.zero_unseen_(composite, x.shape[2], x.shape[3], k)
     plane, strips, corners = algebra.scatter_composite(composite, k)
     slopes, offsets = (
         t.view(len(branches), groups, -1).transpose(0, 1).reshape(-1, 1, 1) for t in (curvature, levels)

@@ -187,8 +187,7 @@ def patch_moments(gram: Tensor, total: Tensor, pivot: Tensor, images: int, k: in
     pixels = images * pixel_counts(h, w, k, total.device)
     centre, count = k * k // 2, max(images * h * w, 1)  # by the centre tap every output pixel sees a pixel inside
     shifted, seen = mixed[..., centre], pixels[:, centre]
-    if min(h, w) < k:
-        gram.view(g, k * k, -1, k * k, gram.shape[-1] // (k * k)).mul_((pixels > 0)[:, None, :, None])
+    zero_unseen_(gram, h, w, k)
     flat = shifted.mT.flatten(1)
     gram.baddbmm_(flat[:, :, None], flat[:, None], alpha=-1 / count)
     mixed = mixed - shifted[..., None] * (seen / count)
@@ -201,6 +200,16 @@ def patch_moments(gram: Tensor, total: Tensor, pivot: Tensor, images: int, k: in
     gram += cross.mT
     sums = shifted.mT + seen[:, None] * level[:, None]
     return PatchMoments(sums.flatten(1), gram, images * h * w)
+
+
+def zero_unseen_(matrix: Tensor, height: int, width: int, k: int) -> None:
+    """Zeroes what belongs to pairs of taps that never see the image together, in a matrix in patch order, in place.
+
+    Those entries count for nothing, but by sums that cancel: exactly in their absence alone.
+    """
+    if min(height, width) < k:
+        seen = pixel_counts(height, width, k, matrix.device) > 0
+        matrix.view(matrix.shape[0], k * k, -1, k * k, matrix.shape[-1] // (k * k)).mul_(seen[:, None, :, None])
 
 
 @functools.lru_cache(maxsize=64)

@@ -46,7 +46,7 @@ def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
     size = step.geometry.output_size(x.shape[2], x.shape[3])
     inputs = branches.inputs_of(x, step)
-    out, means, rstds = ops.recompute_step(
+    out, means, variances, _ = ops.recompute_step(
         x,
         inputs.weights,
         inputs.gammas,
@@ -58,7 +58,7 @@ def forward(x: Tensor, step: Step) -> Tensor:
         prefers_channels_last(x, inputs.weights[0]),
     )
     with torch.no_grad():
-        update_running(inputs.norms, means, rstds, x.shape[0] * size[0] * size[1], inputs.biases)
+        update_running(inputs.norms, means, variances, x.shape[0] * size[0] * size[1], inputs.biases)
     return out
 
 
@@ -73,32 +73,33 @@ def _step(
     geometry: list[int],
     dtype: torch.dtype,
     channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     place = ops.unpack(geometry)
     plan = branches.plan_of(place, names, eps, len(gammas), dtype, x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(plan.conv_dtype)
         kernels = dict(zip(names, (weight.to(plan.conv_dtype) for weight in weights), strict=True))
-        means, rstds = (_triton_statistics if _has_triton(x) else _statistics)(x, kernels, plan, place)
+        statistics = _triton_statistics if _has_triton(x) else _statistics
+        means, variances, rstds = statistics(x, kernels, plan, place)
         scale = rstds * torch.stack(gammas) if gammas else rstds
         bias = (-scale * means).sum(0)
         for beta in betas:
             bias += beta
         out = _folded_convolution(x, kernels, scale, bias, place)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return out.to(dtype).contiguous(memory_format=layout), means, rstds
+    return out.to(dtype).contiguous(memory_format=layout), means, variances, rstds
 
 
 def _statistics(
     x: Tensor, kernels: dict[str, Tensor], plan: branches.Plan, geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    """(means, rstds) of every y_b, B×K float64; one y_b at a time is in memory."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(means, variances, rstds) of every y_b, B×K float64; one y_b at a time is in memory."""
     found = []
     for placement, weight, eps in zip(plan.places, kernels.values(), plan.eps, strict=True):
         maps = plan._replace(places=(placement,)).maps(x, (weight,))
         found.append(bn_sum.bn_sum_forward(maps, [], [], [eps], None)[1:])
-    means, rstds = zip(*found, strict=True)
-    return torch.cat(means), torch.cat(rstds)
+    means, variances, rstds = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return means, variances, rstds
 
 
 def _has_triton(x: Tensor) -> bool:
@@ -108,8 +109,8 @@ def _has_triton(x: Tensor) -> bool:
 
 def _triton_statistics(
     x: Tensor, kernels: dict[str, Tensor], plan: branches.Plan, geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    """(means, rstds) of every y_b, B×K float64, in two launches; no y_b is ever in memory."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(means, variances, rstds) of every y_b, B×K float64, in two launches; no y_b is ever in memory."""
     from ..ops import triton_conv  # Triton is slow to import, and only CUDA needs it
     from ..ops.triton_bn_sum import merge_statistics
 
@@ -120,7 +121,9 @@ def _triton_statistics(
     ]
     _, moments = triton_conv.conv_forward(x, weights, triton_conv.Window.of(geometry), store=False)
     norms = merge_statistics(moments, [], [], plan.eps)
-    return norms.means, norms.rstds
+    # Maps of float32 or less have no variance so far below ε that float64 would lose it here.
+    eps = norms.rstds.new_tensor(plan.eps)[:, None]
+    return norms.means, (norms.rstds.square().reciprocal() - eps).clamp_min(0), norms.rstds
 
 
 def _folded_convolution(

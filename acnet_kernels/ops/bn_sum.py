@@ -1,6 +1,6 @@
 """Batch-norm sums, out = Σ_b BN_b(y_b) with the batch's own statistics, and their gradient, as operators.
 
-    bn_sum_forward(ys, gammas, betas, eps, dtype) -> (out, means, rstds)
+    bn_sum_forward(ys, gammas, betas, eps, dtype) -> (out, means, variances, rstds)
         out = Σ_b γ_b·(y_b − μ_b)·rstd_b + β_b, in the layout of ys, and in `dtype`: None for that of ys.
     bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy) -> (dys, dgammas, dbeta)
         dys holds dy_b for every b with needs_dy[b], in order, in the dtype and layout of ys. Every branch's dβ is
@@ -10,10 +10,10 @@
 
 Arguments: `ys`, 1 to 3 maps N×K×H×W of one shape, dtype (float32, float64, bfloat16, float16) and layout (all
 contiguous or all channels_last); `gammas` and `betas`, one (K,) a map, or [] for γ = 1 and β = 0; `eps`, a float a
-map; `dtype`, bfloat16 or float16 for float32 ys; `grad` like out. `means` and `rstds` are (branches, K) float64:
-float32 would round away the deviation of a map whose mean is far larger. `dgammas` is (branches, K) and `dbeta`
-(K,), float64 for float64 maps, float32 otherwise.
-Running statistics are the caller's (backends/batchnorm.py).
+map; `dtype`, bfloat16 or float16 for float32 ys; `grad` like out. `means`, `variances` (biased) and `rstds` are
+(branches, K) float64: float32 would round away the deviation of a map whose mean is far larger. `dgammas` is
+(branches, K) and `dbeta` (K,), float64 for float64 maps, float32 otherwise.
+Running statistics are the caller's (backends/batchnorm.py); a variance far below ε cannot be had from rstd.
 
 With ŷ_b = (y_b − μ_b)·rstd_b, M = N·H·W and g = grad:
     dβ = Σ g,   dγ_b = Σ g·ŷ_b,   dy_b = γ_b·rstd_b·(g − dβ/M − ŷ_b·dγ_b/M).
@@ -38,7 +38,7 @@ if MISSING is not None:
     _COMMON = "Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy"
     _LIBRARY.define(
         "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype)"
-        " -> (Tensor, Tensor, Tensor)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
     )
     _LIBRARY.define(f"bn_sum_backward(Tensor grad, Tensor[] ys, {_COMMON}) -> (Tensor[], Tensor, Tensor)")
     _LIBRARY.define(f"bn_sum_backward_(Tensor grad, Tensor(a!)[] ys, {_COMMON}) -> (Tensor, Tensor)")
@@ -80,12 +80,12 @@ def _forward(
     betas: list[Tensor],
     eps: list[float],
     dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(ys)
     out_dtype = ys[0].dtype if dtype is None else dtype
     _check_outer(ys[0], out_dtype)
     dtype = accumulation_dtype(ys[0].dtype)
-    means, rstds = [], []
+    means, variances, rstds = [], [], []
     total = torch.zeros_like(ys[0], dtype=dtype)
     for b, (y, e) in enumerate(zip(ys, eps, strict=True)):
         y = y.to(dtype)
@@ -95,8 +95,10 @@ def _forward(
         if betas:
             total += _per_channel(betas[b])
         means.append(mean)
+        variances.append(var)
         rstds.append(rstd)
-    return total.to(out_dtype), torch.stack(means).double(), torch.stack(rstds).double()
+    statistics = (torch.stack(found).double() for found in (means, variances, rstds))
+    return total.to(out_dtype), next(statistics), next(statistics), next(statistics)
 
 
 def _backward_into(
@@ -161,9 +163,9 @@ for _key in ("CUDA", "CPU") if MISSING is not None else ("CUDA",):
 @torch.library.register_fake("acnet_kernels::bn_sum_forward")
 def _(
     ys: list[Tensor], gammas: Any, betas: Any, eps: Any, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = ys[0].new_empty((len(ys), ys[0].shape[1]), dtype=torch.float64)
-    return torch.empty_like(ys[0], dtype=dtype), statistics, torch.empty_like(statistics)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    means, variances, rstds = (ys[0].new_empty((len(ys), ys[0].shape[1]), dtype=torch.float64) for _ in range(3))
+    return torch.empty_like(ys[0], dtype=dtype), means, variances, rstds
 
 
 def _fake_parameters(grad: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,10 +199,10 @@ def is_channels_last(y: Tensor) -> bool:
     return y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     ys, gammas, betas, *_ = inputs
-    _, means, rstds = output
-    ctx.mark_non_differentiable(means, rstds)
+    _, means, variances, rstds = output
+    ctx.mark_non_differentiable(means, variances, rstds)
     ctx.count = len(ys)
     ctx.beta_dtypes = [beta.dtype for beta in betas]
     ctx.needs_dy = [y.requires_grad for y in ys]

@@ -1,13 +1,15 @@
 """The operators of the `recompute` backend: schema, fake, autograd. backends/recompute.py registers their kernels.
 
-    recompute_step(x, weights, gammas, betas, eps, branches, geometry, dtype, channels_last) -> (out, means, rstds)
+    recompute_step(x, weights, gammas, betas, eps, branches, geometry, dtype, channels_last)
+        -> (out, means, variances, rstds)
         out = Σ_b BN_b(W_b * x) by the batch's statistics, in `dtype` and the layout named.
     recompute_step_backward(grad, x, weights, gammas, means, rstds, eps, branches, geometry, need_x, need_weights,
                             need_gammas) -> (dx, dws, dgammas, dbeta)
         Gradients of what is needed; dws holds those of the weights that need one, the others are empty.
 
 Arguments: `weights`, `eps` and, unless [], `gammas` and `betas` hold one entry a branch; `branches` names them,
-'square', 'hor' and 'ver' in this order; `geometry` is what `pack` makes of one. `means` and `rstds`: B×K, float64.
+'square', 'hor' and 'ver' in this order; `geometry` is what `pack` makes of one. `means`, `variances` (biased) and
+`rstds`: B×K, float64.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from .bn_sum import accumulation_dtype
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 _LIBRARY.define(
     "recompute_step(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, str[] branches,"
-    " int[] geometry, ScalarType dtype, bool channels_last) -> (Tensor, Tensor, Tensor)"
+    " int[] geometry, ScalarType dtype, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "recompute_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor means, Tensor rstds,"
@@ -59,13 +61,13 @@ def _(
     geometry: list[int],
     dtype: torch.dtype,
     channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     K = weights[0].shape[0]
     size = unpack(geometry).output_size(x.shape[2], x.shape[3])
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty((x.shape[0], K, *size), dtype=dtype, device=x.device, memory_format=layout)
-    means, rstds = (x.new_empty((len(weights), K), dtype=torch.float64) for _ in range(2))
-    return out, means, rstds
+    means, variances, rstds = (x.new_empty((len(weights), K), dtype=torch.float64) for _ in range(3))
+    return out, means, variances, rstds
 
 
 @torch.library.register_fake("acnet_kernels::recompute_step_backward")
@@ -92,10 +94,10 @@ def _(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     x, weights, gammas, betas, eps, branches, geometry, _, _ = inputs
-    _, means, rstds = output
-    ctx.mark_non_differentiable(means, rstds)
+    _, means, variances, rstds = output
+    ctx.mark_non_differentiable(means, variances, rstds)
     ctx.save_for_backward(x, means, rstds, *weights, *gammas)
     ctx.constants = eps, branches, geometry
     ctx.beta_dtypes = [beta.dtype for beta in betas]

@@ -18,7 +18,7 @@ def test_step(problem: Problem, dtype: torch.dtype, device: torch.device, monkey
     monkeypatch.setattr(recompute, "_has_triton", lambda x: asked.append(x) or True)
     t = Tensors(problem, dtype, device)
     constants = (t.eps, list(t.branches), ops.pack(t.geometry))
-    out, means, rstds = ops.recompute_step(
+    out, means, variances, rstds = ops.recompute_step(
         t.x, list(t.weights.values()), t.gammas, t.betas, *constants, dtype, True
     )
     assert asked
@@ -29,4 +29,5 @@ def test_step(problem: Problem, dtype: torch.dtype, device: torch.device, monkey
     for i, b in enumerate(t.branches):
         var = true[f"y_{b}"].var((0, 2, 3), correction=0)
         assert rel(means[i], true[f"y_{b}"].mean((0, 2, 3))) < 1e-5
+        assert rel(variances[i], var) < 1e-5
         assert rel(rstds[i], (var + t.eps[i]).rsqrt()) < 1e-5
