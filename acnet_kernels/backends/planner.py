@@ -84,7 +84,7 @@ SMALL_MAP = {2: 2**15, 4: 2**19, 8: 2**19}
 def does_not_pay(backend: str, problem: Problem) -> str | None:
     """Why 'auto' passes over a backend that could compute the step, or None.
 
-    The rules come from benchmarks/step.py; the measurements are in benchmarks/results.
+    The rules come from benchmarks/block.py; the measurements are in benchmarks/results.
     """
     if backend == "branches":
         if problem.device == "cuda":
