@@ -5,6 +5,9 @@ over y_b's memory where nothing else can hold it, then come the vendor's convolu
 them where the vendor can (backends/convolution.py), in place otherwise. Saved: x as it came, y_b, and two numbers a
 channel and branch.
 
+A batch norm after the sum of the branches needs that sum alone: it is added up from the branches' own convolutions,
+as in eager (one convolution by the summed kernel would round larger terms), and differentiated as one convolution.
+
 A convolution's bias cancels against the batch mean: it moves the running mean alone, and its gradient is zero
 (eager's is rounding noise around zero). The step is differentiable twice: a backward with create_graph=True
 recomputes it by eager formulas.
@@ -22,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import BRANCHES, Geometry, Pair, Placement
+from ..geometry import BRANCHES, Geometry, Placement
 from ..ops import bn_sum
-from ..spec import Branch, Norm, Problem, Step
+from ..spec import Norm, Problem, Step
 from .batchnorm import update_running
-from .convolution import add_input_gradient
+from .convolution import add_input_gradient, own_taps, summed_kernel
 
 NAME = "branches"
 
@@ -83,23 +86,32 @@ def convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
 class Plan(NamedTuple):
     """Everything about a step but its tensors."""
 
+    geometry: Geometry
+    names: tuple[str, ...]
     places: tuple[Placement, ...]
-    stride: Pair
-    groups: int
-    eps: tuple[float, ...]
-    affine: int  # how many γ there are: one a branch, or none
+    eps: tuple[float, ...]  # of each batch norm: one a branch, or one after their sum
+    affine: int  # how many γ there are: one a batch norm, or none
     dtype: torch.dtype  # of out
     conv_dtype: torch.dtype  # of the y_b
 
     def maps(self, x: Tensor, weights: tuple[Tensor, ...]) -> list[Tensor]:
-        """Every y_b, in the layout of the first; differentiable."""
+        """What each batch norm normalises, y_b or their sum, in the layout of the first; differentiable."""
         x = x.to(self.conv_dtype)
         ys: list[Tensor] = []
         for place, weight in zip(self.places, weights, strict=True):
-            args = (None, self.stride, place.padding, place.dilation, self.groups)
+            args = (None, self.geometry.stride, place.padding, place.dilation, self.geometry.groups)
             y = F.conv2d(place.apply(x), weight.to(self.conv_dtype), *args)
-            ys.append(bn_sum.like(y, ys[0] if ys else y))
+            if len(ys) == len(self.eps):
+                ys[0] += y
+            else:
+                ys.append(bn_sum.like(y, ys[0] if ys else y))
         return ys
+
+    def needs_dy(self, needs_x: bool, needs_w: Sequence[bool]) -> list[bool]:
+        """Which of the maps have a gradient that something needs."""
+        return (
+            [needs_x or need for need in needs_w] if len(self.eps) == len(self.names) else [needs_x or any(needs_w)]
+        )
 
     def split(self, tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any], list[Any]]:
         """(weights, γs, βs) of what is passed in this order."""
@@ -164,7 +176,7 @@ class _Step(torch.autograd.Function):
                 found = _differentiable_gradients(plan, grad, (x, *weights, *gammas), needs[1:])
                 return None, *found, *[_sum(grad) if need else None for need in plan.split(needs[2:])[2]]
             needs_x, needs_w = needs[1], plan.split(needs[2:])[0]
-            needs_dy = [needs_x or need for need in needs_w]
+            needs_dy = plan.needs_dy(needs_x, needs_w)
             grad = bn_sum.like(grad, ys[0])
             if ctx.owns_maps and not torch._C._autograd._get_current_graph_task_keep_graph():
                 dgammas, dbeta = bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy)
@@ -179,8 +191,10 @@ class _Step(torch.autograd.Function):
 def convolution_gradients(
     plan: Plan, dys: list[Tensor], x: Tensor, weights: tuple[Tensor, ...], needs_x: bool, needs_w: tuple[bool, ...]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(dx, every dW_b), None where not needed; dys holds the dy_b of the branches with work to do."""
-    x = x.to(plan.conv_dtype)
+    """(dx, every dW_b), None where not needed; dys holds the gradients of the maps with work to do."""
+    if len(plan.eps) < len(plan.names):
+        return _gradients_of_the_sum(plan, dys, x, weights, needs_x, needs_w)
+    x, geometry = x.to(plan.conv_dtype), plan.geometry
     dx: Tensor | None = None
     dws: list[Tensor | None] = []
     remaining = iter(dys)
@@ -190,7 +204,7 @@ def convolution_gradients(
             continue
         dy, weight = next(remaining), weight.to(plan.conv_dtype)
         needs_dx = needs_x and not (
-            dx is not None and add_input_gradient(dx, dy, weight, place, plan.stride, plan.groups)
+            dx is not None and add_input_gradient(dx, dy, weight, place, geometry.stride, geometry.groups)
         )
         if not (needs_dx or need):
             dws.append(None)
@@ -200,18 +214,32 @@ def convolution_gradients(
             place.apply(x),
             weight,
             None,
-            plan.stride,
+            geometry.stride,
             place.padding,
             place.dilation,
             False,
             (0, 0),
-            plan.groups,
+            geometry.groups,
             (needs_dx, need, False),
         )
         dws.append(dw)
         if needs_dx:
             dx = dx_b if dx is None else place.add_adjoint(dx, dx_b)
     return dx, dws
+
+
+def _gradients_of_the_sum(
+    plan: Plan, dys: list[Tensor], x: Tensor, weights: tuple[Tensor, ...], needs_x: bool, needs_w: tuple[bool, ...]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    # One convolution by the summed kernel; its weight gradient holds every branch's.
+    kernels = dict(zip(plan.names, weights, strict=True))
+    square = plan._replace(names=("square",), places=plan.places[:1])
+    needs = (any(needs_w),)
+    dx, (dw,) = convolution_gradients(square, dys, x, (summed_kernel(kernels, plan.geometry),), needs_x, needs)
+    if dw is None:
+        return dx, [None] * len(weights)
+    found = [dw, *(own_taps(dw, name, plan.geometry).clone() for name in plan.names[1:])]
+    return dx, [t if need else None for t, need in zip(found, needs_w, strict=True)]
 
 
 def _differentiable_gradients(
@@ -232,7 +260,10 @@ def _sum(grad: Tensor) -> Tensor:
 
 
 class Inputs(NamedTuple):
-    """A step's tensors, one a batch norm, in the order of BRANCHES; there may be no γ or no β at all."""
+    """A step's tensors: names and weights one a branch, in the order of BRANCHES, the others one a batch norm.
+
+    There may be no γ or no β at all.
+    """
 
     names: list[str]
     weights: list[Tensor]
@@ -245,18 +276,19 @@ class Inputs(NamedTuple):
 
 
 def inputs_of(x: Tensor, step: Step) -> Inputs:
-    """The step's tensors; a batch norm after the sum makes one branch of the summed kernel."""
+    """The step's tensors."""
     branches = {name: step.branches[name] for name in BRANCHES if name in step.branches}
-    if step.norm is not None:
-        branches = {"square": summed(branches, step)}
-    norms = [branch.norm for branch in branches.values() if branch.norm is not None]
+    norms = [step.norm] if step.norm else [b.norm for b in branches.values() if b.norm is not None]
     weights = [branch.weight for branch in branches.values()]
     gammas = _all_or_none([norm.gamma for norm in norms], 1.0)
     betas = _all_or_none([norm.beta for norm in norms], 0.0)
     biases = [branch.bias for branch in branches.values()]
+    if step.norm is not None:
+        given = [bias for bias in biases if bias is not None]
+        biases = [functools.reduce(torch.add, given) if given else None]
     if any(bias is not None and bias.requires_grad for bias in biases):
         # The bias shifts a mean that is subtracted again: its gradient is zero, but it has one.
-        betas = betas or [torch.zeros_like(weight[:, 0, 0, 0]) for weight in weights]
+        betas = betas or [torch.zeros_like(weights[0][:, 0, 0, 0]) for _ in norms]
         betas = [beta if bias is None else beta + 0 * bias for beta, bias in zip(betas, biases, strict=True)]
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
@@ -276,10 +308,11 @@ def plan_of(
     geometry: Geometry, names: Iterable[str], eps: Sequence[float], affine: int, dtype: torch.dtype, device: str
 ) -> Plan:
     """The plan of the named branches' step; `affine` says how many γ there are, `dtype` is the output's."""
+    names = tuple(names)
     return Plan(
+        geometry,
+        names,
         tuple(geometry.placement(name) for name in names),
-        geometry.stride,
-        geometry.groups,
         tuple(eps),
         affine,
         dtype,
@@ -299,18 +332,6 @@ def forward(x: Tensor, step: Step) -> Tensor:
     with torch.no_grad():
         update_running(inputs.norms, means, variances, count, inputs.biases)
     return out
-
-
-def summed(branches: dict[str, Branch], step: Step) -> Branch:
-    """The branches as one: with one batch norm after the sum, one convolution with the summed kernel is exact."""
-    geometry = step.geometry
-    weight = branches["square"].weight.clone()
-    if "hor" in branches:
-        weight[:, :, geometry.hor_row : geometry.hor_row + 1] += branches["hor"].weight
-    if "ver" in branches:
-        weight[:, :, :, geometry.ver_column : geometry.ver_column + 1] += branches["ver"].weight
-    biases = [branch.bias for branch in branches.values() if branch.bias is not None]
-    return Branch(weight, functools.reduce(torch.add, biases) if biases else None, step.norm)
 
 
 def _all_or_none(tensors: list[Tensor | None], missing: float) -> list[Tensor]:

@@ -1,19 +1,36 @@
-"""Convolutions added to a map that exists already, and input gradients so added."""
+"""What backends share about convolutions: kernels summed, maps added to within a convolution, input gradients."""
 
 from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import Pair, Placement
+from ..geometry import Geometry, Pair, Placement
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Turning a kernel round costs a pass over it: not where the map is hardly larger than the kernel.
 LEAST_MAP = 4
+
+
+def summed_kernel(kernels: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
+    """The k×k kernel (K×C/groups×k×k) whose convolution is the sum of the branches'; differentiable."""
+    total = kernels["square"].clone()
+    for name in ("hor", "ver"):
+        if name in kernels:
+            own_taps(total, name, geometry).add_(kernels[name])
+    return total
+
+
+def own_taps(kernel: Tensor, name: str, geometry: Geometry) -> Tensor:
+    """The view of a k×k kernel that a branch's kernel covers."""
+    if name == "hor":
+        return kernel[:, :, geometry.hor_row : geometry.hor_row + 1]
+    return kernel[:, :, :, geometry.ver_column : geometry.ver_column + 1] if name == "ver" else kernel
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
 from ..spec import Norm, Problem, Step, prefers_channels_last
 from . import moments_algebra as algebra
-from .convolution import add_convolution
+from .convolution import add_convolution, summed_kernel
 
 NAME = "moments"
 
@@ -84,7 +84,7 @@ def forward(x: Tensor, step: Step) -> Tensor:
     if step.norm is None:
         weights, places = list(kernels.values()), [_origin(geometry, name) for name in kernels]
     else:
-        weights, places = [_sum_kernels(kernels, geometry)], [(0, 0)]
+        weights, places = [summed_kernel(kernels, geometry)], [(0, 0)]
     shape = square.shape[:1]
     dtype = torch.promote_types(square.dtype, torch.float32)
     gamma = torch.stack([square.new_ones(shape) if n.gamma is None else n.gamma for n in norms])
@@ -141,15 +141,6 @@ def update_running(norm: Norm, mean: Tensor, variance: Tensor, offset: Tensor | 
 
 def _origin(geometry: Geometry, branch: str) -> tuple[int, int]:
     return (geometry.hor_row if branch == "hor" else 0, geometry.ver_column if branch == "ver" else 0)
-
-
-def _sum_kernels(kernels: dict[str, Tensor], geometry: Geometry) -> Tensor:
-    # One k×k kernel of all branches: a batch norm after their sum normalises one convolution.
-    k, padded = geometry.kernel, []
-    for name, kernel in kernels.items():
-        (top, left), (rows, columns) = _origin(geometry, name), kernel.shape[2:]
-        padded.append(F.pad(kernel, (left, k - columns - left, top, k - rows - top)))
-    return torch.stack(padded).sum(0)
 
 
 class _Branch(NamedTuple):

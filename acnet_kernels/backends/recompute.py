@@ -20,9 +20,10 @@ from ..geometry import BRANCHES, Geometry
 from ..ops import bn_sum
 from ..ops import recompute as ops
 from ..ops._extension import TRITON
-from ..spec import Branch, Problem, Step, prefers_channels_last
+from ..spec import Problem, Step, prefers_channels_last
 from . import branches
 from .batchnorm import update_running
+from .convolution import summed_kernel
 
 NAME = "recompute"
 
@@ -94,9 +95,12 @@ def _statistics(
     x: Tensor, kernels: dict[str, Tensor], plan: branches.Plan, geometry: Geometry
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(means, variances, rstds) of every y_b, B×K float64; one y_b at a time is in memory."""
+    if len(plan.eps) < len(kernels):
+        maps = plan.maps(x, tuple(kernels.values()))
+        return bn_sum.bn_sum_forward(maps, [], [], list(plan.eps), None)[1:]
     found = []
     for placement, weight, eps in zip(plan.places, kernels.values(), plan.eps, strict=True):
-        maps = plan._replace(places=(placement,)).maps(x, (weight,))
+        maps = plan._replace(places=(placement,), eps=(eps,)).maps(x, (weight,))
         found.append(bn_sum.bn_sum_forward(maps, [], [], [eps], None)[1:])
     means, variances, rstds = (torch.cat(parts) for parts in zip(*found, strict=True))
     return means, variances, rstds
@@ -114,6 +118,8 @@ def _triton_statistics(
     from ..ops import triton_conv  # Triton is slow to import, and only CUDA needs it
     from ..ops.triton_bn_sum import merge_statistics
 
+    if len(plan.eps) < len(kernels):
+        kernels = {"square": summed_kernel(kernels, geometry)}
     x = x.contiguous(memory_format=torch.channels_last)
     weights = [
         None if (weight := kernels.get(name)) is None else weight.contiguous(memory_format=torch.channels_last)
@@ -129,13 +135,14 @@ def _triton_statistics(
 def _folded_convolution(
     x: Tensor, kernels: dict[str, Tensor], scale: Tensor, bias: Tensor, geometry: Geometry
 ) -> Tensor:
-    """(Σ_b scale_b·W_b) * x + bias; scale B×K and bias K in float64."""
+    """(Σ_b scale_b·W_b) * x + bias; scale B×K, or 1×K of all, and bias K in float64."""
     wide = bn_sum.accumulation_dtype(x.dtype)
+    rows = scale.to(wide).expand(len(kernels), -1)
     scaled = {
-        name: Branch(weight.to(wide) * row[:, None, None, None], None, None)
-        for (name, weight), row in zip(kernels.items(), scale.to(wide), strict=True)
+        name: weight.to(wide) * row[:, None, None, None]
+        for (name, weight), row in zip(kernels.items(), rows, strict=True)
     }
-    exact = branches.summed(scaled, Step(geometry, {}, None)).weight
+    exact = summed_kernel(scaled, geometry)
     place = geometry.placement("square")
     args = (geometry.stride, place.padding, place.dilation, geometry.groups)
     if x.dtype == wide:
@@ -165,10 +172,10 @@ def _step_backward(
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     dtype = bn_sum.accumulation_dtype(grad.dtype)
     none = means.new_empty(0, dtype=dtype)
-    needs_dy = [need_x or need for need in need_weights]
-    if not (any(needs_dy) or need_gammas):
+    if not (need_x or any(need_weights) or need_gammas):
         return x.new_empty(0), [], none, grad.sum((0, 2, 3), dtype=dtype)
     plan = branches.plan_of(ops.unpack(geometry), names, eps, len(gammas), grad.dtype, x.device.type)
+    needs_dy = plan.needs_dy(need_x, need_weights)
     with torch.autocast(x.device.type, enabled=False):
         ys = plan.maps(x, tuple(weights))
         like = bn_sum.like(grad, ys[0])

@@ -66,7 +66,7 @@ def _(
     size = unpack(geometry).output_size(x.shape[2], x.shape[3])
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty((x.shape[0], K, *size), dtype=dtype, device=x.device, memory_format=layout)
-    means, variances, rstds = (x.new_empty((len(weights), K), dtype=torch.float64) for _ in range(3))
+    means, variances, rstds = (x.new_empty((len(eps), K), dtype=torch.float64) for _ in range(3))
     return out, means, variances, rstds
 
 
