@@ -99,7 +99,7 @@ def tune(model: nn.Module, example: Sequence[int] | Tensor) -> TuningReport:
         modules = [planner.BACKENDS[name] for name in planner.candidates(problem)]
         times = stopwatch.measure(problem, modules, autocast)
         if not times:
-            left |= dict.fromkeys(names, "the device has not the memory for it twice")
+            left |= dict.fromkeys(names, "the device has not the memory to time it")
             continue
         timings.remember(problem, machine, times, timings.TUNED)
         found[key] = times

@@ -124,7 +124,7 @@ def load(machine: Machine) -> Times:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return _checked(content, identity(machine))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         warnings.warn(f"ignoring the tuned times in {path}: {error}", stacklevel=2)
