@@ -8,6 +8,7 @@ from .functional import acblock
 from .geometry import Geometry
 from .spec import Branch, Norm
 from .surgery import convert, fold, fuse
+from .tuning import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "fold",
     "fuse",
     "memory_saver",
+    "tune",
 ]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .backends import eager, folded
+from .backends import cost, eager, folded, planner
+from .backends.machine import this_machine
 from .block import ACBlock
 from .surgery import RECORD, Conversion, blocks_of
 
@@ -19,7 +20,8 @@ from .surgery import RECORD, Conversion, blocks_of
 class BlockReport:
     """One call of one block: its input and output shapes (None if not known), the path taken and why.
 
-    `saved_bytes` counts the maps the path keeps for backward (0 where nothing needs a gradient).
+    `saved_bytes` counts the maps the path keeps for backward (0 where nothing needs a gradient). `predicted` and
+    `measured` are backend → milliseconds of a step, as far as known, where the planner chooses by time.
     """
 
     name: str
@@ -29,29 +31,47 @@ class BlockReport:
     reason: str
     parameters: int
     saved_bytes: int | None
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The blocks in the order they run, and every convolution convert() looked at. str() is a table."""
+    """The blocks in the order they run, and every convolution convert() looked at. str() is a table.
+
+    `origin` says where the constants of the predicted times come from.
+    """
 
     blocks: list[BlockReport]
     conversions: list[Conversion]
+    origin: str = ""
 
     def __str__(self) -> str:
         lines = []
         if self.blocks:
-            header = ("block", "input", "output", "backend", "parameters", "saved", "reason")
-            lines += _table(header, [_cells(block) for block in self.blocks])
+            header = (
+                "block",
+                "input",
+                "output",
+                "backend",
+                "parameters",
+                "saved",
+                "predicted",
+                "measured",
+                "reason",
+            )
+            lines += table(header, [_cells(block) for block in self.blocks])
             saved = [b.saved_bytes for b in self.blocks if b.saved_bytes is not None]
             total = f", {_size(sum(saved))} saved for backward" if saved else ""
             parameters = sum({b.name: b.parameters for b in self.blocks}.values())
             lines += [f"{len({b.name for b in self.blocks})} blocks, {parameters:,} parameters{total}"]
+            if any(b.predicted for b in self.blocks):
+                lines += [f"times are milliseconds of a step; predictions: {self.origin}"]
         else:
             lines += ["no ACBlock in this model"]
         if self.conversions:
             rows = [(c.name, "converted" if c.converted else "left", c.note) for c in self.conversions]
-            lines += ["", *_table(("convolution", "convert()", "why"), rows)]
+            lines += ["", *table(("convolution", "convert()", "why"), rows)]
         return "\n".join(lines)
 
 
@@ -73,20 +93,36 @@ def explain(model: nn.Module, inputs: Sequence[int] | Tensor | None = None) -> E
     blocks = {block: name or "(model)" for name, block in blocks_of(model).items()}
     if inputs is None:
         return Explanation([_without_shape(name, block) for block, name in blocks.items()], conversions)
-    x = _input(model, inputs)
+    x = as_input(model, inputs)
     reports: list[BlockReport] = []
+    visit(model, x, lambda block, t: reports.append(_report(blocks[block], block, t)))
+    called = {report.name for report in reports}
+    reports += [_without_shape(name, block) for block, name in blocks.items() if name not in called]
+    prices = cost.prices().get(this_machine(x.device.type).kind)
+    return Explanation(reports, conversions, prices.origin if prices else "")
+
+
+def visit(model: nn.Module, x: Tensor, look: Callable[[ACBlock, Tensor], None]) -> None:
+    """Runs model on x in eval mode without gradients, and calls look(block, input) before each block runs.
+
+    look finds its block in the mode the block was in, with gradients enabled. Parameters, buffers, modes and
+    torch's random state are left as they were.
+    """
     modes = {module: module.training for module in model.modules()}
     autocast = torch.is_autocast_enabled(x.device.type)
+    before = {name: t.clone() for name, t in model.named_buffers()}
 
-    def look(block: ACBlock, args: tuple[Any, ...]) -> None:
+    def hook(block: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(block, ACBlock)
         with _modes({module: modes[module] for module in block.modules()}), torch.enable_grad():
-            reports.append(_report(blocks[block], block, args[0]))
+            look(block, args[0])
 
-    handles = [block.register_forward_pre_hook(look) for block in blocks]
+    handles = [block.register_forward_pre_hook(hook) for block in blocks_of(model).values()]
     try:
         with (
             _modes(dict.fromkeys(modes, False)),
             torch.no_grad(),
+            torch.random.fork_rng([x.device] if x.device.type == "cuda" else []),
             torch.autocast(x.device.type, enabled=autocast),
             torch.compiler.set_stance("force_eager"),  # a compiled model's graph has no blocks to look at
         ):
@@ -94,9 +130,10 @@ def explain(model: nn.Module, inputs: Sequence[int] | Tensor | None = None) -> E
     finally:
         for handle in handles:
             handle.remove()
-    called = {report.name for report in reports}
-    reports += [_without_shape(name, block) for block, name in blocks.items() if name not in called]
-    return Explanation(reports, conversions)
+        with torch.no_grad():
+            for name, t in model.named_buffers():
+                if name in before and not torch.equal(t, before[name]):
+                    t.copy_(before[name])
 
 
 @contextmanager
@@ -111,7 +148,8 @@ def _modes(wanted: dict[nn.Module, bool]) -> Iterator[None]:
             module.training = mode
 
 
-def _input(model: nn.Module, inputs: Sequence[int] | Tensor) -> Tensor:
+def as_input(model: nn.Module, inputs: Sequence[int] | Tensor) -> Tensor:
+    """inputs, or zeros of that shape in dtype and on device of model's first parameter; TypeError if neither."""
     if isinstance(inputs, Tensor):
         return inputs
     if not isinstance(inputs, Sequence) or isinstance(inputs, str) or not all(isinstance(n, int) for n in inputs):
@@ -126,21 +164,24 @@ def _parameters(block: ACBlock) -> int:
 
 def _report(name: str, block: ACBlock, x: Tensor) -> BlockReport:
     rows, columns = block.geometry.output_size(x.shape[2], x.shape[3])
-    backend, reason, saved = _path(block, x)
+    backend, reason, saved, times = _path(block, x)
     shape = (x.shape[0], block.out_channels, rows, columns)
-    return BlockReport(name, tuple(x.shape), shape, backend, reason, _parameters(block), saved)
+    return BlockReport(name, tuple(x.shape), shape, backend, reason, _parameters(block), saved, *times)
 
 
-def _path(block: ACBlock, x: Tensor) -> tuple[str, str, int]:
+def _path(block: ACBlock, x: Tensor) -> tuple[str, str, int, planner.Times]:
+    unknown = planner.Times({}, {})
     if block.deploy:
         conv = block.fused_conv
         needed = x.requires_grad or any(p.requires_grad for p in conv.parameters())
-        return "deployed", "folded for good: one convolution", x.numel() * x.element_size() if needed else 0
+        saved = x.numel() * x.element_size() if needed else 0
+        return "deployed", "folded for good: one convolution", saved, unknown
     problem, plan = block.plan(x)
     forced = block.module_path_reason()
     if forced is not None:
-        return eager.NAME, f"through the submodules: {forced}", eager.saved_bytes(problem)
-    return plan.backend.NAME, plan.reason, plan.backend.saved_bytes(problem)
+        return eager.NAME, f"through the submodules: {forced}", eager.saved_bytes(problem), unknown
+    times = planner.times(problem) if plan.backend.NAME in planner.candidates(problem) else unknown
+    return plan.backend.NAME, plan.reason, plan.backend.saved_bytes(problem), times
 
 
 def _without_shape(name: str, block: ACBlock) -> BlockReport:
@@ -172,10 +213,15 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 def _cells(block: BlockReport) -> tuple[str, ...]:
     saved = "?" if block.saved_bytes is None else _size(block.saved_bytes)
     shapes = _shape(block.input_shape), _shape(block.output_shape)
-    return block.name, *shapes, block.backend, f"{block.parameters:,}", saved, block.reason
+    times = (
+        f"{known[block.backend]:.3g}" if block.backend in known else ""
+        for known in (block.predicted, block.measured)
+    )
+    return block.name, *shapes, block.backend, f"{block.parameters:,}", saved, *times, block.reason
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a table, columns padded to their widest cell."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, tuple("-" * width for width in widths), *rows]
     return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,9 +38,7 @@ def acblock(
     """
     step, problem = describe(x, branches, geometry, norm)
     plan = planner.choose(problem, planner.check_choice(backend))
-    if geometry.padding_mode != "zeros":
-        x, step = geometry.pad_input(x), replace(step, geometry=geometry.explicit())
-    return plan.backend.forward(x, step)
+    return plan.backend.forward(*step.padded(x))
 
 
 def plan(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +55,12 @@ class Step:
         if self.norm is not None:
             return [self.norm]
         return [branch.norm for branch in self.branches.values() if branch.norm is not None]
+
+    def padded(self, x: Tensor) -> tuple[Tensor, Step]:
+        """x and the step as backends take them: padded already where the padding mode is not zeros."""
+        if self.geometry.padding_mode == "zeros":
+            return x, self
+        return self.geometry.pad_input(x), replace(self, geometry=self.geometry.explicit())
 
 
 @dataclass(frozen=True)

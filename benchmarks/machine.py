@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import re
 import shlex
 import subprocess
@@ -13,14 +12,7 @@ from pathlib import Path
 
 import torch
 
-# Family 6 models whose /proc/cpuinfo name says no more than "Xeon Processor" under virtualisation.
-INTEL_MODELS = {
-    85: "cascade-lake",
-    106: "ice-lake",
-    143: "sapphire-rapids",
-    173: "granite-rapids",
-    207: "emerald-rapids",
-}
+from acnet_kernels.backends.machine import cpu_name, device_name
 
 
 def cache_bytes(device: torch.device | str = "cpu") -> int:
@@ -31,28 +23,6 @@ def cache_bytes(device: torch.device | str = "cpu") -> int:
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=32 * 2**20)
-
-
-def cpu_name() -> str:
-    """The processor's name, with its code name where the model number gives it away."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    entry = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", info.split("\n\n")[0], re.MULTILINE))
-    name = re.sub(r"\((R|TM)\)", "", entry.get("model name", platform.machine()))
-    if entry.get("vendor_id") == "GenuineIntel" and entry.get("cpu family") == "6":
-        code = INTEL_MODELS.get(int(entry["model"]))
-        return f"{name} ({code})" if code else name
-    return name
-
-
-def device_name(device: torch.device | str = "cpu") -> str:
-    """'NVIDIA H100 …', or the processor with the threads in use."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def machine_class(device: torch.device | str = "cpu") -> str:

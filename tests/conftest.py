@@ -1,4 +1,6 @@
-"""Every test starts from the same random state, and leaves the number of threads alone."""
+"""Every test starts from the same random state and without the user's tuned times."""
+
+import os
 
 import pytest
 import torch
@@ -11,3 +13,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_tuned_times(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["ACNET_KERNELS_CACHE"] = str(tmp_path_factory.mktemp("tuned"))

@@ -2,8 +2,6 @@
 
 import copy
 import itertools
-import warnings
-from dataclasses import replace
 
 import oracle
 import pytest
@@ -13,8 +11,7 @@ from steps import GEOMETRIES, VARIANTS, as_eager, check, check_convolution_biase
 from torch import nn
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import branches, planner
-from acnet_kernels.ops import bn_sum
+from acnet_kernels.backends import branches
 
 
 def block(*args, backend="branches", **kwargs):
@@ -258,19 +255,6 @@ def test_compiles_without_a_break(dtype):
         assert rel(traced[name], t) < (1e-5 if dtype is None else 1e-2), name
 
 
-@pytest.mark.skipif(
-    bn_sum.MISSING is not None, reason=f"without the C++ kernels auto prefers eager: {bn_sum.MISSING}"
-)
-def test_the_planner_says_why():
-    b = block(16, 16, 3, padding=1, backend="auto")
-    small, large = (b.plan(torch.empty(n, 16, 32, 32, device="meta")) for n in (32, 33))
-    assert (small[1].backend.NAME, large[1].backend.NAME) == ("eager", "branches")
-    assert "as fast in eager" in small[1].reason
-    assert large[1].reason == planner.REASONS["branches"]
-    b.backend = "branches"
-    assert b.plan(torch.empty(1, 16, 16, 16))[1].reason == "requested"
-
-
 def test_learns_as_eager_does():
     # A net that must fit 64 random images: the losses go the same way within what rounding makes of 30 steps.
     losses = {}
@@ -292,17 +276,3 @@ def test_learns_as_eager_does():
     torch.testing.assert_close(
         torch.tensor(losses["branches"][:10]), torch.tensor(losses["eager"][:10]), rtol=1e-3, atol=1e-4
     )
-
-
-def test_a_missing_extension_is_said_once(monkeypatch):
-    monkeypatch.setattr(planner.bn_sum, "MISSING", "the C++ extension is not built, in this test")
-    planner._warn_without_extension.cache_clear()
-    block = ACBlock(4, 8, 3, padding=1)
-    x = torch.empty(64, 4, 64, 64, device="meta")
-    with pytest.warns(UserWarning, match="eager backend, which is slower: the C\\+\\+ extension is not built"):
-        name = planner.choose(replace(block.plan(x)[0], device="cpu")).backend.NAME
-    assert name == "eager"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        planner.choose(replace(block.plan(x)[0], device="cpu"))
-    planner._warn_without_extension.cache_clear()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
+from ..geometry import Geometry
 from ..ops import bn_sum
 from ..spec import Problem
-from . import branches, eager, folded, moments, recompute, synced
+from . import branches, cost, eager, folded, moments, recompute, stopwatch, synced, timings
+from .machine import Machine, this_machine
 
-# In order of preference: 'auto' takes the first that pays, so what follows eager only on request.
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (folded, branches, eager, moments, recompute)}
+# In order of simplicity: where two are about as fast, 'auto' takes the first.
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (folded, eager, branches, moments, recompute)}
 CHOICES = ("auto", "memory_saver", *BACKENDS)
 
 _saving = False
@@ -51,7 +55,7 @@ def memory_saver(enabled: bool = True) -> Iterator[None]:
 
 
 def choose(problem: Problem, requested: str = "auto") -> Plan:
-    """The backend for problem: the requested one unless it declines, else the first that pays."""
+    """The backend for problem: the requested one unless it declines, else the one that takes the least time."""
     forced = _forced(problem)
     if forced is not None:
         other = requested not in ("auto", forced.backend.NAME)
@@ -67,36 +71,127 @@ def choose(problem: Problem, requested: str = "auto") -> Plan:
         if why is None:
             return Plan(module, "requested")
         refused = f"{requested} was requested but declines: {why}; "
-    for module in BACKENDS.values():
-        if module.unavailable() is None and module.declines(problem) is None:
-            why = does_not_pay(module.NAME, problem)
-            if why is None:
-                return Plan(module, refused + REASONS[module.NAME])
-            refused += f"{module.NAME} passed over: {why}; "
-    raise AssertionError("eager declines nothing and always pays")
+    if folded.declines(problem) is None:
+        return Plan(folded, refused + REASONS["folded"])
+    if torch.compiler.is_compiling():
+        # A graph for every size must not depend on one: the choice is that for usual sizes.
+        shape = [size if has_static_value(size) else USUAL_SIZE for size in problem.shape]
+        g = problem.geometry
+        placed = (g.kernel, g.stride, g.padding, g.dilation, g.groups, g.padding_mode, g.shift)
+        what = (problem.branches, problem.norm, problem.batch_stats, problem.dtype, problem.input_dtype)
+        flags = (problem.device, problem.channels_last, problem.grad)
+        name, why = _traced_choice((*shape,), problem.out_channels, placed, what, flags)
+    else:
+        name, why = _fastest(problem, _times_at_first_sight(problem))
+    return Plan(BACKENDS[name], refused + why)
 
 
-# Elements of an output map up to which `branches` gains nothing over eager on the CPU, by bytes an element: the
-# convolutions, or the cost of a call, are then nearly all of the step.
-SMALL_MAP = {2: 2**15, 4: 2**19, 8: 2**19}
+# Under torch.compile it runs as it is, and its answer becomes part of the graph: nothing in it is guarded. Dynamo
+# hands over constants alone, so the problem comes in pieces.
+@torch.compiler.assume_constant_result
+def _traced_choice(
+    shape: tuple[int, int, int, int],
+    out_channels: int,
+    geometry: tuple[Any, ...],
+    what: tuple[Any, ...],
+    flags: tuple[Any, ...],
+) -> tuple[str, str]:
+    return _fastest(Problem(shape, out_channels, Geometry(*geometry), *what, *flags), False)
 
 
-def does_not_pay(backend: str, problem: Problem) -> str | None:
-    """Why 'auto' passes over a backend that could compute the step, or None.
+# What a symbolic batch or image size stands for: CIFAR's images, by a few dozen.
+USUAL_SIZE = 32
 
-    The rules come from benchmarks/block.py; the measurements are in benchmarks/results.
+# Medians of interleaved runs differ by this much from one run to the next.
+MEASURED_MARGINS = dict.fromkeys(BACKENDS, 0.03)
+
+
+class Times(NamedTuple):
+    """Backend → milliseconds of a step: what the cost model predicts, and what was measured (empty where not)."""
+
+    predicted: Mapping[str, float]
+    measured: Mapping[str, float]
+
+
+def candidates(problem: Problem) -> list[str]:
+    """The backends that 'auto' chooses from by time, the simplest first."""
+    modules = [module for module in BACKENDS.values() if module is not folded]
+    return [m.NAME for m in modules if m.unavailable() is None and m.declines(problem) is None]
+
+
+def times(problem: Problem) -> Times:
+    """What is known about the candidates' times for problem."""
+    names, machine = candidates(problem), this_machine(problem.device)
+    predicted = {name: cost.predict(problem, name, machine.kind) for name in names}
+    measured = timings.lookup(problem, machine)
+    return Times(
+        {name: ms for name, ms in predicted.items() if ms is not None},
+        {name: ms for name, ms in measured.milliseconds.items() if name in names} if measured else {},
+    )
+
+
+def fastest(times: Mapping[str, float], margins: Mapping[str, float]) -> str:
+    """The backend that beats every simpler one by its margin; one without a margin never does."""
+    chosen = ""
+    for name in BACKENDS:
+        if name in times:
+            margin = margins.get(name, math.inf)
+            if not chosen or times[name] * (1 + margin) < times[chosen]:
+                chosen = name
+    return chosen
+
+
+def _fastest(problem: Problem, timed: bool) -> tuple[str, str]:
+    """(backend, why) of the candidate that takes the least time, as far as is known; `timed`: finds out first."""
+    return _decided(problem, this_machine(problem.device), timings.version(), timed, bn_sum.MISSING)
+
+
+@functools.lru_cache(4096)
+def _decided(problem: Problem, machine: Machine, version: int, timed: bool, missing: str | None) -> tuple[str, str]:
+    """_fastest() on this machine, once for each version of what is known."""
+    known = times(problem)
+    if timed and timings.lookup(problem, machine) is None:
+        modules = [BACKENDS[name] for name in candidates(problem)]
+        measured = stopwatch.measure_apart(problem, modules, torch.is_autocast_enabled(problem.device))
+        timings.remember(problem, machine, measured, timings.FIRST_SIGHT)
+        known = known._replace(measured=measured)
+    name, why = decide(problem, machine.kind, known)
+    if name == branches.NAME and problem.device != "cuda" and missing is not None:
+        _warn_without_extension(missing)
+        without = Times(*({other: ms for other, ms in t.items() if other != branches.NAME} for t in known))
+        name, why = decide(problem, machine.kind, without)
+        why = f"branches passed over: its batch-norm sums are slow without the C++ extension; {why}"
+    return name, why
+
+
+def decide(problem: Problem, kind: str, known: Times) -> tuple[str, str]:
+    """(backend, why) from what is known about the candidates' times on this kind of machine: the whole rule.
+
+    Measured times decide where there are any, else predicted ones: a backend is taken where it beats every simpler
+    one by a margin.
     """
-    if backend == "branches":
-        if problem.device == "cuda":
-            return "its batch-norm sums have no CUDA kernels"
-        small = SMALL_MAP[problem.dtype.itemsize]
-        if problem.output_bytes // problem.dtype.itemsize <= small:
-            return f"maps of {small} elements or fewer are as fast in eager"
-        if bn_sum.MISSING is not None:
-            if not torch.compiler.is_compiling():
-                _warn_without_extension(bn_sum.MISSING)
-            return "its batch-norm sums are slow without the C++ extension"
-    return None
+    found, word = known.measured, "measured"
+    margins: Mapping[str, float] = MEASURED_MARGINS
+    if not found:
+        found, word = known.predicted, "predicted"
+        if eager.NAME not in found:
+            return eager.NAME, f"the time of no {problem.dtype} step is known on {kind}"
+        margins = cost.prices()[kind].margins
+        if len(found) > 1 and not margins:
+            return eager.NAME, f"no time is measured on {kind} yet: tune() or torch.backends.cudnn.benchmark would"
+    name = fastest(found, margins)
+    rest = "".join(f", {other} {ms:.3g}" for other, ms in found.items() if other != name)
+    return name, f"{REASONS[name]}: {word} {found[name]:.3g} ms{rest}" if rest else REASONS[name]
+
+
+def _times_at_first_sight(problem: Problem) -> bool:
+    """Whether the user welcomes timing (the switch is cuDNN's own) and now is a time for it."""
+    return (
+        problem.device == "cuda"
+        and torch.backends.cudnn.benchmark
+        and len(candidates(problem)) > 1
+        and not torch.cuda.is_current_stream_capturing()
+    )
 
 
 @functools.cache
@@ -129,5 +224,7 @@ def _forced(problem: Problem) -> Plan | None:
 REASONS = {
     "folded": "running statistics normalise, so one folded convolution is exact",
     "branches": "fused batch-norm sums move less memory than three batch norms and two additions",
-    "eager": "the definition; no faster path covers this step",
+    "eager": "no other backend gains on the definition",
+    "moments": "one convolution, with statistics from the input's autocorrelation",
+    "recompute": "every branch's map computed twice, none moved",
 }

@@ -1,0 +1,65 @@
+"""Which machine this is: the names that measured and predicted times are filed under."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .branches import convolution_dtype
+
+# The kinds of machine that the cost model tells apart.
+CPU, FAST_HALF_CPU, CUDA = "cpu", "cpu with fast bfloat16", "cuda"
+
+# Family 6 models whose /proc/cpuinfo name says no more than "Xeon Processor" under virtualisation.
+INTEL_MODELS = {
+    85: "cascade-lake",
+    106: "ice-lake",
+    143: "sapphire-rapids",
+    173: "granite-rapids",
+    207: "emerald-rapids",
+}
+
+
+class Machine(NamedTuple):
+    """`kind` has constants of its own in the cost model; `name` is the device with the threads in use."""
+
+    kind: str
+    name: str
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's name, with its code name where the model number gives it away."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    entry = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", info.split("\n\n")[0], re.MULTILINE))
+    name = re.sub(r"\((R|TM)\)", "", entry.get("model name", platform.machine()))
+    if entry.get("vendor_id") == "GenuineIntel" and entry.get("cpu family") == "6":
+        code = INTEL_MODELS.get(int(entry["model"]))
+        return f"{name} ({code})" if code else name
+    return name
+
+
+def device_name(device: torch.device | str = "cpu") -> str:
+    """'NVIDIA H100 …', or the processor with the threads in use."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def this_machine(device: str) -> Machine:
+    """The machine that tensors of this device type are computed on; 'meta' stands for the CPU."""
+    if device == "cuda":
+        return Machine(CUDA, device_name("cuda"))
+    if device in ("cpu", "meta"):
+        kind = CPU if convolution_dtype(torch.bfloat16, "cpu") == torch.float32 else FAST_HALF_CPU
+        return Machine(kind, device_name())
+    return Machine(device, device)

@@ -1,0 +1,182 @@
+"""Step times measured on this machine: those of the benchmarks, of `tune()`, and of this process.
+
+`tune()` keeps what it measures in the user's cache directory ($ACNET_KERNELS_CACHE, or acnet_kernels in
+$XDG_CACHE_HOME, or in ~/.cache): a JSON file a device, thread count and set of versions. It is read once, when
+first asked for; one that is damaged, or not of this device and these versions, is ignored with a warning naming it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..geometry import BRANCHES
+from ..spec import Problem
+from . import cost
+from .machine import Machine
+
+FORMAT = 1
+TUNED, BENCHMARK, FIRST_SIGHT = "tune()", "the benchmarks", "first sight"
+
+Times = dict[str, dict[str, float]]  # problem → backend → milliseconds
+
+
+class Measured(NamedTuple):
+    """Backend → milliseconds of a step, and who measured them."""
+
+    milliseconds: Mapping[str, float]
+    source: str
+
+
+_known: dict[Machine, dict[str, Measured]] = {}
+_version = 0
+
+
+def version() -> int:
+    """Changes whenever something new is known."""
+    return _version
+
+
+def key(problem: Problem) -> str:
+    """What a problem's times are filed under: everything about it that they depend on."""
+    g = problem.geometry
+    n, c, h, w = problem.shape
+    parts = [
+        "step" if problem.grad else "forward",
+        str(problem.dtype).removeprefix("torch."),
+        "channels_last" if problem.channels_last else "nchw",
+        f"{n}x{c}x{h}x{w}->{problem.out_channels}",
+        f"k{g.kernel}",
+    ]
+    for letter, pair, usual in (("s", g.stride, 1), ("p", g.padding, g.kernel // 2), ("d", g.dilation, 1)):
+        if pair != (usual, usual):
+            parts.append(f"{letter}{pair[0]}x{pair[1]}")
+    if g.groups != 1:
+        parts.append(f"g{g.groups}")
+    if g.shift != (0, 0):
+        parts.append(f"shift{g.shift[0]}x{g.shift[1]}")
+    if g.padding_mode != "zeros":
+        parts.append(g.padding_mode)
+    if set(problem.branches) != set(BRANCHES):
+        parts.append("+".join(problem.branches))
+    if problem.norm != "branch":
+        parts.append(problem.norm)
+    return " ".join(parts)
+
+
+def lookup(problem: Problem, machine: Machine) -> Measured | None:
+    """The times measured for problem on machine: the newest of its kind, or None."""
+    known = _known.get(machine)
+    if known is None:
+        known = {k: Measured(times, BENCHMARK) for k, times in cost.measured().get(machine.name, {}).items()}
+        known |= {k: Measured(times, TUNED) for k, times in load(machine).items()}
+        _known[machine] = known
+    return known.get(key(problem))
+
+
+def remember(problem: Problem, machine: Machine, times: Mapping[str, float], source: str) -> Measured:
+    """Keeps times for the rest of this process."""
+    global _version
+    lookup(problem, machine)  # loads what is known already: it must not come over this later
+    _version += 1
+    measured = _known[machine][key(problem)] = Measured(times, source)
+    return measured
+
+
+def cache_dir() -> Path:
+    """Where tuned times are kept, whether it exists or not."""
+    own = os.environ.get("ACNET_KERNELS_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acnet_kernels"
+
+
+def identity(machine: Machine) -> dict[str, str]:
+    """What tuned times hold for: other versions have other kernels."""
+    from .. import __version__
+
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = ""
+    return {"device": machine.name, "torch": torch.__version__, "triton": triton, "acnet_kernels": __version__}
+
+
+def cache_path(machine: Machine) -> Path:
+    """The file of machine's tuned times."""
+    digest = hashlib.sha256(json.dumps(identity(machine)).encode()).hexdigest()
+    return cache_dir() / f"tuned-{digest[:16]}.json"
+
+
+def load(machine: Machine) -> Times:
+    """machine's tuned times; none, with a warning, where the file is damaged or of another machine or version."""
+    path = cache_path(machine)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return _checked(content, identity(machine))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"ignoring the tuned times in {path}: {error}", stacklevel=2)
+        return {}
+
+
+def _checked(content: Any, wanted: dict[str, str]) -> Times:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"it is not a file of format {FORMAT}")
+    if content.get("identity") != wanted:
+        raise ValueError(f"it is of {content.get('identity')}, this is {wanted}")
+    times: Any = content.get("milliseconds")
+    sound = isinstance(times, dict) and all(
+        isinstance(row, dict) and row and all(isinstance(ms, float) and ms > 0 for ms in row.values())
+        for row in times.values()
+    )
+    if not sound:
+        raise ValueError("its times are not positive numbers by problem and backend")
+    return times
+
+
+def store(machine: Machine, times: Times) -> Path:
+    """Adds times to machine's file, over those of the same problems, and returns its path.
+
+    Readers see the old file or the new one, never a part; what other processes store meanwhile is kept.
+
+    Raises:
+        OSError: the directory cannot be made or written to.
+    """
+    path = cache_path(machine)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_suffix(".lock")):
+        content = {"format": FORMAT, "identity": identity(machine), "milliseconds": load(machine) | times}
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    return path
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time, where the system has flock: without it two that store at once may lose the one's."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # closing releases it
+        yield

@@ -1,0 +1,271 @@
+"""The planner's rule: what is known about times decides, and eager where it does not."""
+
+import copy
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from clocks import FakeClock
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from acnet_kernels import ACBlock
+from acnet_kernels.backends import branches, cost, machine, planner, stopwatch, timings
+from acnet_kernels.spec import problem_of
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch, tmp_path):
+    """No times of other tests, and the C++ extension as if built."""
+    monkeypatch.setenv("ACNET_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(timings, "_known", {})
+    monkeypatch.setattr(planner.bn_sum, "MISSING", None)
+    planner._decided.cache_clear()
+    yield
+    planner._decided.cache_clear()
+
+
+def problem(*shape, block=None, **changes):
+    block = ACBlock(shape[1], 8, 3, padding=1) if block is None else block
+    return replace(block.plan(torch.empty(shape, device="meta"))[0], device="cpu", **changes)
+
+
+def pretend(monkeypatch, predicted):
+    """The model predicts the same for every problem."""
+    monkeypatch.setattr(cost, "predict", lambda problem, name, kind: predicted.get(name))
+    monkeypatch.setattr(cost, "prices", lambda: {k: cost.Prices("", {"branches": 0.1}, {}) for k in ("cpu", KIND)})
+
+
+KIND = machine.this_machine("cpu").kind
+
+
+# --- the rule ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("times", "margins", "name"),
+    [
+        ({"eager": 1.0, "branches": 0.9}, {"branches": 0.1}, "branches"),
+        ({"eager": 1.0, "branches": 0.92}, {"branches": 0.1}, "eager"),
+        ({"eager": 1.0, "branches": 0.5}, {}, "eager"),
+        ({"moments": 0.97, "branches": 0.98, "eager": 1.0}, {"branches": 0.01, "moments": 0.02}, "branches"),
+        ({"moments": 0.9, "branches": 0.98, "eager": 1.0}, {"branches": 0.01, "moments": 0.02}, "moments"),
+        ({"moments": 0.9, "branches": 1.0}, {"moments": 0.03}, "moments"),
+        ({"branches": 2.0}, {}, "branches"),
+    ],
+)
+def test_a_backend_must_beat_every_simpler_one_by_its_margin(times, margins, name):
+    assert planner.fastest(times, margins) == name
+
+
+def test_measured_times_come_before_predicted_ones():
+    p, kind = problem(2, 4, 9, 9), machine.CPU
+    predicted = {"eager": 2.0, "branches": 1.0}
+    name, why = planner.decide(p, kind, planner.Times(predicted, {}))
+    assert (name, "predicted 1 ms, eager 2" in why) == ("branches", True)
+    name, why = planner.decide(p, kind, planner.Times(predicted, {"eager": 1.234, "branches": 1.21}))
+    assert (name, "measured 1.23 ms, branches 1.21" in why) == ("eager", True)
+
+
+def test_nothing_known_is_eager():
+    p = problem(2, 4, 9, 9)
+    assert planner.decide(p, "an abacus", planner.Times({}, {}))[0] == "eager"
+    name, why = planner.decide(p, machine.CUDA, planner.Times({"eager": 2.0, "branches": 1.0}, {}))
+    assert name == "eager"
+    assert "no time is measured on cuda yet: tune() or torch.backends.cudnn.benchmark would" in why
+    name, _ = planner.decide(p, machine.CUDA, planner.Times({}, {"eager": 2.0, "branches": 1.0}))
+    assert name == "branches"
+
+
+def test_small_maps_are_eagers_and_large_ones_are_not():
+    small, large = (planner.decide(p, machine.CPU, planner.Times(
+        {name: cost.predict(p, name, machine.CPU) for name in ("eager", "branches", "moments")}, {}
+    ))[0] for p in (problem(2, 16, 8, 8), problem(150, 16, 40, 40)))  # fmt: skip
+    assert (small, large) == ("eager", "branches")
+
+
+def test_only_what_can_compute_the_step_is_a_candidate():
+    assert planner.candidates(problem(2, 4, 9, 9)) == ["eager", "branches", "moments", "recompute"]
+    strided = problem(2, 4, 9, 9, block=ACBlock(4, 8, 3, stride=2, padding=1))
+    assert planner.candidates(strided) == ["eager", "branches", "recompute"]
+    frozen = ACBlock(4, 8, 3, padding=1)
+    frozen.ver_bn.eval()
+    assert planner.candidates(problem(2, 4, 9, 9, block=frozen)) == ["eager"]
+    assert planner.choose(problem(2, 4, 9, 9, block=frozen)).reason == planner.REASONS["eager"]
+
+
+def test_choices_are_the_same_every_time(monkeypatch):
+    p = problem(64, 16, 20, 20)
+    first = planner.choose(p)
+    planner._decided.cache_clear()
+    assert planner.choose(p) == first == planner.choose(replace(p))
+
+
+def test_what_is_learnt_later_counts(monkeypatch):
+    pretend(monkeypatch, {"eager": 2.0, "branches": 1.0})
+    p = problem(2, 4, 9, 9)
+    assert planner.choose(p).backend is branches
+    timings.remember(p, machine.this_machine("cpu"), {"eager": 1.0, "branches": 2.0}, timings.TUNED)
+    assert planner.choose(p).backend.NAME == "eager"
+    assert planner.choose(replace(p, channels_last=True)).backend is branches  # of that nothing is known
+    assert planner.times(p).measured == {"eager": 1.0, "branches": 2.0}
+
+
+def test_the_benchmarks_times_count_on_their_device_alone(monkeypatch):
+    pretend(monkeypatch, {"eager": 2.0, "branches": 1.0})
+    p = problem(2, 4, 9, 9)
+    monkeypatch.setattr(
+        cost, "measured", lambda: {"some processor": {timings.key(p): {"eager": 1.0, "branches": 3.0}}}
+    )
+    assert planner.choose(p).backend is branches
+    monkeypatch.setattr(planner, "this_machine", lambda device: machine.Machine(machine.CPU, "some processor"))
+    planner._decided.cache_clear()
+    assert planner.choose(p).backend.NAME == "eager"
+
+
+def test_a_missing_extension_is_said_once(monkeypatch):
+    pretend(monkeypatch, {"eager": 2.0, "branches": 1.0, "moments": 3.0})
+    p = problem(64, 4, 64, 64)
+    monkeypatch.setattr(planner.bn_sum, "MISSING", "the C++ extension is not built, in this test")
+    planner._warn_without_extension.cache_clear()
+    with pytest.warns(UserWarning, match="eager backend, which is slower: the C\\+\\+ extension is not built"):
+        plan = planner.choose(p)
+    assert plan.backend.NAME == "eager"
+    assert plan.reason.startswith("branches passed over: its batch-norm sums are slow without the C++ extension; ")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        planner.choose(replace(p, grad=False))
+    planner._warn_without_extension.cache_clear()
+
+
+# --- under torch.compile ----------------------------------------------------------------------------------
+
+
+def test_a_graph_for_every_batch_size_does_not_depend_on_the_choice_for_one():
+    block = ACBlock(4, 6, 3, padding=1)
+    few, many = (planner.choose(problem(n, 4, 8, 9, block=block)).backend.NAME for n in (20, 3000))
+    assert few != many  # or nothing is shown
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("eager")
+    compiled = torch.compile(block, backend=graphs, fullgraph=True)
+    for n in (20, 3000, 50):  # torch's own fake convolution splits the sizes at 16
+        x = torch.randn(n, 4, 8, 9)
+        torch._dynamo.mark_dynamic(x, 0)
+        compiled(x)
+    assert graphs.frame_count == 1
+    torch.compiler.reset()
+
+
+def test_a_graph_of_one_size_takes_that_sizes_choice(monkeypatch):
+    block, ran = ACBlock(4, 6, 3, padding=1), []
+    x = torch.randn(3, 4, 8, 9)
+    timings.remember(block.plan(x)[0], machine.this_machine("cpu"), {"eager": 9.0, "branches": 1.0}, timings.TUNED)
+    forward = branches.forward
+    monkeypatch.setattr(branches, "forward", lambda x, step: ran.append(1) or forward(x, step))
+    monkeypatch.setattr(planner, "_times_at_first_sight", lambda problem: pytest.fail("timed while compiling"))
+    torch.compiler.reset()
+    torch.compile(block, backend="eager", fullgraph=True)(x)
+    assert ran
+    torch.compiler.reset()
+
+
+# --- timing at first sight --------------------------------------------------------------------------------
+
+
+def test_the_switch_is_cudnns_and_acts_on_cuda_alone(monkeypatch):
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    here = problem(2, 4, 9, 9)
+    there = replace(here, device="cuda")
+    assert not planner._times_at_first_sight(there)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    assert planner._times_at_first_sight(there)
+    assert not planner._times_at_first_sight(here)
+    assert not planner._times_at_first_sight(replace(there, batch_stats=(True, False, True)))  # eager's alone
+    capturing = True
+    assert not planner._times_at_first_sight(there)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(planner, "_times_at_first_sight", lambda problem: True)
+    return FakeClock(monkeypatch, {"eager": 3.0, "branches": 1.0, "moments": 2.0, "recompute": 4.0})
+
+
+def test_each_problem_is_timed_once_and_the_fastest_kept(clock):
+    block, x = ACBlock(4, 8, 3, padding=1), torch.randn(2, 4, 9, 9)
+    assert block.plan(x)[1].backend is branches
+    timed = len(clock.calls)
+    assert clock.calls[:8] == ["eager", "branches", "moments", "recompute"] * 2  # in turn
+    assert "measured 1 ms, eager 3, moments 2, recompute 4" in block.plan(x)[1].reason
+    assert len(clock.calls) == timed
+    block.plan(torch.randn(3, 4, 9, 9))
+    assert len(clock.calls) > timed
+
+
+def test_a_backend_without_the_memory_is_left_out_and_not_asked_again(clock):
+    clock.milliseconds = {"moments": 2.0}
+    block, x = ACBlock(4, 8, 3, padding=1), torch.randn(2, 4, 9, 9)
+    assert block.plan(x)[1].backend.NAME == "moments"
+    assert clock.calls.count("branches") == 1
+    clock.milliseconds = {}
+    x = torch.randn(3, 4, 9, 9)
+    backend = block.plan(x)[1].backend  # what the model predicts
+    timed = len(clock.calls)
+    assert block.plan(x)[1].backend is backend
+    assert len(clock.calls) == timed
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": "sum"}, {"padding_mode": "reflect"}, {"stride": 2, "use_affine": False}]
+)
+def test_the_step_that_is_timed_first_is_the_step_it_would_have_been(clock, options):
+    block = ACBlock(4, 8, 3, padding=1, **options)
+    twin = copy.deepcopy(block)
+    twin.backend = "branches"
+    x = torch.randn(3, 4, 9, 9)
+    torch.manual_seed(7)
+    after = torch.rand(1)
+    torch.manual_seed(7)
+    results = []
+    for module in (block, twin):
+        t = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = checkpoint(module, t, use_reentrant=False)  # whose hooks must not see the scratch tensors
+        out.float().square().sum().backward()
+        results.append([out, t.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    assert clock.calls
+    assert torch.equal(torch.rand(1), after)
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_without_gradients_the_forward_is_timed(clock):
+    with torch.no_grad():
+        assert ACBlock(4, 8, 3, padding=1).plan(torch.randn(2, 4, 9, 9))[1].backend is branches
+    assert {key.split()[0] for known in timings._known.values() for key in known if "2x4x9x9" in key} == {"forward"}
+
+
+# --- the stopwatch itself ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"groups": 2, "kernel_size": 5, "padding": 1}, {"shift": (1, -1), "branches": ("square", "hor")}],
+)
+def test_scratch_tensors_make_the_same_problem(options, autocast):
+    block = ACBlock(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1, **options})
+    x = torch.randn(2, 4, 9, 8).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        p = block.plan(x)[0]
+        scratch = stopwatch.Scratch(p, autocast, torch.device("cpu"))
+        assert problem_of(scratch.step, scratch.x) == p
+    for name in planner.candidates(p):
+        scratch.run(planner.BACKENDS[name])
+    assert all(t.grad is None for t in scratch.leaves)
+
+
+def test_a_call_takes_some_time():
+    assert stopwatch.milliseconds(lambda: None, torch.device("cpu")) > 0

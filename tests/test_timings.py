@@ -1,0 +1,214 @@
+"""Tuned times on disk: what is kept, what is refused, and what happens to it when several processes write."""
+
+import json
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import acnet_kernels
+from acnet_kernels import ACBlock
+from acnet_kernels.backends import cost, timings
+from acnet_kernels.backends.machine import Machine
+
+MACHINE = Machine("cpu", "a processor, 2 threads")
+OTHER = Machine("cpu", "a processor, 4 threads")
+TIMES = {"step float32 nchw 1x2x3x4->5 k3": {"eager": 1.5, "branches": 0.5}}
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACNET_KERNELS_CACHE", str(tmp_path / "own"))
+    monkeypatch.setattr(timings, "_known", {})
+    return tmp_path / "own"
+
+
+def problem(*shape, **options):
+    options = {"kernel_size": 3, "padding": 1, **options}
+    return ACBlock(shape[1], 8, **options).plan(torch.empty(shape, device="meta"))[0]
+
+
+# --- keys -------------------------------------------------------------------------------------------------
+
+
+def test_a_key_says_all_that_times_depend_on():
+    p = problem(2, 4, 9, 8)
+    assert timings.key(p) == "step float32 nchw 2x4x9x8->8 k3"
+    distinct = [
+        p,
+        replace(p, grad=False),
+        replace(p, dtype=torch.bfloat16),
+        replace(p, channels_last=True),
+        *(problem(*s) for s in ((3, 4, 9, 8), (2, 8, 9, 8), (2, 4, 8, 8), (2, 4, 9, 9))),
+        replace(p, out_channels=4),
+        problem(2, 4, 9, 8, kernel_size=5),
+        *(problem(2, 4, 9, 8, **{name: 2}) for name in ("stride", "padding", "dilation", "groups")),
+        *(problem(2, 4, 9, 8, stride=s) for s in ((1, 2), (2, 1))),
+        *(problem(2, 4, 9, 8, shift=s) for s in ((1, 0), (0, 1), (0, -1))),
+        problem(2, 4, 9, 8, padding_mode="circular"),
+        problem(2, 4, 9, 8, branches=("square", "hor")),
+        problem(2, 4, 9, 8, norm="sum"),
+    ]
+    assert len({timings.key(q) for q in distinct}) == len(distinct)
+    assert timings.key(replace(p, input_dtype=torch.bfloat16)) == timings.key(p)
+
+
+# --- the file ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_stored_is_found_by_the_next_process(monkeypatch):
+    p = problem(2, 4, 9, 8)
+    assert timings.lookup(p, MACHINE) is None
+    path = timings.store(MACHINE, {timings.key(p): {"eager": 2.0, "branches": 1.0}})
+    assert timings.lookup(p, MACHINE) is None  # this process has read it already
+    monkeypatch.setattr(timings, "_known", {})
+    assert timings.lookup(p, MACHINE) == ({"eager": 2.0, "branches": 1.0}, timings.TUNED)
+    assert timings.lookup(p, OTHER) is None
+    assert [f.name for f in path.parent.iterdir() if f.suffix != ".lock"] == [path.name]
+
+
+def test_the_file_is_read_once(monkeypatch):
+    reads = []
+    monkeypatch.setattr(timings, "load", lambda machine: reads.append(machine) or {})
+    for _ in range(3):
+        timings.lookup(problem(2, 4, 9, 8), MACHINE)
+    assert reads == [MACHINE]
+
+
+def test_tuned_times_come_before_the_benchmarks(monkeypatch):
+    p, q = problem(2, 4, 9, 8), problem(3, 4, 9, 8)
+    shipped = {timings.key(p): {"eager": 1.0}, timings.key(q): {"eager": 2.0}}
+    monkeypatch.setattr(cost, "measured", lambda: {MACHINE.name: shipped})
+    timings.store(MACHINE, {timings.key(p): {"eager": 3.0}})
+    assert timings.lookup(p, MACHINE) == ({"eager": 3.0}, timings.TUNED)
+    assert timings.lookup(q, MACHINE) == ({"eager": 2.0}, timings.BENCHMARK)
+    assert timings.lookup(q, OTHER) is None
+    timings.remember(q, MACHINE, {"eager": 4.0}, timings.FIRST_SIGHT)
+    assert timings.lookup(q, MACHINE) == ({"eager": 4.0}, timings.FIRST_SIGHT)
+
+
+def test_where_the_file_lies(monkeypatch, folder, tmp_path):
+    assert timings.cache_path(MACHINE).parent == folder
+    monkeypatch.delenv("ACNET_KERNELS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert timings.cache_dir() == tmp_path / "xdg" / "acnet_kernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert timings.cache_dir() == tmp_path / ".cache" / "acnet_kernels"
+
+
+@pytest.mark.parametrize("versioned", ["torch", "triton", "package"])
+def test_other_versions_have_a_file_of_their_own(monkeypatch, versioned):
+    before = timings.cache_path(MACHINE)
+    timings.store(MACHINE, TIMES)
+    if versioned == "torch":
+        monkeypatch.setattr(torch, "__version__", "9.9.9")
+    elif versioned == "triton":
+        monkeypatch.setattr(timings.metadata, "version", lambda name: "9.9.9")
+    else:
+        monkeypatch.setattr(acnet_kernels, "__version__", "9.9.9")
+    assert timings.cache_path(MACHINE) != before
+    assert timings.load(MACHINE) == {}
+
+
+CONTENT = {"format": timings.FORMAT, "identity": timings.identity(MACHINE), "milliseconds": TIMES}
+
+
+def test_a_sound_file_is_taken(recwarn):
+    path = timings.cache_path(MACHINE)
+    path.parent.mkdir()
+    path.write_text(json.dumps(CONTENT))
+    assert timings.load(MACHINE) == TIMES
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "Expecting value"),
+        (json.dumps(CONTENT)[:-9], "line 1 column"),
+        ("[1, 2]", "format 1"),
+        (json.dumps(CONTENT | {"format": 2}), "format 1"),
+        (json.dumps(CONTENT | {"identity": CONTENT["identity"] | {"torch": "1.0"}}), "it is of .*'torch': '1.0'"),
+        (json.dumps(CONTENT | {"identity": timings.identity(OTHER)}), "it is of .*4 threads"),
+        (json.dumps({"format": 1, "identity": CONTENT["identity"]}), "not positive numbers"),
+        *(
+            (json.dumps(CONTENT | {"milliseconds": {"step": row}}), "not positive numbers")
+            for row in ({"eager": -1.0}, {"eager": "1.0"}, {"eager": None}, {}, [1.0], {"eager": float("nan")})
+        ),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_ignored_and_named_and_written_over(text, why):
+    path = timings.cache_path(MACHINE)
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.warns(UserWarning, match=f"ignoring the tuned times in {path}: .*{why}"):
+        assert timings.lookup(problem(2, 4, 9, 8), MACHINE) is None
+    with pytest.warns(UserWarning, match="ignoring the tuned times"):
+        timings.store(MACHINE, TIMES)
+    assert timings.load(MACHINE) == TIMES
+
+
+def test_bytes_that_are_no_text_are_ignored_too():
+    path = timings.cache_path(MACHINE)
+    path.parent.mkdir()
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.warns(UserWarning, match="ignoring the tuned times"):
+        assert timings.load(MACHINE) == {}
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, folder):
+    timings.store(MACHINE, TIMES)
+    before = sorted(folder.iterdir())
+
+    def fail(*_, **__):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(timings.json, "dump", fail)
+    with pytest.raises(OSError, match="disk is full"):
+        timings.store(MACHINE, {"another": {"eager": 1.0}})
+    assert sorted(folder.iterdir()) == before
+    assert timings.load(MACHINE) == TIMES
+
+
+def test_the_file_changes_at_once(monkeypatch):
+    timings.store(MACHINE, TIMES)
+    path, replaced = timings.cache_path(MACHINE), []
+    put = timings.os.replace
+
+    def look(source, target):
+        assert json.loads(path.read_text())["milliseconds"] == TIMES  # until this very moment
+        assert "another" in json.loads(Path(source).read_text())["milliseconds"]
+        replaced.append(target)
+        put(source, target)
+
+    monkeypatch.setattr(timings.os, "replace", look)
+    timings.store(MACHINE, {"another": {"eager": 1.0}})
+    assert replaced == [path]
+    assert timings.load(MACHINE) == TIMES | {"another": {"eager": 1.0}}
+
+
+def test_who_stores_at_the_same_time_loses_nothing(monkeypatch):
+    pytest.importorskip("fcntl", reason="without flock two writers at once may lose the one's times")
+    load = timings.load
+
+    def slowly(machine):
+        found = load(machine)
+        time.sleep(0.01)  # all would have read the same file by now
+        return found
+
+    monkeypatch.setattr(timings, "load", slowly)
+    threads = [
+        threading.Thread(target=timings.store, args=(MACHINE, {f"step {i}": {"eager": 1.0 + i}})) for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert load(MACHINE) == {f"step {i}": {"eager": 1.0 + i} for i in range(8)}
