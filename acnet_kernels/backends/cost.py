@@ -155,16 +155,19 @@ def _branches(problem: Problem, phase: str, kind: str) -> _Groups:
     dtype = problem.dtype
     if kind == CPU and dtype.itemsize == 2:  # see branches.convolution_dtype
         dtype = torch.float32
-    taps = _taps(problem) if problem.norm == "branch" else [problem.geometry.kernel**2]
-    n = len(taps)
+    # The sum of the branches, where one batch norm follows it, is differentiated as one convolution.
+    one = problem.norm == "sum" and phase == BACKWARD
+    taps = [problem.geometry.kernel**2] if one else _taps(problem)
+    n = len(problem.batch_stats)
     inputs, outputs = _map_elements(problem)
     if phase == FORWARD:
-        nbytes = 2 * n * outputs * dtype.itemsize + outputs * problem.dtype.itemsize
+        summed = 3 * (len(taps) - n)  # passes that add the branches up
+        nbytes = (2 * n + summed) * outputs * dtype.itemsize + outputs * problem.dtype.itemsize
     else:
         nbytes = (3 * n * outputs + 2 * (n - 1) * inputs) * dtype.itemsize + 2 * outputs * problem.dtype.itemsize
     return {
         ("convolution", dtype): _convolutions(problem, taps, dtype),
-        ("branches", problem.dtype): {"gbytes": 1e-9 * nbytes, "calls": n + 1.0},
+        ("branches", problem.dtype): {"gbytes": 1e-9 * nbytes, "calls": len(taps) + 1.0},
     }
 
 
