@@ -157,6 +157,14 @@ def test_a_graph_for_every_batch_size_does_not_depend_on_the_choice_for_one():
     torch.compiler.reset()
 
 
+def test_a_size_that_another_makes_static_compiles():
+    # Sizes alike share a symbol: where the batch is as large as the weight's channels, it becomes a constant late.
+    torch.compiler.reset()
+    compiled = torch.compile(ACBlock(4, 6, 3, padding=1), backend="eager", fullgraph=True, dynamic=True)
+    assert compiled(torch.randn(4, 4, 8, 8)).shape == (4, 6, 8, 8)
+    torch.compiler.reset()
+
+
 def test_a_graph_of_one_size_takes_that_sizes_choice(monkeypatch):
     block, ran = ACBlock(4, 6, 3, padding=1), []
     x = torch.randn(3, 4, 8, 9)
@@ -178,6 +186,7 @@ def test_the_switch_is_cudnns_and_acts_on_cuda_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     here = problem(2, 4, 9, 9)
     there = replace(here, device="cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     assert not planner._times_at_first_sight(there)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     assert planner._times_at_first_sight(there)

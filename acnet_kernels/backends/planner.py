@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -75,7 +76,7 @@ def choose(problem: Problem, requested: str = "auto") -> Plan:
         return Plan(folded, refused + REASONS["folded"])
     if torch.compiler.is_compiling():
         # A graph for every size must not depend on one: the choice is that for usual sizes.
-        shape = [size if has_static_value(size) else USUAL_SIZE for size in problem.shape]
+        shape = [operator.index(size) if has_static_value(size) else USUAL_SIZE for size in problem.shape]
         g = problem.geometry
         placed = (g.kernel, g.stride, g.padding, g.dilation, g.groups, g.padding_mode, g.shift)
         what = (problem.branches, problem.norm, problem.batch_stats, problem.dtype, problem.input_dtype)
