@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from .geometry import Geometry, Pair
 
@@ -132,5 +133,8 @@ def problem_of(step: Step, x: Tensor) -> Problem:
 
 
 def prefers_channels_last(x: Tensor, weight: Tensor) -> bool:
-    """Whether nn.Conv2d would return channels_last: its rule is that either of the two has that layout."""
-    return any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
+    """Whether nn.Conv2d would return channels_last: its rule is that either of the two has that layout.
+
+    Strides decide, so that a map or kernel of one channel, dense in both layouts, has the one it was converted to.
+    """
+    return any(suggest_memory_format(t) == torch.channels_last for t in (x, weight))

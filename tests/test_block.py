@@ -14,7 +14,7 @@ from oracle import rel, scramble
 from torch import nn
 from torch.nn.utils import prune
 
-from acnet_kernels import ACBlock, fuse
+from acnet_kernels import ACBlock, explain, fuse
 from acnet_kernels.backends import planner
 
 
@@ -410,6 +410,21 @@ def test_inplace_relu_after_the_block_matches():
             F.relu(b(x), inplace=inplace).square().sum().backward()
             grads.append(b.square_conv.weight.grad.clone())
         torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("backend", ["eager", "branches", "moments", "recompute", "folded"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_output_has_conv2ds_layout(backend, channels):
+    """A map or kernel of one channel is dense in both layouts: its strides say which one it was converted to."""
+    formats = (torch.contiguous_format, torch.channels_last)
+    for x_format, weight_format in itertools.product(formats, repeat=2):
+        x = torch.randn(3, channels, 6, 5).to(memory_format=x_format)
+        conv = nn.Conv2d(channels, 4, 3, padding=1, bias=False).to(memory_format=weight_format)
+        b = ACBlock(channels, 4, 3, padding=1).to(memory_format=weight_format)
+        b.train(backend != "folded")
+        b.backend = "auto" if backend == "folded" else backend
+        assert explain(b, x).blocks[0].backend == backend
+        assert b(x).stride() == conv(x).stride()
 
 
 def test_empty_batch_and_single_value_as_batch_norm():

@@ -1,7 +1,6 @@
 """The branches backend against the reference in float64, and what its one node promises autograd."""
 
 import copy
-import itertools
 
 import oracle
 import pytest
@@ -75,18 +74,6 @@ def test_the_output_may_be_changed_in_place(dtype):
         got = torch.relu_(b(x))  # as nn.ReLU(inplace=True) does in most networks
     assert torch.equal(got, want)
     got.sum().backward()
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_ambiguous_layouts_follow_conv2d(channels_last):
-    for shape, weights_too in itertools.product([(3, 1, 6, 6), (5, 4, 1, 1)], (False, True)):
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        conv = nn.Conv2d(shape[1], 4, 3, padding=1, bias=False)
-        b = ACBlock(shape[1], 4, 3, padding=1, backend="branches")
-        if weights_too:
-            conv, b = conv.to(memory_format=layout), b.to(memory_format=layout)
-        x = torch.randn(shape).to(memory_format=layout)
-        assert b(x).stride() == conv(x).stride()
 
 
 def test_convolution_biases():

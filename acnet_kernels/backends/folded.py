@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.fusion import fold
-from ..spec import Problem, Step
+from ..spec import Problem, Step, prefers_channels_last
 
 NAME = "folded"
 
@@ -30,5 +31,7 @@ def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros); differentiable."""
     geometry = step.geometry
     weight, bias = fold(step)
+    if weight.shape[1] == 1 and prefers_channels_last(x, step.branches["square"].weight):
+        weight = weight.to(memory_format=torch.channels_last)  # dense in both layouts, and folded in the other
     place = geometry.placement("square")
     return F.conv2d(x, weight, bias, geometry.stride, place.padding, place.dilation, geometry.groups)
