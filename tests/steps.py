@@ -1,5 +1,6 @@
 """What the tests of a backend's training step share: every kind of block, and the comparison with eager."""
 
+import collections
 import copy
 
 import oracle
@@ -33,6 +34,25 @@ def check(b, x, dtype=None):
     for (name, a), e in zip(mine.named_buffers(), theirs.buffers(), strict=True):
         assert a.dtype == e.dtype
         assert rel(a, e) < (1e-5 if dtype is None else 1e-2), name
+
+
+def check_on_average(make, shape, draws=20):
+    """Output and every gradient no further from the truth than eager's are, over fresh blocks and inputs.
+
+    For steps so ill-conditioned that one draw's errors are chance: two values normalise to ±1 whatever they are,
+    and what is left of their gradients is rounding's.
+    """
+    mine, eager = collections.Counter(), collections.Counter()
+    for _ in range(draws):
+        b, x = make(), torch.randn(shape)
+        grad = torch.randn(b(x).shape)
+        true = oracle.truth(b, x, grad)
+        for total, step in ((mine, b), (eager, as_eager(b))):
+            found = oracle.run(step, x, grad)
+            total.update({name: rel(found[name], t) / draws for name, t in true.items()})
+    for name, error in mine.items():
+        allowed = max(1.1 * eager[name], oracle.FLOORS[torch.float32])
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 def check_convolution_biases(b):
