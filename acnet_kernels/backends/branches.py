@@ -29,7 +29,7 @@ from ..geometry import BRANCHES, Geometry, Placement
 from ..ops import bn_sum
 from ..spec import Norm, Problem, Step
 from .batchnorm import update_running
-from .convolution import add_input_gradient, own_taps, summed_kernel
+from .convolution import add_input_gradient, column_weight_gradient, own_taps, summed_kernel
 
 NAME = "branches"
 
@@ -206,12 +206,14 @@ def convolution_gradients(
         needs_dx = needs_x and not (
             dx is not None and add_input_gradient(dx, dy, weight, place, geometry.stride, geometry.groups)
         )
-        if not (needs_dx or need):
-            dws.append(None)
+        seen = place.apply(x)
+        dw = column_weight_gradient(dy, seen, place, geometry.stride, geometry.groups) if need else None
+        if not (needs_dx or (need and dw is None)):
+            dws.append(dw)
             continue
-        dx_b, dw, _ = torch.ops.aten.convolution_backward(
+        dx_b, vendors, _ = torch.ops.aten.convolution_backward(
             dy,
-            place.apply(x),
+            seen,
             weight,
             None,
             geometry.stride,
@@ -220,9 +222,9 @@ def convolution_gradients(
             False,
             (0, 0),
             geometry.groups,
-            (needs_dx, need, False),
+            (needs_dx, need and dw is None, False),
         )
-        dws.append(dw)
+        dws.append(vendors if dw is None else dw)
         if needs_dx:
             dx = dx_b if dx is None else place.add_adjoint(dx, dx_b)
     return dx, dws
