@@ -274,14 +274,41 @@ def test_ddp_equals_one_process():
     want = steps(net, x.double(), y, 1)
     for states in results:
         for option, state in zip(DDP_OPTIONS, states, strict=True):
-            for name, t in want.items():
-                torch.testing.assert_close(
-                    state[name].to(t.dtype),
-                    t,
-                    rtol=1e-4,
-                    atol=1e-5,
-                    msg=lambda m, n=name, o=option: f"{o} {n}: {m}",
-                )
+            assert_same_state(state, want, str(option))
+
+
+def assert_same_state(state, want, what):
+    for name, t in want.items():
+        found = state[name].to(t.dtype)
+        torch.testing.assert_close(found, t, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{what} {n}: {m}")
+
+
+FAST = [("branches", "branches"), ("moments", "recompute")]
+
+
+def train_replicas(rank, world, net, x, y, sizes, options):
+    """steps() under DDP, statistics not synchronised: for every option, FAST's and eager's in float64."""
+    x, y = part(x, rank, sizes), part(y, rank, sizes)
+    found = {}
+    for option in options:
+        for backends in FAST:
+            replica = copy.deepcopy(net)
+            replica.stem.backend, replica.body.backend = backends
+            ran = [row.backend for row in explain(replica, x).blocks if row.input_shape]
+            assert ran == list(backends)
+            found[str(option), backends] = steps(DistributedDataParallel(replica, **option), x, y, world)
+        eager = copy.deepcopy(net).double()
+        eager.stem.backend = eager.body.backend = "eager"
+        found[str(option), None] = steps(DistributedDataParallel(eager, **option), x.double(), y, world)
+    return found
+
+
+def test_ddp_with_each_process_its_own_statistics():
+    net, sizes = Net(), (3, 5)
+    x, y = torch.randn(8, 3, 9, 9), torch.randint(4, (8,))
+    for states in distributed.run(2, train_replicas, net, x, y, sizes, DDP_OPTIONS):
+        for (option, backends), state in states.items():
+            assert_same_state(state, states[option, None], f"{option} {backends}")
 
 
 def train_fsdp(rank, world, net, x, y, folder):
