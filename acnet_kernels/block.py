@@ -20,8 +20,12 @@ from .ops.fusion import FoldBranch, append_branches, append_step, fold
 from .spec import Branch, Norm, Problem, Step, prefers_channels_last
 
 _MODULES = {name: (f"{name}_conv", f"{name}_bn") for name in BRANCHES}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple("_global" + name for name in _HOOKS)
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 
 
 class ACBlock(nn.Module):
@@ -246,7 +250,12 @@ class ACBlock(nn.Module):
                 if type(module) not in expected:
                     label = "bn" if name == "sum" else f"{name}_{kind}"
                     return f"{label} is a {type(module).__name__}, not nn.{expected[0].__name__}"
-                if any(getattr(module, attribute) for attribute in _HOOKS):
+                if (
+                    module._forward_hooks
+                    or module._forward_pre_hooks
+                    or module._backward_hooks
+                    or module._backward_pre_hooks
+                ):
                     label = "bn" if name == "sum" else f"{name}_{kind}"
                     return f"{label} has hooks"
         first = None

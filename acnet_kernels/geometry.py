@@ -191,10 +191,9 @@ class Geometry:
 
     def output_size(self, height: int, width: int) -> Pair:
         """(rows, columns) of the output for a height×width input; ValueError if it would be empty."""
-        rows, columns = (
-            (size + 2 * p - d * (self.kernel - 1) - 1) // s + 1
-            for size, p, d, s in zip((height, width), self.padding, self.dilation, self.stride, strict=True)
-        )
+        reach = self.kernel - 1
+        rows = (height + 2 * self.padding[0] - self.dilation[0] * reach - 1) // self.stride[0] + 1
+        columns = (width + 2 * self.padding[1] - self.dilation[1] * reach - 1) // self.stride[1] + 1
         if rows < 1 or columns < 1:
             raise ValueError(
                 f"the output would be empty: input of {height}×{width} pixels, kernel_size {self.kernel}, "

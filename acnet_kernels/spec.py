@@ -110,9 +110,12 @@ def problem_of(step: Step, x: Tensor) -> Problem:
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) if device != "meta" else False
     dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
-    tensors = [x, *(t for b in step.branches.values() for t in (b.weight, b.bias))]
-    tensors += [t for n in step.norms for t in (n.gamma, n.beta)]
-    square = step.branches["square"].weight
+    norms, square = step.norms, step.branches["square"].weight
+    tensors: list[Tensor | None] = [x]
+    for branch in step.branches.values():
+        tensors += (branch.weight, branch.bias)
+    for norm in norms:
+        tensors += (norm.gamma, norm.beta)
     # Dynamo traces transforms in its own way, and cannot read the stack.
     transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     return Problem(
@@ -121,13 +124,13 @@ def problem_of(step: Step, x: Tensor) -> Problem:
         geometry=step.geometry,
         branches=tuple(step.branches),
         norm="branch" if step.norm is None else "sum",
-        batch_stats=tuple(n.batch_stats for n in step.norms),
+        batch_stats=tuple([norm.batch_stats for norm in norms]),
         dtype=dtype,
         input_dtype=x.dtype,
         device=device,
         channels_last=not transformed and prefers_channels_last(x, square),  # vmap knows no layouts
         grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
-        synced=any(n.group is not None for n in step.norms),
+        synced=any(norm.group is not None for norm in norms),
         transformed=transformed,
     )
 
@@ -137,4 +140,14 @@ def prefers_channels_last(x: Tensor, weight: Tensor) -> bool:
 
     Strides decide, so that a map or kernel of one channel, dense in both layouts, has the one it was converted to.
     """
-    return any(suggest_memory_format(t) == torch.channels_last for t in (x, weight))
+    return _is_channels_last(x) or _is_channels_last(weight)
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    # The common answers first: PyTorch's walk through the strides is one in Python.
+    if t.is_contiguous():
+        if t.stride(1) != 1:
+            return False
+    elif t.is_contiguous(memory_format=torch.channels_last):
+        return True
+    return suggest_memory_format(t) == torch.channels_last

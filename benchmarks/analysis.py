@@ -103,7 +103,7 @@ def why(rival: str, step: dict[str, dict[str, float]], tops: dict[str, float]) -
     vendor = sum(times.get(name, 0) for name in CONVOLUTIONS) / total
     largest = max(times, key=lambda name: times[name])
     if rival == "eager" and "batch norm forward" in times:
-        return "the planner takes eager here: the same code"
+        return "the planner takes eager here: the same operators"
     work = sum(1e3 * max(p["gflop"] / tops["gemm"], p["gbyte"] / tops["copy"]) for p in step.values()) / total
     if total < SHORT and work < IDLE:
         return f"calls are the cost of so short a step: its work would take {work:.0%} of it at the ceilings"

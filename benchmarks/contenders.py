@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,20 @@ from .shapes import Shape
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 COMPILED = {"compile": "default", "reduce-overhead": "reduce-overhead"}  # contender → torch.compile's mode
 PEERS = ("3k", "checkpoint", "conv+bn")
+
+
+class Modules(nn.Module):
+    """The block as one writes it in PyTorch: a convolution and a batch norm for every branch, summed."""
+
+    def __init__(self, block: ACBlock) -> None:
+        super().__init__()
+        self.block, norms = block, block.norms()
+        self.parts = [(block.geometry.placement(name), conv, norms[name]) for name, conv in block.convs().items()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N×C×H×W → N×K×H'×W'."""
+        first, *others = (norm(conv(place.apply(x))) for place, conv, norm in self.parts)
+        return functools.reduce(torch.add, others, first)
 
 
 class Concatenated(nn.Module):
@@ -155,7 +170,7 @@ def build(
     )
     peers: dict[str, Callable[[], nn.Module]] = {
         "3k": lambda: Concatenated(block("eager")),
-        "checkpoint": lambda: Checkpointed(block("eager")),
+        "checkpoint": lambda: Checkpointed(Modules(block("eager"))),
         "conv+bn": lambda: plain.to(device),
     }
     found = []
@@ -165,6 +180,8 @@ def build(
             found.append(contender(name, "channels_last", torch.compile(module, mode=COMPILED[name])))
         elif name in PEERS:
             found.append(contender(name, "channels_last", peers[name]()))
+        elif name == "eager":
+            found += [contender(name, layout, Modules(block(name))) for layout in LAYOUTS]
         else:
             made = [contender(name, layout, block(name)) for layout in LAYOUTS]
             found += [c for c in made if name in ("auto", backend_of(c))]
@@ -172,8 +189,9 @@ def build(
 
 
 def backend_of(contender: Contender) -> str:
-    """The name of the backend that computes an ACBlock's step."""
-    assert isinstance(contender.module, ACBlock)
+    """The name of the backend that computes the step: an ACBlock's choice, or the contender's own."""
+    if not isinstance(contender.module, ACBlock):
+        return contender.name
     x = contender.sets[0][0]
     with contender.autocasting():
         return contender.module.plan(x)[1].backend.NAME

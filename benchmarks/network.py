@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from acnet_kernels import ACBlock, models
 
 from . import harness
-from .contenders import COMPILED, Checkpointed
+from .contenders import COMPILED, Checkpointed, Modules
 
 CLASSES = 10
 
@@ -56,12 +56,12 @@ TIMED = ("plain", "eager", *COMPILED, *OURS)
 MEASURED = ("plain", "eager", "checkpoint", *OURS)  # in bytes
 
 
-def checkpointed(model: nn.Module) -> nn.Module:
-    """model with every ACBlock checkpointed, in place."""
+def with_blocks(model: nn.Module, made_of: Callable[[ACBlock], nn.Module]) -> nn.Module:
+    """model with every ACBlock replaced by what is made of it, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, ACBlock):
-                setattr(parent, name, Checkpointed(child))
+                setattr(parent, name, made_of(child))
     return model
 
 
@@ -73,8 +73,10 @@ def build(network: str, contender: str, device: torch.device) -> nn.Module:
     else:
         model = models.build(network, CLASSES, backend=contender if contender in OURS else "eager")
     model = model.to(device, memory_format=torch.channels_last)
+    if contender == "eager":
+        return with_blocks(model, Modules)
     if contender == "checkpoint":
-        return checkpointed(model)
+        return with_blocks(model, lambda block: Checkpointed(Modules(block)))
     if contender in COMPILED:
         torch.compiler.reset()
         model.compile(mode=COMPILED[contender])

@@ -36,7 +36,7 @@ def test_every_contender_but_the_bound_computes_the_block(shape):
         if c.name == "3k":  # its kernels come first, then one γ and one β for three
             convs = [n for n, _ in truth.module.named_parameters() if "conv" in n]
             want_weights = {n: g for (n, _), g in zip(truth.module.named_parameters(), want[1:], strict=True)}
-            order = [f"{branch}_conv.weight" for branch in truth.module.convs()]
+            order = [f"block.{branch}_conv.weight" for branch in truth.module.block.convs()]
             assert sorted(order) == sorted(convs)
             assert all(rel(g, want_weights[n]) < 1e-4 for g, n in zip(got[1:], order, strict=False))
         else:

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..geometry import Geometry, Pair, Placement
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Turning a kernel round costs a pass over it: not where the map is hardly larger than the kernel.
-LEAST_MAP = 4
+# The least map (elements) whose passes cost more than turning a kernel round, and how many kernels it must be.
+LEAST_MAP, LEAST_MAPS_OF_KERNEL = 2**20, 4
 # Where a tap's matrix product pays: pixels of an image, and elements of the result.
 LEAST_PIXELS, LEAST_PRODUCT = 128, 2048
 
@@ -76,7 +76,7 @@ def add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor, place: Placement,
         Whether it did; dx is untouched where the vendor has no such convolution for the case.
     """
     left, right, top, bottom = place.edges
-    pays = dx.numel() >= LEAST_MAP * weight.numel()
+    pays = dx.numel() >= max(LEAST_MAP, LEAST_MAPS_OF_KERNEL * weight.numel())
     if not (stride == (1, 1) and top == bottom and left == right and pays and _in_one_pass(dx)):
         return False
     reach = [d * (k - 1) for k, d in zip(place.kernel, place.dilation, strict=True)]
