@@ -43,6 +43,7 @@ MERGING = (bn_sum.merge_statistics, bn_sum.merge_grad, wgrad.sum_splits)
 # Of a multiprocessor: registers, threads, programs, bytes of shared memory (a KB a program is the system's).
 REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+STREAMED = (4, 3, None)  # Triton's own warps and stages
 WINDOW = Window.of(Geometry.make(3, padding=1))
 ANY = dict.fromkeys(("C", "K", "CG", "KG"), "i32")
 # Ways a problem may differ from the plain one (3×3, stride 1, channels in multiples of 16, channels_last weights),
@@ -70,21 +71,22 @@ DEPTHWISE_VARIATIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation. `config` is the tile: rows × output channels × input channels, warps, stages."""
+    """One compilation. `config`: the tile (rows × output channels × input channels), warps, stages, maxnreg."""
 
     kernel: str
     arch: int
     dtype: str
     mode: str
-    config: tuple[int, ...]
+    config: tuple[int | None, ...]
     variation: str = ""
     arguments: dict[str, Any] = field(default_factory=dict, hash=False, compare=False, repr=False)
 
     @property
     def shown(self) -> str:
         """The configuration in the table's form."""
-        *tile, warps, stages = self.config
-        return f"{'×'.join(map(str, tile))} w{warps} s{stages}".strip()
+        *tile, warps, stages, maxnreg = self.config
+        limit = f" r{maxnreg}" if maxnreg else ""
+        return f"{'×'.join(map(str, tile))} w{warps} s{stages}{limit}".strip()
 
     @property
     def dot(self) -> bool:
@@ -182,11 +184,11 @@ def bn_cases(arch: int) -> Iterator[Case]:
             for K in (16, 32, 64, 128) if dtype == "bf16" else (128,):
                 tile = configs.streaming_tile(K)
                 sizes = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
-                yield Case(kernel.__name__, arch, dtype, "", (*tile, 4, 3), "", {**common, **maps, **sizes})
+                yield Case(kernel.__name__, arch, dtype, "", (*tile, *STREAMED), "", {**common, **maps, **sizes})
     for kernel in MERGING:
         sizes = {"BLOCK_T": 256, "BLOCK": 1024}
         dws = {"dws": ("*bf16",) * 3}
-        yield Case(kernel.__name__, arch, "fp32", "", (4, 3), "", {**common, **dws, **sizes})
+        yield Case(kernel.__name__, arch, "fp32", "", STREAMED, "", {**common, **dws, **sizes})
 
 
 def depthwise_case(kind: str, arch: int, dtype: str, channels: int, variation: str = "") -> Case:
@@ -198,8 +200,8 @@ def depthwise_case(kind: str, arch: int, dtype: str, channels: int, variation: s
     arguments = {**plain, "KG": 1, "BLOCK_T": configs.power_of_two(kernel), **changes}
     if not arguments["STORE"]:
         arguments["ys"] = (None,) * 3
-    shown = (config.block_m, config.block_k, config.warps, config.stages)
-    return Case(DEPTHWISE[kind].__name__, arch, dtype, "", shown, variation, arguments)
+    without_c = (*config[:2], *config[3:])
+    return Case(DEPTHWISE[kind].__name__, arch, dtype, "", without_c, variation, arguments)
 
 
 def depthwise_cases(arch: int) -> Iterator[Case]:
@@ -231,7 +233,7 @@ def moments_cases(arch: int) -> Iterator[Case]:
                 for variation, changes in {"": {}, **(odd if spare else {})}.items():
                     arguments = {**common, **maps, **blocks, **changes}
                     yield Case("cross_correlation", arch, dtype, mode, tuple(config), variation, arguments)
-            yield Case("centred_total", arch, dtype, "", (1024, 4, 3), "", {**common, **maps})
+            yield Case("centred_total", arch, dtype, "", (1024, *STREAMED), "", {**common, **maps})
 
 
 def cases(arch: int) -> list[Case]:
@@ -268,12 +270,12 @@ def source(case: Case) -> ASTSource:
 
 def compile_case(case: Case) -> Report:
     """Compiles a case and reads the result."""
-    warps, stages = case.config[-2:]
     target = GPUTarget("cuda", case.arch, 32)
-    made = triton.compile(source(case), target=target, options={"num_warps": warps, "num_stages": stages})
+    options = dict(zip(("num_warps", "num_stages", "maxnreg"), case.config[-3:], strict=True))
+    made = triton.compile(source(case), target=target, options=options)
     registers, stack = resources(made.asm["cubin"])
     ptx = made.asm["ptx"]
-    shared, threads = made.metadata.shared, warps * 32
+    shared, threads = made.metadata.shared, made.metadata.num_warps * 32
     fit = [
         PROGRAMS,
         THREADS // threads,

@@ -292,7 +292,9 @@ class Suite:
 
     def tune(self) -> None:
         """Every configuration of the table on every shape, against the one that `choose` takes."""
-        self.say("\n## Configurations: rows × output channels × input channels, warps, stages; ms\n")
+        self.say(
+            "\n## Configurations: rows × output channels × input channels, warps, stages, registers at most; ms\n"
+        )
         family = 90 if self.device.type == "cpu" else configs.family(torch.cuda.get_device_capability(self.device))
         rows = []
         for shape, dtype, sets in self.problems():

@@ -17,26 +17,6 @@ from acnet_kernels.kernels import configs
 from benchmarks import codegen
 
 TABLES = sorted((Path(codegen.__file__).parent / "results").glob("codegen-*.csv"))
-# What the tables have on the stack, 8 to 48 bytes a thread: sm_100 under Triton 3.6, and rare cases of fp32.
-KNOWN_STACKS = {
-    "codegen-triton-3.6": {
-        ("conv_branches", 80, "tf32x3", "64×16×16 w8 s3", "any channels"),
-        ("conv_dgrad", 80, "tf32", "64×16×16 w4 s3", "64-bit, any channels"),
-        ("conv_dgrad", 80, "tf32x3", "64×16×16 w8 s3", "any channels"),
-        ("conv_branches", 100, "tf32", "64×32×32 w4 s3", ""),
-        ("conv_branches", 100, "tf32", "128×16×16 w4 s4", ""),
-        ("conv_branches", 100, "tf32", "64×16×16 w4 s3", "64-bit"),
-        ("conv_branches", 100, "tf32x3", "64×16×16 w4 s3", ""),
-        ("conv_branches", 100, "tf32x3", "64×16×16 w8 s3", "any channels"),
-        ("conv_branches", 100, "tf32x3", "64×16×16 w8 s3", "64-bit"),
-        ("conv_dgrad", 100, "half", "128×64×64 w8 s3", ""),
-        ("conv_dgrad", 100, "tf32x3", "64×16×16 w4 s3", ""),
-    },
-    "codegen-triton-3.8": {
-        ("conv_dgrad", 80, "tf32x3", "64×16×16 w8 s3", "any channels"),
-        ("conv_branches", 100, "half", "128×64×64 w8 s3", "contiguous weights"),
-    },
-}
 
 
 def representatives() -> list[codegen.Case]:
@@ -114,13 +94,8 @@ def test_committed_table_is_complete_and_without_fault(table: Path) -> None:
     }
     found = {(r.kernel, r.arch, r.dtype, r.mode, r.config, r.variation): r for r in reports}
     assert found.keys() == wanted.keys()
-    faults = {
-        (r.kernel, r.arch, r.mode, r.config, r.variation): r.faults(wanted[key].dot) for key, r in found.items()
-    }
-    found = {at: fault for at, fault in faults.items() if fault}
-    assert all(len(fault) == 1 and "stack" in fault[0] for fault in found.values())
-    assert found.keys() == KNOWN_STACKS[table.stem]
+    assert {key: faults for key, r in found.items() if (faults := r.faults(wanted[key].dot))} == {}
 
 
 def test_tables_of_both_ends_of_the_supported_range() -> None:
-    assert {table.stem for table in TABLES} == KNOWN_STACKS.keys()
+    assert {table.stem for table in TABLES} == {"codegen-triton-3.6", "codegen-triton-3.8"}

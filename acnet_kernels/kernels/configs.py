@@ -17,7 +17,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 class Config(NamedTuple):
     """Tile sizes over pixels, output channels and input channels, and how a program is compiled.
 
-    The reduced axis is input channels in conv, output channels in dgrad, pixels in wgrad.
+    The reduced axis is input channels in conv, output channels in dgrad, pixels in wgrad. maxnreg: registers a
+    thread may have, None where ptxas chooses well.
     """
 
     block_m: int
@@ -25,6 +26,12 @@ class Config(NamedTuple):
     block_c: int
     warps: int
     stages: int
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """How a program is compiled, as Triton names it."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.maxnreg}
 
 
 class Tile(NamedTuple):
@@ -37,12 +44,14 @@ class Tile(NamedTuple):
 # What a kernel computes with: fp16 or bf16; fp32 in one TF32 product; fp32 in three.
 MODES = ("half", "tf32", "tf32x3")
 
+# maxnreg's upper end. Left to itself, ptxas sometimes puts 8 to 40 bytes on the stack rather than take more
+# registers and hold one program less at a time; told a limit, even the hardware's own, it takes them.
+_ALL = 255
+
 _NARROW = Config(128, 16, 16, 4, 4)
-_CONV_THIRD = (Config(64, 32, 32, 4, 3), Config(64, 16, 16, 4, 3))
 _DGRAD = (Config(128, 64, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW)
 _DGRAD_WIDEST = Config(128, 64, 128, 8, 3)
 _DGRAD_TF32 = (Config(128, 32, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW)
-_DGRAD_THIRD = (Config(128, 32, 32, 8, 3), Config(64, 16, 16, 4, 3))
 _WGRAD = (Config(64, 64, 64, 4, 3), Config(64, 32, 32, 4, 3), Config(64, 16, 16, 4, 4))
 _WGRAD_TF32 = (Config(32, 64, 64, 4, 3), Config(64, 32, 32, 4, 3), Config(32, 16, 16, 4, 3))
 _WGRAD_THIRD = (Config(16, 16, 16, 4, 2),)
@@ -52,21 +61,29 @@ TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
     ("conv", "half"): {
         80: (Config(64, 64, 32, 8, 3), Config(64, 32, 64, 4, 3), _NARROW),
         90: (Config(128, 64, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW),
-        100: (Config(128, 64, 64, 8, 3), Config(64, 32, 64, 4, 3), Config(64, 16, 16, 4, 3)),
+        100: (Config(128, 64, 64, 8, 3, _ALL), Config(64, 32, 64, 4, 3), Config(64, 16, 16, 4, 3)),
     },
     ("conv", "tf32"): {
         80: (Config(64, 32, 32, 4, 3), _NARROW),
         90: (Config(128, 64, 32, 8, 3), Config(64, 32, 32, 4, 3), _NARROW),
-        100: (Config(64, 64, 32, 8, 3), Config(64, 32, 32, 4, 3), _NARROW),
+        100: (Config(64, 64, 32, 8, 3), Config(64, 32, 32, 4, 3, _ALL), Config(128, 16, 16, 4, 4, _ALL)),
     },
-    ("conv", "tf32x3"): {80: (Config(64, 32, 16, 4, 3),), 90: _CONV_THIRD, 100: _CONV_THIRD},
+    ("conv", "tf32x3"): {
+        80: (Config(64, 32, 16, 4, 3),),
+        90: (Config(64, 32, 32, 4, 3), Config(64, 16, 16, 4, 3)),
+        100: (Config(64, 32, 32, 4, 3), Config(64, 16, 16, 4, 3, _ALL)),
+    },
     ("dgrad", "half"): {
         80: (*_DGRAD[:2], Config(64, 16, 16, 4, 3)),
         90: (_DGRAD_WIDEST, *_DGRAD),
-        100: (_DGRAD_WIDEST, *_DGRAD),
+        100: (_DGRAD_WIDEST, Config(128, 64, 64, 8, 3, _ALL), *_DGRAD[1:]),
     },
     ("dgrad", "tf32"): {80: _DGRAD_TF32, 90: _DGRAD_TF32, 100: _DGRAD_TF32},
-    ("dgrad", "tf32x3"): {80: _DGRAD_THIRD[:1], 90: _DGRAD_THIRD, 100: _DGRAD_THIRD},
+    ("dgrad", "tf32x3"): {
+        80: (Config(128, 32, 32, 8, 3),),
+        90: (Config(128, 32, 32, 8, 3), Config(64, 16, 16, 4, 3)),
+        100: (Config(128, 32, 32, 8, 3), Config(64, 16, 16, 4, 3, _ALL)),
+    },
     ("wgrad", "half"): {
         80: (Config(32, 64, 64, 8, 3), Config(64, 16, 16, 4, 4)),
         90: _WGRAD,
@@ -80,7 +97,6 @@ TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
 FEW_PROGRAMS = 128
 FEW = {
     ("conv", "half"): Config(64, 32, 64, 4, 3),
-    ("conv", "tf32"): Config(64, 32, 32, 4, 3),
     ("dgrad", "half"): Config(64, 32, 64, 4, 3),
     ("dgrad", "tf32"): Config(64, 32, 64, 4, 3),
 }
@@ -89,11 +105,11 @@ FEW = {
 # by whole vectors, leave registers for these.
 SPARE = {
     ("conv", "half"): Config(64, 16, 16, 4, 3),
-    ("conv", "tf32"): Config(64, 16, 16, 4, 3),
-    ("conv", "tf32x3"): Config(64, 16, 16, 8, 3),
+    ("conv", "tf32"): Config(64, 16, 16, 4, 3, _ALL),
+    ("conv", "tf32x3"): Config(64, 16, 16, 8, 3, _ALL),
     ("dgrad", "half"): Config(64, 32, 32, 8, 3),
-    ("dgrad", "tf32"): Config(64, 16, 16, 4, 3),
-    ("dgrad", "tf32x3"): Config(64, 16, 16, 8, 3),
+    ("dgrad", "tf32"): Config(32, 16, 16, 4, 3, _ALL),
+    ("dgrad", "tf32x3"): Config(64, 16, 16, 8, 3, _ALL),
     ("wgrad", "half"): Config(64, 16, 16, 4, 4),
     ("wgrad", "tf32"): Config(32, 16, 16, 4, 2),
     ("wgrad", "tf32x3"): Config(16, 16, 16, 4, 2),

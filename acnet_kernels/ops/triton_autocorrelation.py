@@ -94,8 +94,7 @@ def cross_correlation(
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_C=config.block_c,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options,
     )
     if splits > 1:
         absent = (None, None)

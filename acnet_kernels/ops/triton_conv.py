@@ -83,7 +83,7 @@ def _plan(
         "BLOCK_T": configs.power_of_two(window.kernel),
     }
     taken = {name: value for name, value in options.items() if name in kernel.arg_names}
-    taken |= {"num_warps": config.warps, "num_stages": config.stages}
+    taken |= config.options
     scalars = {"C": C, "K": K, "CG": C // window.groups, "KG": K // window.groups, "H": H, "W": W}
     scalars |= {"OH": size[0], "OW": size[1]}
     numbers = tuple(value for name, value in scalars.items() if name in kernel.arg_names)
