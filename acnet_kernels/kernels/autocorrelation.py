@@ -14,45 +14,6 @@ import triton.language as tl
 from .taps import dot, index, split_pixel, weight_block
 
 
-@triton.jit
-def _products(
-    acc,
-    x_ptr,
-    x_pivot,
-    y_ptr,
-    y_pivot,
-    start,
-    stop,
-    row,
-    col,
-    k,
-    c,
-    k_live,
-    c_live,
-    C,
-    K,
-    H,
-    W,
-    WIDE: tl.constexpr,
-    UPCAST: tl.constexpr,
-    CENTRED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """acc and the products over pixels start … stop. CENTRED: pivots are subtracted, in fp32."""
-    for first in range(start, stop, BLOCK_M):
-        m = first + index(tl.arange(0, BLOCK_M), WIDE)
-        _, h, w = split_pixel(m, H, W)
-        inside = (m < stop) & (h + row >= 0) & (h + row < H) & (w + col >= 0) & (w + col < W)
-        y = tl.load(y_ptr + m[:, None] * K + k[None, :], mask=inside[:, None] & k_live[None, :], other=0.0)
-        at = (m + row * W + col) * C
-        x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & c_live[None, :], other=0.0)
-        if CENTRED:
-            y = tl.where(inside[:, None], y.to(tl.float32) - y_pivot[None, :], 0.0)
-            x = x.to(tl.float32) - x_pivot[None, :]
-        acc = dot(tl.trans(y), x, acc, "ieee", UPCAST)
-    return acc
-
-
 @triton.jit(do_not_specialize=["M", "ROWS", "STRIDE", "FIRST", "ROW", "COL", "WIDTH"])
 def cross_correlation(
     x_ptr,
@@ -103,31 +64,19 @@ def cross_correlation(
     else:
         pivots = tl.max((x_pivot != 0.0).to(tl.int32), 0) | tl.max((y_pivot != 0.0).to(tl.int32), 0)
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-    for centred in tl.static_range(2):
+    for centred in tl.static_range(2):  # pivots are subtracted, in fp32, where there are any
         if pivots == centred:
-            acc = _products(
-                acc,
-                x_ptr,
-                x_pivot,
-                y_ptr,
-                y_pivot,
-                start,
-                stop,
-                row,
-                col,
-                k,
-                c,
-                k_live,
-                c_live,
-                C,
-                K,
-                H,
-                W,
-                WIDE,
-                UPCAST,
-                centred == 1,
-                BLOCK_M,
-            )
+            for first in range(start, stop, BLOCK_M):
+                m = first + index(tl.arange(0, BLOCK_M), WIDE)
+                _, h, w = split_pixel(m, H, W)
+                inside = (m < stop) & (h + row >= 0) & (h + row < H) & (w + col >= 0) & (w + col < W)
+                y = tl.load(y_ptr + m[:, None] * K + k[None, :], mask=inside[:, None] & k_live[None, :], other=0.0)
+                at = (m + row * W + col) * C
+                x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & c_live[None, :], other=0.0)
+                if centred:
+                    y = tl.where(inside[:, None], y.to(tl.float32) - y_pivot[None, :], 0.0)
+                    x = x.to(tl.float32) - x_pivot[None, :]
+                acc = dot(tl.trans(y), x, acc, "ieee", UPCAST)
     at = ((shift * (K // KG) + group) * KG + in_group)[:, None] * CG + of_group[None, :]
     products = products_ptr + split.to(tl.int64) * STRIDE + at
     tl.store(products, acc, mask=k_live[:, None] & c_live[None, :])

@@ -14,85 +14,6 @@ from .taps import class_size, class_tap, dot, index, split_pixel, weight_tile
 
 
 @triton.jit
-def _accumulate(
-    sq,
-    hor,
-    ver,
-    x_ptr,
-    pixel,
-    h0,
-    w0,
-    live,
-    weights,
-    k,
-    k_live,
-    C,
-    CG,
-    H,
-    W,
-    WINDOW: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ON_ROW: tl.constexpr,
-    ON_COL: tl.constexpr,
-):
-    """Adds one tap class to the accumulators of its branches. `pixel` is (n·H + h0)·W + w0, tap (0, 0)'s."""
-    TAPS: tl.constexpr = class_size(WINDOW.kernel, ON_ROW, ON_COL)
-    if TAPS > 0:
-        chunks = tl.cdiv(CG, BLOCK_C)
-        for i in range(TAPS * chunks):
-            row, col = class_tap(i // chunks, WINDOW, ON_ROW, ON_COL)
-            c = (i % chunks) * BLOCK_C + tl.arange(0, BLOCK_C)
-            c_live = c < CG
-            h = h0 + row * WINDOW.dil_h
-            w = w0 + col * WINDOW.dil_w
-            inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            at = (pixel + row * WINDOW.dil_h * W + col * WINDOW.dil_w) * C
-            x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & c_live[None, :], other=0.0)
-            b = weight_tile(
-                weights[0],
-                k[None, :],
-                c[:, None],
-                k_live[None, :],
-                c_live[:, None],
-                row * WINDOW.kernel + col,
-                CG,
-                WINDOW.kernel * WINDOW.kernel,
-                CHANNELS_LAST,
-            )
-            sq = dot(x, b, sq, PRECISION, UPCAST)
-            if ON_ROW and weights[1] is not None:
-                b = weight_tile(
-                    weights[1],
-                    k[None, :],
-                    c[:, None],
-                    k_live[None, :],
-                    c_live[:, None],
-                    col,
-                    CG,
-                    WINDOW.kernel,
-                    CHANNELS_LAST,
-                )
-                hor = dot(x, b, hor, PRECISION, UPCAST)
-            if ON_COL and weights[2] is not None:
-                b = weight_tile(
-                    weights[2],
-                    k[None, :],
-                    c[:, None],
-                    k_live[None, :],
-                    c_live[:, None],
-                    row,
-                    CG,
-                    WINDOW.kernel,
-                    CHANNELS_LAST,
-                )
-                ver = dot(x, b, ver, PRECISION, UPCAST)
-    return sq, hor, ver
-
-
-@triton.jit
 def _finish(acc, y_ptr, partial_ptr, branch, m, live, k, k_live, count, K, tile, TILES, STORE: tl.constexpr):
     """Stores a branch's tile and its moments. Dead rows of acc are zero: their input was masked."""
     if STORE:
@@ -149,35 +70,34 @@ def conv_branches(
     n, oh, ow = split_pixel(m, OH, OW)
     h0 = oh * WINDOW.stride_h - WINDOW.pad_h
     w0 = ow * WINDOW.stride_w - WINDOW.pad_w
-    pixel = (n * H + h0) * W + w0
+    pixel = (n * H + h0) * W + w0  # tap (0, 0)'s
+    group_ptr = x_ptr + group * CG
     sq = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     hor = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     ver = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for on in tl.static_range(4):
-        sq, hor, ver = _accumulate(
-            sq,
-            hor,
-            ver,
-            x_ptr + group * CG,
-            pixel,
-            h0,
-            w0,
-            live,
-            weights,
-            k,
-            k_live,
-            C,
-            CG,
-            H,
-            W,
-            WINDOW,
-            CHANNELS_LAST,
-            PRECISION,
-            UPCAST,
-            BLOCK_C,
-            on % 2 == 1,
-            on >= 2,
-        )
+    # A class of taps at a time: on the row where kind is odd, on the column from 2 up.
+    for kind in tl.static_range(4):
+        if class_size(WINDOW.kernel, kind % 2 == 1, kind >= 2) > 0:
+            chunks = tl.cdiv(CG, BLOCK_C)
+            for i in range(class_size(WINDOW.kernel, kind % 2 == 1, kind >= 2) * chunks):
+                row, col = class_tap(i // chunks, WINDOW, kind % 2 == 1, kind >= 2)
+                c = (i % chunks) * BLOCK_C + tl.arange(0, BLOCK_C)
+                c_live = c < CG
+                h = h0 + row * WINDOW.dil_h
+                w = w0 + col * WINDOW.dil_w
+                inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                at = (pixel + row * WINDOW.dil_h * W + col * WINDOW.dil_w) * C
+                x = tl.load(group_ptr + at[:, None] + c[None, :], mask=inside[:, None] & c_live[None, :], other=0.0)
+                place = (k[None, :], c[:, None], k_live[None, :], c_live[:, None])
+                tap = row * WINDOW.kernel + col
+                b = weight_tile(weights[0], place, tap, CG, WINDOW.kernel * WINDOW.kernel, CHANNELS_LAST)
+                sq = dot(x, b, sq, PRECISION, UPCAST)
+                if kind % 2 == 1 and weights[1] is not None:
+                    b = weight_tile(weights[1], place, col, CG, WINDOW.kernel, CHANNELS_LAST)
+                    hor = dot(x, b, hor, PRECISION, UPCAST)
+                if kind >= 2 and weights[2] is not None:
+                    b = weight_tile(weights[2], place, row, CG, WINDOW.kernel, CHANNELS_LAST)
+                    ver = dot(x, b, ver, PRECISION, UPCAST)
     count = tl.minimum(M - tile * BLOCK_M, BLOCK_M).to(tl.float32)
     _finish(sq, ys[0], partial_ptr, 0, m, live, k, k_live, count, K, tile, TILES, STORE)
     if weights[1] is not None:

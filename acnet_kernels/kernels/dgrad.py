@@ -30,69 +30,6 @@ def _first_tap(at, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DIL: tl.constexpr
     return first
 
 
-@triton.jit
-def _accumulate(
-    acc,
-    dy_ptr,
-    w_ptr,
-    pixel,
-    h,
-    w,
-    live,
-    c,
-    c_live,
-    at_h,
-    at_w,
-    row0,
-    rows,
-    col0,
-    cols,
-    K,
-    CG,
-    KG,
-    OH,
-    OW,
-    k0,
-    WINDOW: tl.constexpr,
-    TAPS: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    PER_COL: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Adds a branch's taps, `rows` from row0 by `cols` from col0; PER_ROW·row + PER_COL·col is the weight's."""
-    ROW_STEP: tl.constexpr = tap_step(WINDOW.stride_h, WINDOW.dil_h)
-    COL_STEP: tl.constexpr = tap_step(WINDOW.stride_w, WINDOW.dil_w)
-    chunks = tl.cdiv(KG, BLOCK_K)
-    for i in range(rows * cols * chunks):
-        row = row0 + i // chunks // cols * ROW_STEP
-        col = col0 + i // chunks % cols * COL_STEP
-        k = i % chunks * BLOCK_K + tl.arange(0, BLOCK_K)
-        k_live = k < KG
-        # Exact divisions: the phase meets these taps.
-        down = (at_h - row * WINDOW.dil_h) // WINDOW.stride_h
-        right = (at_w - col * WINDOW.dil_w) // WINDOW.stride_w
-        inside = live & (h + down >= 0) & (h + down < OH) & (w + right >= 0) & (w + right < OW)
-        at = (pixel + down * OW + right) * K + k0
-        dy = tl.load(dy_ptr + at[:, None] + k[None, :], mask=inside[:, None] & k_live[None, :], other=0.0)
-        tap = PER_ROW * row + PER_COL * col
-        b = weight_tile(
-            w_ptr,
-            (k0 + k)[:, None],
-            c[None, :],
-            k_live[:, None],
-            c_live[None, :],
-            tap,
-            CG,
-            TAPS,
-            CHANNELS_LAST,
-        )
-        acc = dot(dy, b, acc, PRECISION, UPCAST)
-    return acc
-
-
 @triton.jit(do_not_specialize=["N", "TILES"])
 def conv_dgrad(
     dys,
@@ -150,39 +87,34 @@ def conv_dgrad(
     on_col = ((at_w - WINDOW.ver_col * WINDOW.dil_w) % WINDOW.stride_w == 0).to(tl.int32)
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    chunks = tl.cdiv(KG, BLOCK_K)
     for b in tl.static_range(3):
         if weights[b] is not None:
-            acc = _accumulate(
-                acc,
-                dys[b],
-                weights[b],
-                pixel,
-                h,
-                w,
-                live,
-                c,
-                c_live,
-                at_h,
-                at_w,
-                WINDOW.hor_row if b == 1 else row0,
-                on_row if b == 1 else row_taps,
-                WINDOW.ver_col if b == 2 else col0,
-                on_col if b == 2 else col_taps,
-                K,
-                CG,
-                KG,
-                OH,
-                OW,
-                group * KG,
-                WINDOW,
-                WINDOW.kernel * WINDOW.kernel if b == 0 else WINDOW.kernel,
-                WINDOW.kernel if b == 0 else b // 2,
-                1 if b < 2 else 0,
-                CHANNELS_LAST,
-                PRECISION,
-                UPCAST,
-                BLOCK_K,
-            )
+            # hor has one row of taps, ver one column, if this phase meets it.
+            first_row = WINDOW.hor_row if b == 1 else row0
+            first_col = WINDOW.ver_col if b == 2 else col0
+            down_taps = on_row if b == 1 else row_taps
+            across_taps = on_col if b == 2 else col_taps
+            for i in range(down_taps * across_taps * chunks):
+                row = first_row + i // chunks // across_taps * tap_step(WINDOW.stride_h, WINDOW.dil_h)
+                col = first_col + i // chunks % across_taps * tap_step(WINDOW.stride_w, WINDOW.dil_w)
+                k = i % chunks * BLOCK_K + tl.arange(0, BLOCK_K)
+                k_live = k < KG
+                # Exact divisions: the phase meets these taps.
+                down = (at_h - row * WINDOW.dil_h) // WINDOW.stride_h
+                right = (at_w - col * WINDOW.dil_w) // WINDOW.stride_w
+                inside = live & (h + down >= 0) & (h + down < OH) & (w + right >= 0) & (w + right < OW)
+                at = (pixel + down * OW + right) * K + group * KG
+                dy = tl.load(dys[b] + at[:, None] + k[None, :], mask=inside[:, None] & k_live[None, :], other=0.0)
+                weight = weight_tile(
+                    weights[b],
+                    ((group * KG + k)[:, None], c[None, :], k_live[:, None], c_live[None, :]),
+                    WINDOW.kernel * row + col if b == 0 else (col if b == 1 else row),
+                    CG,
+                    WINDOW.kernel * WINDOW.kernel if b == 0 else WINDOW.kernel,
+                    CHANNELS_LAST,
+                )
+                acc = dot(dy, weight, acc, PRECISION, UPCAST)
     out = ((n * H + h * WINDOW.stride_h + phase_h) * W + w * WINDOW.stride_w + phase_w) * C + group * CG
     tl.store(
         dx_ptr + out[:, None] + c[None, :], acc.to(dx_ptr.dtype.element_ty), mask=live[:, None] & c_live[None, :]

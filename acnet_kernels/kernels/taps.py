@@ -66,8 +66,10 @@ def weight_block(block, KG, CG, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def weight_tile(w_ptr, k, c, k_live, c_live, tap, C, TAPS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """W[k, c, tap] with k, c broadcast to the tile wanted, from K×C×rows×columns in either memory format."""
+def weight_tile(w_ptr, place, tap, C, TAPS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """W[k, c, tap] from K×C×rows×columns in either memory format; place: k, c and which of them are live, each
+    broadcast to the tile wanted."""
+    k, c, k_live, c_live = place
     at = (k * TAPS + tap) * C + c if CHANNELS_LAST else (k * C + c) * TAPS + tap
     return tl.load(w_ptr + at, mask=k_live & c_live, other=0.0)
 

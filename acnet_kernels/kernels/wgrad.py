@@ -13,7 +13,9 @@ from .taps import class_size, class_tap, dot, index, split_pixel, weight_block
 
 
 @triton.jit
-def _store(dw_ptr, acc, k, c, k_live, c_live, tap, CG, TAPS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def _store(dw_ptr, acc, place, tap, CG, TAPS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """dW[k, c, tap] = acc at place, (k, c, k_live, c_live)."""
+    k, c, k_live, c_live = place
     if CHANNELS_LAST:
         at = (k[:, None] * TAPS + tap) * CG + c[None, :]
     else:
@@ -21,71 +23,10 @@ def _store(dw_ptr, acc, k, c, k_live, c_live, tap, CG, TAPS: tl.constexpr, CHANN
     tl.store(dw_ptr + at, acc.to(dw_ptr.dtype.element_ty), mask=k_live[:, None] & c_live[None, :])
 
 
-@triton.jit
-def _one_class(
-    tap,
-    x_ptr,
-    dys,
-    dws,
-    into,
-    start,
-    stop,
-    k,
-    c,
-    k_live,
-    c_live,
-    group,
-    C,
-    K,
-    CG,
-    H,
-    W,
-    OH,
-    OW,
-    WINDOW: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    KIND: tl.constexpr,
-):
-    """Does the tap if it is of class KIND: 0 crossing, 1 row, 2 column, 3 neither, as taps are numbered.
-
-    Over pixels start … stop, writing `into` elements behind the dws.
-    """
-    ON_ROW: tl.constexpr = KIND < 2
-    ON_COL: tl.constexpr = KIND == 0 or KIND == 2
-    SIZE: tl.constexpr = class_size(WINDOW.kernel, ON_ROW, ON_COL)
-    BEGIN: tl.constexpr = 0 if KIND == 0 else 1 + (KIND - 1) * (WINDOW.kernel - 1)
-    TAPS: tl.constexpr = WINDOW.kernel * WINDOW.kernel
-    if SIZE > 0 and tap >= BEGIN and tap < BEGIN + SIZE:
-        row, col = class_tap(tap - BEGIN, WINDOW, ON_ROW, ON_COL)
-        sq = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-        hor = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-        ver = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-        for first in range(start, stop, BLOCK_M):
-            m = first + index(tl.arange(0, BLOCK_M), WIDE)
-            n, oh, ow = split_pixel(m, OH, OW)
-            h = oh * WINDOW.stride_h - WINDOW.pad_h + row * WINDOW.dil_h
-            w = ow * WINDOW.stride_w - WINDOW.pad_w + col * WINDOW.dil_w
-            inside = (m < stop) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            at = ((n * H + h) * W + w) * C + group * CG
-            x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & c_live[None, :], other=0.0)
-            at = m[:, None] * K + k[None, :]
-            live = (m < stop)[:, None] & k_live[None, :]
-            sq = dot(tl.trans(tl.load(dys[0] + at, mask=live, other=0.0)), x, sq, PRECISION, UPCAST)
-            if ON_ROW and dws[1] is not None:
-                hor = dot(tl.trans(tl.load(dys[1] + at, mask=live, other=0.0)), x, hor, PRECISION, UPCAST)
-            if ON_COL and dws[2] is not None:
-                ver = dot(tl.trans(tl.load(dys[2] + at, mask=live, other=0.0)), x, ver, PRECISION, UPCAST)
-        _store(dws[0] + into, sq, k, c, k_live, c_live, row * WINDOW.kernel + col, CG, TAPS, CHANNELS_LAST)
-        if ON_ROW and dws[1] is not None:
-            _store(dws[1] + into, hor, k, c, k_live, c_live, col, CG, WINDOW.kernel, CHANNELS_LAST)
-        if ON_COL and dws[2] is not None:
-            _store(dws[2] + into, ver, k, c, k_live, c_live, row, CG, WINDOW.kernel, CHANNELS_LAST)
+@triton.constexpr_function
+def class_begin(kernel, kind):
+    """Number of the first tap of a class, as programs take them: crossing, row, column, neither."""
+    return 0 if kind == 0 else 1 + (kind - 1) * (kernel - 1)
 
 
 @triton.jit(do_not_specialize=["M", "ROWS", "STRIDE"])
@@ -128,37 +69,37 @@ def conv_wgrad(
     start = index(split, WIDE) * ROWS
     stop = tl.minimum(start + ROWS, M)
     into = split.to(tl.int64) * STRIDE
+    # The class of this program's tap: crossing, on the row, on the column, neither.
     for kind in tl.static_range(4):
-        _one_class(
-            tap,
-            x_ptr,
-            dys,
-            dws,
-            into,
-            start,
-            stop,
-            k,
-            c,
-            k_live,
-            c_live,
-            group,
-            C,
-            K,
-            CG,
-            H,
-            W,
-            OH,
-            OW,
-            WINDOW,
-            CHANNELS_LAST,
-            WIDE,
-            PRECISION,
-            UPCAST,
-            BLOCK_M,
-            BLOCK_K,
-            BLOCK_C,
-            kind,
-        )
+        size = class_size(WINDOW.kernel, kind < 2, kind % 2 == 0)
+        i = tap - class_begin(WINDOW.kernel, kind)
+        if i >= 0 and i < size:
+            row, col = class_tap(i, WINDOW, kind < 2, kind % 2 == 0)
+            sq = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+            hor = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+            ver = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+            for first in range(start, stop, BLOCK_M):
+                m = first + index(tl.arange(0, BLOCK_M), WIDE)
+                n, oh, ow = split_pixel(m, OH, OW)
+                h = oh * WINDOW.stride_h - WINDOW.pad_h + row * WINDOW.dil_h
+                w = ow * WINDOW.stride_w - WINDOW.pad_w + col * WINDOW.dil_w
+                inside = (m < stop) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                at = ((n * H + h) * W + w) * C + group * CG
+                x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & c_live[None, :], other=0.0)
+                at = m[:, None] * K + k[None, :]
+                live = (m < stop)[:, None] & k_live[None, :]
+                sq = dot(tl.trans(tl.load(dys[0] + at, mask=live, other=0.0)), x, sq, PRECISION, UPCAST)
+                if kind < 2 and dws[1] is not None:
+                    hor = dot(tl.trans(tl.load(dys[1] + at, mask=live, other=0.0)), x, hor, PRECISION, UPCAST)
+                if kind % 2 == 0 and dws[2] is not None:
+                    ver = dot(tl.trans(tl.load(dys[2] + at, mask=live, other=0.0)), x, ver, PRECISION, UPCAST)
+            place = (k, c, k_live, c_live)
+            number = row * WINDOW.kernel + col
+            _store(dws[0] + into, sq, place, number, CG, WINDOW.kernel * WINDOW.kernel, CHANNELS_LAST)
+            if kind < 2 and dws[1] is not None:
+                _store(dws[1] + into, hor, place, col, CG, WINDOW.kernel, CHANNELS_LAST)
+            if kind % 2 == 0 and dws[2] is not None:
+                _store(dws[2] + into, ver, place, row, CG, WINDOW.kernel, CHANNELS_LAST)
 
 
 @triton.jit(do_not_specialize=["SPLITS", "STRIDE"])
