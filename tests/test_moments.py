@@ -38,8 +38,15 @@ def check(block, x):
     assert_as_good_as(run(block, x, grad), run(as_eager(block), x, grad), truth(block, x, grad))
 
 
+@pytest.fixture(params=["by composite", "by branch"])
+def gradient(request, monkeypatch):
+    """Both ways to the gradient of x, whatever the number of channels."""
+    monkeypatch.setattr(moments, "LEAST_CHANNELS_BY_BRANCH", 1 if request.param == "by branch" else 1 << 30)
+
+
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
 @pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.usefixtures("gradient")
 def test_exact_in_float64_on_images_smaller_and_larger_than_the_kernel(size, groups):
     block = block_of(8, 8, size, groups=groups).double()
     for h, w in itertools.product((1, 2, 3, 4, 9), (1, 2, 4, 7)):
@@ -59,6 +66,7 @@ def test_exact_in_float64_on_images_smaller_and_larger_than_the_kernel(size, gro
         {"use_affine": False},
     ],
 )
+@pytest.mark.usefixtures("gradient")
 def test_exact_in_float64_for_every_kind_of_block(options):
     for h, w in ((2, 3), (2, 2), (5, 4)):
         check(block_of(**options).double(), torch.randn(6, 4, h, w, dtype=torch.float64))
@@ -75,6 +83,7 @@ def test_gradcheck():
 @pytest.mark.parametrize(
     ("c", "k", "size", "groups", "h", "w"), [(16, 19, 3, 1, 11, 13), (8, 8, 5, 2, 9, 4), (6, 5, 3, 1, 2, 1)]
 )
+@pytest.mark.usefixtures("gradient")
 def test_as_good_as_eager(dtype, channels_last, c, k, size, groups, h, w):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     block = block_of(c, k - k % groups, size, groups=groups).to(dtype)
@@ -86,6 +95,7 @@ def test_as_good_as_eager(dtype, channels_last, c, k, size, groups, h, w):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("mean", "std"), [(1e3, 0.1), (1e3, 5.0), (30.0, 1.0), (-4.0, 1.0)])
 @pytest.mark.parametrize("pointwise", [False, True])
+@pytest.mark.usefixtures("gradient")
 def test_a_mean_far_above_the_spread_does_not_cancel(dtype, mean, std, pointwise):
     block = block_of(8, 8)
     if pointwise:  # no padding in sight, so nothing but the spread is left of the variance

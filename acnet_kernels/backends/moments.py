@@ -13,26 +13,28 @@ Exactly three batch norms' training semantics; no map but x is kept, and no batc
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import Geometry
+from ..geometry import Geometry, Pair
 from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
 from ..spec import Norm, Problem, Step, prefers_channels_last
 from . import moments_algebra as algebra
-from .convolution import add_convolution, summed_kernel
+from .convolution import add_convolution, summed_kernel, turned
 
 NAME = "moments"
 
 PIVOT_SAMPLES = 2048
 # Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
 HALF_PRECISION_RATIO = 16.0
+LEAST_CHANNELS_BY_BRANCH = 64  # a group: from here on a CPU's dx goes through the branches' maps
 CHUNK_BYTES = 2 << 20  # of float32 maps converted at a time: they stay in cache
 
 
@@ -148,6 +150,8 @@ class _Branch(NamedTuple):
     weight: Tensor
     entries: Tensor | None
     channels: int
+    size: Pair  # of the kernel
+    centred: bool  # its middle tap is the k×k kernel's
 
     def pick(self, patch: Tensor, dim: int) -> Tensor:
         """The branch's own taps along a dimension in patch order."""
@@ -162,6 +166,12 @@ class _Branch(NamedTuple):
     def to_weight(self, matrix: Tensor) -> Tensor:
         """g×(K/g)×(taps·Cg) → K×(Cg·taps), the order of a convolution's weight."""
         return matrix.unflatten(2, (-1, self.channels)).transpose(2, 3).flatten(0, 1).flatten(1)
+
+    def own_kernel(self, matrix: Tensor, k: int) -> Tensor:
+        """g×(K/g)×(taps·Cg) → K×Cg×rows×columns with the k×k kernel's middle tap in the middle."""
+        if self.centred:
+            return self.to_weight(matrix).unflatten(1, (self.channels, *self.size))
+        return _as_conv(self.embed(matrix, k), k)
 
 
 @functools.lru_cache(maxsize=256)
@@ -180,7 +190,8 @@ def _branches(weights: list[Tensor], origins: list[int], kernel: int, groups: in
         k, c, rows, columns = weight.shape
         matrix = weight.double().view(groups, k // groups, c, rows * columns).transpose(2, 3).flatten(2)
         index = _patch_index(row, column, rows, columns, kernel, c, weight.device)
-        branches.append(_Branch(matrix, index, c))
+        centred = 2 * row + rows == 2 * column + columns == kernel
+        branches.append(_Branch(matrix, index, c, (rows, columns), centred))
     return branches
 
 
@@ -270,8 +281,9 @@ def _step(
         else:
             shape = (x.shape[0], gamma.shape[1], *x.shape[2:])
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-            wide = _scratch(x, x, out, dtype=dtype)
-            for part, target in _chunks(x, out):
+            images = _images_at_a_time(x, out)
+            wide = torch.empty_like(x[:images], dtype=dtype)
+            for part, target in _chunks(images, x, out):
                 target.copy_(F.conv2d(_converted(part, wide), weight, bias, 1, kernel // 2, 1, groups))
         return out, mean.clone(), variance, pivot, moments.sums, torch.cat(centred, 1).to(pivot.dtype)
 
@@ -313,10 +325,8 @@ def _step_backward(
                 dweights.append(scale[i][:, None] * dweight)
         dx = x.new_empty(0)
         if need_x:
-            fused = _fuse(branches, scale, kernel)
-            curvature = scale * slope * rstd
-            levels = curvature * mean - scale * offset
-            dx = _input_gradient(grad, x, pivot, branches, fused, curvature, levels, kernel, groups)
+            slope = slope * rstd
+            dx = _input_gradient(grad, x, pivot, branches, scale, slope, slope * mean - offset, kernel, groups)
         return (
             dx,
             torch.cat(dweights, 1).to(centred.dtype) if need_weights else centred.new_empty(0),
@@ -341,48 +351,94 @@ def _input_gradient(
     x: Tensor,
     pivot: Tensor,
     branches: list[_Branch],
-    fused: Tensor,
-    curvature: Tensor,
-    levels: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    level: Tensor,
     k: int,
     groups: int,
 ) -> Tensor:
-    # Σ_b of W̃ᵀ_b * (s_b·g + levels_b − curvature_b·(W̃_b * x)), the convolutions on image pixels only.
+    # Σ_b of W̃ᵀ_b * (scale_b·(g + level_b − slope_b·(W̃_b * x))), the convolutions on image pixels only.
     # x is centred here too: its mean's share, one image for the batch, cancels the levels in float64.
-    r, dtype = k // 2, compute_dtype(x)
-    small = torch.promote_types(x.dtype, torch.float32)
+    dtype = compute_dtype(x)
     kernels = torch.cat([branch.embed(branch.weight, k) for branch in branches], 1)  # g×(B·K/g)×(k²·Cg)
-    rows = curvature.view(len(branches), groups, -1).transpose(0, 1).reshape(groups, -1, 1)
-    composite = kernels.to(small).mT @ (kernels * -rows).to(small)
-    algebra.zero_unseen_(composite, x.shape[2], x.shape[3], k)
-    plane, strips, corners = algebra.scatter_composite(composite, k)
-    slopes, offsets = (
-        t.view(len(branches), groups, -1).transpose(0, 1).reshape(-1, 1, 1) for t in (curvature, levels)
+    slopes, levels = (
+        t.view(len(branches), groups, -1).transpose(0, 1).reshape(-1, 1, 1) for t in (scale * slope, scale * level)
     )
-    kernels = _as_conv(kernels, k)
-    constant = algebra.constant_image(kernels, pivot, slopes, offsets, x.shape[2], x.shape[3], groups).to(dtype)
-    weight = _as_conv(fused, k).unflatten(0, (groups, -1)).transpose(1, 2).flip(3, 4).flatten(0, 1).to(dtype)
-    plane = plane.to(dtype)
+    constant = algebra.constant_image(_as_conv(kernels, k), pivot, slopes, levels, x.shape[2], x.shape[3], groups)
     # Whole images in x's layout: broadcasting along one dimension is slower than reading them from cache.
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    constant = constant[None].contiguous(memory_format=layout)
-    level = None
+    constant = constant[None].to(dtype).contiguous(memory_format=layout)
+    centre = None
     if x.device.type != "cpu" or pivot.any():  # a GPU would have to be waited for
-        level = pivot.view(-1, 1, 1).expand_as(constant).contiguous(memory_format=layout)
-    edges = _edge_terms(x, pivot, strips, corners, k, groups)
+        centre = pivot.view(-1, 1, 1).expand_as(constant).contiguous(memory_format=layout)
+    images = _images_at_a_time(x, grad)
+    wide_x, wide_grad, wide_dx = (torch.empty_like(t[:images], dtype=dtype) for t in (x, grad, x))
+    if x.device.type == "cpu" and branches[0].channels >= LEAST_CHANNELS_BY_BRANCH:
+        add = _by_branch(branches, scale, slope, torch.empty_like(wide_grad), k, groups)
+    else:
+        add = _by_composite(x, pivot, branches, scale, kernels, slopes, k, groups, dtype)
     dx = torch.empty_like(x)
-    maps = x, grad, dx, edges
-    wide_x, wide_grad, wide_dx = (_scratch(t, *maps, dtype=dtype) for t in (x, grad, dx))
-    for part, slope, target, edge in _chunks(*maps):
+    for first, (part, own, target) in zip(itertools.count(0, images), _chunks(images, x, grad, dx), strict=False):
         value = target if dx.dtype == dtype else wide_dx[: len(target)]
         value.copy_(constant.expand_as(value))
-        add_convolution(value, _converted(slope, wide_grad), weight, (r, r), (1, 1), groups)
-        part = _converted(part, wide_x) if level is None else torch.sub(part, level, out=wide_x[: len(part)])
-        add_convolution(value, part, plane, (k - 1, k - 1), (1, 1), groups)
-        _add_edges(value, edge)
+        own = _converted(own, wide_grad)
+        part = _converted(part, wide_x) if centre is None else torch.sub(part, centre, out=wide_x[: len(part)])
+        add(value, part, own, first)
         if value is not target:
             target.copy_(value)
     return dx
+
+
+# Adds the gradient's convolutions of x̃ and g (images from a number on) to its first argument.
+_Convolutions = Callable[[Tensor, Tensor, Tensor, int], None]
+
+
+def _by_branch(
+    branches: list[_Branch], scale: Tensor, slope: Tensor, scratch: Tensor, k: int, groups: int
+) -> _Convolutions:
+    # Each branch's own map once more, and back: 30 taps for k = 3, and no algebra.
+    convolutions = []
+    for branch, factor, back in zip(branches, -slope, scale, strict=True):
+        forth, back = (
+            branch.own_kernel(branch.weight * t.view(groups, -1, 1), k).to(scratch.dtype) for t in (factor, back)
+        )
+        padding = (forth.shape[2] // 2, forth.shape[3] // 2)
+        convolutions.append((forth, turned(back, groups), padding))
+
+    def add(value: Tensor, x: Tensor, grad: Tensor, first: int) -> None:
+        for forth, back, padding in convolutions:
+            gradient = scratch[: len(grad)].copy_(grad)
+            add_convolution(gradient, x, forth, padding, (1, 1), groups)
+            add_convolution(value, gradient, back, padding, (1, 1), groups)
+
+    return add
+
+
+def _by_composite(
+    x: Tensor,
+    pivot: Tensor,
+    branches: list[_Branch],
+    scale: Tensor,
+    kernels: Tensor,
+    slopes: Tensor,
+    k: int,
+    groups: int,
+    dtype: torch.dtype,
+) -> _Convolutions:
+    # There and back in one convolution of (2k−1)² taps, besides that of g, and what it owes at the borders.
+    small = torch.promote_types(x.dtype, torch.float32)
+    composite = kernels.to(small).mT @ (kernels * -slopes.view(groups, -1, 1)).to(small)
+    algebra.zero_unseen_(composite, x.shape[2], x.shape[3], k)
+    plane, strips, corners = algebra.scatter_composite(composite, k)
+    weight, plane = turned(_as_conv(_fuse(branches, scale, k), k), groups).to(dtype), plane.to(dtype)
+    edges = _edge_terms(x, pivot, strips, corners, k, groups)
+
+    def add(value: Tensor, x: Tensor, grad: Tensor, first: int) -> None:
+        add_convolution(value, grad, weight, (k // 2, k // 2), (1, 1), groups)
+        add_convolution(value, x, plane, (k - 1, k - 1), (1, 1), groups)
+        _add_edges(value, edges[first : first + len(value)])
+
+    return add
 
 
 def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: int, groups: int) -> Tensor:
@@ -400,7 +456,7 @@ def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: in
     for v in range(2):
         for u in range(2):
             for j in range(min(r, w)):
-                added[:, w - 1 - j if u else j, v] += twice[:, v, u, :, :, j]
+                added[:, w - 1 - j if u else j, v].add_(twice[:, v, u, :, :, j])
     return added
 
 
@@ -410,11 +466,11 @@ def _add_edges(dx: Tensor, edges: Tensor) -> None:
     pixels = dx.permute(0, 2, 3, 1).unflatten(-1, (edges.shape[3], -1))  # N×H×W×g×Cg
     top, bottom, left, right = edges.unbind(2)
     for i in range(min(r, h)):
-        pixels[:, i] += top[:, :w, :, i]
-        pixels[:, h - 1 - i] += bottom[:, :w, :, i]
+        pixels[:, i].add_(top[:, :w, :, i])
+        pixels[:, h - 1 - i].add_(bottom[:, :w, :, i])
     for j in range(min(r, w)):
-        pixels[:, :, j] += left[:, :h, :, j]
-        pixels[:, :, w - 1 - j] += right[:, :h, :, j]
+        pixels[:, :, j].add_(left[:, :h, :, j])
+        pixels[:, :, w - 1 - j].add_(right[:, :h, :, j])
 
 
 def _fuse(branches: list[_Branch], scale: Tensor, k: int) -> Tensor:
@@ -444,22 +500,16 @@ _AMX_BF16 = torch.cpu._is_amx_tile_supported()
 _AMX_FP16 = torch.cpu._is_amx_fp16_supported()
 
 
-def _images_at_a_time(maps: tuple[Tensor, ...]) -> int:
+def _images_at_a_time(*maps: Tensor) -> int:
     # A CPU converts and adds a few images at a time, in cache; a GPU takes the batch whole.
     images = max(maps[0].shape[0], 1)
     if maps[0].device.type != "cpu":
         return images
-    return min(images, max(1, CHUNK_BYTES // max(4 * max(t[:1].numel() for t in maps), 1)))
+    return min(images, max(1, CHUNK_BYTES // max(4 * max(math.prod(t.shape[1:]) for t in maps), 1)))
 
 
-def _chunks(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    images = _images_at_a_time(maps)
+def _chunks(images: int, *maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(images) for t in maps), strict=True)
-
-
-def _scratch(like: Tensor, *maps: Tensor, dtype: torch.dtype) -> Tensor:
-    # A place for a part of one of `_chunks(*maps)`' maps in another dtype: pages once touched stay.
-    return torch.empty_like(like[: _images_at_a_time(maps)], dtype=dtype)
 
 
 def _converted(part: Tensor, scratch: Tensor) -> Tensor:
