@@ -19,6 +19,7 @@ struct Block {
   int64_t first_row, rows;         // of y; x has the rows around them too
   int64_t x_pixel, y_pixel;        // elements from one pixel to the next: all channels
   int64_t x_channels, y_channels;  // of the group
+  int64_t x_first, x_last;         // the x channels to take, padded; the others are another task's
   int64_t reach_rows, reach_columns;
   const int64_t* shift_rows;
   const int64_t* shift_columns;
@@ -26,7 +27,7 @@ struct Block {
   A* x_packed;  // x_scratch(…) elements: one tile of channels, pixel after pixel
   A* y_packed;  // y_scratch(…) elements: tile after tile
   A* block_sums;
-  double* sums;  // this and block_sums: shifts × padded x channels × padded y channels; this one is added to
+  double* sums;  // this and block_sums: shifts × (x_last − x_first) × padded y channels; this one is added to
 };
 
 constexpr int64_t kRowTile = 4;   // x channels are padded to a multiple of this

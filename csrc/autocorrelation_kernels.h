@@ -106,7 +106,7 @@ void tile(const A* x, const A* y, int64_t pixels, A* sums, int64_t stride) {
 template <int kRows, class T, class A>
 void correlate_rows(const Block<T, A>& b, int64_t first, int64_t y_size) {
   const int64_t pitch = b.width + b.reach_columns;
-  const int64_t cs = round_up(b.x_channels, kRowTile), ks = round_up(b.y_channels, kLanes<A>);
+  const int64_t own = b.x_last - b.x_first, ks = round_up(b.y_channels, kLanes<A>);
   const int64_t span = (b.rows + b.reach_rows) * pitch, pixels = b.rows * pitch;  // the zero rows add nothing
   const int64_t runs = (pixels + kMostRun - 1) / kMostRun, run = (pixels + runs - 1) / runs;
   const int64_t guard = b.reach_columns * kRows, rows = b.images * (b.rows + b.reach_rows) + b.reach_rows;
@@ -121,21 +121,21 @@ void correlate_rows(const Block<T, A>& b, int64_t first, int64_t y_size) {
         for (int64_t s = 0; s < b.shifts; ++s) {
           const int64_t offset = (b.shift_rows[s] + b.reach_rows) * pitch + b.shift_columns[s] + b.reach_columns;
           const A* x = b.x_packed + (first_pixel + offset) * kRows;
-          tile<kRows>(x, y, size, b.block_sums + (s * cs + first) * ks + k, ks);
+          tile<kRows>(x, y, size, b.block_sums + (s * own + first - b.x_first) * ks + k, ks);
         }
       }
 }
 
 template <class T, class A>
 void correlate(const Block<T, A>& b) {
-  const int64_t cs = round_up(b.x_channels, kRowTile), ks = round_up(b.y_channels, kLanes<A>);
-  const int64_t size = b.shifts * cs * ks, y_size = pixels_of(b);
+  const int64_t ks = round_up(b.y_channels, kLanes<A>);
+  const int64_t size = b.shifts * (b.x_last - b.x_first) * ks, y_size = pixels_of(b);
   std::memset(b.block_sums, 0, size * sizeof(A));
   for (int64_t k = 0; k < ks; k += kLanes<A>)
     pack<kLanes<A>>(b, b.y, b.y_pixel, b.y_pivot, k, b.y_channels, 0, false, b.y_packed + k * y_size);
-  int64_t c = 0;
-  for (; c + ACNET_TILE <= cs; c += ACNET_TILE) correlate_rows<ACNET_TILE>(b, c, y_size);
-  for (; c < cs; c += kRowTile) correlate_rows<kRowTile>(b, c, y_size);
+  int64_t c = b.x_first;
+  for (; c + ACNET_TILE <= b.x_last; c += ACNET_TILE) correlate_rows<ACNET_TILE>(b, c, y_size);
+  for (; c < b.x_last; c += kRowTile) correlate_rows<kRowTile>(b, c, y_size);
   for (int64_t i = 0; i < size; ++i) b.sums[i] += b.block_sums[i];
 }
 
