@@ -25,29 +25,6 @@ constexpr int64_t kMostTasks = 32;
 constexpr int64_t kLeastBlocks = 8;  // where there are as many images: small maps too occupy all threads
 constexpr int64_t kPartialBytes = 64 << 20;  // of all tasks' partial sums
 
-template <class T, class A>
-const Passes<T, A>& passes() {
-  static const Passes<T, A> chosen = [] {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      return avx512::passes<T, A>();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::passes<T, A>();
-#endif
-    return generic::passes<T, A>();
-  }();
-  return chosen;
-}
-
-bool is_channels_last(const Tensor& t) {
-  int64_t expected = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
-
 // How the pixels are cut into blocks: bands of rows of one image, or several whole images.
 struct Cut {
   int64_t images, rows, image_blocks, bands;

@@ -2,6 +2,8 @@
 // documented in acnet_kernels/ops/autocorrelation.py; threads, blocks and merging are in autocorrelation.cpp.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
 #include <cstdint>
 
 namespace acnet::autocorrelation {
@@ -59,6 +61,8 @@ struct Passes {
   // to[i] = Σ_n (from[n·stride + i] − pivot[i mod channels]) for i < row, `channels` dividing row.
   void (*sum_images)(const T* from, int64_t images, int64_t stride, const A* pivot, int64_t channels, int64_t row,
                      A* to);
+  // to[i] = from[i] + more[i], rounded.
+  void (*sum)(const A* from, const A* more, int64_t n, T* to);
 };
 
 namespace generic {
@@ -72,6 +76,30 @@ Passes<T, A> passes();
 namespace avx512 {
 template <class T, class A>
 Passes<T, A> passes();
+}
+
+// The best of them for this processor.
+template <class T, class A>
+const Passes<T, A>& passes() {
+  static const Passes<T, A> chosen = [] {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      return avx512::passes<T, A>();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::passes<T, A>();
+#endif
+    return generic::passes<T, A>();
+  }();
+  return chosen;
+}
+
+inline bool is_channels_last(const torch::stable::Tensor& t) {
+  int64_t expected = 1;
+  for (const int d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
 }
 
 }  // namespace acnet::autocorrelation

@@ -27,6 +27,27 @@ inline void widen(const c10::Half* from, float* to, int64_t n) {
   for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
 }
 
+inline void narrow(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * sizeof(float)); }
+inline void narrow(const double* from, double* to, int64_t n) { std::memcpy(to, from, n * sizeof(double)); }
+inline void narrow(const float* from, c10::BFloat16* to, int64_t n) {
+  // Round to nearest even; a NaN stays one.
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to[i].x = static_cast<uint16_t>(from[i] == from[i] ? rounded : (bits >> 16) | 0x40);
+  }
+}
+inline void narrow(const float* from, c10::Half* to, int64_t n) {
+  int64_t i = 0;
+#ifdef ACNET_F16C
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < n; ++i) to[i] = static_cast<c10::Half>(from[i]);
+}
+
 // kWidth channels of a pixel less the pivot. Whole vectors: the compiler cannot know that the pointers differ.
 typedef uint16_t Narrow __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t Wide __attribute__((vector_size(64)));
@@ -154,11 +175,22 @@ void sum_images(const T* from, int64_t images, int64_t stride, const A* pivot, i
   }
 }
 
+template <class T, class A>
+void sum(const A* from, const A* more, int64_t n, T* to) {
+  constexpr int64_t kPiece = 256;
+  A total[kPiece];
+  for (int64_t first = 0; first < n; first += kPiece) {
+    const int64_t size = n - first < kPiece ? n - first : kPiece;
+    for (int64_t i = 0; i < size; ++i) total[i] = from[first + i] + more[first + i];
+    narrow(total, to + first, size);
+  }
+}
+
 }  // namespace
 
 template <class T, class A>
 Passes<T, A> passes() {
-  return {correlate<T, A>, sum_images<T, A>};
+  return {correlate<T, A>, sum_images<T, A>, sum<T, A>};
 }
 template Passes<float, float> passes();
 template Passes<double, double> passes();

@@ -13,7 +13,6 @@ Exactly three batch norms' training semantics; no map but x is kept, and no batc
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -217,21 +216,13 @@ def pivot_of(x: Tensor) -> Tensor:
 
 def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMoments:
     """S and G − SSᵀ/M of x's zero-padded k×k patches."""
-    n, width = x.shape[0], x.shape[3]
     half, total = autocorrelation(x, pivot, k - 1, k - 1, groups)
-    plane = algebra.mirrored(half, 2 * k - 1)
-    r, span = k // 2, 2 * k - 1
-    if r == 0:
-        return algebra.patch_moments(plane.double().flatten(1, 3), total, pivot, n, k)
     strips = algebra.edge_strips(x, pivot, k, groups)
+    if k == 1:  # no edges
+        return algebra.patch_moments(half, half.new_empty(0), strips, total, pivot, x.shape[0], k)
     lines = strips.flatten(2).unsqueeze(1).permute(0, 3, 1, 2)  # N×(4·g·r·Cg)×1×L
-    half, _ = autocorrelation(lines, pivot.new_zeros(lines.shape[1]), 0, k - 1, algebra.SIDES * groups)
-    edges = algebra.mirrored(half, span)[:, 0].unflatten(0, (algebra.SIDES, groups))
-    edges = edges.unflatten(-1, (r, -1)).unflatten(-3, (r, -1)).permute(0, 1, 2, 3, 5, 4, 6)
-    corners = algebra.corner_blocks(strips, width).flatten(4).double()
-    corners = torch.einsum("nvugi,nvugj->vugij", corners, corners)
-    gram = algebra.assemble_gram(plane, edges, corners, k)
-    return algebra.patch_moments(gram, total, pivot, n, k)
+    edges, _ = autocorrelation(lines, pivot.new_zeros(lines.shape[1]), 0, k - 1, algebra.SIDES * groups)
+    return algebra.patch_moments(half, edges, strips, total, pivot, x.shape[0], k)
 
 
 def statistics(moments: algebra.PatchMoments, branches: list[_Branch]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -374,27 +365,29 @@ def _input_gradient(
     images = _images_at_a_time(x, grad)
     wide_x, wide_grad, wide_dx = (torch.empty_like(t[:images], dtype=dtype) for t in (x, grad, x))
     if x.device.type == "cpu" and branches[0].channels >= LEAST_CHANNELS_BY_BRANCH:
-        add = _by_branch(branches, scale, slope, torch.empty_like(wide_grad), k, groups)
+        convolve = _by_branch(branches, scale, slope, constant, wide_dx, torch.empty_like(wide_grad), k, groups)
     else:
-        add = _by_composite(x, pivot, branches, scale, kernels, slopes, k, groups, dtype)
+        convolve = _by_composite(x, pivot, branches, scale, kernels, slopes, constant, k, groups)
     dx = torch.empty_like(x)
-    for first, (part, own, target) in zip(itertools.count(0, images), _chunks(images, x, grad, dx), strict=False):
-        value = target if dx.dtype == dtype else wide_dx[: len(target)]
-        value.copy_(constant.expand_as(value))
-        own = _converted(own, wide_grad)
+    for i, (part, own, target) in enumerate(_chunks(images, x, grad, dx)):
         part = _converted(part, wide_x) if centre is None else torch.sub(part, centre, out=wide_x[: len(part)])
-        add(value, part, own, first)
-        if value is not target:
-            target.copy_(value)
+        convolve(target, part, _converted(own, wide_grad), i * images)
     return dx
 
 
-# Adds the gradient's convolutions of x̃ and g (images from a number on) to its first argument.
+# Writes the gradient of some images, its first argument, from their x̃ and g, and the first one's number.
 _Convolutions = Callable[[Tensor, Tensor, Tensor, int], None]
 
 
 def _by_branch(
-    branches: list[_Branch], scale: Tensor, slope: Tensor, scratch: Tensor, k: int, groups: int
+    branches: list[_Branch],
+    scale: Tensor,
+    slope: Tensor,
+    constant: Tensor,
+    wide: Tensor,
+    scratch: Tensor,
+    k: int,
+    groups: int,
 ) -> _Convolutions:
     # Each branch's own map once more, and back: 30 taps for k = 3, and no algebra.
     convolutions = []
@@ -405,13 +398,17 @@ def _by_branch(
         padding = (forth.shape[2] // 2, forth.shape[3] // 2)
         convolutions.append((forth, turned(back, groups), padding))
 
-    def add(value: Tensor, x: Tensor, grad: Tensor, first: int) -> None:
+    def convolve(target: Tensor, x: Tensor, grad: Tensor, first: int) -> None:
+        value = target if target.dtype == wide.dtype else wide[: len(target)]
+        value.copy_(constant.expand_as(value))
         for forth, back, padding in convolutions:
             gradient = scratch[: len(grad)].copy_(grad)
             add_convolution(gradient, x, forth, padding, (1, 1), groups)
             add_convolution(value, gradient, back, padding, (1, 1), groups)
+        if value is not target:
+            target.copy_(value)
 
-    return add
+    return convolve
 
 
 def _by_composite(
@@ -421,24 +418,25 @@ def _by_composite(
     scale: Tensor,
     kernels: Tensor,
     slopes: Tensor,
+    constant: Tensor,
     k: int,
     groups: int,
-    dtype: torch.dtype,
 ) -> _Convolutions:
     # There and back in one convolution of (2k−1)² taps, besides that of g, and what it owes at the borders.
     small = torch.promote_types(x.dtype, torch.float32)
     composite = kernels.to(small).mT @ (kernels * -slopes.view(groups, -1, 1)).to(small)
     algebra.zero_unseen_(composite, x.shape[2], x.shape[3], k)
     plane, strips, corners = algebra.scatter_composite(composite, k)
-    weight, plane = turned(_as_conv(_fuse(branches, scale, k), k), groups).to(dtype), plane.to(dtype)
+    weight = turned(_as_conv(_fuse(branches, scale, k), k), groups).to(constant.dtype)
+    plane = plane.to(constant.dtype)
     edges = _edge_terms(x, pivot, strips, corners, k, groups)
 
-    def add(value: Tensor, x: Tensor, grad: Tensor, first: int) -> None:
-        add_convolution(value, grad, weight, (k // 2, k // 2), (1, 1), groups)
+    def convolve(target: Tensor, x: Tensor, grad: Tensor, first: int) -> None:
+        value = F.conv2d(grad, weight, None, 1, k // 2, 1, groups)
         add_convolution(value, x, plane, (k - 1, k - 1), (1, 1), groups)
-        _add_edges(value, edges[first : first + len(value)])
+        algebra.add_edges(target, value, constant, edges[first : first + len(value)])
 
-    return add
+    return convolve
 
 
 def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: int, groups: int) -> Tensor:
@@ -458,19 +456,6 @@ def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: in
             for j in range(min(r, w)):
                 added[:, w - 1 - j if u else j, v].add_(twice[:, v, u, :, :, j])
     return added
-
-
-def _add_edges(dx: Tensor, edges: Tensor) -> None:
-    h, w = dx.shape[2:]
-    r = edges.shape[4]
-    pixels = dx.permute(0, 2, 3, 1).unflatten(-1, (edges.shape[3], -1))  # N×H×W×g×Cg
-    top, bottom, left, right = edges.unbind(2)
-    for i in range(min(r, h)):
-        pixels[:, i].add_(top[:, :w, :, i])
-        pixels[:, h - 1 - i].add_(bottom[:, :w, :, i])
-    for j in range(min(r, w)):
-        pixels[:, :, j].add_(left[:, :h, :, j])
-        pixels[:, :, w - 1 - j].add_(right[:, :h, :, j])
 
 
 def _fuse(branches: list[_Branch], scale: Tensor, k: int) -> Tensor:
