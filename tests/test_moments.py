@@ -301,6 +301,64 @@ def test_scattering_is_the_transpose_of_assembling():
     torch.testing.assert_close(ours, (plane * p).sum() + (strips * s).sum() + (corners * q).sum())
 
 
+@pytest.mark.skipif(algebra.MISSING is not None, reason=f"there is one implementation alone: {algebra.MISSING}")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("size", "groups", "h", "w"),
+    [(1, 1, 3, 2), (3, 1, 7, 5), (3, 2, 1, 4), (5, 2, 6, 9), (5, 1, 2, 1), (7, 4, 3, 8)],
+)
+def test_compiled_and_plain_algebra_agree(monkeypatch, dtype, channels_last, size, groups, h, w):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    n, c, r = 5, 20, size // 2
+    x = (torch.randn(n, c, h, w) + 3).to(dtype).contiguous(memory_format=layout)
+    sums = torch.promote_types(dtype, torch.float32)
+    pivot = (torch.randn(c) + 3).to(sums)
+    value = torch.randn(n, c, h, w, dtype=sums).contiguous(memory_format=layout)
+    constant = torch.randn(1, c, h, w, dtype=sums).contiguous(memory_format=layout)
+    edges = torch.randn(n, max(h, w) + r, 4, groups, r, c // groups, dtype=sums)
+
+    def compute():
+        out = torch.full_like(x, torch.nan)
+        algebra.add_edges(out, value.clone(memory_format=torch.preserve_format), constant, edges)
+        return algebra.edge_strips(x, pivot, size, groups), moments.moments_of(x, pivot, size, groups), out
+
+    assert algebra.is_compiled(x)
+    strips, found, out = compute()
+    monkeypatch.setattr(algebra, "MISSING", "left out")
+    plain_strips, expected, plain_out = compute()
+    assert torch.equal(strips, plain_strips)
+    torch.testing.assert_close(found.gram, expected.gram, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(out, plain_out)
+    assert torch.equal(out.isnan(), torch.zeros_like(out, dtype=torch.bool))
+
+
+@pytest.mark.skipif(algebra.MISSING is not None, reason=f"only the C++ operators promise it: {algebra.MISSING}")
+@pytest.mark.parametrize("c", [16, 80])
+def test_the_number_of_threads_changes_no_bit_of_the_moments(c):
+    x = torch.randn(9, c, 7, 6).to(memory_format=torch.channels_last)
+    before = torch.get_num_threads()
+    grams = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            grams.append(moments.moments_of(x, torch.zeros(c), 3, 1).gram)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(grams[0], grams[1])
+    assert torch.equal(grams[0], grams[2])
+
+
+def test_the_whole_step_agrees_without_the_extension(monkeypatch):
+    block, x = block_of(6, 8, 3, groups=2).double(), torch.randn(4, 6, 5, 7, dtype=torch.float64)
+    grad = gradient_for(block.float(), x.float()).double()
+    block = block.double()
+    compiled = run(block, x, grad)
+    monkeypatch.setattr(algebra, "MISSING", "left out")
+    for name, value in run(block, x, grad).items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

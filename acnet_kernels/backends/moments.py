@@ -24,8 +24,9 @@ from torch import Tensor
 from ..geometry import Geometry, Pair
 from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
-from ..spec import Norm, Problem, Step, prefers_channels_last
+from ..spec import Problem, Step, prefers_channels_last
 from . import moments_algebra as algebra
+from .batchnorm import update_running
 from .convolution import add_convolution, summed_kernel, turned
 
 NAME = "moments"
@@ -34,7 +35,7 @@ PIVOT_SAMPLES = 2048
 # Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
 HALF_PRECISION_RATIO = 16.0
 LEAST_CHANNELS_BY_BRANCH = 64  # a group: from here on a CPU's dx goes through the branches' maps
-CHUNK_BYTES = 2 << 20  # of float32 maps converted at a time: they stay in cache
+CHUNK_BYTES = 4 << 20  # of float32 maps converted at a time: they stay in cache
 
 
 def unavailable() -> str | None:
@@ -109,35 +110,9 @@ def forward(x: Tensor, step: Step) -> Tensor:
     offsets: list[Tensor | None] = [branch.bias for branch in step.branches.values()]
     if step.norm is not None:
         offsets = [torch.stack(biases).sum(0) if biases else None]
-    for i, norm in enumerate(norms):
-        update_running(norm, mean[i], variance[i], offsets[i], count)
-    return out
-
-
-def update_running(norm: Norm, mean: Tensor, variance: Tensor, offset: Tensor | None, count: int) -> None:
-    """nn.BatchNorm2d's update of running statistics and counter, in place, from a batch's mean and biased variance.
-
-    `offset` is the convolution's bias, which the mean (K) lacks. An empty batch (count 0) changes nothing
-    but the counter.
-    """
-    if norm.running_mean is None or norm.running_var is None:
-        return
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    if count == 0:
-        return
     with torch.no_grad():
-        running = norm.running_mean
-        mean = (mean if offset is None else mean + offset).to(running.dtype)
-        variance = (variance * (count / (count - 1))).to(running.dtype)
-        if norm.momentum is None:
-            assert norm.num_batches_tracked is not None
-            factor = norm.num_batches_tracked.to(running.dtype).reciprocal()
-            running.lerp_(mean, factor)
-            norm.running_var.lerp_(variance, factor)
-        else:
-            running.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(variance, norm.momentum)
+        update_running(norms, mean, variance, count, offsets)
+    return out
 
 
 def _origin(geometry: Geometry, branch: str) -> tuple[int, int]:
@@ -303,15 +278,18 @@ def _step_backward(
     with torch.autocast(x.device.type, enabled=False):
         branches = _branches(weights, origins, kernel, groups)
         products, dbeta = _patch_gradient(grad, x, pivot, kernel, groups)
-        dgamma = torch.stack([(b.pick(products, 2) * b.weight).sum(2).flatten() for b in branches])
+        owns = [branch.pick(products, 2) for branch in branches]
+        dgamma = torch.stack(
+            [(own * branch.weight).sum(2).flatten() for own, branch in zip(owns, branches, strict=True)]
+        )
         dgamma = rstd * (dgamma - mean * dbeta)
         pixels = max(grad.shape[0] * grad.shape[2] * grad.shape[3], 1)
         slope, offset = dgamma / pixels, dbeta / pixels
         scale, dweights = gamma.double() * rstd, []
         if need_weights:
             parts = centred.split([weight[0].numel() for weight in weights], 1)
-            for i, (branch, part) in enumerate(zip(branches, parts, strict=True)):
-                own = branch.pick(products, 2) - offset.view(groups, -1, 1) * branch.pick(sums, 1)[:, None]
+            for i, (branch, own, part) in enumerate(zip(branches, owns, parts, strict=True)):
+                own = own - offset.view(groups, -1, 1) * branch.pick(sums, 1)[:, None]
                 dweight = branch.to_weight(own) - (slope[i] * rstd[i])[:, None] * part
                 dweights.append(scale[i][:, None] * dweight)
         dx = x.new_empty(0)
@@ -461,8 +439,11 @@ def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: in
 def _fuse(branches: list[_Branch], scale: Tensor, k: int) -> Tensor:
     # Σ_b s_b·W̃_b, g×(K/g)×(k²·Cg).
     groups = branches[0].weight.shape[0]
-    parts = [b.embed(b.weight * s.view(groups, -1, 1), k) for b, s in zip(branches, scale, strict=True)]
-    return torch.stack(parts).sum(0)
+    parts = [b.weight * s.view(groups, -1, 1) for b, s in zip(branches, scale, strict=True)]
+    fused = branches[0].embed(parts[0], k)
+    for branch, part in zip(branches[1:], parts[1:], strict=True):
+        fused = fused + part if branch.entries is None else fused.index_add_(2, branch.entries, part)
+    return fused
 
 
 def _as_conv(matrix: Tensor, k: int) -> Tensor:

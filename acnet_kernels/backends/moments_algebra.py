@@ -277,7 +277,7 @@ def patch_gram(
         gram = assemble_gram(plane, lines.permute(0, 1, 2, 3, 5, 4, 6), corners, k)
     zero_unseen_(gram, *size, k)
     gram.baddbmm_(sums[:, :, None], sums[:, None], alpha=-1 / count)
-    product = (cross.mT.unsqueeze(-1) * level[:, None, None, None]).view(gram.shape)
+    product = (cross.mT.unsqueeze(-1) * level[:, None, None, None]).reshape(gram.shape)
     gram += product
     gram += product.mT
     return gram
@@ -303,7 +303,8 @@ def pixel_counts(height: int, width: int, k: int, device: torch.device) -> Tenso
 def patch_gradient_sums(total: Tensor, k: int) -> Tensor:
     """Σ_p g[p]·[p+t inside] for each tap, from Σ_n g[n] (K×H×W): K×k² float64. The centre tap's is Σ_p g[p]."""
     rows, columns = (inside_counts(size, k, total.device)[1] for size in total.shape[1:])
-    return (rows @ total.double() @ columns.mT).flatten(1)
+    lines = (rows @ total.permute(1, 2, 0).double().flatten(1)).unflatten(1, (total.shape[2], -1))
+    return (columns @ lines).flatten(0, 1).mT
 
 
 def constant_image(
