@@ -123,6 +123,13 @@ void tile(const A* x, const A* y, int64_t pixels, A* sums, int64_t stride) {
     for (int j = 0; j < kParts; ++j) *reinterpret_cast<V*>(sums + i * stride + j * kWidth) += acc[i][j];
 }
 
+// Whether the x channels of a block, packed, are y's tile of the same channels too.
+template <class T, class A>
+bool tile_is_shared(const Block<T, A>& b) {
+  const bool same = static_cast<const void*>(b.x) == b.y && b.x_pivot == b.y_pivot;
+  return same && ACNET_TILE == kLanes<A> && b.x_last - b.x_first == ACNET_TILE;
+}
+
 // One tile of x channels with every tile of y channels: all shifts while a run of pixels is in first-level cache.
 template <int kRows, class T, class A>
 void correlate_rows(const Block<T, A>& b, int64_t first, int64_t y_size) {
@@ -138,7 +145,9 @@ void correlate_rows(const Block<T, A>& b, int64_t first, int64_t y_size) {
     for (int64_t n = 0; n < b.images; ++n)
       for (int64_t p = 0; p < pixels; p += run) {
         const int64_t first_pixel = n * span + p, size = std::min(run, pixels - p);
-        const A* y = b.y_packed + k * y_size + first_pixel * kLanes<A>;
+        const A* y = tile_is_shared(b) && k == first
+                         ? b.x_packed + guard + (b.reach_rows * pitch + first_pixel) * kRows
+                         : b.y_packed + k * y_size + first_pixel * kLanes<A>;
         for (int64_t s = 0; s < b.shifts; ++s) {
           const int64_t offset = (b.shift_rows[s] + b.reach_rows) * pitch + b.shift_columns[s] + b.reach_columns;
           const A* x = b.x_packed + (first_pixel + offset) * kRows;
@@ -153,7 +162,8 @@ void correlate(const Block<T, A>& b) {
   const int64_t size = b.shifts * (b.x_last - b.x_first) * ks, y_size = pixels_of(b);
   std::memset(b.block_sums, 0, size * sizeof(A));
   for (int64_t k = 0; k < ks; k += kLanes<A>)
-    pack<kLanes<A>>(b, b.y, b.y_pixel, b.y_pivot, k, b.y_channels, 0, false, b.y_packed + k * y_size);
+    if (!(tile_is_shared(b) && k == b.x_first))
+      pack<kLanes<A>>(b, b.y, b.y_pixel, b.y_pivot, k, b.y_channels, 0, false, b.y_packed + k * y_size);
   int64_t c = b.x_first;
   for (; c + ACNET_TILE <= b.x_last; c += ACNET_TILE) correlate_rows<ACNET_TILE>(b, c, y_size);
   for (; c < b.x_last; c += kRowTile) correlate_rows<kRowTile>(b, c, y_size);

@@ -60,7 +60,10 @@ Tensor edge_strips(Tensor x, Tensor pivot, int64_t kernel, int64_t groups) {
                   continue;
                 }
                 const T* pixel = from + l * along + g * thin * channel;
-                for (int64_t k = 0; k < thin; ++k) to[k] = static_cast<A>(pixel[k * channel]) - level[g * thin + k];
+                if (channel == 1)  // for the compiler: whole vectors
+                  for (int64_t k = 0; k < thin; ++k) to[k] = static_cast<A>(pixel[k]) - level[g * thin + k];
+                else
+                  for (int64_t k = 0; k < thin; ++k) to[k] = static_cast<A>(pixel[k * channel]) - level[g * thin + k];
               }
           }
         }
