@@ -341,9 +341,10 @@ def _input_gradient(
     if x.device.type != "cpu" or pivot.any():  # a GPU would have to be waited for
         centre = pivot.view(-1, 1, 1).expand_as(constant).contiguous(memory_format=layout)
     images = _images_at_a_time(x, grad)
-    wide_x, wide_grad, wide_dx = (torch.empty_like(t[:images], dtype=dtype) for t in (x, grad, x))
+    wide_x = x if x.dtype == dtype and centre is None else torch.empty_like(x[:images], dtype=dtype)
+    wide_grad = grad if grad.dtype == dtype else torch.empty_like(grad[:images], dtype=dtype)
     if x.device.type == "cpu" and branches[0].channels >= LEAST_CHANNELS_BY_BRANCH:
-        convolve = _by_branch(branches, scale, slope, constant, wide_dx, torch.empty_like(wide_grad), k, groups)
+        convolve = _by_branch(branches, scale, slope, constant, x[:images], grad[:images], k, groups)
     else:
         convolve = _by_composite(x, pivot, branches, scale, kernels, slopes, constant, k, groups)
     dx = torch.empty_like(x)
@@ -362,12 +363,13 @@ def _by_branch(
     scale: Tensor,
     slope: Tensor,
     constant: Tensor,
-    wide: Tensor,
-    scratch: Tensor,
+    x: Tensor,
+    grad: Tensor,
     k: int,
     groups: int,
 ) -> _Convolutions:
-    # Each branch's own map once more, and back: 30 taps for k = 3, and no algebra.
+    # Each branch's own map once more, and back: 30 taps for k = 3, and no algebra. For parts as large as x and grad.
+    wide, scratch = (torch.empty_like(t, dtype=constant.dtype) for t in (x, grad))
     convolutions = []
     for branch, factor, back in zip(branches, -slope, scale, strict=True):
         forth, back = (
