@@ -368,7 +368,7 @@ def _by_branch(
     k: int,
     groups: int,
 ) -> _Convolutions:
-    # Each branch's own map once more, and back: 30 taps for k = 3, and no algebra. For parts as large as x and grad.
+    # Each branch's own map once more, and back: 30 taps for k = 3, no algebra. For parts as large as x and grad.
     wide, scratch = (torch.empty_like(t, dtype=constant.dtype) for t in (x, grad))
     convolutions = []
     for branch, factor, back in zip(branches, -slope, scale, strict=True):
