@@ -25,29 +25,6 @@ constexpr int64_t kMostTasks = 32;
 constexpr int64_t kLeastBlocks = 8;  // where there are as many images: small maps too occupy all threads
 constexpr int64_t kPartialBytes = 64 << 20;  // of all tasks' partial sums
 
-template <class T, class A>
-const Passes<T, A>& passes() {
-  static const Passes<T, A> chosen = [] {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      return avx512::passes<T, A>();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::passes<T, A>();
-#endif
-    return generic::passes<T, A>();
-  }();
-  return chosen;
-}
-
-bool is_channels_last(const Tensor& t) {
-  int64_t expected = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
-
 // How the pixels are cut into blocks: bands of rows of one image, or several whole images.
 struct Cut {
   int64_t images, rows, image_blocks, bands;
@@ -69,9 +46,15 @@ void correlate(const Tensor& x, const Tensor& x_pivot, const Tensor& y, const Te
   const int64_t c = x.size(1) / groups, k = y.size(1) / groups;
   const int64_t cs = round_up(c, kRowTile), ks = round_up(k, kLanes<A>), size = shifts * cs * ks;
   const Cut cut(n, height, width, std::max(cs, ks));
-  const int64_t most = std::clamp<int64_t>(kPartialBytes / (8 * groups * size), 1, kMostTasks);
-  const int64_t tasks = std::min(cut.blocks(), most);
-  std::vector<double> partials(tasks * groups * size);
+  // A task is a tile of x channels in a share of the blocks: many channels need few shares, whose sums are large.
+  const int64_t tiles = (cs + kMostRows - 1) / kMostRows;
+  const int64_t most = std::clamp<int64_t>(kPartialBytes / (8 * groups * size), 1, std::max<int64_t>(kMostTasks / tiles, 1));
+  const int64_t shares = std::min(cut.blocks(), most);
+  const std::unique_ptr<double[]> partials(new double[shares * groups * size]);  // share, group, tile, shift, x, y
+  const auto partial = [&](int64_t share, int64_t group, int64_t tile) {
+    return partials.get() + (share * groups + group) * size + shifts * tile * kMostRows * ks;
+  };
+  const auto rows_of = [&](int64_t tile) { return std::min(cs - tile * kMostRows, kMostRows); };
   Block<T, A> block{};
   block.height = height, block.width = width;
   block.x_pixel = x.size(1), block.y_pixel = y.size(1);
@@ -81,13 +64,17 @@ void correlate(const Tensor& x, const Tensor& x_pivot, const Tensor& y, const Te
     block.reach_rows = std::max({block.reach_rows, rows[i], -rows[i]});
     block.reach_columns = std::max({block.reach_columns, columns[i], -columns[i]});
   }
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, shares * tiles, 1, [&](int64_t begin, int64_t end) {
     Block<T, A> b = block;
     b.images = cut.images, b.rows = cut.rows;
-    const std::unique_ptr<A[]> x_packed(new A[x_scratch(b)]), y_packed(new A[y_scratch(b)]), block_sums(new A[size]);
+    const std::unique_ptr<A[]> x_packed(new A[x_scratch(b)]), y_packed(new A[y_scratch(b)]);
+    const std::unique_ptr<A[]> block_sums(new A[shifts * std::min(cs, kMostRows) * ks]);
     b.x_packed = x_packed.get(), b.y_packed = y_packed.get(), b.block_sums = block_sums.get();
-    for (int64_t task = begin; task < end; ++task)
-      for (int64_t i = task * cut.blocks() / tasks; i < (task + 1) * cut.blocks() / tasks; ++i) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t share = task / tiles, tile = task % tiles;
+      b.x_first = tile * kMostRows, b.x_last = b.x_first + rows_of(tile);
+      for (int64_t g = 0; g < groups; ++g) std::fill_n(partial(share, g, tile), shifts * rows_of(tile) * ks, 0.0);
+      for (int64_t i = share * cut.blocks() / shares; i < (share + 1) * cut.blocks() / shares; ++i) {
         const int64_t image = i / cut.bands * cut.images;
         b.images = std::min(cut.images, n - image);
         b.first_row = i % cut.bands * cut.rows;
@@ -97,19 +84,23 @@ void correlate(const Tensor& x, const Tensor& x_pivot, const Tensor& y, const Te
           b.y = static_cast<const T*>(y.const_data_ptr()) + image * height * width * b.y_pixel + g * k;
           b.x_pivot = static_cast<const A*>(x_pivot.const_data_ptr()) + g * c;
           b.y_pivot = static_cast<const A*>(y_pivot.const_data_ptr()) + g * k;
-          b.sums = partials.data() + (task * groups + g) * size;
+          b.sums = partial(share, g, tile);
           passes<T, A>().correlate(b);
         }
       }
+    }
   });
   A* products = static_cast<A*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, shifts * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       std::vector<double> sum(cs * ks);
-      for (int64_t task = 0; task < tasks; ++task) {
-        const double* partial = partials.data() + (task * groups + i % groups) * size + i / groups * cs * ks;
-        for (int64_t j = 0; j < cs * ks; ++j) sum[j] += partial[j];
-      }
+      for (int64_t share = 0; share < shares; ++share)
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t count = rows_of(tile) * ks;
+          const double* from = partial(share, i % groups, tile) + i / groups * count;
+          double* to = sum.data() + tile * kMostRows * ks;
+          for (int64_t j = 0; j < count; ++j) to[j] += from[j];
+        }
       for (int64_t a = 0; a < k; ++a)
         for (int64_t b = 0; b < c; ++b) products[(i * k + a) * c + b] = static_cast<A>(sum[b * ks + a]);
     }

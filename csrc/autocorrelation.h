@@ -2,6 +2,8 @@
 // documented in acnet_kernels/ops/autocorrelation.py; threads, blocks and merging are in autocorrelation.cpp.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
 #include <cstdint>
 
 namespace acnet::autocorrelation {
@@ -19,6 +21,7 @@ struct Block {
   int64_t first_row, rows;         // of y; x has the rows around them too
   int64_t x_pixel, y_pixel;        // elements from one pixel to the next: all channels
   int64_t x_channels, y_channels;  // of the group
+  int64_t x_first, x_last;         // the x channels to take, padded; the others are another task's
   int64_t reach_rows, reach_columns;
   const int64_t* shift_rows;
   const int64_t* shift_columns;
@@ -26,7 +29,7 @@ struct Block {
   A* x_packed;  // x_scratch(…) elements: one tile of channels, pixel after pixel
   A* y_packed;  // y_scratch(…) elements: tile after tile
   A* block_sums;
-  double* sums;  // this and block_sums: shifts × padded x channels × padded y channels; this one is added to
+  double* sums;  // this and block_sums: shifts × (x_last − x_first) × padded y channels; this one is added to
 };
 
 constexpr int64_t kRowTile = 4;   // x channels are padded to a multiple of this
@@ -58,6 +61,8 @@ struct Passes {
   // to[i] = Σ_n (from[n·stride + i] − pivot[i mod channels]) for i < row, `channels` dividing row.
   void (*sum_images)(const T* from, int64_t images, int64_t stride, const A* pivot, int64_t channels, int64_t row,
                      A* to);
+  // to[i] = from[i] + more[i], rounded.
+  void (*sum)(const A* from, const A* more, int64_t n, T* to);
 };
 
 namespace generic {
@@ -71,6 +76,30 @@ Passes<T, A> passes();
 namespace avx512 {
 template <class T, class A>
 Passes<T, A> passes();
+}
+
+// The best of them for this processor.
+template <class T, class A>
+const Passes<T, A>& passes() {
+  static const Passes<T, A> chosen = [] {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      return avx512::passes<T, A>();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::passes<T, A>();
+#endif
+    return generic::passes<T, A>();
+  }();
+  return chosen;
+}
+
+inline bool is_channels_last(const torch::stable::Tensor& t) {
+  int64_t expected = 1;
+  for (const int d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
 }
 
 }  // namespace acnet::autocorrelation

@@ -27,6 +27,27 @@ inline void widen(const c10::Half* from, float* to, int64_t n) {
   for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
 }
 
+inline void narrow(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * sizeof(float)); }
+inline void narrow(const double* from, double* to, int64_t n) { std::memcpy(to, from, n * sizeof(double)); }
+inline void narrow(const float* from, c10::BFloat16* to, int64_t n) {
+  // Round to nearest even; a NaN stays one.
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to[i].x = static_cast<uint16_t>(from[i] == from[i] ? rounded : (bits >> 16) | 0x40);
+  }
+}
+inline void narrow(const float* from, c10::Half* to, int64_t n) {
+  int64_t i = 0;
+#ifdef ACNET_F16C
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < n; ++i) to[i] = static_cast<c10::Half>(from[i]);
+}
+
 // kWidth channels of a pixel less the pivot. Whole vectors: the compiler cannot know that the pointers differ.
 typedef uint16_t Narrow __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t Wide __attribute__((vector_size(64)));
@@ -102,11 +123,18 @@ void tile(const A* x, const A* y, int64_t pixels, A* sums, int64_t stride) {
     for (int j = 0; j < kParts; ++j) *reinterpret_cast<V*>(sums + i * stride + j * kWidth) += acc[i][j];
 }
 
+// Whether the x channels of a block, packed, are y's tile of the same channels too.
+template <class T, class A>
+bool tile_is_shared(const Block<T, A>& b) {
+  const bool same = static_cast<const void*>(b.x) == b.y && b.x_pivot == b.y_pivot;
+  return same && ACNET_TILE == kLanes<A> && b.x_last - b.x_first == ACNET_TILE;
+}
+
 // One tile of x channels with every tile of y channels: all shifts while a run of pixels is in first-level cache.
 template <int kRows, class T, class A>
 void correlate_rows(const Block<T, A>& b, int64_t first, int64_t y_size) {
   const int64_t pitch = b.width + b.reach_columns;
-  const int64_t cs = round_up(b.x_channels, kRowTile), ks = round_up(b.y_channels, kLanes<A>);
+  const int64_t own = b.x_last - b.x_first, ks = round_up(b.y_channels, kLanes<A>);
   const int64_t span = (b.rows + b.reach_rows) * pitch, pixels = b.rows * pitch;  // the zero rows add nothing
   const int64_t runs = (pixels + kMostRun - 1) / kMostRun, run = (pixels + runs - 1) / runs;
   const int64_t guard = b.reach_columns * kRows, rows = b.images * (b.rows + b.reach_rows) + b.reach_rows;
@@ -117,25 +145,28 @@ void correlate_rows(const Block<T, A>& b, int64_t first, int64_t y_size) {
     for (int64_t n = 0; n < b.images; ++n)
       for (int64_t p = 0; p < pixels; p += run) {
         const int64_t first_pixel = n * span + p, size = std::min(run, pixels - p);
-        const A* y = b.y_packed + k * y_size + first_pixel * kLanes<A>;
+        const A* y = tile_is_shared(b) && k == first
+                         ? b.x_packed + guard + (b.reach_rows * pitch + first_pixel) * kRows
+                         : b.y_packed + k * y_size + first_pixel * kLanes<A>;
         for (int64_t s = 0; s < b.shifts; ++s) {
           const int64_t offset = (b.shift_rows[s] + b.reach_rows) * pitch + b.shift_columns[s] + b.reach_columns;
           const A* x = b.x_packed + (first_pixel + offset) * kRows;
-          tile<kRows>(x, y, size, b.block_sums + (s * cs + first) * ks + k, ks);
+          tile<kRows>(x, y, size, b.block_sums + (s * own + first - b.x_first) * ks + k, ks);
         }
       }
 }
 
 template <class T, class A>
 void correlate(const Block<T, A>& b) {
-  const int64_t cs = round_up(b.x_channels, kRowTile), ks = round_up(b.y_channels, kLanes<A>);
-  const int64_t size = b.shifts * cs * ks, y_size = pixels_of(b);
+  const int64_t ks = round_up(b.y_channels, kLanes<A>);
+  const int64_t size = b.shifts * (b.x_last - b.x_first) * ks, y_size = pixels_of(b);
   std::memset(b.block_sums, 0, size * sizeof(A));
   for (int64_t k = 0; k < ks; k += kLanes<A>)
-    pack<kLanes<A>>(b, b.y, b.y_pixel, b.y_pivot, k, b.y_channels, 0, false, b.y_packed + k * y_size);
-  int64_t c = 0;
-  for (; c + ACNET_TILE <= cs; c += ACNET_TILE) correlate_rows<ACNET_TILE>(b, c, y_size);
-  for (; c < cs; c += kRowTile) correlate_rows<kRowTile>(b, c, y_size);
+    if (!(tile_is_shared(b) && k == b.x_first))
+      pack<kLanes<A>>(b, b.y, b.y_pixel, b.y_pivot, k, b.y_channels, 0, false, b.y_packed + k * y_size);
+  int64_t c = b.x_first;
+  for (; c + ACNET_TILE <= b.x_last; c += ACNET_TILE) correlate_rows<ACNET_TILE>(b, c, y_size);
+  for (; c < b.x_last; c += kRowTile) correlate_rows<kRowTile>(b, c, y_size);
   for (int64_t i = 0; i < size; ++i) b.sums[i] += b.block_sums[i];
 }
 
@@ -154,11 +185,22 @@ void sum_images(const T* from, int64_t images, int64_t stride, const A* pivot, i
   }
 }
 
+template <class T, class A>
+void sum(const A* from, const A* more, int64_t n, T* to) {
+  constexpr int64_t kPiece = 256;
+  A total[kPiece];
+  for (int64_t first = 0; first < n; first += kPiece) {
+    const int64_t size = n - first < kPiece ? n - first : kPiece;
+    for (int64_t i = 0; i < size; ++i) total[i] = from[first + i] + more[first + i];
+    narrow(total, to + first, size);
+  }
+}
+
 }  // namespace
 
 template <class T, class A>
 Passes<T, A> passes() {
-  return {correlate<T, A>, sum_images<T, A>};
+  return {correlate<T, A>, sum_images<T, A>, sum<T, A>};
 }
 template Passes<float, float> passes();
 template Passes<double, double> passes();

@@ -38,8 +38,15 @@ def check(block, x):
     assert_as_good_as(run(block, x, grad), run(as_eager(block), x, grad), truth(block, x, grad))
 
 
+@pytest.fixture(params=["by composite", "by branch"])
+def gradient(request, monkeypatch):
+    """Both ways to the gradient of x, whatever the number of channels."""
+    monkeypatch.setattr(moments, "LEAST_CHANNELS_BY_BRANCH", 1 if request.param == "by branch" else 1 << 30)
+
+
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
 @pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.usefixtures("gradient")
 def test_exact_in_float64_on_images_smaller_and_larger_than_the_kernel(size, groups):
     block = block_of(8, 8, size, groups=groups).double()
     for h, w in itertools.product((1, 2, 3, 4, 9), (1, 2, 4, 7)):
@@ -59,6 +66,7 @@ def test_exact_in_float64_on_images_smaller_and_larger_than_the_kernel(size, gro
         {"use_affine": False},
     ],
 )
+@pytest.mark.usefixtures("gradient")
 def test_exact_in_float64_for_every_kind_of_block(options):
     for h, w in ((2, 3), (2, 2), (5, 4)):
         check(block_of(**options).double(), torch.randn(6, 4, h, w, dtype=torch.float64))
@@ -75,6 +83,7 @@ def test_gradcheck():
 @pytest.mark.parametrize(
     ("c", "k", "size", "groups", "h", "w"), [(16, 19, 3, 1, 11, 13), (8, 8, 5, 2, 9, 4), (6, 5, 3, 1, 2, 1)]
 )
+@pytest.mark.usefixtures("gradient")
 def test_as_good_as_eager(dtype, channels_last, c, k, size, groups, h, w):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     block = block_of(c, k - k % groups, size, groups=groups).to(dtype)
@@ -86,6 +95,7 @@ def test_as_good_as_eager(dtype, channels_last, c, k, size, groups, h, w):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("mean", "std"), [(1e3, 0.1), (1e3, 5.0), (30.0, 1.0), (-4.0, 1.0)])
 @pytest.mark.parametrize("pointwise", [False, True])
+@pytest.mark.usefixtures("gradient")
 def test_a_mean_far_above_the_spread_does_not_cancel(dtype, mean, std, pointwise):
     block = block_of(8, 8)
     if pointwise:  # no padding in sight, so nothing but the spread is left of the variance
@@ -289,6 +299,64 @@ def test_scattering_is_the_transpose_of_assembling():
     p = p.unflatten(0, (g, c)).permute(0, 3, 4, 1, 2)  # g×d×d×c×c'
     s = s.unflatten(0, (4, g, r, c)).unflatten(4, (r, c)).permute(0, 1, 6, 2, 4, 3, 5)
     torch.testing.assert_close(ours, (plane * p).sum() + (strips * s).sum() + (corners * q).sum())
+
+
+@pytest.mark.skipif(algebra.MISSING is not None, reason=f"there is one implementation alone: {algebra.MISSING}")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("size", "groups", "h", "w"),
+    [(1, 1, 3, 2), (3, 1, 7, 5), (3, 2, 1, 4), (5, 2, 6, 9), (5, 1, 2, 1), (7, 4, 3, 8)],
+)
+def test_compiled_and_plain_algebra_agree(monkeypatch, dtype, channels_last, size, groups, h, w):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    n, c, r = 5, 20, size // 2
+    x = (torch.randn(n, c, h, w) + 3).to(dtype).contiguous(memory_format=layout)
+    sums = torch.promote_types(dtype, torch.float32)
+    pivot = (torch.randn(c) + 3).to(sums)
+    value = torch.randn(n, c, h, w, dtype=sums).contiguous(memory_format=layout)
+    constant = torch.randn(1, c, h, w, dtype=sums).contiguous(memory_format=layout)
+    edges = torch.randn(n, max(h, w) + r, 4, groups, r, c // groups, dtype=sums)
+
+    def compute():
+        out = torch.full_like(x, torch.nan)
+        algebra.add_edges(out, value.clone(memory_format=torch.preserve_format), constant, edges)
+        return algebra.edge_strips(x, pivot, size, groups), moments.moments_of(x, pivot, size, groups), out
+
+    assert algebra.is_compiled(x)
+    strips, found, out = compute()
+    monkeypatch.setattr(algebra, "MISSING", "left out")
+    plain_strips, expected, plain_out = compute()
+    assert torch.equal(strips, plain_strips)
+    torch.testing.assert_close(found.gram, expected.gram, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(out, plain_out)
+    assert torch.equal(out.isnan(), torch.zeros_like(out, dtype=torch.bool))
+
+
+@pytest.mark.skipif(algebra.MISSING is not None, reason=f"only the C++ operators promise it: {algebra.MISSING}")
+@pytest.mark.parametrize("c", [16, 80])
+def test_the_number_of_threads_changes_no_bit_of_the_moments(c):
+    x = torch.randn(9, c, 7, 6).to(memory_format=torch.channels_last)
+    before = torch.get_num_threads()
+    grams = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            grams.append(moments.moments_of(x, torch.zeros(c), 3, 1).gram)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(grams[0], grams[1])
+    assert torch.equal(grams[0], grams[2])
+
+
+def test_the_whole_step_agrees_without_the_extension(monkeypatch):
+    block, x = block_of(6, 8, 3, groups=2).double(), torch.randn(4, 6, 5, 7, dtype=torch.float64)
+    grad = gradient_for(block.float(), x.float()).double()
+    block = block.double()
+    compiled = run(block, x, grad)
+    monkeypatch.setattr(algebra, "MISSING", "left out")
+    for name, value in run(block, x, grad).items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize(

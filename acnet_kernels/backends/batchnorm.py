@@ -37,17 +37,19 @@ def update_running(
 ) -> None:
     """Moves the running statistics and batch counters of all norms as nn.BatchNorm2d does, in place.
 
+    An empty batch (count 0) moves the counters alone.
+
     Args:
         norms: the batch norms, all normalising by the batch.
         means, variances: (norms, K) float64, of maps without their convolution's bias, the variances biased ones.
-        count: elements per channel, more than 1; the running variance is the unbiased one.
+        count: elements per channel, none or more than 1; the running variance is the unbiased one.
         biases: the convolution's bias (K) of each norm, or None; it moves the mean only.
     """
     counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)
     tracked = [b for b, norm in enumerate(norms) if norm.running_mean is not None]
-    if not tracked:
+    if not tracked or count == 0:
         return
     variances = variances * (count / (count - 1))
     running: list[Tensor] = []

@@ -62,6 +62,11 @@ def add_convolution(out: Tensor, x: Tensor, weight: Tensor, padding: Pair, dilat
     )
 
 
+def turned(weight: Tensor, groups: int) -> Tensor:
+    """The kernel of the transposed convolution at stride 1: K×C/groups×rows×columns → C×K/groups×rows×columns."""
+    return weight.flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
 def add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor, place: Placement, stride: Pair, groups: int) -> bool:
     """Adds the gradient of x in y = conv2d(place.apply(x), weight) to dx, in one pass.
 
@@ -83,8 +88,7 @@ def add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor, place: Placement,
     padding = (reach[0] - place.padding[0] - top, reach[1] - place.padding[1] - left)
     if min(padding) < 0:
         return False
-    turned = weight.flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    add_convolution(dx, dy, turned, padding, place.dilation, groups)
+    add_convolution(dx, dy, turned(weight, groups), padding, place.dilation, groups)
     return True
 
 

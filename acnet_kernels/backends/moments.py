@@ -14,26 +14,28 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import Geometry
+from ..geometry import Geometry, Pair
 from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
-from ..spec import Norm, Problem, Step, prefers_channels_last
+from ..spec import Problem, Step, prefers_channels_last
 from . import moments_algebra as algebra
-from .convolution import add_convolution, summed_kernel
+from .batchnorm import update_running
+from .convolution import add_convolution, summed_kernel, turned
 
 NAME = "moments"
 
 PIVOT_SAMPLES = 2048
 # Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
 HALF_PRECISION_RATIO = 16.0
-CHUNK_BYTES = 2 << 20  # of float32 maps converted at a time: they stay in cache
+LEAST_CHANNELS_BY_BRANCH = 64  # a group: from here on a CPU's dx goes through the branches' maps
+CHUNK_BYTES = 4 << 20  # of float32 maps converted at a time: they stay in cache
 
 
 def unavailable() -> str | None:
@@ -108,35 +110,9 @@ def forward(x: Tensor, step: Step) -> Tensor:
     offsets: list[Tensor | None] = [branch.bias for branch in step.branches.values()]
     if step.norm is not None:
         offsets = [torch.stack(biases).sum(0) if biases else None]
-    for i, norm in enumerate(norms):
-        update_running(norm, mean[i], variance[i], offsets[i], count)
-    return out
-
-
-def update_running(norm: Norm, mean: Tensor, variance: Tensor, offset: Tensor | None, count: int) -> None:
-    """nn.BatchNorm2d's update of running statistics and counter, in place, from a batch's mean and biased variance.
-
-    `offset` is the convolution's bias, which the mean (K) lacks. An empty batch (count 0) changes nothing
-    but the counter.
-    """
-    if norm.running_mean is None or norm.running_var is None:
-        return
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    if count == 0:
-        return
     with torch.no_grad():
-        running = norm.running_mean
-        mean = (mean if offset is None else mean + offset).to(running.dtype)
-        variance = (variance * (count / (count - 1))).to(running.dtype)
-        if norm.momentum is None:
-            assert norm.num_batches_tracked is not None
-            factor = norm.num_batches_tracked.to(running.dtype).reciprocal()
-            running.lerp_(mean, factor)
-            norm.running_var.lerp_(variance, factor)
-        else:
-            running.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(variance, norm.momentum)
+        update_running(norms, mean, variance, count, offsets)
+    return out
 
 
 def _origin(geometry: Geometry, branch: str) -> tuple[int, int]:
@@ -148,6 +124,8 @@ class _Branch(NamedTuple):
     weight: Tensor
     entries: Tensor | None
     channels: int
+    size: Pair  # of the kernel
+    centred: bool  # its middle tap is the k×k kernel's
 
     def pick(self, patch: Tensor, dim: int) -> Tensor:
         """The branch's own taps along a dimension in patch order."""
@@ -162,6 +140,12 @@ class _Branch(NamedTuple):
     def to_weight(self, matrix: Tensor) -> Tensor:
         """g×(K/g)×(taps·Cg) → K×(Cg·taps), the order of a convolution's weight."""
         return matrix.unflatten(2, (-1, self.channels)).transpose(2, 3).flatten(0, 1).flatten(1)
+
+    def own_kernel(self, matrix: Tensor, k: int) -> Tensor:
+        """g×(K/g)×(taps·Cg) → K×Cg×rows×columns with the k×k kernel's middle tap in the middle."""
+        if self.centred:
+            return self.to_weight(matrix).unflatten(1, (self.channels, *self.size))
+        return _as_conv(self.embed(matrix, k), k)
 
 
 @functools.lru_cache(maxsize=256)
@@ -180,7 +164,8 @@ def _branches(weights: list[Tensor], origins: list[int], kernel: int, groups: in
         k, c, rows, columns = weight.shape
         matrix = weight.double().view(groups, k // groups, c, rows * columns).transpose(2, 3).flatten(2)
         index = _patch_index(row, column, rows, columns, kernel, c, weight.device)
-        branches.append(_Branch(matrix, index, c))
+        centred = 2 * row + rows == 2 * column + columns == kernel
+        branches.append(_Branch(matrix, index, c, (rows, columns), centred))
     return branches
 
 
@@ -206,21 +191,13 @@ def pivot_of(x: Tensor) -> Tensor:
 
 def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMoments:
     """S and G − SSᵀ/M of x's zero-padded k×k patches."""
-    n, width = x.shape[0], x.shape[3]
     half, total = autocorrelation(x, pivot, k - 1, k - 1, groups)
-    plane = algebra.mirrored(half, 2 * k - 1)
-    r, span = k // 2, 2 * k - 1
-    if r == 0:
-        return algebra.patch_moments(plane.double().flatten(1, 3), total, pivot, n, k)
     strips = algebra.edge_strips(x, pivot, k, groups)
+    if k == 1:  # no edges
+        return algebra.patch_moments(half, half.new_empty(0), strips, total, pivot, x.shape[0], k)
     lines = strips.flatten(2).unsqueeze(1).permute(0, 3, 1, 2)  # N×(4·g·r·Cg)×1×L
-    half, _ = autocorrelation(lines, pivot.new_zeros(lines.shape[1]), 0, k - 1, algebra.SIDES * groups)
-    edges = algebra.mirrored(half, span)[:, 0].unflatten(0, (algebra.SIDES, groups))
-    edges = edges.unflatten(-1, (r, -1)).unflatten(-3, (r, -1)).permute(0, 1, 2, 3, 5, 4, 6)
-    corners = algebra.corner_blocks(strips, width).flatten(4).double()
-    corners = torch.einsum("nvugi,nvugj->vugij", corners, corners)
-    gram = algebra.assemble_gram(plane, edges, corners, k)
-    return algebra.patch_moments(gram, total, pivot, n, k)
+    edges, _ = autocorrelation(lines, pivot.new_zeros(lines.shape[1]), 0, k - 1, algebra.SIDES * groups)
+    return algebra.patch_moments(half, edges, strips, total, pivot, x.shape[0], k)
 
 
 def statistics(moments: algebra.PatchMoments, branches: list[_Branch]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -270,8 +247,9 @@ def _step(
         else:
             shape = (x.shape[0], gamma.shape[1], *x.shape[2:])
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-            wide = _scratch(x, x, out, dtype=dtype)
-            for part, target in _chunks(x, out):
+            images = _images_at_a_time(x, out)
+            wide = torch.empty_like(x[:images], dtype=dtype)
+            for part, target in _chunks(images, x, out):
                 target.copy_(F.conv2d(_converted(part, wide), weight, bias, 1, kernel // 2, 1, groups))
         return out, mean.clone(), variance, pivot, moments.sums, torch.cat(centred, 1).to(pivot.dtype)
 
@@ -300,23 +278,24 @@ def _step_backward(
     with torch.autocast(x.device.type, enabled=False):
         branches = _branches(weights, origins, kernel, groups)
         products, dbeta = _patch_gradient(grad, x, pivot, kernel, groups)
-        dgamma = torch.stack([(b.pick(products, 2) * b.weight).sum(2).flatten() for b in branches])
+        owns = [branch.pick(products, 2) for branch in branches]
+        dgamma = torch.stack(
+            [(own * branch.weight).sum(2).flatten() for own, branch in zip(owns, branches, strict=True)]
+        )
         dgamma = rstd * (dgamma - mean * dbeta)
         pixels = max(grad.shape[0] * grad.shape[2] * grad.shape[3], 1)
         slope, offset = dgamma / pixels, dbeta / pixels
         scale, dweights = gamma.double() * rstd, []
         if need_weights:
             parts = centred.split([weight[0].numel() for weight in weights], 1)
-            for i, (branch, part) in enumerate(zip(branches, parts, strict=True)):
-                own = branch.pick(products, 2) - offset.view(groups, -1, 1) * branch.pick(sums, 1)[:, None]
+            for i, (branch, own, part) in enumerate(zip(branches, owns, parts, strict=True)):
+                own = own - offset.view(groups, -1, 1) * branch.pick(sums, 1)[:, None]
                 dweight = branch.to_weight(own) - (slope[i] * rstd[i])[:, None] * part
                 dweights.append(scale[i][:, None] * dweight)
         dx = x.new_empty(0)
         if need_x:
-            fused = _fuse(branches, scale, kernel)
-            curvature = scale * slope * rstd
-            levels = curvature * mean - scale * offset
-            dx = _input_gradient(grad, x, pivot, branches, fused, curvature, levels, kernel, groups)
+            slope = slope * rstd
+            dx = _input_gradient(grad, x, pivot, branches, scale, slope, slope * mean - offset, kernel, groups)
         return (
             dx,
             torch.cat(dweights, 1).to(centred.dtype) if need_weights else centred.new_empty(0),
@@ -341,48 +320,103 @@ def _input_gradient(
     x: Tensor,
     pivot: Tensor,
     branches: list[_Branch],
-    fused: Tensor,
-    curvature: Tensor,
-    levels: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    level: Tensor,
     k: int,
     groups: int,
 ) -> Tensor:
-    # Σ_b of W̃ᵀ_b * (s_b·g + levels_b − curvature_b·(W̃_b * x)), the convolutions on image pixels only.
+    # Σ_b of W̃ᵀ_b * (scale_b·(g + level_b − slope_b·(W̃_b * x))), the convolutions on image pixels only.
     # x is centred here too: its mean's share, one image for the batch, cancels the levels in float64.
-    r, dtype = k // 2, compute_dtype(x)
-    small = torch.promote_types(x.dtype, torch.float32)
+    dtype = compute_dtype(x)
     kernels = torch.cat([branch.embed(branch.weight, k) for branch in branches], 1)  # g×(B·K/g)×(k²·Cg)
-    rows = curvature.view(len(branches), groups, -1).transpose(0, 1).reshape(groups, -1, 1)
-    composite = kernels.to(small).mT @ (kernels * -rows).to(small)
-    algebra.zero_unseen_(composite, x.shape[2], x.shape[3], k)
-    plane, strips, corners = algebra.scatter_composite(composite, k)
-    slopes, offsets = (
-        t.view(len(branches), groups, -1).transpose(0, 1).reshape(-1, 1, 1) for t in (curvature, levels)
+    slopes, levels = (
+        t.view(len(branches), groups, -1).transpose(0, 1).reshape(-1, 1, 1) for t in (scale * slope, scale * level)
     )
-    kernels = _as_conv(kernels, k)
-    constant = algebra.constant_image(kernels, pivot, slopes, offsets, x.shape[2], x.shape[3], groups).to(dtype)
-    weight = _as_conv(fused, k).unflatten(0, (groups, -1)).transpose(1, 2).flip(3, 4).flatten(0, 1).to(dtype)
-    plane = plane.to(dtype)
+    constant = algebra.constant_image(_as_conv(kernels, k), pivot, slopes, levels, x.shape[2], x.shape[3], groups)
     # Whole images in x's layout: broadcasting along one dimension is slower than reading them from cache.
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    constant = constant[None].contiguous(memory_format=layout)
-    level = None
+    constant = constant[None].to(dtype).contiguous(memory_format=layout)
+    centre = None
     if x.device.type != "cpu" or pivot.any():  # a GPU would have to be waited for
-        level = pivot.view(-1, 1, 1).expand_as(constant).contiguous(memory_format=layout)
-    edges = _edge_terms(x, pivot, strips, corners, k, groups)
+        centre = pivot.view(-1, 1, 1).expand_as(constant).contiguous(memory_format=layout)
+    images = _images_at_a_time(x, grad)
+    wide_x = x if x.dtype == dtype and centre is None else torch.empty_like(x[:images], dtype=dtype)
+    wide_grad = grad if grad.dtype == dtype else torch.empty_like(grad[:images], dtype=dtype)
+    if x.device.type == "cpu" and branches[0].channels >= LEAST_CHANNELS_BY_BRANCH:
+        convolve = _by_branch(branches, scale, slope, constant, x[:images], grad[:images], k, groups)
+    else:
+        convolve = _by_composite(x, pivot, branches, scale, kernels, slopes, constant, k, groups)
     dx = torch.empty_like(x)
-    maps = x, grad, dx, edges
-    wide_x, wide_grad, wide_dx = (_scratch(t, *maps, dtype=dtype) for t in (x, grad, dx))
-    for part, slope, target, edge in _chunks(*maps):
-        value = target if dx.dtype == dtype else wide_dx[: len(target)]
+    for i, (part, own, target) in enumerate(_chunks(images, x, grad, dx)):
+        part = _converted(part, wide_x) if centre is None else torch.sub(part, centre, out=wide_x[: len(part)])
+        convolve(target, part, _converted(own, wide_grad), i * images)
+    return dx
+
+
+# Writes the gradient of some images, its first argument, from their x̃ and g, and the first one's number.
+_Convolutions = Callable[[Tensor, Tensor, Tensor, int], None]
+
+
+def _by_branch(
+    branches: list[_Branch],
+    scale: Tensor,
+    slope: Tensor,
+    constant: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    k: int,
+    groups: int,
+) -> _Convolutions:
+    # Each branch's own map once more, and back: 30 taps for k = 3, no algebra. For parts as large as x and grad.
+    wide, scratch = (torch.empty_like(t, dtype=constant.dtype) for t in (x, grad))
+    convolutions = []
+    for branch, factor, back in zip(branches, -slope, scale, strict=True):
+        forth, back = (
+            branch.own_kernel(branch.weight * t.view(groups, -1, 1), k).to(scratch.dtype) for t in (factor, back)
+        )
+        padding = (forth.shape[2] // 2, forth.shape[3] // 2)
+        convolutions.append((forth, turned(back, groups), padding))
+
+    def convolve(target: Tensor, x: Tensor, grad: Tensor, first: int) -> None:
+        value = target if target.dtype == wide.dtype else wide[: len(target)]
         value.copy_(constant.expand_as(value))
-        add_convolution(value, _converted(slope, wide_grad), weight, (r, r), (1, 1), groups)
-        part = _converted(part, wide_x) if level is None else torch.sub(part, level, out=wide_x[: len(part)])
-        add_convolution(value, part, plane, (k - 1, k - 1), (1, 1), groups)
-        _add_edges(value, edge)
+        for forth, back, padding in convolutions:
+            gradient = scratch[: len(grad)].copy_(grad)
+            add_convolution(gradient, x, forth, padding, (1, 1), groups)
+            add_convolution(value, gradient, back, padding, (1, 1), groups)
         if value is not target:
             target.copy_(value)
-    return dx
+
+    return convolve
+
+
+def _by_composite(
+    x: Tensor,
+    pivot: Tensor,
+    branches: list[_Branch],
+    scale: Tensor,
+    kernels: Tensor,
+    slopes: Tensor,
+    constant: Tensor,
+    k: int,
+    groups: int,
+) -> _Convolutions:
+    # There and back in one convolution of (2k−1)² taps, besides that of g, and what it owes at the borders.
+    small = torch.promote_types(x.dtype, torch.float32)
+    composite = kernels.to(small).mT @ (kernels * -slopes.view(groups, -1, 1)).to(small)
+    algebra.zero_unseen_(composite, x.shape[2], x.shape[3], k)
+    plane, strips, corners = algebra.scatter_composite(composite, k)
+    weight = turned(_as_conv(_fuse(branches, scale, k), k), groups).to(constant.dtype)
+    plane = plane.to(constant.dtype)
+    edges = _edge_terms(x, pivot, strips, corners, k, groups)
+
+    def convolve(target: Tensor, x: Tensor, grad: Tensor, first: int) -> None:
+        value = F.conv2d(grad, weight, None, 1, k // 2, 1, groups)
+        add_convolution(value, x, plane, (k - 1, k - 1), (1, 1), groups)
+        algebra.add_edges(target, value, constant, edges[first : first + len(value)])
+
+    return convolve
 
 
 def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: int, groups: int) -> Tensor:
@@ -400,28 +434,18 @@ def _edge_terms(x: Tensor, pivot: Tensor, strips: Tensor, corners: Tensor, k: in
     for v in range(2):
         for u in range(2):
             for j in range(min(r, w)):
-                added[:, w - 1 - j if u else j, v] += twice[:, v, u, :, :, j]
+                added[:, w - 1 - j if u else j, v].add_(twice[:, v, u, :, :, j])
     return added
-
-
-def _add_edges(dx: Tensor, edges: Tensor) -> None:
-    h, w = dx.shape[2:]
-    r = edges.shape[4]
-    pixels = dx.permute(0, 2, 3, 1).unflatten(-1, (edges.shape[3], -1))  # N×H×W×g×Cg
-    top, bottom, left, right = edges.unbind(2)
-    for i in range(min(r, h)):
-        pixels[:, i] += top[:, :w, :, i]
-        pixels[:, h - 1 - i] += bottom[:, :w, :, i]
-    for j in range(min(r, w)):
-        pixels[:, :, j] += left[:, :h, :, j]
-        pixels[:, :, w - 1 - j] += right[:, :h, :, j]
 
 
 def _fuse(branches: list[_Branch], scale: Tensor, k: int) -> Tensor:
     # Σ_b s_b·W̃_b, g×(K/g)×(k²·Cg).
     groups = branches[0].weight.shape[0]
-    parts = [b.embed(b.weight * s.view(groups, -1, 1), k) for b, s in zip(branches, scale, strict=True)]
-    return torch.stack(parts).sum(0)
+    parts = [b.weight * s.view(groups, -1, 1) for b, s in zip(branches, scale, strict=True)]
+    fused = branches[0].embed(parts[0], k)
+    for branch, part in zip(branches[1:], parts[1:], strict=True):
+        fused = fused + part if branch.entries is None else fused.index_add_(2, branch.entries, part)
+    return fused
 
 
 def _as_conv(matrix: Tensor, k: int) -> Tensor:
@@ -444,22 +468,16 @@ _AMX_BF16 = torch.cpu._is_amx_tile_supported()
 _AMX_FP16 = torch.cpu._is_amx_fp16_supported()
 
 
-def _images_at_a_time(maps: tuple[Tensor, ...]) -> int:
+def _images_at_a_time(*maps: Tensor) -> int:
     # A CPU converts and adds a few images at a time, in cache; a GPU takes the batch whole.
     images = max(maps[0].shape[0], 1)
     if maps[0].device.type != "cpu":
         return images
-    return min(images, max(1, CHUNK_BYTES // max(4 * max(t[:1].numel() for t in maps), 1)))
+    return min(images, max(1, CHUNK_BYTES // max(4 * max(math.prod(t.shape[1:]) for t in maps), 1)))
 
 
-def _chunks(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    images = _images_at_a_time(maps)
+def _chunks(images: int, *maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(images) for t in maps), strict=True)
-
-
-def _scratch(like: Tensor, *maps: Tensor, dtype: torch.dtype) -> Tensor:
-    # A place for a part of one of `_chunks(*maps)`' maps in another dtype: pages once touched stay.
-    return torch.empty_like(like[: _images_at_a_time(maps)], dtype=dtype)
 
 
 def _converted(part: Tensor, scratch: Tensor) -> Tensor:

@@ -26,7 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops._extension import MISSING
+
 SIDES = 4  # top, bottom, left, right
+
+
+def is_compiled(x: Tensor) -> bool:
+    """Whether the C++ operators of csrc/moments.cpp take x; plain PyTorch computes the same."""
+    return MISSING is None and x.is_cpu
 
 
 class PatchMoments(NamedTuple):
@@ -57,6 +64,8 @@ def edge_strips(x: Tensor, pivot: Tensor, k: int, groups: int) -> Tensor:
 
     Lines run along their side; L = max(H, W) + r, so at least the last r places of each are zero.
     """
+    if is_compiled(x):
+        return torch.ops.acnet_kernels.edge_strips(x, pivot, k, groups)
     n, c, h, w = x.shape
     r = k // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -71,6 +80,33 @@ def edge_strips(x: Tensor, pivot: Tensor, k: int, groups: int) -> Tensor:
         torch.sub(pixels[:, :, i], centre, out=strips[:, :h, 2, :, i])
         torch.sub(pixels[:, :, w - 1 - i], centre, out=strips[:, :h, 3, :, i])
     return strips
+
+
+def add_edges(out: Tensor, value: Tensor, constant: Tensor, edges: Tensor) -> None:
+    """out = value + constant + edges, rounded to out's dtype.
+
+    Args:
+        out, value: N×C×H×W; value is overwritten.
+        constant: 1×C×H×W of value's dtype.
+        edges: what to add to the r outermost lines of each side, in the order of `edge_strips`.
+    """
+    layout = torch.channels_last
+    dense = all(t.is_contiguous(memory_format=layout) for t in (out, value, constant))
+    if is_compiled(value) and dense and edges.dtype == value.dtype:
+        torch.ops.acnet_kernels.add_edges(out, value, constant, edges)
+        return
+    value += constant
+    h, w = value.shape[2:]
+    r = edges.shape[4]
+    pixels = value.permute(0, 2, 3, 1).unflatten(-1, (edges.shape[3], -1))  # N×H×W×g×Cg
+    top, bottom, left, right = edges.unbind(2)
+    for i in range(min(r, h)):
+        pixels[:, i].add_(top[:, :w, :, i])
+        pixels[:, h - 1 - i].add_(bottom[:, :w, :, i])
+    for j in range(min(r, w)):
+        pixels[:, :, j].add_(left[:, :h, :, j])
+        pixels[:, :, w - 1 - j].add_(right[:, :h, :, j])
+    out.copy_(value)
 
 
 def corner_blocks(strips: Tensor, width: int) -> Tensor:
@@ -166,40 +202,85 @@ def inside_counts(size: int, k: int, device: torch.device) -> tuple[Tensor, Tens
     return pairs.double(), ((seen >= 0) & (seen < size)).double()
 
 
-def patch_moments(gram: Tensor, total: Tensor, pivot: Tensor, images: int, k: int) -> PatchMoments:
-    """S and G − SSᵀ/M of the patches of x = x̃ + pivot, from those of x̃.
+def patch_moments(
+    half: Tensor, edges: Tensor, strips: Tensor, total: Tensor, pivot: Tensor, images: int, k: int
+) -> PatchMoments:
+    """S and G − SSᵀ/M of the patches of x = x̃ + pivot, from second moments of x̃.
 
     The pivot's share is centred before it is added: it is exactly 0 where no patch has padding, so that a mean
     however far above the spread costs nothing. Taps that never see the image together are exactly 0 too.
 
     Args:
-        gram: G of x̃, from `assemble_gram`; overwritten.
+        half, edges, strips: as for `patch_gram`.
         total: Σ_n x̃[n], C×H×W.
         pivot: C.
         images: N.
     """
-    g = gram.shape[0]
+    g = half.shape[1]
     h, w = total.shape[1:]
     rows, columns = (inside_counts(size, k, total.device)[0].flatten(0, 1) for size in (h, w))
     # Σ_p x̃[p+t]·[p+t' inside], and the number of p with p+t and p+t' inside
-    mixed = (rows @ total.double() @ columns.mT).view(g, -1, k, k, k, k)  # c, t_r, t'_r, t_c, t'_c
-    mixed = mixed.transpose(3, 4).reshape(g, -1, k * k, k * k)
-    pixels = images * pixel_counts(h, w, k, total.device)
+    mixed = (rows @ total.permute(1, 2, 0).double().flatten(1)).unflatten(1, (w, -1))
+    mixed = (columns @ mixed).view(k, k, k, k, -1)  # t_r, t'_r, t_c, t'_c, c
+    mixed = mixed.permute(0, 2, 1, 3, 4).reshape(k * k, k * k, g, -1).movedim(2, 0)
+    counts = pixel_counts(h, w, k, total.device)
+    pixels = images * counts
     centre, count = k * k // 2, max(images * h * w, 1)  # by the centre tap every output pixel sees a pixel inside
-    shifted, seen = mixed[..., centre], pixels[:, centre]
-    zero_unseen_(gram, h, w, k)
-    flat = shifted.mT.flatten(1)
-    gram.baddbmm_(flat[:, :, None], flat[:, None], alpha=-1 / count)
-    mixed = mixed - shifted[..., None] * (seen / count)
-    pixels = pixels - seen[:, None] * (seen / count)
+    shifted, seen = mixed[:, :, centre], pixels[:, centre]
     level = pivot.double().view(g, -1)
+    pixels = pixels - seen[:, None] * (seen / count)
     # G − G̃ is a matrix and its transpose: x̃ with the constant, and half of the constant with itself.
-    half = mixed + 0.5 * pixels * level[:, :, None, None]
-    cross = (half.movedim(2, 1).unsqueeze(-1) * level[:, None, None, None]).reshape(gram.shape)
-    gram += cross
-    gram += cross.mT
-    sums = shifted.mT + seen[:, None] * level[:, None]
+    cross = mixed - shifted[:, :, None] * (seen / count)[:, None] + 0.5 * pixels[:, :, None] * level[:, None, None]
+    gram = patch_gram(
+        half, edges, strips, shifted.flatten(1).contiguous(), cross.contiguous(), level, counts, k, (h, w), count
+    )
+    sums = shifted + seen[:, None] * level[:, None]
     return PatchMoments(sums.flatten(1), gram, images * h * w)
+
+
+def patch_gram(
+    half: Tensor,
+    edges: Tensor,
+    strips: Tensor,
+    sums: Tensor,
+    cross: Tensor,
+    level: Tensor,
+    counts: Tensor,
+    k: int,
+    size: tuple[int, int],
+    count: int,
+) -> Tensor:
+    """G − SSᵀ/M of patches of x = x̃ + level, g×(k²·Cg)×(k²·Cg) float64.
+
+    Args:
+        half: autocorrelation of x̃, its half plane from shift 0 on, n×g×Cg×Cg.
+        edges: that of the lines of `edge_strips`, k×(4·g)×(r·Cg)×(r·Cg).
+        strips: x̃'s, from `edge_strips`.
+        sums: Σ_p x̃[p+t], g×(k²·Cg).
+        cross: X[t,t',c], g×k²×k²×Cg: X[t,t',c]·level[c'] and its transpose are added.
+        level: g×Cg.
+        counts: from `pixel_counts`.
+        size: H, W; count: M.
+    """
+    if is_compiled(half):
+        return torch.ops.acnet_kernels.patch_gram(
+            half, edges, strips, sums, cross, level, counts, k, size[1], float(count)
+        )
+    g, r, span = half.shape[1], k // 2, 2 * k - 1
+    plane = mirrored(half, span)
+    if r == 0:
+        gram = plane.double().flatten(1, 3)
+    else:
+        lines = mirrored(edges, span)[:, 0].unflatten(0, (SIDES, g)).unflatten(-1, (r, -1)).unflatten(-3, (r, -1))
+        blocks = corner_blocks(strips, size[1]).flatten(4).double()
+        corners = torch.einsum("nvugi,nvugj->vugij", blocks, blocks)
+        gram = assemble_gram(plane, lines.permute(0, 1, 2, 3, 5, 4, 6), corners, k)
+    zero_unseen_(gram, *size, k)
+    gram.baddbmm_(sums[:, :, None], sums[:, None], alpha=-1 / count)
+    product = (cross.mT.unsqueeze(-1) * level[:, None, None, None]).reshape(gram.shape)
+    gram += product
+    gram += product.mT
+    return gram
 
 
 def zero_unseen_(matrix: Tensor, height: int, width: int, k: int) -> None:
@@ -222,7 +303,8 @@ def pixel_counts(height: int, width: int, k: int, device: torch.device) -> Tenso
 def patch_gradient_sums(total: Tensor, k: int) -> Tensor:
     """Σ_p g[p]·[p+t inside] for each tap, from Σ_n g[n] (K×H×W): K×k² float64. The centre tap's is Σ_p g[p]."""
     rows, columns = (inside_counts(size, k, total.device)[1] for size in total.shape[1:])
-    return (rows @ total.double() @ columns.mT).flatten(1)
+    lines = (rows @ total.permute(1, 2, 0).double().flatten(1)).unflatten(1, (total.shape[2], -1))
+    return (columns @ lines).flatten(0, 1).mT
 
 
 def constant_image(
