@@ -148,7 +148,8 @@ def test_every_assignment_is_timed_and_the_fastest_counts_for_branches():
 
     def watch(p, contenders, autocast):
         timed.extend(c.NAME for c in contenders)
-        return {c.NAME: 2.0 - (c.NAME == label(best)) for c in contenders}
+        found = dict.fromkeys((c.NAME for c in contenders), 2.0)
+        return found | {name: 1.0 for name in found if name == label(best)}
 
     found = planner.measure(MIDDLE, False, watch)
     assert timed == ["eager", *(label(a) for a in phases.assignments(MIDDLE)), "moments", "recompute"]
