@@ -196,7 +196,11 @@ def test_the_better_layout_counts():
         (10.2, BRANCHES, None),
         (11.0, BRANCHES, "the vendor's convolutions are 90% of the step"),
         (11.0, [*BRANCHES, *phase("auto", "cross_correlation", 10.0)], "cross_correlation takes 50% of the step"),
-        (11.0, [*BRANCHES, *phase("auto", "batch norm forward", 1)], "the planner takes eager here: the same operators"),
+        (
+            11.0,
+            [*BRANCHES, *phase("auto", "batch norm forward", 1)],
+            "the planner takes eager here: the same operators",
+        ),
         (11.0, phase("auto", "convolution forward", 4.0), "the vendor's convolutions are 100% of the step"),
         (11.0, phase("auto", "bn_sum_forward", 4.0), "calls are the cost of so short a step"),
         (11.0, [], "the step's phases were not measured"),

@@ -222,12 +222,12 @@ def convolution_gradients(
             dx is not None and add_input_gradient(dx, dy, weight, place, geometry.stride, geometry.groups)
         )
         seen = place.apply(x)
-        dw = column_weight_gradient(dy, seen, place, geometry.stride, geometry.groups) if need else None
-        if dw is not None:
-            dws[b] = dw
-        if not (needs_dx or (need and dw is None)):
+        if need:
+            dws[b] = column_weight_gradient(dy, seen, place, geometry.stride, geometry.groups)
+        needs_dw = need and dws[b] is None
+        if not (needs_dx or needs_dw):
             continue
-        dx_b, vendors, _ = torch.ops.aten.convolution_backward(
+        dx_b, dw, _ = torch.ops.aten.convolution_backward(
             dy,
             seen,
             weight,
@@ -238,10 +238,10 @@ def convolution_gradients(
             False,
             (0, 0),
             geometry.groups,
-            (needs_dx, need and dw is None, False),
+            (needs_dx, needs_dw, False),
         )
-        if need and dw is None:
-            dws[b] = vendors
+        if needs_dw:
+            dws[b] = dw
         if needs_dx:
             dx = dx_b if dx is None else place.add_adjoint(dx, dx_b)
     return dx, dws
