@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends import cost, eager, folded, planner
+from .backends import branches, cost, eager, folded, phases, planner
 from .backends.machine import this_machine
 from .block import ACBlock
 from .surgery import RECORD, Conversion, blocks_of
@@ -181,7 +181,10 @@ def _path(block: ACBlock, x: Tensor) -> tuple[str, str, int, planner.Times]:
     if forced is not None:
         return eager.NAME, f"through the submodules: {forced}", eager.saved_bytes(problem), unknown
     times = planner.times(problem) if plan.backend.NAME in planner.candidates(problem) else unknown
-    return plan.backend.NAME, plan.reason, plan.backend.saved_bytes(problem), times
+    reason = plan.reason
+    if plan.backend is branches and problem.device == phases.DEVICE:
+        reason += f"; {phases.chosen(problem.explicit())}"
+    return plan.backend.NAME, reason, plan.backend.saved_bytes(problem), times
 
 
 def _without_shape(name: str, block: ACBlock) -> BlockReport:

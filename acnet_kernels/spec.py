@@ -104,6 +104,15 @@ class Problem:
         rows, columns = self.output_size
         return self.shape[0] * self.out_channels * rows * columns * self.dtype.itemsize
 
+    def explicit(self) -> Problem:
+        """The same with its input padded already where the padding mode is not zeros: what a backend is given."""
+        if self.geometry.padding_mode == "zeros":
+            return self
+        n, c, height, width = self.shape
+        rows, columns = self.geometry.padding
+        shape = (n, c, height + 2 * rows, width + 2 * columns)
+        return replace(self, shape=shape, geometry=self.geometry.explicit())
+
 
 def problem_of(step: Step, x: Tensor) -> Problem:
     """Describes step on input x (any tensor with a shape: meta and fake ones too)."""

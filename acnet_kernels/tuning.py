@@ -96,8 +96,7 @@ def tune(model: nn.Module, example: Sequence[int] | Tensor) -> TuningReport:
     machine = this_machine(x.device.type)
     found: timings.Times = {}
     for key, (problem, autocast, names) in steps.items():
-        modules = [planner.BACKENDS[name] for name in planner.candidates(problem)]
-        times = stopwatch.measure(problem, modules, autocast)
+        times = planner.measure(problem, autocast, stopwatch.measure)
         if not times:
             left |= dict.fromkeys(names, "the device has not the memory to time it")
             continue

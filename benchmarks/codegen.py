@@ -174,7 +174,7 @@ def bn_cases(arch: int) -> Iterator[Case]:
     scalars = dict.fromkeys(("M", "TILES", "ROWS", "SPLITS", "STRIDE"), "i32") | {"K": "i32:16", "B": 3}
     names = ("partial", "scale", "bias", "coefficient", "dgamma", "dbeta")
     vectors = dict.fromkeys((f"{name}_ptr" for name in names), "*fp32")
-    vectors |= {"mean_ptr": "*fp64", "rstd_ptr": "*fp64"}
+    vectors |= dict.fromkeys(("mean_ptr", "var_ptr", "rstd_ptr"), "*fp64")
     triples = dict.fromkeys(("gammas", "betas", "partials"), ("*fp32",) * 3)
     common = {**scalars, **vectors, **triples, "eps": ("fp32",) * 3, "sizes": ("i32",) * 3}
     for dtype in ("bf16", "fp16", "fp32"):

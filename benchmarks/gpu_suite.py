@@ -8,6 +8,8 @@ gpu_suite.csv and gpu_suite.md. What matters most runs first; when the time is u
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acnet_kernels.geometry import Geometry
+from acnet_kernels.backends import phases, planner, stopwatch
+from acnet_kernels.geometry import BRANCHES, Geometry
 from acnet_kernels.kernels import configs
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
 from acnet_kernels.ops.triton_conv import Window
+from acnet_kernels.spec import Problem
 
 from . import harness, machine
 
@@ -129,7 +133,7 @@ PHASES: dict[str, Contenders] = {
     },
     "batch norms": {
         "vendor": vendor_batch_norms,
-        "triton": lambda i: triton_bn_sum.bn_sum_forward(i.dys, i.gammas, i.betas, i.eps),
+        "triton": lambda i: triton_bn_sum.bn_sum_forward(i.dys, i.gammas, i.betas, i.eps, None),
     },
 }
 
@@ -161,7 +165,7 @@ def triton_step(i: Inputs) -> object:
 def mixed_step(i: Inputs) -> object:
     """Vendor convolutions between the Triton batch-norm passes."""
     ys = vendor_conv(i)
-    _, means, rstds = triton_bn_sum.bn_sum_forward(ys, i.gammas, i.betas, i.eps)
+    _, means, _, rstds = triton_bn_sum.bn_sum_forward(ys, i.gammas, i.betas, i.eps, None)
     triton_bn_sum.bn_sum_backward_(i.grad, ys, means, rstds, i.gammas, [True] * 3)
     return vendor_backward(i, ys, [True, True, False])
 
@@ -268,6 +272,31 @@ class Suite:
             rows.append((shape, str(dtype), *(s.p50 for s in found.values()), found["eager"].p50 / best))
         self.say(harness.table(("shape", "dtype", *STEPS, "eager / best of ours"), rows))
 
+    def assignments(self) -> None:
+        """A block's step by every backend, and by `branches` under every assignment of its phases."""
+        self.say("\n## A block's step by backend, `branches` by assignment (forward dgrad wgrad), ms\n")
+        rows = []
+        for (N, C, H), dtype in itertools.product(self.shapes, self.dtypes):
+            name = f"{N}x{C}x{H}x{H}"
+            if self.late(f"assignments from {name} {dtype}"):
+                break
+            norms, maps = (True,) * len(BRANCHES), (dtype, dtype, self.device.type, True, True)
+            problem = Problem((N, C, H, H), C, Geometry.make(3, padding=1), BRANCHES, "branch", norms, *maps)
+            scratch = stopwatch.Scratch(problem, False, self.device)
+            calls = {c.NAME: [functools.partial(scratch.run, c)] for c in planner.contenders(problem)}
+            found = harness.measure(
+                calls, self.device, warm_up=self.slice / 4, seconds=self.slice, least=self.rounds
+            )
+            for contender, samples in found.items():
+                self.report.add(contender, "block step", name, dtype, "channels_last", "time_ms", samples)
+            chosen = phases.label(phases.choose(problem, False, {}).phases)
+            assigned = [phases.label(assignment) for assignment in phases.assignments(problem)]
+            best = min(assigned, key=lambda label: found[label].p50)
+            times = (found[label].p50 for label in (phases.label(phases.ALL_VENDOR), chosen, best))
+            rows.append((name, str(dtype), found["eager"].p50, chosen, best, *times))
+        header = ("shape", "dtype", "eager", "predicted best", "best", "all vendor's", "predicted's", "best's")
+        self.say(harness.table(header, rows))
+
     def phases(self, bandwidth: float, rates: dict[torch.dtype, float]) -> None:
         """Each phase by Triton and by the vendor, and the share of the ceiling it reaches."""
         rows = []
@@ -346,6 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     right = suite.equivalence()
     ceilings = suite.ceilings()
     suite.steps()
+    suite.assignments()
     suite.phases(*ceilings)
     suite.tune()
     suite.say(f"\nCSV: {suite.out / 'gpu_suite.csv'}")

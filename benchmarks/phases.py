@@ -26,7 +26,7 @@ CONVOLUTIONS = ("convolution forward", "convolution backward")
 OURS = "acnet_kernels"
 # Our convolutions of all branches → their output-sized maps and their weights.
 WINDOWED: dict[str, Callable[[Any, Any], tuple[Any, Any]]] = {
-    "triton_forward": lambda args, out: (out[1], args[1]),
+    "triton_forward": lambda args, out: (out[1], args[1:4]),
     "triton_input_grad": lambda args, out: (args[0], args[1]),
     "triton_weight_grads": lambda args, out: (args[1], args[2]),
 }

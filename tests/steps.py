@@ -17,11 +17,11 @@ def as_eager(b):
 
 def check(b, x, dtype=None):
     """Output and every gradient within the rule; running statistics and counters as eager's; the same layout."""
-    grad = torch.randn(b(x).shape)
+    grad = torch.randn(b(x).shape, device=x.device)
 
     def autocast(m, t):
         assert dtype is None or m(t).dtype != dtype
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        with torch.autocast(x.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             return m(t)
 
     eager = as_eager(b)

@@ -19,7 +19,7 @@ from steps import (
 
 import acnet_kernels
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import branches, eager, moments, recompute
+from acnet_kernels.backends import branches, convolution, eager, moments, recompute
 from acnet_kernels.geometry import Geometry
 from acnet_kernels.ops import recompute as ops
 
@@ -67,7 +67,7 @@ def test_whole_module_in_a_dtype(dtype):
 @pytest.mark.parametrize("mean", [0.0, 20.0])
 def test_rounded_kernels_shift_no_mean(mean, monkeypatch):
     """Convolutions in bfloat16 itself: the folded kernel's rounding, times the input's mean, must not reach out."""
-    monkeypatch.setattr(branches, "_SLOW_HALF_TYPES", frozenset())
+    monkeypatch.setattr(convolution, "_SLOW_HALF_TYPES", frozenset())
     b, x = block(8, 16, 3, stride=2).bfloat16(), (torch.randn(4, 8, 13, 11) + mean).bfloat16()
     grad = torch.randn(b(x).shape).bfloat16()
     got, true = oracle.run(b, x, grad), oracle.truth(b, x, grad)

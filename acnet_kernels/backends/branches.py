@@ -1,9 +1,13 @@
-"""Three vendor convolutions, with all their batch norms and additions done by two operators (ops/bn_sum.py).
+"""Three convolutions, with all their batch norms and additions done by two operators (ops/bn_sum.py).
 
 Forward: y_b = W_b * x, then out = Σ_b BN_b(y_b) in two passes over the maps. Backward: two passes write every dy_b,
 over y_b's memory where nothing else can hold it, then come the vendor's convolution gradients, dx summed within
 them where the vendor can (backends/convolution.py), in place otherwise. Saved: x as it came, y_b, and two numbers a
 channel and branch.
+
+On CUDA each phase (forward, dgrad, wgrad) is the vendor's convolutions or one of Triton's kernels for all branches
+at once, as backends/phases.py chooses, and the batch-norm passes over channels_last maps are Triton's. Under
+torch.compile Triton's kernels run where they are chosen for all three phases, the vendor's convolutions otherwise.
 
 A batch norm after the sum of the branches needs that sum alone: it is added up from the branches' own convolutions,
 as in eager (one convolution by the summed kernel would round larger terms), and differentiated as one convolution.
@@ -17,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import platform
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,10 +29,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import BRANCHES, Geometry, Placement
+from ..kernels.window import Window
 from ..ops import bn_sum
 from ..spec import Norm, Problem, Step
 from .batchnorm import update_running
-from .convolution import add_input_gradient, column_weight_gradient, own_taps, summed_kernel
+from .convolution import (
+    add_input_gradient,
+    column_weight_gradient,
+    convolution_dtype,
+    own_taps,
+    summed_kernel,
+)
+from .phases import ALL_TRITON, ALL_VENDOR, TRITON, Phases, assignments, label, phases_of
 
 NAME = "branches"
 
@@ -63,26 +74,6 @@ def saved_bytes(problem: Problem) -> int:
     return inputs + int(len(problem.batch_stats) * problem.output_bytes * widened)
 
 
-def _slow_half_types() -> frozenset[torch.dtype]:
-    """The half-precision types whose CPU convolutions are slower than float32 ones between two casts.
-
-    x86-64 without AMX has no fast half-precision convolution: oneDNN's bfloat16 ones take up to twice as long as
-    its float32 ones, and its float16 weight gradient is a scalar loop.
-    """
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return frozenset()
-    fast = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
-    return frozenset(dtype for dtype, supported in fast.items() if not supported())
-
-
-_SLOW_HALF_TYPES = _slow_half_types()
-
-
-def convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """What the convolutions of a step of this dtype compute in, and keep the y_b in: one cast in, one out."""
-    return torch.float32 if device == "cpu" and dtype in _SLOW_HALF_TYPES else dtype
-
-
 class Plan(NamedTuple):
     """Everything about a step but its tensors."""
 
@@ -93,6 +84,8 @@ class Plan(NamedTuple):
     affine: int  # how many γ there are: one a batch norm, or none
     dtype: torch.dtype  # of out
     conv_dtype: torch.dtype  # of the y_b
+    phases: Phases
+    window: tuple[int, ...]  # the geometry as Triton's operators take it
 
     def maps(self, x: Tensor, weights: tuple[Tensor, ...]) -> list[Tensor]:
         """What each batch norm normalises, y_b or their sum, in the layout of the first; differentiable."""
@@ -106,6 +99,19 @@ class Plan(NamedTuple):
             else:
                 ys.append(bn_sum.like(y, ys[0] if ys else y))
         return ys
+
+    def forward(
+        self, x: Tensor, weights: tuple[Tensor, ...], gammas: list[Tensor], betas: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+        """(out, ys, means, variances, rstds); ys are what maps() gives."""
+        if self.phases.forward == TRITON:
+            from . import triton_phases  # Triton is slow to import
+
+            x, cast = x.to(self.conv_dtype), [weight.to(self.conv_dtype) for weight in weights]
+            return triton_phases.forward(x, self.names, cast, gammas, betas, self.eps, self.window)
+        ys = self.maps(x, weights)
+        out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, self.dtype)
+        return out, ys, means, variances, rstds
 
     def needs_dy(self, needs_x: bool, needs_w: Sequence[bool]) -> list[bool]:
         """Which of the maps have a gradient that something needs."""
@@ -126,9 +132,11 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager:
 
 def _composed(plan: Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(out, means, variances) from operators that torch.compile can trace and differentiate."""
-    weights, gammas, betas = plan.split(tensors)
+    if plan.phases != ALL_TRITON:  # the gradient of its operator is by Triton too
+        plan = plan._replace(phases=ALL_VENDOR)
     with _without_autocast(x.device.type):
-        return bn_sum.bn_sum_forward(plan.maps(x, weights), gammas, betas, plan.eps, plan.dtype)[:3]
+        out, _, means, variances, _ = plan.forward(x, *plan.split(tensors))
+    return out, means, variances
 
 
 @functools.cache
@@ -152,8 +160,7 @@ class _Step(torch.autograd.Function):
             _keep_freed_memory()
         # Nothing here is differentiated: calls need not pass the dispatcher's autograd layer.
         with _without_autocast(x.device.type), torch._C._AutoDispatchBelowAutograd():
-            ys = plan.maps(x, weights)
-            out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, plan.eps, plan.dtype)
+            out, ys, means, variances, rstds = plan.forward(x, weights, gammas, betas)
         ctx.plan = plan
         # A hook on saved tensors may keep what it was given.
         ctx.owns_maps = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
@@ -195,23 +202,32 @@ def convolution_gradients(
     if len(plan.eps) < len(plan.names):
         return _gradients_of_the_sum(plan, dys, x, weights, needs_x, needs_w)
     x, geometry = x.to(plan.conv_dtype), plan.geometry
+    weights = tuple(weight.to(plan.conv_dtype) for weight in weights)
+    given = iter(dys)
+    by_branch = [next(given) if needs_x or need else None for need in needs_w]
     dx: Tensor | None = None
-    dws: list[Tensor | None] = []
-    remaining = iter(dys)
-    for place, weight, need in zip(plan.places, weights, needs_w, strict=True):
-        if not (needs_x or need):
-            dws.append(None)
+    dws: list[Tensor | None] = [None] * len(weights)
+    if TRITON in plan.phases:
+        from . import triton_phases
+
+        if needs_x and plan.phases.dgrad == TRITON:
+            dx, needs_x = triton_phases.input_grad(dys, plan.names, weights, plan.window, x.shape[2:]), False
+        if needs_w[0] and plan.phases.wgrad == TRITON:  # its kernel is built around the square's taps
+            dws = triton_phases.weight_grads(x, by_branch, plan.names, weights, plan.window, needs_w)
+            needs_w = (False,) * len(weights)
+    for b, (dy, place, weight, need) in enumerate(zip(by_branch, plan.places, weights, needs_w, strict=True)):
+        if dy is None or not (needs_x or need):
             continue
-        dy, weight = next(remaining), weight.to(plan.conv_dtype)
         needs_dx = needs_x and not (
             dx is not None and add_input_gradient(dx, dy, weight, place, geometry.stride, geometry.groups)
         )
         seen = place.apply(x)
-        dw = column_weight_gradient(dy, seen, place, geometry.stride, geometry.groups) if need else None
-        if not (needs_dx or (need and dw is None)):
-            dws.append(dw)
+        if need:
+            dws[b] = column_weight_gradient(dy, seen, place, geometry.stride, geometry.groups)
+        needs_dw = need and dws[b] is None
+        if not (needs_dx or needs_dw):
             continue
-        dx_b, vendors, _ = torch.ops.aten.convolution_backward(
+        dx_b, dw, _ = torch.ops.aten.convolution_backward(
             dy,
             seen,
             weight,
@@ -222,9 +238,10 @@ def convolution_gradients(
             False,
             (0, 0),
             geometry.groups,
-            (needs_dx, need and dw is None, False),
+            (needs_dx, needs_dw, False),
         )
-        dws.append(vendors if dw is None else dw)
+        if needs_dw:
+            dws[b] = dw
         if needs_dx:
             dx = dx_b if dx is None else place.add_adjoint(dx, dx_b)
     return dx, dws
@@ -307,33 +324,70 @@ def inputs_of(x: Tensor, step: Step) -> Inputs:
 
 
 def plan_of(
-    geometry: Geometry, names: Iterable[str], eps: Sequence[float], affine: int, dtype: torch.dtype, device: str
+    geometry: Geometry,
+    names: Iterable[str],
+    eps: Sequence[float],
+    affine: int,
+    dtype: torch.dtype,
+    device: str,
+    phases: Phases = ALL_VENDOR,
 ) -> Plan:
     """The plan of the named branches' step; `affine` says how many γ there are, `dtype` is the output's."""
-    names = tuple(names)
-    return Plan(
-        geometry,
-        names,
-        tuple(geometry.placement(name) for name in names),
-        tuple(eps),
-        affine,
-        dtype,
-        convolution_dtype(dtype, device),
-    )
+    make = _plan if torch.compiler.is_compiling() else _plan_of_before  # Dynamo looks through a cache, and warns
+    return make(geometry, tuple(names), tuple(eps), affine, dtype, convolution_dtype(dtype, device), phases)
+
+
+def _plan(
+    geometry: Geometry,
+    names: tuple[str, ...],
+    eps: tuple[float, ...],
+    affine: int,
+    dtype: torch.dtype,
+    conv_dtype: torch.dtype,
+    phases: Phases,
+) -> Plan:
+    places = tuple(geometry.placement(name) for name in names)
+    window = tuple(Window.of(geometry)) if TRITON in phases else ()
+    return Plan(geometry, names, places, eps, affine, dtype, conv_dtype, phases, window)
+
+
+_plan_of_before = functools.lru_cache(4096)(_plan)
 
 
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
+    return run(x, step, phases_of(step, x))
+
+
+def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
+    """forward() under this assignment of its phases."""
     geometry = step.geometry
     size = geometry.output_size(x.shape[2], x.shape[3])
     count = x.shape[0] * size[0] * size[1]
     inputs = inputs_of(x, step)
-    plan = plan_of(geometry, inputs.names, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type)
+    plan = plan_of(geometry, inputs.names, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type, phases)
     compute = _composed if torch.compiler.is_compiling() else _Step.apply
     out, means, variances = compute(plan, x, *inputs.weights, *inputs.gammas, *inputs.betas)
     with torch.no_grad():
         update_running(inputs.norms, means, variances, count, inputs.biases)
     return out
+
+
+class Variant(NamedTuple):
+    """This backend under one assignment of its phases, as a stopwatch times it."""
+
+    NAME: str
+    phases: Phases
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """One step."""
+        return run(x, step, self.phases)
+
+
+def variants(problem: Problem) -> list[Variant]:
+    """This backend under every assignment of its phases; under its own name where there is but one."""
+    found = assignments(problem)
+    return [Variant(NAME if len(found) == 1 else label(phases), phases) for phases in found]
 
 
 def _all_or_none(tensors: list[Tensor | None], missing: float) -> list[Tensor]:

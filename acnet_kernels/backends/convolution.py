@@ -1,4 +1,4 @@
-"""What backends share about convolutions: kernels summed, maps added to within a convolution, faster gradients."""
+"""What backends share about convolutions: their dtype, kernels summed, maps added to, faster gradients."""
 
 from __future__ import annotations
 
@@ -17,6 +17,26 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_MAP, LEAST_MAPS_OF_KERNEL = 2**20, 4
 # Where a tap's matrix product pays: pixels of an image, and elements of the result.
 LEAST_PIXELS, LEAST_PRODUCT = 128, 2048
+
+
+def _slow_half_types() -> frozenset[torch.dtype]:
+    """The half-precision types whose CPU convolutions are slower than float32 ones between two casts.
+
+    x86-64 without AMX has no fast half-precision convolution: oneDNN's bfloat16 ones take up to twice as long as
+    its float32 ones, and its float16 weight gradient is a scalar loop.
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    fast = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
+    return frozenset(dtype for dtype, supported in fast.items() if not supported())
+
+
+_SLOW_HALF_TYPES = _slow_half_types()
+
+
+def convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What the convolutions of a step of this dtype compute in, and keep the y_b in: one cast in, one out."""
+    return torch.float32 if device == "cpu" and dtype in _SLOW_HALF_TYPES else dtype
 
 
 def summed_kernel(kernels: Mapping[str, Tensor], geometry: Geometry) -> Tensor:

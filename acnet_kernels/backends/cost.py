@@ -153,7 +153,7 @@ def _eager(problem: Problem, phase: str, kind: str) -> _Groups:
 
 def _branches(problem: Problem, phase: str, kind: str) -> _Groups:
     dtype = problem.dtype
-    if kind == CPU and dtype.itemsize == 2:  # see branches.convolution_dtype
+    if kind == CPU and dtype.itemsize == 2:  # see convolution.convolution_dtype
         dtype = torch.float32
     # The sum of the branches, where one batch norm follows it, is differentiated as one convolution.
     one = problem.norm == "sum" and phase == BACKWARD

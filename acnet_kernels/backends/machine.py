@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .branches import convolution_dtype
+from .convolution import convolution_dtype
 
 # The kinds of machine that the cost model tells apart.
 CPU, FAST_HALF_CPU, CUDA = "cpu", "cpu with fast bfloat16", "cuda"

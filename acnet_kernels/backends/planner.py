@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import operator
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from ..geometry import Geometry
 from ..ops import bn_sum
 from ..spec import Problem
-from . import branches, cost, eager, folded, moments, recompute, stopwatch, synced, timings
+from . import branches, cost, eager, folded, moments, phases, recompute, stopwatch, synced, timings
+from .constants import pieces, whole
 from .machine import Machine, this_machine
 
 # In order of simplicity: where two are about as fast, 'auto' takes the first.
@@ -75,33 +73,17 @@ def choose(problem: Problem, requested: str = "auto") -> Plan:
     if folded.declines(problem) is None:
         return Plan(folded, refused + REASONS["folded"])
     if torch.compiler.is_compiling():
-        # A graph for every size must not depend on one: the choice is that for usual sizes.
-        shape = [operator.index(size) if has_static_value(size) else USUAL_SIZE for size in problem.shape]
-        g = problem.geometry
-        placed = (g.kernel, g.stride, g.padding, g.dilation, g.groups, g.padding_mode, g.shift)
-        what = (problem.branches, problem.norm, problem.batch_stats, problem.dtype, problem.input_dtype)
-        flags = (problem.device, problem.channels_last, problem.grad)
-        name, why = _traced_choice((*shape,), problem.out_channels, placed, what, flags)
+        name, why = _traced_choice(*pieces(problem))
     else:
         name, why = _fastest(problem, _times_at_first_sight(problem))
     return Plan(BACKENDS[name], refused + why)
 
 
-# Under torch.compile it runs as it is, and its answer becomes part of the graph: nothing in it is guarded. Dynamo
-# hands over constants alone, so the problem comes in pieces.
+# Under torch.compile it runs as it is, and its answer becomes part of the graph: nothing in it is guarded.
 @torch.compiler.assume_constant_result
-def _traced_choice(
-    shape: tuple[int, int, int, int],
-    out_channels: int,
-    geometry: tuple[Any, ...],
-    what: tuple[Any, ...],
-    flags: tuple[Any, ...],
-) -> tuple[str, str]:
-    return _fastest(Problem(shape, out_channels, Geometry(*geometry), *what, *flags), False)
+def _traced_choice(*parts: Any) -> tuple[str, str]:
+    return _fastest(whole(*parts), False)
 
-
-# What a symbolic batch or image size stands for: CIFAR's images, by a few dozen.
-USUAL_SIZE = 32
 
 # Medians of interleaved runs differ by this much from one run to the next.
 MEASURED_MARGINS = dict.fromkeys(BACKENDS, 0.03)
@@ -120,13 +102,33 @@ def candidates(problem: Problem) -> list[str]:
     return [m.NAME for m in modules if m.unavailable() is None and m.declines(problem) is None]
 
 
+def contenders(problem: Problem) -> list[stopwatch.Contender]:
+    """What there is to time: the candidates, but `branches` under every assignment of its phases."""
+    found: list[stopwatch.Contender] = []
+    for name in candidates(problem):
+        found.extend(branches.variants(problem) if name == branches.NAME else [BACKENDS[name]])
+    return found
+
+
+def measure(problem: Problem, autocast: bool, watch: Callable[..., dict[str, float]]) -> dict[str, float]:
+    """What `watch`, a stopwatch's function, measures of the contenders: name → milliseconds of a step.
+
+    The time of `branches` is that of the fastest of its assignments, which are filed too, under phases.label.
+    """
+    found = watch(problem, contenders(problem), autocast)
+    variants = [ms for name, ms in found.items() if name not in BACKENDS]
+    return {**found, branches.NAME: min(variants)} if variants else found
+
+
 def times(problem: Problem) -> Times:
     """What is known about the candidates' times for problem."""
     names, machine = candidates(problem), this_machine(problem.device)
-    predicted = {name: cost.predict(problem, name, machine.kind) for name in names}
+    predicted = {name: ms for name in names if (ms := cost.predict(problem, name, machine.kind)) is not None}
+    if branches.NAME in predicted:  # the cost model's are the vendor's convolutions
+        predicted[branches.NAME] -= phases.saving(problem.explicit())
     measured = timings.lookup(problem, machine)
     return Times(
-        {name: ms for name, ms in predicted.items() if ms is not None},
+        predicted,
         {name: ms for name, ms in measured.milliseconds.items() if name in names} if measured else {},
     )
 
@@ -152,8 +154,7 @@ def _decided(problem: Problem, machine: Machine, version: int, timed: bool, miss
     """_fastest() on this machine, once for each version of what is known."""
     known = times(problem)
     if timed and timings.lookup(problem, machine) is None:
-        modules = [BACKENDS[name] for name in candidates(problem)]
-        measured = stopwatch.measure_apart(problem, modules, torch.is_autocast_enabled(problem.device))
+        measured = measure(problem, torch.is_autocast_enabled(problem.device), stopwatch.measure_apart)
         timings.remember(problem, machine, measured, timings.FIRST_SIGHT)
         known = known._replace(measured=measured)
     name, why = decide(problem, machine.kind, known)

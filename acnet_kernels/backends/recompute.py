@@ -127,9 +127,7 @@ def _triton_statistics(
     ]
     _, moments = triton_conv.conv_forward(x, weights, triton_conv.Window.of(geometry), store=False)
     norms = merge_statistics(moments, [], [], plan.eps)
-    # Maps of float32 or less have no variance so far below ε that float64 would lose it here.
-    eps = norms.rstds.new_tensor(plan.eps)[:, None]
-    return norms.means, (norms.rstds.square().reciprocal() - eps).clamp_min(0), norms.rstds
+    return norms.means, norms.variances, norms.rstds
 
 
 def _folded_convolution(

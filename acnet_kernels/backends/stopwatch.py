@@ -7,18 +7,30 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..spec import Branch, Norm, Problem, Step
 
+
+class Contender(Protocol):
+    """What can be timed: a backend, or one of the ways in which a backend can run."""
+
+    @property
+    def NAME(self) -> str:  # noqa: N802 - a module's constant
+        """What its time is filed under."""
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """One step."""
+
+
 WARM_UP = 2  # rounds
 ROUNDS, MOST_ROUNDS, SECONDS = 7, 50, 0.3  # timed: so many at the least and at the most, for so long in between
 
 
-def measure(problem: Problem, backends: Sequence[ModuleType], autocast: bool) -> dict[str, float]:
+def measure(problem: Problem, backends: Sequence[Contender], autocast: bool) -> dict[str, float]:
     """Backend name → median milliseconds of a step (the forward alone where nothing needs a gradient).
 
     The backends run in turn, round after round, on random tensors of their own: no parameter, statistic, gradient
@@ -54,7 +66,7 @@ def measure(problem: Problem, backends: Sequence[ModuleType], autocast: bool) ->
     return {name: statistics.median(taken) for name, taken in samples.items()}
 
 
-def measure_apart(problem: Problem, backends: Sequence[ModuleType], autocast: bool) -> dict[str, float]:
+def measure_apart(problem: Problem, backends: Sequence[Contender], autocast: bool) -> dict[str, float]:
     """measure() in the middle of someone's step: in a thread, which sees none of the caller's modes.
 
     A saved-tensor hook (checkpoint, offloading) or a dispatch mode would take the scratch tensors for the model's.
@@ -118,7 +130,7 @@ class Scratch:
         grad = torch.randn(shape, generator=generator, device=device).to(problem.dtype)
         self.grad = grad.to(memory_format=layout)
 
-    def run(self, backend: ModuleType) -> None:
+    def run(self, backend: Contender) -> None:
         """One step."""
         with (
             torch.set_grad_enabled(self.problem.grad),

@@ -72,6 +72,7 @@ def merge_statistics(
     betas,
     eps,
     mean_ptr,
+    var_ptr,
     rstd_ptr,
     scale_ptr,
     bias_ptr,
@@ -84,7 +85,8 @@ def merge_statistics(
 ):
     """Merges the tiles' moments (B×2×K×TILES) in a fixed order. Grid: (K,).
 
-    Writes mean and rstd (fp64, B×K each), scale s_b = γ_b·rstd_b (fp32, B×K) and bias = Σ_b β_b (fp32, K).
+    Writes mean, biased variance and rstd (fp64, B×K each), scale s_b = γ_b·rstd_b (fp32, B×K) and bias = Σ_b β_b
+    (fp32, K).
     Tile t covers rows t·ROWS … of M. A γ of None is 1, a β of None is 0.
     """
     k = tl.program_id(0)
@@ -106,13 +108,15 @@ def merge_statistics(
             count = tl.maximum(tl.minimum(M - tile.to(tl.int64) * ROWS, ROWS), 0).to(tl.float32)
             delta = tl.load(means + tile, mask=tile < TILES, other=0.0).to(tl.float64) - mean
             total += tl.load(m2s + tile, mask=tile < TILES, other=0.0) + count * delta * delta
-        rstd = 1.0 / tl.sqrt(tl.sum(total, 0) / M + eps[b])
+        var = tl.sum(total, 0) / M
+        rstd = 1.0 / tl.sqrt(var + eps[b])
         scale = rstd.to(tl.float32)
         if gammas[b] is not None:
             scale *= tl.load(gammas[b] + k).to(tl.float32)
         if betas[b] is not None:
             bias += tl.load(betas[b] + k).to(tl.float32)
         tl.store(mean_ptr + row, mean)
+        tl.store(var_ptr + row, var)
         tl.store(rstd_ptr + row, rstd)
         tl.store(scale_ptr + row, scale)
     tl.store(bias_ptr + k, bias)

@@ -6,6 +6,7 @@ bits, in every run on one architecture.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 KINDS = ("conv", "dgrad", "wgrad")
@@ -165,6 +166,7 @@ def variants(kind: str, family: int, mode: str) -> list[Config]:
     return list(dict.fromkeys([*TABLE[kind, mode][family], FEW.get((kind, mode), TABLE[kind, mode][family][0])]))
 
 
+@lru_cache(4096)
 def pixel_split(M: int, programs: int, block_m: int) -> tuple[int, int]:
     """(splits, pixels of each) of wgrad: about 256 programs in all, and at least 4 blocks of pixels in each."""
     wanted = max(1, min(256 // programs, cdiv(M, 4 * block_m)))
@@ -173,12 +175,14 @@ def pixel_split(M: int, programs: int, block_m: int) -> tuple[int, int]:
     return max(1, cdiv(M, rows)), rows
 
 
+@lru_cache(4096)
 def streaming_tile(K: int) -> Tile:
     """Tile of a pass over an M×K map: a channel block that wastes few lanes yet reads long rows; 4096 elements."""
     block_k = min((128, 64, 32, 16), key=lambda b: cdiv(K, b) * b * (1 + 8 / b))
     return Tile(4096 // block_k, block_k)
 
 
+@lru_cache(4096)
 def row_split(M: int, K: int, tile: Tile) -> tuple[int, int]:
     """(tiles, rows of each): how a reduction over M rows is split so that about 1024 programs share it."""
     wanted = max(1, 1024 // cdiv(K, tile.block_k))

@@ -18,19 +18,19 @@ Running statistics are the caller's (backends/batchnorm.py); a variance far belo
 With ŷ_b = (y_b − μ_b)·rstd_b, M = N·H·W and g = grad:
     dβ = Σ g,   dγ_b = Σ g·ŷ_b,   dy_b = γ_b·rstd_b·(g − dβ/M − ŷ_b·dγ_b/M).
 The CPU kernels are C++ (csrc/bn_sum.cpp) where the extension is built: per-slab means and M2 merged by Chan's rule
-in a fixed order, the same bits for any number of threads. The implementation in PyTorch, below, serves CUDA and the
-CPU without the extension.
+in a fixed order, the same bits for any number of threads. On CUDA, channels_last maps but float64 ones go through
+ops/triton_bn_sum.py where Triton is installed. The implementation in PyTorch, below, serves the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._extension import MISSING
+from ._extension import MISSING, TRITON
 
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 
@@ -154,10 +154,45 @@ def _backward_(
     return _backward_into(grad, ys, means, rstds, gammas, targets)
 
 
-for _key in ("CUDA", "CPU") if MISSING is not None else ("CUDA",):
-    _LIBRARY.impl("bn_sum_forward", _forward, _key)
-    _LIBRARY.impl("bn_sum_backward", _backward, _key)
-    _LIBRARY.impl("bn_sum_backward_", _backward_, _key)
+def _forward_maps(ys: list[Tensor], gammas: Any, betas: Any, eps: Any, dtype: torch.dtype | None) -> list[Tensor]:
+    _check(ys)
+    _check_outer(ys[0], ys[0].dtype if dtype is None else dtype)
+    return ys
+
+
+def _backward_maps(grad: Tensor, ys: list[Tensor], *_: Any) -> list[Tensor]:
+    _check(ys)
+    _check_outer(ys[0], grad.dtype)
+    return [grad, *ys]
+
+
+def _on_cuda(name: str, plain: Callable[..., Any], maps_of: Callable[..., list[Tensor]]) -> Callable[..., Any]:
+    """An operator's CUDA kernel: Triton's where it takes the maps, else the one in PyTorch."""
+
+    def kernel(*args: Any) -> Any:
+        maps = maps_of(*args)
+        layout = all(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
+        if not TRITON or not layout or maps[0].dtype == torch.float64:
+            return plain(*args)
+        from . import triton_bn_sum  # Triton is slow to import, and only CUDA needs it
+
+        with torch.cuda.device_of(maps[0]):  # Triton launches on the current device
+            return getattr(triton_bn_sum, name)(*args)
+
+    return kernel
+
+
+on_cuda = {
+    "bn_sum_forward": _on_cuda("bn_sum_forward", _forward, _forward_maps),
+    "bn_sum_backward": _on_cuda("bn_sum_backward", _backward, _backward_maps),
+    "bn_sum_backward_": _on_cuda("bn_sum_backward_", _backward_, _backward_maps),
+}
+for _name, _kernel in on_cuda.items():
+    _LIBRARY.impl(_name, _kernel, "CUDA")
+if MISSING is not None:
+    _LIBRARY.impl("bn_sum_forward", _forward, "CPU")
+    _LIBRARY.impl("bn_sum_backward", _backward, "CPU")
+    _LIBRARY.impl("bn_sum_backward_", _backward_, "CPU")
 
 
 @torch.library.register_fake("acnet_kernels::bn_sum_forward")

@@ -1,28 +1,29 @@
 """A step's phases by Triton as operators, which torch.compile leaves whole: schema, shapes, kernels.
 
-    triton_forward(x, weights, gammas, betas, eps, window) -> (out, ys, means, rstds)
+    triton_forward(x, square, hor, ver, gammas, betas, eps, window) -> (out, ys, means, variances, rstds)
     triton_input_grad(dys, weights, window, input_size) -> dx
     triton_weight_grads(x, dys, weights, window) -> dws
 
 As triton_conv.block_forward, input_grad and weight_grads take them, but that `ys`, `dws` and a list of dys hold the
-branches present alone, and `window` is a triton_conv.Window as a list. No autograd: a backend composes these with
-bn_sum_backward and decides what to save. CUDA; under Triton's interpreter, the CPU.
+branches present alone, and `window` is a triton_conv.Window as a list. `out` is differentiable, once, by
+bn_sum_backward and the other two, for which the y_b are kept. CUDA; under Triton's interpreter, the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import triton_conv
+from . import bn_sum, triton_conv
 from .triton_conv import Window
 
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 _LIBRARY.define(
-    "triton_forward(Tensor x, Tensor?[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, int[] window)"
-    " -> (Tensor, Tensor[], Tensor, Tensor)"
+    "triton_forward(Tensor x, Tensor square, Tensor? hor, Tensor? ver, Tensor[] gammas, Tensor[] betas,"
+    " float[] eps, int[] window) -> (Tensor, Tensor[], Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define("triton_input_grad(Tensor[] dys, Tensor?[] weights, int[] window, SymInt[2] input_size) -> Tensor")
 _LIBRARY.define("triton_weight_grads(Tensor x, Tensor[] dys, Tensor?[] weights, int[] window) -> Tensor[]")
@@ -45,14 +46,17 @@ def _spread(present: Sequence[Tensor], weights: Sequence[Tensor | None]) -> list
 @torch.library.impl(_LIBRARY, "triton_forward", _KEY)
 def _forward(
     x: Tensor,
-    weights: list[Tensor | None],
+    square: Tensor,
+    hor: Tensor | None,
+    ver: Tensor | None,
     gammas: list[Tensor],
     betas: list[Tensor],
     eps: list[float],
     window: list[int],
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    out, ys, norms = triton_conv.block_forward(x, weights, gammas, betas, eps, Window(*window))
-    return out, ys, norms.means, norms.rstds
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        out, ys, norms = triton_conv.block_forward(x, (square, hor, ver), gammas, betas, eps, Window(*window))
+    return out, ys, norms.means, norms.variances, norms.rstds
 
 
 @torch.library.impl(_LIBRARY, "triton_input_grad", _KEY)
@@ -60,34 +64,38 @@ def _input_grad(
     dys: list[Tensor], weights: list[Tensor | None], window: list[int], input_size: list[int]
 ) -> Tensor:
     rows, cols = input_size
-    return triton_conv.input_grad(_spread(dys, weights), weights, Window(*window), (rows, cols))
+    with torch.cuda.device_of(dys[0]):
+        return triton_conv.input_grad(_spread(dys, weights), weights, Window(*window), (rows, cols))
 
 
 @torch.library.impl(_LIBRARY, "triton_weight_grads", _KEY)
 def _weight_grads(x: Tensor, dys: list[Tensor], weights: list[Tensor | None], window: list[int]) -> list[Tensor]:
-    dws = triton_conv.weight_grads(x, _spread(dys, weights), weights, Window(*window))
+    with torch.cuda.device_of(x):
+        dws = triton_conv.weight_grads(x, _spread(dys, weights), weights, Window(*window))
     return [dw for dw in dws if dw is not None]
 
 
 @torch.library.register_fake("acnet_kernels::triton_forward")
 def _(
     x: Tensor,
-    weights: list[Tensor | None],
+    square: Tensor,
+    hor: Tensor | None,
+    ver: Tensor | None,
     gammas: list[Tensor],
     betas: list[Tensor],
     eps: list[float],
     window: list[int],
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    present = [w for w in weights if w is not None]
-    K, size = present[0].shape[0], Window(*window).output_size(x.shape[2], x.shape[3])
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    present = [w for w in (square, hor, ver) if w is not None]
+    K, size = square.shape[0], Window(*window).output_size(x.shape[2], x.shape[3])
 
     def empty() -> Tensor:
         return torch.empty(
             (x.shape[0], K, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
         )
 
-    means, rstds = (x.new_empty((len(present), K), dtype=torch.float64) for _ in range(2))
-    return empty(), [empty() for _ in present], means, rstds
+    means, variances, rstds = (x.new_empty((len(present), K), dtype=torch.float64) for _ in range(3))
+    return empty(), [empty() for _ in present], means, variances, rstds
 
 
 @torch.library.register_fake("acnet_kernels::triton_input_grad")
@@ -100,3 +108,40 @@ def _(dys: list[Tensor], weights: list[Tensor | None], window: list[int], input_
 @torch.library.register_fake("acnet_kernels::triton_weight_grads")
 def _(x: Tensor, dys: list[Tensor], weights: list[Tensor | None], window: list[int]) -> list[Tensor]:
     return [torch.empty_like(w) for w in weights if w is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, square, hor, ver, gammas, betas, _, window = inputs
+    _, ys, means, variances, rstds = output
+    ctx.mark_non_differentiable(*ys, means, variances, rstds)
+    weights = (square, hor, ver)
+    ctx.present = [w is not None for w in weights]
+    ctx.needs_w = [w is not None and w.requires_grad for w in weights]
+    ctx.needs_x, ctx.window = x.requires_grad, window
+    ctx.beta_dtypes = [beta.dtype for beta in betas]
+    ctx.save_for_backward(x, *[w for w in weights if w is not None], *ys, means, rstds, *gammas)
+
+
+def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, *rest = ctx.saved_tensors
+    n = sum(ctx.present)
+    given, ys, (means, rstds), gammas = rest[:n], rest[n : 2 * n], rest[2 * n : 2 * n + 2], rest[2 * n + 2 :]
+    weights = [given.pop(0) if there else None for there in ctx.present]
+    needs_w = any(ctx.needs_w)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    wanted = [ctx.needs_x or needs_w] * n
+    dys, dgammas, dbeta = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, wanted)
+    dx = triton_input_grad(dys, weights, ctx.window, x.shape[2:]) if ctx.needs_x else None
+    found = triton_weight_grads(x, dys, weights, ctx.window) if needs_w else []
+    dws = _spread(found, weights) if needs_w else [None] * 3
+    return (
+        dx,
+        *(dw if need else None for dw, need in zip(dws, ctx.needs_w, strict=True)),
+        [d.to(gamma.dtype) for gamma, d in zip(gammas, dgammas, strict=False)],
+        [dbeta.to(dtype) for dtype in ctx.beta_dtypes],
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("acnet_kernels::triton_forward", _autograd, setup_context=_setup_context)

@@ -2,7 +2,7 @@
 
 All maps are N×K×H×W in channels_last and of one shape; fp32, fp16 or bf16. Arithmetic is fp32, the merge of
 the statistics fp64. Results are the same bits in every run. bn_sum_forward, bn_sum_backward and bn_sum_backward_
-compute what the operators of these names promise.
+compute what the operators of these names promise (ops/bn_sum.py).
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class Moments(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """Batch norms of B maps: means and rstds (B×K, fp64), scale = γ·rstd (B×K, fp32), bias = Σβ (K, fp32)."""
+    """Batch norms of B maps: their statistics, fp64, and scale = γ·rstd, fp32, B×K each; bias = Σβ (K, fp32)."""
 
     means: Tensor
+    variances: Tensor
     rstds: Tensor
     scale: Tensor
     bias: Tensor
@@ -76,15 +77,16 @@ def merge_statistics(
     """Merges tiles in a fixed order: one launch. γ, β: one (K,) a map, or none at all for 1 and 0."""
     partial = moments.partial
     B, _, K, tiles = partial.shape
-    means, rstds = (torch.empty((B, K), dtype=torch.float64, device=partial.device) for _ in range(2))
+    means, variances, rstds = (torch.empty((B, K), dtype=torch.float64, device=partial.device) for _ in range(3))
     scale = torch.empty((B, K), dtype=torch.float32, device=partial.device)
     bias = torch.empty(K, dtype=torch.float32, device=partial.device)
     kernels.merge_statistics[(K,)](
         partial,
-        tuple(gammas) or (None,) * B,
-        tuple(betas) or (None,) * B,
+        _vectors(gammas, B),
+        _vectors(betas, B),
         tuple(eps),
         means,
+        variances,
         rstds,
         scale,
         bias,
@@ -95,13 +97,18 @@ def merge_statistics(
         B=B,
         BLOCK_T=BLOCK_T,
     )
-    return Norms(means, rstds, scale, bias)
+    return Norms(means, variances, rstds, scale, bias)
 
 
-def apply(ys: Sequence[Tensor], norms: Norms) -> Tensor:
-    """Σ_b scale_b·(y_b − mean_b) + bias, in the maps' dtype: one launch."""
+def _vectors(parameters: Sequence[Tensor], B: int) -> tuple[Tensor | None, ...]:
+    """γ or β as the kernels take them: elements adjacent; None where there are none."""
+    return tuple(t.contiguous() for t in parameters) or (None,) * B
+
+
+def apply(ys: Sequence[Tensor], norms: Norms, dtype: torch.dtype | None = None) -> Tensor:
+    """Σ_b scale_b·(y_b − mean_b) + bias, with the maps' strides, in `dtype` (None: theirs): one launch."""
     check_maps(**{f"ys[{i}]": y for i, y in enumerate(ys)})
-    out = torch.empty_like(ys[0], memory_format=torch.channels_last)
+    out = torch.empty_like(ys[0], dtype=dtype)
     M, K = pixels(out), out.shape[1]
     tile = streaming_tile(K)
     grid = (cdiv(M, tile.block_m), cdiv(K, tile.block_k))
@@ -111,14 +118,19 @@ def apply(ys: Sequence[Tensor], norms: Norms) -> Tensor:
 
 
 def bn_sum_forward(
-    ys: Sequence[Tensor], gammas: Sequence[Tensor], betas: Sequence[Tensor], eps: Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, means, rstds) of out = Σ_b BN_b(y_b) by the batch's statistics: three launches.
+    ys: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    eps: Sequence[float],
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, means, variances, rstds) of out = Σ_b BN_b(y_b) by the batch's statistics: three launches.
 
-    gammas, betas: one (K,) a map, or [] for γ = 1 and β = 0. means, rstds: B×K, fp64.
+    gammas, betas: one (K,) a map, or [] for γ = 1 and β = 0. dtype: out's, None for the maps'. The statistics: B×K,
+    fp64.
     """
     norms = merge_statistics(statistics(ys), gammas, betas, eps)
-    return apply(ys, norms), norms.means, norms.rstds
+    return apply(ys, norms, dtype), norms.means, norms.variances, norms.rstds
 
 
 def bn_sum_backward(
@@ -133,10 +145,7 @@ def bn_sum_backward(
 
     grad is dL/dout, channels_last. Every branch's dβ is the same Σ grad.
     """
-    dys = [
-        torch.empty_like(y, memory_format=torch.channels_last) if need else None
-        for y, need in zip(ys, needs_dy, strict=True)
-    ]
+    dys = [torch.empty_like(y) if need else None for y, need in zip(ys, needs_dy, strict=True)]
     dgammas, dbeta = _backward_into(grad, ys, means, rstds, gammas, dys)
     return [dy for dy in dys if dy is not None], dgammas, dbeta
 
@@ -173,9 +182,8 @@ def _backward_into(
     dgammas = torch.empty((B, K), dtype=torch.float32, device=grad.device)
     dbeta = torch.empty(K, dtype=torch.float32, device=grad.device)
     coefficients = torch.empty((1 + 2 * B, K), dtype=torch.float32, device=grad.device)
-    scales = tuple(gammas) or (None,) * B
     kernels.merge_grad[(K,)](
-        partial, scales, rstds, dgammas, dbeta, coefficients, M, K, tiles, B=B, BLOCK_T=BLOCK_T
+        partial, _vectors(gammas, B), rstds, dgammas, dbeta, coefficients, M, K, tiles, B=B, BLOCK_T=BLOCK_T
     )
     if any(dy is not None for dy in dys):
         grid = (cdiv(M, tile.block_m), blocks)

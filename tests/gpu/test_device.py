@@ -37,7 +37,7 @@ class TritonBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         weights, gammas, betas = (list(parameters[i : i + 3]) for i in (0, 3, 6))
-        out, ys, means, rstds = triton_forward(x, weights, gammas, betas, EPS, WINDOW)
+        out, ys, means, _, rstds = triton_forward(x, *weights, gammas, betas, EPS, WINDOW)
         ctx.save_for_backward(x, *weights, *gammas, *ys, means, rstds)
         return out
 

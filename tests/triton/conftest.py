@@ -5,9 +5,11 @@ process of its own with TRITON_INTERPRET=1. A process with neither collects noth
 """
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
@@ -21,6 +23,13 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory holds NaN, so that an element no kernel writes cannot pass."""
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(torch.nan))
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: object, **kwargs: object) -> Tensor:
+            t = make(*args, **kwargs)
+            return t.fill_(torch.nan) if t.is_floating_point() else t
+
+        return made
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

@@ -1,13 +1,20 @@
 """Small problems are bound by launches: how many a step takes, all phases by Triton."""
 
+import itertools
+
 import pytest
 import torch
 import triton
+from blocks import assign, block_of, on_device_path
+from clocks import FakeClock
 from conftest import INTERPRETED
 from problems import DEPTHWISE, PROBLEMS, SMALL, Problem, Tensors
 from torch import Tensor
 
-from acnet_kernels.backends import moments
+from acnet_kernels import explain, geometry, tune
+from acnet_kernels.backends import moments, phases, stopwatch, timings
+from acnet_kernels.backends.phases import ALL_TRITON
+from acnet_kernels.kernels import configs
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
 
 
@@ -57,6 +64,79 @@ def test_launches_of_a_step(
     triton_conv.weight_grads(t.x, ys, weights, t.window, config=config)
     assert launches[:5] == ["reduce_grad", "merge_grad", "apply_grad", *backward]
     assert len(launches) <= 6
+
+
+@pytest.mark.parametrize(
+    ("problem", "convolutions"),
+    [
+        (PROBLEMS[0], ("conv_branches", "conv_dgrad", "conv_wgrad")),
+        (DEPTHWISE[0], ("depthwise_branches", "depthwise_dgrad", "depthwise_wgrad")),
+    ],
+    ids=["grouped", "depthwise"],
+)
+def test_launches_and_host_work_of_a_blocks_step(
+    launches: list[str],
+    problem: Problem,
+    convolutions: tuple[str, ...],
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At most 3 launches forward and 6 backward; what depends on shapes alone is worked out once."""
+    on_device_path(monkeypatch)
+    assign(monkeypatch, ALL_TRITON)
+    block, x = block_of(problem, device)
+    x.requires_grad_()
+    forward, *backward = convolutions
+    for again in range(2):
+        launches.clear()
+        out = block(x)
+        assert launches == [forward, "merge_statistics", "apply"]
+        launches.clear()
+        out.sum().backward()
+        assert launches[:5] == ["reduce_grad", "merge_grad", "apply_grad", *backward]
+        assert len(launches) <= 6
+        if not again:
+            for owner, name in ONCE:
+                monkeypatch.setattr(owner, name, lambda *_, name=name: pytest.fail(f"{name} was worked out again"))
+    with pytest.raises(pytest.fail.Exception, match="worked out again"):
+        block(x[:1])  # another shape
+
+
+# What a step works out from shapes alone.
+ONCE = [
+    (configs, "choose"),
+    (configs, "depthwise"),
+    (configs, "power_of_two"),
+    (geometry.Geometry, "placement"),
+    (triton_conv.Window, "of"),
+    (triton_conv.Window, "output_size"),
+]
+
+
+def test_the_fastest_assignment_measured_runs(
+    launches: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tune() times a step under every assignment of the phases; the fastest is kept, and explain() says so."""
+    if INTERPRETED:
+        monkeypatch.setattr(phases, "DEVICE", "cpu")
+    on_device_path(monkeypatch)
+    monkeypatch.setattr(timings, "_known", {})
+    phases._decided.cache_clear()
+    monkeypatch.setattr(stopwatch, "WARM_UP", 1)  # in which a step does run
+    best = phases.Phases("triton", "vendor", "vendor")
+    clock = FakeClock(monkeypatch, {"eager": 3.0, **{phases.label(a): 2.0 for a in EVERY}, phases.label(best): 1.0})
+    block, x = block_of(Problem("", (1, 3, 3, 4), 4, geometry={"padding": 1}), device)
+    block.backend = "auto"
+    (layer,) = tune(block, x).layers
+    assert {phases.label(a) for a in EVERY} < set(clock.calls)
+    assert (layer.chosen, layer.milliseconds["branches"]) == ("branches", 1.0)
+    launches.clear()
+    block(x).sum().backward()
+    assert launches == ["conv_branches", "merge_statistics", "apply", "reduce_grad", "merge_grad", "apply_grad"]
+    assert "forward by triton, dgrad by vendor, wgrad by vendor (measured 1 ms a step" in str(explain(block, x))
+
+
+EVERY = list(itertools.starmap(phases.Phases, itertools.product(("vendor", "triton"), repeat=3)))
 
 
 def test_launches_of_second_moments(

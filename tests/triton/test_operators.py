@@ -14,7 +14,7 @@ def test_opcheck(problem: Problem, device: torch.device, monkeypatch: pytest.Mon
     monkeypatch.undo()  # poisoning is no part of an operator
     t = Tensors(problem, torch.float32, device)
     weights, window = list(t.by_branch()), list(t.window)
-    forward = (t.x, weights, t.gammas, t.betas, t.eps, window)
+    forward = (t.x, *weights, t.gammas, t.betas, t.eps, window)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(triton_block.triton_forward, forward, test_utils=checks)
     ys = triton_block.triton_forward(*forward)[1]

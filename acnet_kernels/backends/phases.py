@@ -1,0 +1,181 @@
+"""Which of a step's convolutions Triton runs on CUDA and which the vendor: one rule, phase by phase.
+
+Triton's kernels compute the convolutions of all branches at once: forward, they leave the batch statistics behind;
+backward, they add the branches' dx up. So they move less memory, while the vendor's multiply faster. Which counts
+for more depends on the shape. The rule is a cost model, for an H100's peak rates; none of it is measured:
+
+    a launch takes max(its multiply-adds, its bytes) and LAUNCH seconds; n branches, M pixels of output
+    phase    vendor                                            Triton
+    forward  n convolutions; statistics n, apply n+1 maps      one launch: x, n maps; apply n+1 maps
+    dgrad    n convolutions, n−1 additions of 3 input maps     one launch: n maps, dx
+    wgrad    n convolutions                                    one launch and a sum: x, n maps
+
+A convolution of the vendor's moves x and y. Triton's multiply-adds are taken to be at SHARE of the vendor's rate.
+Measured times come before it: `tune()`, and the planner at first sight of a shape where cudnn.benchmark is on, time
+a step under every assignment, and the fastest is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops._extension import TRITON as INSTALLED
+from ..spec import Problem, Step, problem_of
+from . import timings
+from .constants import pieces, whole
+from .machine import Machine, this_machine
+
+VENDOR, TRITON = "vendor", "triton"
+DEVICE = "cuda"  # what the kernels are for
+
+
+class Phases(NamedTuple):
+    """What runs each phase: VENDOR or TRITON."""
+
+    forward: str
+    dgrad: str
+    wgrad: str
+
+
+ALL_VENDOR, ALL_TRITON = Phases(VENDOR, VENDOR, VENDOR), Phases(TRITON, TRITON, TRITON)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Multiply-adds count as two operations. Sustained rates, not the data sheet's.
+TENSOR_FLOPS = 500e12  # half precision; TF32 has half of it
+VECTOR_FLOPS = 40e12
+BANDWIDTH = 2.7e12
+LAUNCH = 8e-6
+SHARE = 0.7
+LEAST_BLOCK = 16  # channels of the narrowest tile of a matrix product
+
+
+def declines(problem: Problem) -> str | None:
+    """Why Triton can run no phase of the problem, or None."""
+    if problem.device != DEVICE:
+        return f"its kernels are for {DEVICE}, not {problem.device}"
+    if not INSTALLED:
+        return "it is not installed"
+    if problem.norm != "branch":
+        return "one batch norm follows the sum of the branches"
+    if problem.dtype not in DTYPES:
+        return f"it has no kernels for {problem.dtype}"
+    if not problem.channels_last:
+        return "the maps are not channels_last"
+    return None
+
+
+def assignments(problem: Problem) -> list[Phases]:
+    """Every assignment that the problem can run under, all of the vendor's first."""
+    if declines(problem) is not None:
+        return [ALL_VENDOR]
+    backward = (VENDOR, TRITON) if problem.grad else (VENDOR,)
+    return list(itertools.starmap(Phases, itertools.product((VENDOR, TRITON), backward, backward)))
+
+
+def label(phases: Phases) -> str:
+    """The name that the time of a step under this assignment is filed under, beside those of the backends."""
+    return f"branches ({' '.join(phases)})"
+
+
+def predict(problem: Problem) -> dict[str, dict[str, float]]:
+    """Phase that runs → VENDOR and TRITON → milliseconds, by the model above."""
+    geometry, branches = problem.geometry, len(problem.branches)
+    n, c, *_ = problem.shape
+    rows, columns = problem.output_size
+    thin, wide = c // geometry.groups, problem.out_channels // geometry.groups
+    rate = VECTOR_FLOPS
+    if thin > 1:
+        thin, wide = max(thin, LEAST_BLOCK), max(wide, LEAST_BLOCK)
+        rate = TENSOR_FLOPS if problem.dtype.itemsize == 2 else TENSOR_FLOPS / 2
+    tap = 2 * n * rows * columns * geometry.groups * thin * wide / rate
+    taps = [geometry.kernel**2 if name == "square" else geometry.kernel for name in problem.branches]
+    x, y = problem.input_bytes / BANDWIDTH, problem.output_bytes / BANDWIDTH
+
+    convolutions = sum(max(t * tap, x + y) for t in taps)
+    at_once = max(sum(taps) * tap / SHARE, x + branches * y)
+    apply = (branches + 1) * y
+    seconds = {
+        "forward": (convolutions + branches * y + apply + (branches + 3) * LAUNCH, at_once + apply + 3 * LAUNCH),
+        "dgrad": (convolutions + (branches - 1) * 3 * x + (2 * branches - 1) * LAUNCH, at_once + LAUNCH),
+        "wgrad": (convolutions + branches * LAUNCH, at_once + 2 * LAUNCH),
+    }
+    running = seconds if problem.grad else ("forward",)
+    return {phase: dict(zip((VENDOR, TRITON), (1e3 * t for t in seconds[phase]), strict=True)) for phase in running}
+
+
+def saving(problem: Problem) -> float:
+    """Milliseconds that the phases given to Triton are predicted to take less than the vendor's would."""
+    phases = chosen(problem).phases
+    if phases == ALL_VENDOR:
+        return 0.0
+    return sum(times[VENDOR] - times[getattr(phases, phase)] for phase, times in predict(problem).items())
+
+
+class Choice(NamedTuple):
+    """The assignment, and why; str() is for people."""
+
+    phases: Phases
+    why: str
+
+    def __str__(self) -> str:
+        assigned = ", ".join(f"{phase} by {who}" for phase, who in self.phases._asdict().items())
+        return f"{assigned} ({self.why})"
+
+
+def choose(problem: Problem, exact: bool, measured: Mapping[str, float]) -> Choice:
+    """What runs each phase of the problem, and why: the whole rule.
+
+    Args:
+        problem: as the backend sees it, its padding explicit where the mode is not zeros.
+        exact: float32 convolutions may not be in TF32.
+        measured: backend, or `label` of an assignment → milliseconds of a step, as far as measured.
+    """
+    why = declines(problem)
+    if why is not None:
+        return Choice(ALL_VENDOR, f"no phase is Triton's: {why}")
+    timed = {phases: measured[label(phases)] for phases in assignments(problem) if label(phases) in measured}
+    if timed:
+        best = min(timed, key=timed.__getitem__)
+        return Choice(best, f"measured {timed[best]:.3g} ms a step, other assignments to {max(timed.values()):.3g}")
+    thin = problem.shape[1] // problem.geometry.groups
+    if problem.dtype == torch.float32 and exact and thin > 1:
+        return Choice(ALL_VENDOR, "float32 without TF32 takes Triton three products: not unless measured")
+    found = predict(problem)
+    best = ALL_VENDOR._replace(**{phase: TRITON for phase, t in found.items() if t[TRITON] < t[VENDOR]})
+    times = ", ".join(f"{phase} {t[VENDOR]:.2g} and {t[TRITON]:.2g}" for phase, t in found.items())
+    return Choice(best, f"predicted, not measured; ms by vendor and by Triton: {times}")
+
+
+def chosen(problem: Problem) -> Choice:
+    """choose() by what is known now about times on this machine."""
+    if declines(problem) is not None:
+        return choose(problem, False, {})
+    exact = problem.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
+    return _decided(problem, this_machine(problem.device), exact, timings.version())
+
+
+@functools.lru_cache(4096)
+def _decided(problem: Problem, machine: Machine, exact: bool, version: int) -> Choice:
+    known = timings.lookup(problem, machine)
+    return choose(problem, exact, known.milliseconds if known else {})
+
+
+def phases_of(step: Step, x: Tensor) -> Phases:
+    """What runs each phase of this step; x is padded already where the padding mode is not zeros."""
+    if x.device.type != DEVICE or not INSTALLED:
+        return ALL_VENDOR
+    problem = problem_of(step, x)
+    if torch.compiler.is_compiling():
+        return Phases(*_traced(*pieces(problem)))
+    return chosen(problem).phases
+
+
+@torch.compiler.assume_constant_result
+def _traced(*parts: object) -> tuple[str, ...]:
+    return tuple(chosen(whole(*parts)).phases)  # type: ignore[arg-type]

@@ -1,0 +1,198 @@
+"""Which convolutions of a `branches` step Triton is given: the rule, without running any."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from acnet_kernels import ACBlock, explain
+from acnet_kernels.backends import constants, cost, machine, phases, planner, timings
+from acnet_kernels.backends.phases import ALL_TRITON, ALL_VENDOR, TRITON, VENDOR, Phases, label
+
+KIND = machine.Machine(machine.CUDA, "some GPU")
+
+
+@pytest.fixture(autouse=True)
+def _a_gpu(monkeypatch):
+    """Of which nothing is measured, in a process that has Triton."""
+    monkeypatch.setattr(timings, "_known", {KIND: {}})
+    monkeypatch.setattr(phases, "this_machine", lambda device: KIND)
+    monkeypatch.setattr(planner, "this_machine", lambda device: KIND)
+    monkeypatch.setattr(phases, "INSTALLED", True)
+    phases._decided.cache_clear()
+    yield
+    phases._decided.cache_clear()
+
+
+def problem(n, c, size, *, filters=None, dtype=torch.bfloat16, **options):
+    block = ACBlock(c, filters or c, 3, **{"padding": 1, **options})
+    found = block.plan(torch.empty(n, c, size, size, device="meta"))[0]
+    return replace(found, device="cuda", channels_last=True, dtype=dtype, input_dtype=dtype)
+
+
+LARGE, MIDDLE, SMALL = problem(512, 512, 28), problem(256, 64, 56), problem(128, 16, 32)
+
+
+def choice(p, exact=False, measured=()):
+    return phases.choose(p, exact, dict(measured)).phases
+
+
+# --- the model ------------------------------------------------------------------------------------------
+
+
+def test_where_memory_is_all_that_costs_a_map_moved_counts(monkeypatch):
+    """The passes over maps of design: 13 forward by the vendor and 8 by Triton, and so on."""
+    monkeypatch.setattr(phases, "BANDWIDTH", 1.0)
+    monkeypatch.setattr(phases, "LAUNCH", 0.0)
+    p = problem(2, 16, 8)
+    passes = {
+        phase: tuple(1e-3 * times[who] / p.output_bytes for who in (VENDOR, TRITON))
+        for phase, times in phases.predict(p).items()
+    }
+    assert passes == {"forward": (13, 8), "dgrad": (12, 4), "wgrad": (6, 4)}
+
+
+def test_where_multiply_adds_are_all_that_costs_the_vendor_is_faster(monkeypatch):
+    monkeypatch.setattr(phases, "BANDWIDTH", float("inf"))
+    monkeypatch.setattr(phases, "LAUNCH", 0.0)
+    for times in phases.predict(problem(2, 16, 8)).values():
+        assert times[VENDOR] == pytest.approx(1e3 * 15 * 2 * 2 * 64 * 16 * 16 / phases.TENSOR_FLOPS)
+        assert times[TRITON] == pytest.approx(times[VENDOR] / phases.SHARE)
+
+
+def test_where_launches_are_all_that_costs_they_count(monkeypatch):
+    monkeypatch.setattr(phases, "BANDWIDTH", float("inf"))
+    monkeypatch.setattr(phases, "TENSOR_FLOPS", float("inf"))
+    monkeypatch.setattr(phases, "LAUNCH", 1e-3)
+    found = {phase: tuple(times.values()) for phase, times in phases.predict(problem(2, 16, 8)).items()}
+    assert found == {"forward": (6, 3), "dgrad": (5, 1), "wgrad": (3, 2)}
+
+
+def test_narrow_maps_are_tritons_and_wide_ones_the_vendors_phase_by_phase():
+    assert choice(SMALL) == ALL_TRITON
+    assert choice(LARGE) == ALL_VENDOR
+    assert choice(MIDDLE) == Phases(TRITON, TRITON, VENDOR)
+    assert "predicted, not measured" in phases.choose(SMALL, False, {}).why
+
+
+@pytest.mark.parametrize("dtype", phases.DTYPES)
+@pytest.mark.parametrize("exact", [False, True])
+def test_depthwise_is_tritons(dtype, exact):
+    assert choice(problem(512, 512, 28, groups=512, dtype=dtype), exact) == ALL_TRITON
+
+
+def test_float32_without_tf32_is_the_vendors_unless_measured():
+    p = problem(128, 16, 32, dtype=torch.float32)
+    assert choice(p) == ALL_TRITON
+    assert choice(p, exact=True) == ALL_VENDOR
+    assert choice(p, True, {label(ALL_TRITON): 1.0, label(ALL_VENDOR): 2.0}) == ALL_TRITON
+
+
+def test_without_gradients_the_forward_alone_is_chosen():
+    p = replace(SMALL, grad=False)
+    assert choice(p) == Phases(TRITON, VENDOR, VENDOR)
+    assert phases.assignments(p) == [ALL_VENDOR, Phases(TRITON, VENDOR, VENDOR)]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"device": "cpu"}, "kernels are for cuda, not cpu"),
+        ({"norm": "sum"}, "one batch norm follows the sum"),
+        ({"dtype": torch.float64}, "no kernels for torch.float64"),
+        ({"channels_last": False}, "not channels_last"),
+    ],
+)
+def test_what_triton_cannot_run_is_the_vendors(change, why):
+    found = phases.choose(replace(SMALL, **change), False, {label(ALL_TRITON): 1.0})
+    assert found.phases == ALL_VENDOR
+    assert why in found.why
+    assert phases.assignments(replace(SMALL, **change)) == [ALL_VENDOR]
+
+
+def test_without_triton_all_is_the_vendors(monkeypatch):
+    monkeypatch.setattr(phases, "INSTALLED", False)
+    assert phases.chosen(SMALL).phases == ALL_VENDOR
+    assert "not installed" in phases.chosen(SMALL).why
+
+
+def test_every_geometry_is_covered():
+    for options in (
+        {"stride": 2},
+        {"padding": 0},
+        {"dilation": 2, "padding": 2},
+        {"shift": (1, -1)},
+        {"groups": 4},
+    ):
+        assert phases.declines(problem(8, 16, 16, **options)) is None
+    reflected = problem(8, 16, 16, padding_mode="reflect").explicit()
+    assert (reflected.shape[2:], reflected.geometry.padding, reflected.output_size) == ((18, 18), (0, 0), (16, 16))
+
+
+# --- measured times -------------------------------------------------------------------------------------
+
+
+def test_measured_times_come_before_the_model():
+    found = phases.assignments(LARGE)
+    assert len(found) == 8
+    assert found[0] == ALL_VENDOR
+    measured = {label(a): 2.0 for a in found} | {"eager": 0.1, "branches": 0.1}
+    assert choice(LARGE, False, measured) == ALL_VENDOR  # alike: the first
+    best = Phases(VENDOR, TRITON, TRITON)
+    assert choice(LARGE, False, measured | {label(best): 1.0}) == best
+    assert "measured 1 ms a step" in phases.choose(LARGE, False, measured | {label(best): 1.0}).why
+
+
+def test_every_assignment_is_timed_and_the_fastest_counts_for_branches():
+    best, timed = Phases(TRITON, VENDOR, TRITON), []
+
+    def watch(p, contenders, autocast):
+        timed.extend(c.NAME for c in contenders)
+        found = dict.fromkeys((c.NAME for c in contenders), 2.0)
+        return found | {name: 1.0 for name in found if name == label(best)}
+
+    found = planner.measure(MIDDLE, False, watch)
+    assert timed == ["eager", *(label(a) for a in phases.assignments(MIDDLE)), "moments", "recompute"]
+    assert found["branches"] == 1.0
+    assert phases.chosen(MIDDLE).phases != best
+    timings.remember(MIDDLE, KIND, found, timings.TUNED)
+    assert phases.chosen(MIDDLE).phases == best
+    assert planner.times(MIDDLE).measured == dict.fromkeys(("eager", "moments", "recompute"), 2.0) | {
+        "branches": 1.0
+    }
+    timed.clear()
+    cpu = replace(MIDDLE, device="cpu")
+    assert planner.measure(cpu, False, watch).keys() == {"eager", "branches", "moments", "recompute"}
+
+
+def test_the_time_predicted_for_branches_is_that_of_its_phases():
+    vendors = cost.predict(MIDDLE, "branches", machine.CUDA)
+    by = phases.predict(MIDDLE)
+    saved = sum(by[phase][VENDOR] - by[phase][TRITON] for phase in ("forward", "dgrad"))
+    assert planner.times(MIDDLE).predicted["branches"] == pytest.approx(vendors - saved)
+    assert phases.saving(LARGE) == 0
+
+
+# --- who asks -------------------------------------------------------------------------------------------
+
+
+def test_explain_says_what_runs_and_why(monkeypatch):
+    monkeypatch.setattr(phases, "DEVICE", "cpu")
+    block = ACBlock(8, 8, 3, padding=1, backend="branches").to(memory_format=torch.channels_last)
+    reason = explain(block, (2, 8, 6, 6)).blocks[0].reason
+    assert reason.startswith("requested; forward by triton, dgrad by triton, wgrad by triton (")
+    block = ACBlock(8, 8, 3, padding=1, backend="branches", norm="sum").to(memory_format=torch.channels_last)
+    reason = explain(block, (2, 8, 6, 6)).blocks[0].reason
+    assert "forward by vendor" in reason
+    assert "(no phase is Triton's: one batch norm follows the sum" in reason
+
+
+def test_a_step_on_the_cpu_asks_nothing(monkeypatch):
+    monkeypatch.setattr(phases, "problem_of", lambda *_: pytest.fail("a step was described again"))
+    ACBlock(4, 4, 3, padding=1, backend="branches")(torch.randn(2, 4, 5, 5)).sum().backward()
+
+
+def test_a_problem_in_pieces_is_the_same_problem():
+    for p in (SMALL, problem(8, 16, 16, stride=2, groups=4, shift=(1, -1)), replace(SMALL, grad=False)):
+        assert constants.whole(*constants.pieces(p)) == p
+        assert phases._traced(*constants.pieces(p)) == phases.chosen(p).phases

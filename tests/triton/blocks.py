@@ -1,0 +1,37 @@
+"""Blocks of backend 'branches' whose phases are assigned by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import INTERPRETED
+from oracle import scramble
+from problems import Problem
+
+from acnet_kernels import ACBlock
+from acnet_kernels.backends import branches, convolution
+from acnet_kernels.backends.phases import Phases
+from acnet_kernels.ops import bn_sum
+
+
+def on_device_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, CPU tensors go the way of CUDA's: the same dtypes, and Triton's batch-norm passes."""
+    if INTERPRETED:
+        monkeypatch.setattr(convolution, "_SLOW_HALF_TYPES", frozenset())
+        for name, kernel in bn_sum.on_cuda.items():
+            monkeypatch.setattr(bn_sum, name, kernel)
+
+
+def assign(monkeypatch: pytest.MonkeyPatch, phases: Phases) -> None:
+    """Every step of `branches` from now on runs its phases like this."""
+    monkeypatch.setattr(branches, "phases_of", lambda step, x: phases)
+
+
+def block_of(problem: Problem, device: torch.device) -> tuple[ACBlock, torch.Tensor]:
+    """A block that computes the problem, and its input in channels_last."""
+    N, C, H, W = problem.shape
+    options = {"branches": problem.branches, "backend": "branches", **problem.geometry}
+    block = scramble(ACBlock(C, problem.K, problem.k, **options))
+    layout = torch.channels_last if problem.channels_last else torch.contiguous_format
+    x = (torch.randn(N, C, H, W) + 0.3).to(device, memory_format=torch.channels_last)
+    return block.to(device, memory_format=layout), x
