@@ -2,10 +2,11 @@
 
     python -m benchmarks.fit [--results DIR …] [--write FILE]
 
-Reads every block-*.csv of the directories (all of benchmarks/results), fits the prices of the cost model to them by
-non-negative least squares of relative errors, one system a layout, and writes acnet_kernels/backends/cost.json:
-prices by kind of machine, and the measured times of every shape by device. Kinds that nothing is measured on get
-predicted prices.
+Reads every block-*.csv in and below the directories (all of benchmarks/results). Of a device measured in several
+runs, each time is the median of theirs: now and then a contender has bad luck for a whole run. Fits the prices of
+the cost model by non-negative least squares of relative errors, one system a layout, and writes
+acnet_kernels/backends/cost.json: prices by kind of machine, and the measured times of every shape by device. Kinds
+that nothing is measured on get predicted prices.
 
 Prints each shape's measured and predicted times, the choice, and its regret: how much longer the chosen backend
 takes than the fastest in the same layout. 'unseen' is the regret of prices fitted without the shape; the margins by
@@ -18,6 +19,7 @@ import argparse
 import collections
 import functools
 import json
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,14 +98,21 @@ def read(paths: Iterable[Path]) -> dict[str, list[harness.Row]]:
 
 
 def cases_of(rows: Sequence[harness.Row]) -> list[Case]:
-    """The rows by shape, dtype and layout; times of a backend that declines the step are another's, and dropped."""
+    """The rows by shape, dtype and layout, medians over runs.
+
+    Times of a backend that declines the step are another's, and dropped.
+    """
     cases: dict[tuple[str, str, str], Case] = {}
+    runs: dict[tuple[str, ...], list[float]] = collections.defaultdict(list)
+    for row in rows:
+        runs[row.shape, row.dtype, row.layout, row.contender, row.mode].append(row.p50)
     device = "cuda" if rows[0].cudnn else "cpu"
     for row in rows:
         problem = problem_of(row.shape, row.dtype, row.layout, device)
         case = cases.setdefault((row.shape, row.dtype, row.layout), Case(problem, row.shape))
         if planner.BACKENDS[row.contender].declines(problem) is None:
-            case.milliseconds[row.contender, row.mode] = row.p50
+            taken = runs[row.shape, row.dtype, row.layout, row.contender, row.mode]
+            case.milliseconds[row.contender, row.mode] = statistics.median(taken)
     return [case for case in cases.values() if eager.NAME in case.steps]
 
 
@@ -204,6 +213,8 @@ def best_margins(cases: Sequence[Case], unseen: Mapping[str, Prices], kind: str)
 
 # What design figures say of kinds that nothing is measured on.
 ACCELERATOR = {"gflop/s": {"float32": 250e3, "bfloat16": 500e3}, "gbyte/s": 2700.0, "call ms": 8e-3}
+CUDA_MARGINS = {"branches": 0.1}  # what a prediction must say for Triton's passes to stand between the convolutions
+UNFUSED = 3  # passes of single operators for one fused pass
 FAST_HALF_GAIN = 0.35  # of float32's time that bfloat16 convolutions take on matrix units
 
 
@@ -217,8 +228,8 @@ def predicted_cuda() -> dict[str, dict[str, float]]:
             for phase, times in ((cost.FORWARD, 1), (cost.BACKWARD, 2)):  # backward: two convolutions for each
                 suffix = f"{phase} {dtype} {layout}"
                 prices[f"convolution {suffix}"] = {"gflop": times * flop, "gbytes": times * byte}
-                for backend in ("eager", "branches"):
-                    prices[f"{backend} {suffix}"] = {"gbytes": byte, "calls": call}
+                for what, passes in (("eager", 1), ("branches", 1), ("unfused", UNFUSED)):
+                    prices[f"{what} {suffix}"] = {"gbytes": passes * byte, "calls": passes * call}
                 # 3 passes forward, 9 backward, of input and output size; the correction convolves all shifts.
                 prices[f"moments {suffix}"] = {
                     "gflop": flop,
@@ -310,7 +321,7 @@ def fitted(paths: Iterable[Path], say: Callable[[str], None] = lambda text: None
     if CUDA not in kinds:
         kinds[CUDA] = {
             "origin": "predicted for an H100 from peak rates, not measured",
-            "margins": {},
+            "margins": CUDA_MARGINS,
             "milliseconds": predicted_cuda(),
         }
     return {"kinds": kinds, "measured": measured}

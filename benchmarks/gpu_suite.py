@@ -289,7 +289,7 @@ class Suite:
             )
             for contender, samples in found.items():
                 self.report.add(contender, "block step", name, dtype, "channels_last", "time_ms", samples)
-            chosen = phases.label(phases.choose(problem, False, {}).phases)
+            chosen = phases.label(phases.predicted_best(problem))
             assigned = [phases.label(assignment) for assignment in phases.assignments(problem)]
             best = min(assigned, key=lambda label: found[label].p50)
             times = (found[label].p50 for label in (phases.label(phases.ALL_VENDOR), chosen, best))

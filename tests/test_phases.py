@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from acnet_kernels import ACBlock, explain
-from acnet_kernels.backends import constants, cost, machine, phases, planner, timings
+from acnet_kernels.backends import constants, machine, phases, planner, timings
 from acnet_kernels.backends.phases import ALL_TRITON, ALL_VENDOR, TRITON, VENDOR, Phases, label
 
 KIND = machine.Machine(machine.CUDA, "some GPU")
@@ -33,8 +33,8 @@ def problem(n, c, size, *, filters=None, dtype=torch.bfloat16, **options):
 LARGE, MIDDLE, SMALL = problem(512, 512, 28), problem(256, 64, 56), problem(128, 16, 32)
 
 
-def choice(p, exact=False, measured=()):
-    return phases.choose(p, exact, dict(measured)).phases
+def choice(p, measured=()):
+    return phases.choose(p, dict(measured)).phases
 
 
 # --- the model ------------------------------------------------------------------------------------------
@@ -68,29 +68,27 @@ def test_where_launches_are_all_that_costs_they_count(monkeypatch):
     assert found == {"forward": (6, 3), "dgrad": (5, 1), "wgrad": (3, 2)}
 
 
-def test_narrow_maps_are_tritons_and_wide_ones_the_vendors_phase_by_phase():
-    assert choice(SMALL) == ALL_TRITON
-    assert choice(LARGE) == ALL_VENDOR
-    assert choice(MIDDLE) == Phases(TRITON, TRITON, VENDOR)
-    assert "predicted, not measured" in phases.choose(SMALL, False, {}).why
+def test_narrow_maps_are_predicted_tritons_and_wide_ones_the_vendors_phase_by_phase():
+    assert phases.predicted_best(SMALL) == ALL_TRITON
+    assert phases.predicted_best(LARGE) == ALL_VENDOR
+    assert phases.predicted_best(MIDDLE) == Phases(TRITON, TRITON, VENDOR)
+    assert phases.predicted_best(replace(SMALL, grad=False)) == Phases(TRITON, VENDOR, VENDOR)
+    assert phases.predicted_best(problem(512, 512, 28, groups=512)) == ALL_TRITON
 
 
-@pytest.mark.parametrize("dtype", phases.DTYPES)
-@pytest.mark.parametrize("exact", [False, True])
-def test_depthwise_is_tritons(dtype, exact):
-    assert choice(problem(512, 512, 28, groups=512, dtype=dtype), exact) == ALL_TRITON
+# --- the rule -------------------------------------------------------------------------------------------
 
 
-def test_float32_without_tf32_is_the_vendors_unless_measured():
-    p = problem(128, 16, 32, dtype=torch.float32)
-    assert choice(p) == ALL_TRITON
-    assert choice(p, exact=True) == ALL_VENDOR
-    assert choice(p, True, {label(ALL_TRITON): 1.0, label(ALL_VENDOR): 2.0}) == ALL_TRITON
+def test_nothing_is_tritons_before_it_is_measured():
+    assert choice(SMALL) == ALL_VENDOR
+    why = phases.choose(SMALL, {}).why
+    assert "Triton's phases await measurement" in why
+    assert "predicted" in why
+    assert choice(SMALL, {label(ALL_TRITON): 1.0, label(ALL_VENDOR): 2.0}) == ALL_TRITON
 
 
 def test_without_gradients_the_forward_alone_is_chosen():
     p = replace(SMALL, grad=False)
-    assert choice(p) == Phases(TRITON, VENDOR, VENDOR)
     assert phases.assignments(p) == [ALL_VENDOR, Phases(TRITON, VENDOR, VENDOR)]
 
 
@@ -104,7 +102,7 @@ def test_without_gradients_the_forward_alone_is_chosen():
     ],
 )
 def test_what_triton_cannot_run_is_the_vendors(change, why):
-    found = phases.choose(replace(SMALL, **change), False, {label(ALL_TRITON): 1.0})
+    found = phases.choose(replace(SMALL, **change), {label(ALL_TRITON): 1.0})
     assert found.phases == ALL_VENDOR
     assert why in found.why
     assert phases.assignments(replace(SMALL, **change)) == [ALL_VENDOR]
@@ -137,10 +135,10 @@ def test_measured_times_come_before_the_model():
     assert len(found) == 8
     assert found[0] == ALL_VENDOR
     measured = {label(a): 2.0 for a in found} | {"eager": 0.1, "branches": 0.1}
-    assert choice(LARGE, False, measured) == ALL_VENDOR  # alike: the first
+    assert choice(LARGE, measured) == ALL_VENDOR  # alike: the first
     best = Phases(VENDOR, TRITON, TRITON)
-    assert choice(LARGE, False, measured | {label(best): 1.0}) == best
-    assert "measured 1 ms a step" in phases.choose(LARGE, False, measured | {label(best): 1.0}).why
+    assert choice(LARGE, measured | {label(best): 1.0}) == best
+    assert "measured 1 ms a step" in phases.choose(LARGE, measured | {label(best): 1.0}).why
 
 
 def test_every_assignment_is_timed_and_the_fastest_counts_for_branches():
@@ -165,14 +163,6 @@ def test_every_assignment_is_timed_and_the_fastest_counts_for_branches():
     assert planner.measure(cpu, False, watch).keys() == {"eager", "branches", "moments", "recompute"}
 
 
-def test_the_time_predicted_for_branches_is_that_of_its_phases():
-    vendors = cost.predict(MIDDLE, "branches", machine.CUDA)
-    by = phases.predict(MIDDLE)
-    saved = sum(by[phase][VENDOR] - by[phase][TRITON] for phase in ("forward", "dgrad"))
-    assert planner.times(MIDDLE).predicted["branches"] == pytest.approx(vendors - saved)
-    assert phases.saving(LARGE) == 0
-
-
 # --- who asks -------------------------------------------------------------------------------------------
 
 
@@ -180,7 +170,9 @@ def test_explain_says_what_runs_and_why(monkeypatch):
     monkeypatch.setattr(phases, "DEVICE", "cpu")
     block = ACBlock(8, 8, 3, padding=1, backend="branches").to(memory_format=torch.channels_last)
     reason = explain(block, (2, 8, 6, 6)).blocks[0].reason
-    assert reason.startswith("requested; forward by triton, dgrad by triton, wgrad by triton (")
+    assert reason.startswith(
+        "requested; forward by vendor, dgrad by vendor, wgrad by vendor (Triton's phases await"
+    )
     block = ACBlock(8, 8, 3, padding=1, backend="branches", norm="sum").to(memory_format=torch.channels_last)
     reason = explain(block, (2, 8, 6, 6)).blocks[0].reason
     assert "forward by vendor" in reason

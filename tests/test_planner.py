@@ -71,11 +71,25 @@ def test_measured_times_come_before_predicted_ones():
 def test_nothing_known_is_eager():
     p = problem(2, 4, 9, 9)
     assert planner.decide(p, "an abacus", planner.Times({}, {}))[0] == "eager"
-    name, why = planner.decide(p, machine.CUDA, planner.Times({"eager": 2.0, "branches": 1.0}, {}))
-    assert name == "eager"
-    assert "no time is measured on cuda yet: tune() or torch.backends.cudnn.benchmark would" in why
-    name, _ = planner.decide(p, machine.CUDA, planner.Times({}, {"eager": 2.0, "branches": 1.0}))
-    assert name == "branches"
+
+
+def test_on_cuda_fused_passes_are_taken_where_triton_has_them(monkeypatch):
+    """On a prediction, until something is measured; in NCHW, in float64 and without Triton the passes are not fused."""
+    monkeypatch.setattr(cost, "TRITON", True)
+
+    def choice(p):
+        return planner.decide(p, machine.CUDA, planner.Times(predictions(p), {}))[0]
+
+    def predictions(p):
+        return {name: cost.predict(p, name, machine.CUDA) for name in ("eager", "branches", "moments")}
+
+    for size in (16, 256):
+        p = replace(problem(64, size, 56, 56), device="cuda", channels_last=True, dtype=torch.bfloat16)
+        assert choice(p) == "branches"
+        assert choice(replace(p, channels_last=False)) == "eager"
+        assert choice(replace(p, dtype=torch.float64)) == "eager"
+    monkeypatch.setattr(cost, "TRITON", False)
+    assert choice(p) == "eager"
 
 
 def test_small_maps_are_eagers_and_large_ones_are_not():

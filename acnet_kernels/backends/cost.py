@@ -13,7 +13,8 @@ Counts, for n branches of k×k, 1×k and k×1 taps over M output pixels, with th
 beside the convolutions' own:
 
     eager      Σ taps convolutions; forward 3n + 3(n−1) passes, backward 5n of the output and 3(n−1) of the input
-    branches   the same convolutions; forward 2n + 1, backward 3n + 2 and 2(n−1), in the dtype the y_b are kept in
+    branches   the same convolutions; forward 2n + 1, backward 3n + 2 and 2(n−1), in the dtype the y_b are kept in;
+               "unfused" where its passes are single operators of PyTorch, on CUDA beside what Triton's take
     moments    k² taps, an autocorrelation over (2k−1)²/2 shifts, and its algebra; backward 2k² taps, a correction
                over (2k−1)² shifts
 
@@ -30,8 +31,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..ops._extension import TRITON
 from ..spec import Problem
-from .machine import CPU
+from .machine import CPU, CUDA
 
 Counts = dict[str, dict[str, float]]  # group → feature → how much of it
 
@@ -165,9 +167,10 @@ def _branches(problem: Problem, phase: str, kind: str) -> _Groups:
         nbytes = (2 * n + summed) * outputs * dtype.itemsize + outputs * problem.dtype.itemsize
     else:
         nbytes = (3 * n * outputs + 2 * (n - 1) * inputs) * dtype.itemsize + 2 * outputs * problem.dtype.itemsize
+    fused = kind != CUDA or (TRITON and problem.channels_last and problem.dtype != torch.float64)
     return {
         ("convolution", dtype): _convolutions(problem, taps, dtype),
-        ("branches", problem.dtype): {"gbytes": 1e-9 * nbytes, "calls": len(taps) + 1.0},
+        ("branches" if fused else "unfused", problem.dtype): {"gbytes": 1e-9 * nbytes, "calls": len(taps) + 1.0},
     }
 
 

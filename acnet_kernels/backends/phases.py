@@ -2,7 +2,9 @@
 
 Triton's kernels compute the convolutions of all branches at once: forward, they leave the batch statistics behind;
 backward, they add the branches' dx up. So they move less memory, while the vendor's multiply faster. Which counts
-for more depends on the shape. The rule is a cost model, for an H100's peak rates; none of it is measured:
+for more depends on the shape, and is found by measuring: `tune()`, and the planner at first sight of a shape where
+cudnn.benchmark is on, time a step under every assignment, and the fastest is kept. Until then all convolutions are
+the vendor's, between Triton's batch-norm passes. What a model for an H100's peak rates predicts is only said:
 
     a launch takes max(its multiply-adds, its bytes) and LAUNCH seconds; n branches, M pixels of output
     phase    vendor                                            Triton
@@ -11,8 +13,6 @@ for more depends on the shape. The rule is a cost model, for an H100's peak rate
     wgrad    n convolutions                                    one launch and a sum: x, n maps
 
 A convolution of the vendor's moves x and y. Triton's multiply-adds are taken to be at SHARE of the vendor's rate.
-Measured times come before it: `tune()`, and the planner at first sight of a shape where cudnn.benchmark is on, time
-a step under every assignment, and the fastest is kept.
 """
 
 from __future__ import annotations
@@ -109,12 +109,10 @@ def predict(problem: Problem) -> dict[str, dict[str, float]]:
     return {phase: dict(zip((VENDOR, TRITON), (1e3 * t for t in seconds[phase]), strict=True)) for phase in running}
 
 
-def saving(problem: Problem) -> float:
-    """Milliseconds that the phases given to Triton are predicted to take less than the vendor's would."""
-    phases = chosen(problem).phases
-    if phases == ALL_VENDOR:
-        return 0.0
-    return sum(times[VENDOR] - times[getattr(phases, phase)] for phase, times in predict(problem).items())
+def predicted_best(problem: Problem) -> Phases:
+    """The assignment that the model predicts to take the least time."""
+    faster = {phase: TRITON for phase, t in predict(problem).items() if t[TRITON] < t[VENDOR]}
+    return ALL_VENDOR if declines(problem) is not None else ALL_VENDOR._replace(**faster)
 
 
 class Choice(NamedTuple):
@@ -128,12 +126,11 @@ class Choice(NamedTuple):
         return f"{assigned} ({self.why})"
 
 
-def choose(problem: Problem, exact: bool, measured: Mapping[str, float]) -> Choice:
+def choose(problem: Problem, measured: Mapping[str, float]) -> Choice:
     """What runs each phase of the problem, and why: the whole rule.
 
     Args:
         problem: as the backend sees it, its padding explicit where the mode is not zeros.
-        exact: float32 convolutions may not be in TF32.
         measured: backend, or `label` of an assignment → milliseconds of a step, as far as measured.
     """
     why = declines(problem)
@@ -143,27 +140,21 @@ def choose(problem: Problem, exact: bool, measured: Mapping[str, float]) -> Choi
     if timed:
         best = min(timed, key=timed.__getitem__)
         return Choice(best, f"measured {timed[best]:.3g} ms a step, other assignments to {max(timed.values()):.3g}")
-    thin = problem.shape[1] // problem.geometry.groups
-    if problem.dtype == torch.float32 and exact and thin > 1:
-        return Choice(ALL_VENDOR, "float32 without TF32 takes Triton three products: not unless measured")
-    found = predict(problem)
-    best = ALL_VENDOR._replace(**{phase: TRITON for phase, t in found.items() if t[TRITON] < t[VENDOR]})
-    times = ", ".join(f"{phase} {t[VENDOR]:.2g} and {t[TRITON]:.2g}" for phase, t in found.items())
-    return Choice(best, f"predicted, not measured; ms by vendor and by Triton: {times}")
+    times = ", ".join(f"{phase} {t[VENDOR]:.2g} and {t[TRITON]:.2g}" for phase, t in predict(problem).items())
+    return Choice(ALL_VENDOR, f"Triton's phases await measurement; predicted, in ms by vendor and Triton: {times}")
 
 
 def chosen(problem: Problem) -> Choice:
     """choose() by what is known now about times on this machine."""
     if declines(problem) is not None:
-        return choose(problem, False, {})
-    exact = problem.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
-    return _decided(problem, this_machine(problem.device), exact, timings.version())
+        return choose(problem, {})
+    return _decided(problem, this_machine(problem.device), timings.version())
 
 
 @functools.lru_cache(4096)
-def _decided(problem: Problem, machine: Machine, exact: bool, version: int) -> Choice:
+def _decided(problem: Problem, machine: Machine, version: int) -> Choice:
     known = timings.lookup(problem, machine)
-    return choose(problem, exact, known.milliseconds if known else {})
+    return choose(problem, known.milliseconds if known else {})
 
 
 def phases_of(step: Step, x: Tensor) -> Phases:

@@ -14,7 +14,7 @@ import torch
 
 from ..ops import bn_sum
 from ..spec import Problem
-from . import branches, cost, eager, folded, moments, phases, recompute, stopwatch, synced, timings
+from . import branches, cost, eager, folded, moments, recompute, stopwatch, synced, timings
 from .constants import pieces, whole
 from .machine import Machine, this_machine
 
@@ -124,8 +124,6 @@ def times(problem: Problem) -> Times:
     """What is known about the candidates' times for problem."""
     names, machine = candidates(problem), this_machine(problem.device)
     predicted = {name: ms for name in names if (ms := cost.predict(problem, name, machine.kind)) is not None}
-    if branches.NAME in predicted:  # the cost model's are the vendor's convolutions
-        predicted[branches.NAME] -= phases.saving(problem.explicit())
     measured = timings.lookup(problem, machine)
     return Times(
         predicted,
@@ -179,8 +177,6 @@ def decide(problem: Problem, kind: str, known: Times) -> tuple[str, str]:
         if eager.NAME not in found:
             return eager.NAME, f"the time of no {problem.dtype} step is known on {kind}"
         margins = cost.prices()[kind].margins
-        if len(found) > 1 and not margins:
-            return eager.NAME, f"no time is measured on {kind} yet: tune() or torch.backends.cudnn.benchmark would"
     name = fastest(found, margins)
     rest = "".join(f", {other} {ms:.3g}" for other, ms in found.items() if other != name)
     return name, f"{REASONS[name]}: {word} {found[name]:.3g} ms{rest}" if rest else REASONS[name]
