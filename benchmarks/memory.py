@@ -2,8 +2,9 @@
 
 Each contender runs in a process of its own. `saved_bytes` is what autograd keeps for backward, counted by
 `harness.saved_bytes`; `peak_bytes` is the growth of the process's resident memory over a step (CPU) or of the
-allocator's (CUDA). `largest_batch` is on CUDA the batch that a step fits the device's memory with, found by trying;
-on a CPU the one whose saved bytes fit --budget, from what two batches save. Writes memory-<dtype>.csv.
+allocator's (CUDA); torch.compile has none on a CPU, where its first step's peak is the compiler's and a later
+one's is hidden by it. `largest_batch` is on CUDA the batch that a step fits the device's memory with, found by
+trying; on a CPU the one whose saved bytes fit --budget, from what two batches save. Writes memory-<dtype>.csv.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from . import harness
+from .contenders import COMPILED
 from .network import MEASURED, NETWORKS, batch_of, build, loss_of, names_for
 
 LARGEST = 2**16
@@ -72,6 +74,8 @@ def measure(
         return True
 
     if device.type == "cuda":
+        if contender in COMPILED:
+            step(batch)  # compiling is not training
         found = {"saved_bytes": saved(batch), "peak_bytes": harness.peak_bytes(lambda: step(batch), device)}
         return {**found, "largest_batch": largest_batch(fits)}
     before = resident_bytes()
@@ -79,7 +83,10 @@ def measure(
     peak = max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, 0)
     kept, half = saved(batch), saved(batch // 2)
     largest = batch_within(budget, (batch // 2, half), (batch, kept))
-    return {"saved_bytes": kept, "peak_bytes": peak, "largest_batch": largest}
+    found = {"saved_bytes": kept, "peak_bytes": peak, "largest_batch": largest}
+    if contender in COMPILED:
+        del found["peak_bytes"]
+    return found
 
 
 def isolated(function: Callable[..., Any], *args: Any) -> Any:
@@ -103,8 +110,9 @@ def run(options: argparse.Namespace) -> list[Path]:
                 for metric, value in found.items():
                     shape = network.shape(batch)
                     report.add(contender, "step", shape, dtype, "channels_last", metric, float(value))
-                saved, peak, largest = found.values()
-                lines.append((network.shape(batch), contender, saved / 2**20, peak / 2**20, largest))
+                peak = found["peak_bytes"] / 2**20 if "peak_bytes" in found else "–"
+                saved = found["saved_bytes"] / 2**20
+                lines.append((network.shape(batch), contender, saved, peak, found["largest_batch"]))
         name = harness.dtype_name(dtype)
         fitting = "largest batch" if options.device.type == "cuda" else f"batch that saves {options.budget:,} B"
         print(harness.table((f"network, {name}", "contender", "saved MiB", "peak MiB", fitting), lines), flush=True)

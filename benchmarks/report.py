@@ -289,11 +289,13 @@ def memory_part(results: Results, directory: Path) -> Part | None:
         peaks, batches = analysis.steps(rows, "peak_bytes"), analysis.steps(rows, "largest_batch")
         for network, of in saved[dtype].items():
             for name, row in of.items():
-                peak, batch = peaks[network][name].p50, batches[network][name].p50
-                lines.append((network, dtype, name, f"{row.p50 / MIB:.1f}", f"{peak / MIB:.1f}", f"{batch:.0f}"))
+                peak = f"{peaks[network][name].p50 / MIB:.1f}" if name in peaks[network] else "–"
+                batch = batches[network][name].p50
+                lines.append((network, dtype, name, f"{row.p50 / MIB:.1f}", peak, f"{batch:.0f}"))
     text = [
         "Largest batch: on CUDA what fits the device; on a CPU what keeps no more bytes for backward than the "
-        "command's budget (1 GiB unless it says otherwise), from what two batches keep."
+        "command's budget (1 GiB unless it says otherwise), from what two batches keep. A compiled network has no "
+        "peak on a CPU: its first step's is the compiler's."
     ]
     header = ("network", "dtype", "contender", "saved, MiB", "peak, MiB", "largest batch")
     return Part("Memory", text, Table(header, lines), [path])

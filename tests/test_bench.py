@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from acnet_kernels import bench, cli
 from benchmarks import analysis, codegen, fusion, harness, memory, network, report
@@ -269,6 +270,27 @@ def test_the_first_paragraph_says_where_we_lose_and_why(tmp_path):
     assert "<b>Where we lose.</b>" in html
     assert "<code>auto</code>" in html
     assert "-&gt;8" in html
+
+
+@pytest.mark.usefixtures("_small_networks")
+def test_a_compiled_networks_memory_is_what_its_graph_keeps(monkeypatch, tmp_path, capsys):
+    compile_as, compiled = torch.nn.Module.compile, []
+
+    def traced(module, mode):  # quicker than inductor, and its graph keeps tensors by the same kind of node
+        compiled.append(mode)
+        compile_as(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    options = [*TINY, "--networks", "resnet8", "--contenders", "eager", "compile", "--out", tmp_path]
+    assert run(capsys, "memory", *options)[0] == 0
+    assert compiled == ["default"]
+    rows = {(row.contender, row.metric): row.p50 for row in harness.read_csv(tmp_path / "memory-float32.csv")}
+    assert set(rows) == {("eager", "peak_bytes")} | {
+        (name, metric) for name in ("eager", "compile") for metric in ("saved_bytes", "largest_batch")
+    }
+    assert 0.3 < rows["compile", "saved_bytes"] / rows["eager", "saved_bytes"] < 1.5
+    report.write(tmp_path, report.Results())
+    assert "| – " in (tmp_path / "report.md").read_text()
 
 
 def test_a_step_that_became_slower_is_told_from_a_slower_machine(tmp_path):
