@@ -74,7 +74,7 @@ def test_nothing_known_is_eager():
 
 
 def test_on_cuda_fused_passes_are_taken_where_triton_has_them(monkeypatch):
-    """On a prediction, until something is measured; in NCHW, in float64 and without Triton the passes are not fused."""
+    """On a prediction, until something is measured; in NCHW, in float64 and without Triton nothing is fused."""
     monkeypatch.setattr(cost, "TRITON", True)
 
     def choice(p):

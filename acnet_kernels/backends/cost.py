@@ -14,7 +14,7 @@ beside the convolutions' own:
 
     eager      Σ taps convolutions; forward 3n + 3(n−1) passes, backward 5n of the output and 3(n−1) of the input
     branches   the same convolutions; forward 2n + 1, backward 3n + 2 and 2(n−1), in the dtype the y_b are kept in;
-               "unfused" where its passes are single operators of PyTorch, on CUDA beside what Triton's take
+               "unfused" on CUDA where Triton does not take the maps: single operators of PyTorch instead
     moments    k² taps, an autocorrelation over (2k−1)²/2 shifts, and its algebra; backward 2k² taps, a correction
                over (2k−1)² shifts
 
