@@ -64,14 +64,15 @@ def main(options: argparse.Namespace) -> int:
             f"the benchmarks live in the repository, not in the installed package ({Path(__file__).parent}): "
             "run the command from a source checkout"
         )
-    require("bench", matplotlib="matplotlib")
+    options.parts = [options.parts] if isinstance(options.parts, str) else options.parts
+    if set(options.parts) != {"codegen"}:  # it draws nothing
+        require("bench", matplotlib="matplotlib")
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     if options.threads:
         torch.set_num_threads(options.threads)
     options.device = choose_device(options.device)
     options.dtype = [getattr(torch, name) for name in options.dtype]
-    options.parts = [options.parts] if isinstance(options.parts, str) else options.parts
     options.seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     make_directory(options.out)
     return importlib.import_module("benchmarks.command").main(options)
