@@ -12,8 +12,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize, prune
 
 from .backends import planner
-from .functional import acblock
-from .functional import plan as plan_step
+from .functional import plan, run
 from .geometry import BRANCHES, Geometry, IntOrPair, PaddingMode, Pair
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import FoldBranch, append_branches, append_step, fold
@@ -217,8 +216,7 @@ class ACBlock(nn.Module):
             return self.fused_conv(x)
         if self.module_path_reason() is not None:
             return self._forward_modules(x)
-        step = self.step()
-        return acblock(x, step.branches, step.geometry, norm=step.norm, backend=self.backend)
+        return run(x, self.step(), self.backend)
 
     def step(self) -> Step:
         """The tensors and settings one step computes with, read from the submodules as they are now."""
@@ -234,14 +232,14 @@ class ACBlock(nn.Module):
 
     def plan(self, x: Tensor) -> tuple[Problem, planner.Plan]:
         """What forward(x) would run outside the module path, and why; x may be a meta tensor."""
-        step = self.step()
-        return plan_step(x, step.branches, step.geometry, norm=step.norm, backend=self.backend)
+        return plan(x, self.step(), self.backend)
 
     def module_path_reason(self) -> str | None:
         """Why the step must go through the submodules' own forward (always eager), or None."""
         for attribute in _GLOBAL_HOOKS:
             if getattr(nn_module, attribute):
                 return "a global module hook is registered"
+        groups: list[dist.ProcessGroup] = []
         for kind, expected, modules in (
             ("conv", (nn.Conv2d,), self.convs()),
             ("bn", (nn.BatchNorm2d, nn.SyncBatchNorm), self.norms()),
@@ -258,12 +256,10 @@ class ACBlock(nn.Module):
                 ):
                     label = "bn" if name == "sum" else f"{name}_{kind}"
                     return f"{label} has hooks"
-        first = None
-        for bn in self.norms().values():
-            group = _group_of(bn)
-            if first is not None and group is not None and group is not first:
-                return "its batch norms synchronise over different process groups"
-            first = first or group
+                if type(module) is nn.SyncBatchNorm and (group := _group_of(module)) is not None:
+                    groups.append(group)
+        if any(group is not groups[0] for group in groups):
+            return "its batch norms synchronise over different process groups"
         return None
 
     def _forward_modules(self, x: Tensor) -> Tensor:

@@ -36,47 +36,47 @@ def acblock(
             channel to normalise by; the branches lack 'square' or mix the two kinds of norm; backend is unknown;
             running statistics would have to change inside a torch.func transform that cannot change them.
     """
-    step, problem = describe(x, branches, geometry, norm)
-    plan = planner.choose(problem, planner.check_choice(backend))
+    return run(x, step_of(branches, geometry, norm), backend)
+
+
+def run(x: Tensor, step: Step, backend: str) -> Tensor:
+    """acblock() on a step put together already."""
+    plan = planner.choose(describe(x, step), planner.check_choice(backend))
     return plan.backend.forward(*step.padded(x))
 
 
-def plan(
-    x: Tensor,
-    branches: Mapping[str, Branch],
-    geometry: Geometry,
-    *,
-    norm: Norm | None = None,
-    backend: str = "auto",
-) -> tuple[Problem, planner.Plan]:
-    """What acblock() would run on the same arguments, and why; x may be a meta tensor. Computes nothing."""
-    problem = describe(x, branches, geometry, norm)[1]
+def plan(x: Tensor, step: Step, backend: str) -> tuple[Problem, planner.Plan]:
+    """What run() would do with the same arguments, and why; x may be a meta tensor. Computes nothing."""
+    problem = describe(x, step)
     return problem, planner.choose(problem, planner.check_choice(backend))
 
 
-def describe(
-    x: Tensor, branches: Mapping[str, Branch], geometry: Geometry, norm: Norm | None
-) -> tuple[Step, Problem]:
-    """Checks the arguments and puts them in the form the backends take."""
+def step_of(branches: Mapping[str, Branch], geometry: Geometry, norm: Norm | None) -> Step:
+    """A step of these; ValueError where they are none."""
     if "square" not in branches:
         raise ValueError(f"branches must hold 'square', got {sorted(branches)}")
     if any((branch.norm is None) != (norm is not None) for branch in branches.values()):
         raise ValueError("each branch needs its own norm, or none of them and one norm for the sum")
+    return Step(geometry, dict(branches), norm)
+
+
+def describe(x: Tensor, step: Step) -> Problem:
+    """Checks that step can be taken on x, and says what the choice of a backend depends on."""
     if x.dim() != 4:
         raise ValueError(f"input must be 4-D (N×C×H×W), got {x.dim()}-D of shape {tuple(x.shape)}")
-    channels = branches["square"].weight.shape[1] * geometry.groups
+    square = step.branches["square"].weight
+    channels = square.shape[1] * step.geometry.groups
     if x.shape[1] != channels:
         raise ValueError(f"input must have {channels} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
-    rows, columns = geometry.output_size(x.shape[2], x.shape[3])
-    step = Step(geometry, dict(branches), norm)
+    rows, columns = step.geometry.output_size(x.shape[2], x.shape[3])
     # nn.BatchNorm2d's own check, made before any branch has moved its counter and statistics.
     if x.shape[0] * rows * columns == 1 and any(n.batch_stats and n.group is None for n in step.norms):
-        shape = (1, branches["square"].weight.shape[0], 1, 1)
+        shape = (1, square.shape[0], 1, 1)
         raise ValueError(f"expected more than 1 value per channel when training, got maps of shape {shape}")
     problem = problem_of(step, x)
     if problem.transformed:
         _check_transform(step, x)
-    return step, problem
+    return problem
 
 
 def _check_transform(step: Step, x: Tensor) -> None:

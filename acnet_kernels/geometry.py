@@ -8,10 +8,12 @@ A shift moves hor down and ver right of the centre (paper Fig. 6c, the border-sh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,6 +59,8 @@ class Placement:
 
     def apply(self, x: Tensor, padding_mode: PaddingMode = "zeros") -> Tensor:
         """The branch's view of x (N×C×H×W): padded where an edge is positive, cropped (no copy) elsewhere."""
+        if self.edges == (0, 0, 0, 0):
+            return x
         left, right, top, bottom = self.edges
         x = pad(x, (max(left, 0), max(right, 0), max(top, 0), max(bottom, 0)), padding_mode)
         if min(self.edges) < 0:
@@ -157,6 +161,11 @@ class Geometry:
 
     def placement(self, branch: str) -> Placement:
         """Where a branch ('square', 'hor' or 'ver') sits."""
+        if torch.compiler.is_compiling():  # Dynamo looks through a cache, and warns
+            return self._place(branch)
+        return _place_of(self, branch)
+
+    def _place(self, branch: str) -> Placement:
         k, (p_rows, p_columns) = self.kernel, self.padding
         d_rows, d_columns = self.dilation if k > 1 else (1, 1)
         if branch == "square":
@@ -200,3 +209,8 @@ class Geometry:
                 f"stride {self.stride}, padding {self.padding}, dilation {self.dilation}"
             )
         return rows, columns
+
+
+@functools.lru_cache(4096)
+def _place_of(geometry: Geometry, branch: str) -> Placement:
+    return geometry._place(branch)

@@ -120,15 +120,10 @@ def problem_of(step: Step, x: Tensor) -> Problem:
     autocast = torch.is_autocast_enabled(device) if device != "meta" else False
     dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
     norms, square = step.norms, step.branches["square"].weight
-    tensors: list[Tensor | None] = [x]
-    for branch in step.branches.values():
-        tensors += (branch.weight, branch.bias)
-    for norm in norms:
-        tensors += (norm.gamma, norm.beta)
     # Dynamo traces transforms in its own way, and cannot read the stack.
     transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     return Problem(
-        shape=(x.shape[0], x.shape[1], x.shape[2], x.shape[3]),
+        shape=(*x.shape,),
         out_channels=square.shape[0],
         geometry=step.geometry,
         branches=tuple(step.branches),
@@ -138,10 +133,16 @@ def problem_of(step: Step, x: Tensor) -> Problem:
         input_dtype=x.dtype,
         device=device,
         channels_last=not transformed and prefers_channels_last(x, square),  # vmap knows no layouts
-        grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
+        grad=torch.is_grad_enabled() and (x.requires_grad or _has_gradients(step)),
         synced=any(norm.group is not None for norm in norms),
         transformed=transformed,
     )
+
+
+def _has_gradients(step: Step) -> bool:
+    convolutions = (t for branch in step.branches.values() for t in (branch.weight, branch.bias))
+    norms = (t for norm in step.norms for t in (norm.gamma, norm.beta))
+    return any(t is not None and t.requires_grad for t in (*convolutions, *norms))
 
 
 def prefers_channels_last(x: Tensor, weight: Tensor) -> bool:

@@ -18,7 +18,7 @@ def problem(text="8x32x10x12->32", norm="branch", **changes):
         s.channels, s.out_channels, s.kernel, s.stride, s.padding, s.dilation, s.groups, norm=norm, device="meta"
     )
     step = block.step()
-    found = describe(torch.empty(s.in_shape, device="meta"), step.branches, step.geometry, step.norm)[1]
+    found = describe(torch.empty(s.in_shape, device="meta"), step)
     return replace(found, device="cpu", **changes)
 
 

@@ -19,9 +19,9 @@ def batch_norm(y: Tensor, norm: Norm) -> Tensor:
         return F.batch_norm(y, None, None, norm.gamma, norm.beta, True, 0.0, norm.eps)
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    if norm.momentum is not None:
-        args = (norm.running_mean, norm.running_var, norm.gamma, norm.beta, True, norm.momentum, norm.eps)
-        return F.batch_norm(y, *args)
+    if norm.momentum is not None:  # F.batch_norm less its check of the size, which the step has passed
+        running, cudnn = (norm.running_mean, norm.running_var), torch.backends.cudnn.enabled
+        return torch.batch_norm(y, norm.gamma, norm.beta, *running, True, norm.momentum, norm.eps, cudnn)
     # momentum=None is the cumulative average: its factor 1/n stays a tensor, so nothing waits for it.
     assert norm.num_batches_tracked is not None
     mean, var = norm.running_mean.clone(), norm.running_var.clone()

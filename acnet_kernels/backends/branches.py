@@ -333,7 +333,7 @@ def plan_of(
     phases: Phases = ALL_VENDOR,
 ) -> Plan:
     """The plan of the named branches' step; `affine` says how many γ there are, `dtype` is the output's."""
-    make = _plan if torch.compiler.is_compiling() else _plan_of_before  # Dynamo looks through a cache, and warns
+    make = _plan if torch.compiler.is_compiling() else _cached_plan  # Dynamo looks through a cache, and warns
     return make(geometry, tuple(names), tuple(eps), affine, dtype, convolution_dtype(dtype, device), phases)
 
 
@@ -351,7 +351,7 @@ def _plan(
     return Plan(geometry, names, places, eps, affine, dtype, conv_dtype, phases, window)
 
 
-_plan_of_before = functools.lru_cache(4096)(_plan)
+_cached_plan = functools.lru_cache(4096)(_plan)
 
 
 def forward(x: Tensor, step: Step) -> Tensor:

@@ -52,7 +52,12 @@ def device_name(device: torch.device | str = "cpu") -> str:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return _cpu_with(torch.get_num_threads())
+
+
+@functools.cache
+def _cpu_with(threads: int) -> str:
+    return f"{cpu_name()}, {threads} threads"
 
 
 def this_machine(device: str) -> Machine:
