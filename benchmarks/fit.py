@@ -80,7 +80,7 @@ def problem_of(shape: str, dtype: str, layout: str, device: str) -> Problem:
     s = Shape.parse(shape)
     block = ACBlock(s.channels, s.out_channels, s.kernel, s.stride, s.padding, s.dilation, s.groups, device="meta")
     step = block.step()
-    _, problem = describe(torch.empty(s.in_shape, device="meta"), step.branches, step.geometry, step.norm)
+    problem = describe(torch.empty(s.in_shape, device="meta"), step)
     computed = getattr(torch, dtype)
     return replace(
         problem, device=device, dtype=computed, input_dtype=computed, channels_last=layout == "channels_last"
