@@ -44,6 +44,9 @@ PATH = Path(__file__).with_name("cost.json")
 STANDS_FOR = {torch.float16: torch.bfloat16, torch.float64: torch.float32}
 
 
+LANES = 16  # of a vector of float32
+
+
 class Prices(NamedTuple):
     """One kind of machine's constants.
 
@@ -122,17 +125,25 @@ def _map_elements(problem: Problem) -> tuple[int, int]:
     return n * c * h * w, _pixels(problem) * problem.out_channels
 
 
+def _padded(channels: int) -> int:
+    return -(-channels // LANES) * LANES
+
+
 def _convolutions(problem: Problem, taps: list[int], dtype: torch.dtype) -> dict[str, float]:
     """One phase of convolutions of so many taps each.
 
-    `gflop` is their arithmetic; `outputs` and `inputs` are tap × map elements: what thin groups of channels, which
-    leave vectors unfilled, cost beyond it; `weights` are read, reordered and written; `gbytes` are maps.
+    `gflop` is their arithmetic, `lanes` that of groups (not depthwise) filled up to whole vectors; `outputs` and
+    `inputs` are tap × map elements: what thin groups of channels, which leave vectors unfilled, cost beyond it;
+    `weights` are read, reordered and written; `gbytes` are maps.
     """
     pixels, k, c = _pixels(problem), problem.out_channels, problem.shape[1]
     thin = c // problem.geometry.groups
     inputs, outputs = _map_elements(problem)
+    groups = problem.geometry.groups
+    lanes = groups * _padded(thin) * _padded(k // groups) if groups > 1 and thin > 1 else 0
     return {
         "gflop": 2e-9 * sum(taps) * pixels * thin * k,
+        "lanes": 2e-9 * sum(taps) * pixels * lanes,
         "outputs": 1e-9 * sum(taps) * pixels * k,
         "inputs": 1e-9 * sum(taps) * pixels * c,
         "weights": 1e-9 * sum(taps) * thin * k * dtype.itemsize,
