@@ -125,8 +125,9 @@ def _triton_statistics(
         None if (weight := kernels.get(name)) is None else weight.contiguous(memory_format=torch.channels_last)
         for name in BRANCHES
     ]
-    _, moments = triton_conv.conv_forward(x, weights, triton_conv.Window.of(geometry), store=False)
-    norms = merge_statistics(moments, [], [], plan.eps)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _, moments = triton_conv.conv_forward(x, weights, triton_conv.Window.of(geometry), store=False)
+        norms = merge_statistics(moments, [], [], plan.eps)
     return norms.means, norms.variances, norms.rstds
 
 

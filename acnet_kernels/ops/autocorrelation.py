@@ -95,7 +95,8 @@ def on_cuda(
 
     if triton_autocorrelation.declines(x, rows, columns) is not None:
         return _plain(x, x_pivot, y, y_pivot, rows, columns, groups)
-    return triton_autocorrelation.cross_correlation(x, x_pivot, y, y_pivot, rows, columns, groups)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return triton_autocorrelation.cross_correlation(x, x_pivot, y, y_pivot, rows, columns, groups)
 
 
 def _fake(

@@ -71,8 +71,10 @@ def test_tuning_times_every_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_a_device_that_is_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["branches", "moments", "recompute"])
+def test_a_device_that_is_not_the_current_one(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(branches, "phases_of", lambda step, x: ALL_TRITON)
-    block, x = block_of("stride")
+    block, x = block_of("wide")
+    block.backend = backend
     first = block(x)
     assert torch.equal(block.to("cuda:1")(x.to("cuda:1")).to("cuda:0"), first)
