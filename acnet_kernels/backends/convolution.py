@@ -35,7 +35,7 @@ _SLOW_HALF_TYPES = _slow_half_types()
 
 
 def convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """What the convolutions of a step of this dtype compute in, and keep the y_b in: one cast in, one out."""
+    """What the vendor's convolutions of a step of this dtype compute in: one cast in, one out."""
     return torch.float32 if device == "cpu" and dtype in _SLOW_HALF_TYPES else dtype
 
 

@@ -27,7 +27,7 @@ from ..ops.autocorrelation import autocorrelation, cross_correlation
 from ..spec import Problem, Step, prefers_channels_last
 from . import moments_algebra as algebra
 from .batchnorm import update_running
-from .convolution import add_convolution, summed_kernel, turned
+from .convolution import add_convolution, convolution_dtype, summed_kernel, turned
 
 NAME = "moments"
 
@@ -235,7 +235,7 @@ def _step(
         scale = gamma.double() * rstd
         centred = [branch.to_weight(product) for branch, product in zip(branches, products, strict=True)]
         fused = _fuse(branches, scale, kernel)
-        dtype = compute_dtype(x)
+        dtype = convolution_dtype(x.dtype, x.device.type)
         # The mean of what the rounded weights give, not of what the exact ones would: it cancels exactly.
         rounded = fused.to(dtype)
         level = (rounded.double() @ moments.sums.unsqueeze(2)).flatten() / max(moments.pixels, 1)
@@ -328,7 +328,7 @@ def _input_gradient(
 ) -> Tensor:
     # Σ_b of W̃ᵀ_b * (scale_b·(g + level_b − slope_b·(W̃_b * x))), the convolutions on image pixels only.
     # x is centred here too: its mean's share, one image for the batch, cancels the levels in float64.
-    dtype = compute_dtype(x)
+    dtype = convolution_dtype(x.dtype, x.device.type)
     kernels = torch.cat([branch.embed(branch.weight, k) for branch in branches], 1)  # g×(B·K/g)×(k²·Cg)
     slopes, levels = (
         t.view(len(branches), groups, -1).transpose(0, 1).reshape(-1, 1, 1) for t in (scale * slope, scale * level)
@@ -451,21 +451,6 @@ def _fuse(branches: list[_Branch], scale: Tensor, k: int) -> Tensor:
 def _as_conv(matrix: Tensor, k: int) -> Tensor:
     # g×(K/g)×(k²·Cg) → K×Cg×k×k.
     return matrix.unflatten(2, (k * k, -1)).transpose(2, 3).flatten(0, 1).unflatten(2, (k, k))
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What the vendor's convolutions of x compute in: float32 on a CPU without half-precision matrix units.
-
-    There its half-precision convolutions are slower than converting (and less exact).
-    """
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
-        native = _AMX_BF16 if x.dtype == torch.bfloat16 else _AMX_FP16
-        return x.dtype if native else torch.float32
-    return x.dtype
-
-
-_AMX_BF16 = torch.cpu._is_amx_tile_supported()
-_AMX_FP16 = torch.cpu._is_amx_fp16_supported()
 
 
 def _images_at_a_time(*maps: Tensor) -> int:
