@@ -24,6 +24,7 @@ def _worker(rank: int, world: int, folder: str, function: Callable[..., Any], ba
     args = torch.load(Path(folder, "args.pt"), weights_only=False)
     try:
         torch.save(function(rank, world, *args), Path(folder, f"{rank}.pt"))
+        dist.barrier()  # a process that leaves while others still talk to it can abort them
     finally:
         dist.destroy_process_group()
 

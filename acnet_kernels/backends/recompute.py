@@ -1,8 +1,8 @@
 """Nothing kept but x, for any geometry: every y_b is computed twice, once for its statistics and once for backward.
 
 Forward: y_b = W_b * x, one at a time, gives its mean and variance and is freed; out is one k×k convolution with the
-kernels folded by them, Σ_b s_b·W_b, and the bias Σ_b (β_b − s_b·μ_b). Backward: the y_b again, then what `branches`
-does. Exactly three batch norms' training semantics. On CUDA the statistics are one Triton pass that stores no map.
+kernels folded by them, Σ_b s_b·W_b, less its mean, plus Σ_b β_b. Backward: the y_b again, then what `branches` does.
+Exactly three batch norms' training semantics. On CUDA the statistics are one Triton pass that stores no map.
 
 One more convolution forward and three more backward: this runs on request, and under the memory saver where
 `moments`, whose identities need stride 1, dilation 1 and "same" padding, declines. Without a double backward.
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import BRANCHES, Geometry
+from ..geometry import BRANCHES, Geometry, Pair
 from ..ops import bn_sum
 from ..ops import recompute as ops
 from ..ops._extension import TRITON
@@ -83,10 +83,13 @@ def _step(
         statistics = _triton_statistics if _has_triton(x) else _statistics
         means, variances, rstds = statistics(x, kernels, plan, place)
         scale = rstds * torch.stack(gammas) if gammas else rstds
-        bias = (-scale * means).sum(0)
+        out = F.conv2d(x, _folded(kernels, scale, place).to(x.dtype), None, *_window(place))
+        # The mean that this convolution's own rounding gives: a level much larger than the spread cancels exactly,
+        # as it does in a batch norm.
+        shift = -bn_sum.bn_sum_forward([out], [], [], [0.0], None)[1][0]
         for beta in betas:
-            bias += beta
-        out = _folded_convolution(x, kernels, scale, bias, place)
+            shift += beta
+        out.add_(shift.to(bn_sum.accumulation_dtype(x.dtype))[:, None, None])
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return out.to(dtype).contiguous(memory_format=layout), means, variances, rstds
 
@@ -131,27 +134,21 @@ def _triton_statistics(
     return norms.means, norms.variances, norms.rstds
 
 
-def _folded_convolution(
-    x: Tensor, kernels: dict[str, Tensor], scale: Tensor, bias: Tensor, geometry: Geometry
-) -> Tensor:
-    """(Σ_b scale_b·W_b) * x + bias; scale B×K, or 1×K of all, and bias K in float64."""
-    wide = bn_sum.accumulation_dtype(x.dtype)
+def _folded(kernels: dict[str, Tensor], scale: Tensor, geometry: Geometry) -> Tensor:
+    """Σ_b scale_b·W_b, at least float32; scale is B×K, or 1×K of all."""
+    wide = bn_sum.accumulation_dtype(next(iter(kernels.values())).dtype)
     rows = scale.to(wide).expand(len(kernels), -1)
     scaled = {
         name: weight.to(wide) * row[:, None, None, None]
         for (name, weight), row in zip(kernels.items(), rows, strict=True)
     }
-    exact = summed_kernel(scaled, geometry)
+    return summed_kernel(scaled, geometry)
+
+
+def _window(geometry: Geometry) -> tuple[Pair, Pair, Pair, int]:
+    """What F.conv2d takes after the bias, of the k×k convolution."""
     place = geometry.placement("square")
-    args = (geometry.stride, place.padding, place.dilation, geometry.groups)
-    if x.dtype == wide:
-        return F.conv2d(x, exact, bias.to(wide), *args)
-    # The bias must cancel the mean that the rounded kernel gives, or that mean times a rounding error is left.
-    # Convolution is linear, so the batch's mean image tells what is missing.
-    rounded = exact.to(x.dtype)
-    image = x.mean(0, keepdim=True, dtype=wide)
-    bias = bias + F.conv2d(image, exact - rounded.to(wide), None, *args).mean((0, 2, 3))
-    return F.conv2d(x, rounded, None, *args).add_(bias.to(wide)[:, None, None])
+    return geometry.stride, place.padding, place.dilation, geometry.groups
 
 
 @torch.library.impl("acnet_kernels::recompute_step_backward", ("CPU", "CUDA"))
