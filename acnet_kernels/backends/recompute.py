@@ -1,7 +1,7 @@
 """Nothing kept but x, for any geometry: every y_b is computed twice, once for its statistics and once for backward.
 
 Forward: y_b = W_b * x, one at a time, gives its mean and variance and is freed; out is one k×k convolution with the
-kernels folded by them, Σ_b s_b·W_b, less its mean, plus Σ_b β_b. Backward: the y_b again, then what `branches` does.
+kernels folded by them, Σ_b s_b·W_b, less its mean, plus Σ_b β_b. Backward: the y_b again, then as `branches`.
 Exactly three batch norms' training semantics. On CUDA the statistics are one Triton pass that stores no map.
 
 One more convolution forward and three more backward: this runs on request, and under the memory saver where
