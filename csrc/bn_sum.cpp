@@ -197,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
     Tensor out = empty_map(ys[0], dtype.value_or(type));
     const std::vector<const void*> y = pointers(ys);
     const int64_t channels = plan.channels, per_slab = plan.branches * channels;
-    std::vector<A> slab_mean(plan.slabs * per_slab), slab_m2(plan.slabs * per_slab);
+    std::vector<double> slab_mean(plan.slabs * per_slab), slab_m2(plan.slabs * per_slab);
     std::vector<A> pivot(per_slab);
     for (size_t b = 0; b < branches; ++b)
       for (int64_t k = 0; k < channels; ++k)

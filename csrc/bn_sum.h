@@ -42,7 +42,8 @@ template <class A>
 struct Passes {
   // mean and M2 = Σ(y − mean)² of each slab of y − pivot, [slabs][branches][channels]. The pivot is any element of the
   // channel: what is left is of the size of the deviation, however large the mean, and A has digits enough for it.
-  void (*statistics)(const Plan&, const void* const* y, const A* pivot, A* mean, A* m2, int64_t begin, int64_t end);
+  void (*statistics)(const Plan&, const void* const* y, const A* pivot, double* mean, double* m2, int64_t begin,
+                     int64_t end);
   // out = Σ_b scale_b (y_b − center_b) + shift.
   void (*apply)(const Plan&, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
                 int64_t begin, int64_t end);

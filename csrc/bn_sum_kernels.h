@@ -82,56 +82,80 @@ inline A lane_sum(Vec<A> v) {
   return total;
 }
 
-// Chan's rule: (mean, m2) of `count` elements merged with those of `more` elements.
-template <class A>
-inline void merge(A& mean, A& m2, int64_t count, A mean_more, A m2_more, int64_t more) {
-  const A delta = mean_more - mean, share = A(more) / A(count + more);
+// Chan's rule: (mean, m2) of `count` elements merged with those of `more` elements. In double, as means are kept
+// wherever they leave their chunk: rounding a mean to float costs more digits than summing a chunk in float does.
+inline void merge(double& mean, double& m2, int64_t count, double mean_more, double m2_more, int64_t more) {
+  const double delta = mean_more - mean, share = double(more) / double(count + more);
   mean += delta * share;
-  m2 += m2_more + delta * delta * A(count) * share;
+  m2 += m2_more + delta * delta * double(count) * share;
 }
 
-constexpr int64_t kChunkBytes = 32 << 10;  // statistics() reads rows twice, the second time from the cache
+// statistics() reads a chunk twice, the second time from the cache; a chunk of fewer rows would be mostly merging.
+constexpr int64_t kChunkBytes = 32 << 10, kLeastRows = 32;
 
 // Sums go over a chunk, then over the chunks: no float accumulator adds up more than a thousand terms.
 constexpr int64_t kRowChunk = 256, kPlaneChunk = 4096;
 
 // ---- channels_last: rows of width() columns ----
 
+// mean and M2 of V·lanes columns of `rows` rows, `width` apart, at y, less the columns' pivots; get() reads a vector.
+// Sums stay in registers, four rows are added before they join one.
+template <class T, class A, int V, class Get>
+inline __attribute__((always_inline)) void block_moments(const T* y, int64_t rows, int64_t width, const A* pivots,
+                                                         A* mean, A* m2, const Get& get) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  Vec<A> pivot[V], sum[V], squares[V];
+  for (int v = 0; v < V; ++v) {
+    pivot[v] = get(pivots + v * lanes);
+    sum[v] = squares[v] = Vec<A>{};
+  }
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4)
+    for (int v = 0; v < V; ++v) {
+      const T* p = y + r * width + v * lanes;
+      sum[v] += ((get(p) - pivot[v]) + (get(p + width) - pivot[v])) +
+                ((get(p + 2 * width) - pivot[v]) + (get(p + 3 * width) - pivot[v]));
+    }
+  for (; r < rows; ++r)
+    for (int v = 0; v < V; ++v) sum[v] += get(y + r * width + v * lanes) - pivot[v];
+  for (int v = 0; v < V; ++v) {
+    store(mean + v * lanes, sum[v]);
+    sum[v] = sum[v] / A(rows);
+  }
+  for (r = 0; r + 4 <= rows; r += 4)
+    for (int v = 0; v < V; ++v) {
+      const T* p = y + r * width + v * lanes;
+      const Vec<A> d0 = get(p) - pivot[v] - sum[v], d1 = get(p + width) - pivot[v] - sum[v];
+      const Vec<A> d2 = get(p + 2 * width) - pivot[v] - sum[v], d3 = get(p + 3 * width) - pivot[v] - sum[v];
+      squares[v] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+    }
+  for (; r < rows; ++r)
+    for (int v = 0; v < V; ++v) {
+      const Vec<A> d = get(y + r * width + v * lanes) - pivot[v] - sum[v];
+      squares[v] += d * d;
+    }
+  for (int v = 0; v < V; ++v) store(m2 + v * lanes, squares[v]);
+}
+
 // mean and M2 of each column of rows×width at y, less the column's pivot.
 template <class T, class A>
-void column_moments(const T* y, int64_t rows, int64_t width, const A* pivot, A* mean, A* m2) {
-  __builtin_memset(mean, 0, width * sizeof(A));
-  __builtin_memset(m2, 0, width * sizeof(A));
-  int64_t r = 0;
-  // Four rows at a time: one read and write of the accumulators for four of the map.
-  for (; r + 4 <= rows; r += 4) {
-    const T* p = y + r * width;
-    for_vectors<A>(width, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-      const Vec<A> v = get(pivot + c);
-      const Vec<A> sum = ((get(p + c) - v) + (get(p + width + c) - v)) +
-                         ((get(p + 2 * width + c) - v) + (get(p + 3 * width + c) - v));
-      put(mean + c, get(mean + c) + sum);
-    });
+void column_moments(const T* y, int64_t rows, int64_t width, const A* pivot, double* mean, double* m2) {
+  constexpr int64_t lanes = Simd<A>::lanes, wide = 4 * lanes;
+  A sums[wide], squares[wide];
+  for (int64_t c = 0, n; c < width; c += n) {
+    n = width - c >= wide ? wide : width - c >= lanes ? lanes : width - c;
+    const auto whole = [](auto* p) __attribute__((always_inline)) { return load(p); };
+    if (n == wide)
+      block_moments<T, A, 4>(y + c, rows, width, pivot + c, sums, squares, whole);
+    else if (n == lanes)
+      block_moments<T, A, 1>(y + c, rows, width, pivot + c, sums, squares, whole);
+    else
+      block_moments<T, A, 1>(y + c, rows, width, pivot + c, sums, squares, [n](auto* p) { return load_part<A>(p, n); });
+    for (int64_t i = 0; i < n; ++i) {
+      mean[c + i] = double(sums[i]) / double(rows);
+      m2[c + i] = double(squares[i]);
+    }
   }
-  for (; r < rows; ++r)
-    for_vectors<A>(width, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-      put(mean + c, get(mean + c) + (get(y + r * width + c) - get(pivot + c)));
-    });
-  for (int64_t c = 0; c < width; ++c) mean[c] /= A(rows);
-  for (r = 0; r + 4 <= rows; r += 4) {
-    const T* p = y + r * width;
-    for_vectors<A>(width, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-      const Vec<A> v = get(pivot + c), m = get(mean + c);
-      const Vec<A> d0 = get(p + c) - v - m, d1 = get(p + width + c) - v - m;
-      const Vec<A> d2 = get(p + 2 * width + c) - v - m, d3 = get(p + 3 * width + c) - v - m;
-      put(m2 + c, get(m2 + c) + ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)));
-    });
-  }
-  for (; r < rows; ++r)
-    for_vectors<A>(width, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-      const Vec<A> d = get(y + r * width + c) - get(pivot + c) - get(mean + c);
-      put(m2 + c, get(m2 + c) + d * d);
-    });
 }
 
 // The rows of slab i: [first, last), and how many pixels beyond whole rows belong to it.
@@ -154,14 +178,14 @@ struct Scratch {
 };
 
 template <class T, class A>
-void statistics_rows(const Plan& plan, const void* const* y, const A* pivots, A* mean, A* m2, int64_t begin,
+void statistics_rows(const Plan& plan, const void* const* y, const A* pivots, double* mean, double* m2, int64_t begin,
                      int64_t end) {
   const int64_t width = plan.width(), channels = plan.channels;
   int64_t chunk = kChunkBytes / (width * int64_t(sizeof(T)));
-  chunk = chunk < 8 ? 8 : chunk;
-  const Scratch<A> scratch(4 * width);
-  A *chunk_mean = scratch.data, *chunk_m2 = chunk_mean + width, *wide_mean = chunk_m2 + width,
-    *wide_m2 = wide_mean + width;
+  chunk = chunk < kLeastRows ? kLeastRows : chunk;
+  const Scratch<double> scratch(4 * width);
+  double *chunk_mean = scratch.data, *chunk_m2 = chunk_mean + width, *wide_mean = chunk_m2 + width,
+         *wide_m2 = wide_mean + width;
   for (int64_t i = begin; i < end; ++i) {
     const Rows rows = rows_of(plan, i);
     for (int b = 0; b < plan.branches; ++b) {
@@ -180,11 +204,12 @@ void statistics_rows(const Plan& plan, const void* const* y, const A* pivots, A*
         count += more;
       }
       // The `fold` pixels of a row are pixels of the same channels.
-      A *slab_mean = mean + (i * plan.branches + b) * channels, *slab_m2 = m2 + (i * plan.branches + b) * channels;
+      const int64_t at = (i * plan.branches + b) * channels;
+      double *slab_mean = mean + at, *slab_m2 = m2 + at;
       int64_t pixels = 0;
       if (count > 0) {
-        __builtin_memcpy(slab_mean, wide_mean, channels * sizeof(A));
-        __builtin_memcpy(slab_m2, wide_m2, channels * sizeof(A));
+        __builtin_memcpy(slab_mean, wide_mean, channels * sizeof(double));
+        __builtin_memcpy(slab_m2, wide_m2, channels * sizeof(double));
         pixels = count;
         for (int64_t f = 1; f < plan.fold; ++f, pixels += count)
           for (int64_t c = 0; c < channels; ++c)
@@ -305,13 +330,13 @@ void gradient_rows(const Plan& plan, const void* grad, const void* const* y, con
 
 // mean and M2 of n elements less the pivot: two passes, the second of which also corrects the first's mean.
 template <class T, class A>
-void plane_moments(const T* y, int64_t n, A pivot, A& mean, A& m2) {
+void plane_moments(const T* y, int64_t n, A pivot, double& means, double& m2) {
   const int64_t whole = n / Simd<A>::lanes * Simd<A>::lanes;
   Vec<A> sums = {}, squares = {};
   for (int64_t c = 0; c < whole; c += Simd<A>::lanes) sums += load(y + c) - pivot;
   A sum = lane_sum<A>(sums), square = 0;
   for (int64_t c = whole; c < n; ++c) sum += load_part<A>(y + c, 1)[0] - pivot;
-  mean = sum / A(n);
+  const A mean = sum / A(n);
   sums = Vec<A>{};
   for (int64_t c = 0; c < whole; c += Simd<A>::lanes) {
     const Vec<A> d = load(y + c) - pivot - mean;
@@ -325,8 +350,9 @@ void plane_moments(const T* y, int64_t n, A pivot, A& mean, A& m2) {
     sum += d;
     square += d * d;
   }
-  mean += sum / A(n);
-  m2 = square - sum * (sum / A(n));
+  const double left = double(sum) / double(n);
+  means = double(mean) + left;
+  m2 = double(square) - double(sum) * left;
 }
 
 // body(image) for the images of task t, in order.
@@ -338,17 +364,17 @@ inline __attribute__((always_inline)) void for_planes(const Plan& plan, int64_t 
 }
 
 template <class T, class A>
-void statistics_planes(const Plan& plan, const void* const* y, const A* pivots, A* mean, A* m2, int64_t begin,
-                       int64_t end) {
+void statistics_planes(const Plan& plan, const void* const* y, const A* pivots, double* mean, double* m2,
+                       int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t)
     for (int b = 0; b < plan.branches; ++b) {
       const A pivot = pivots[b * plan.channels + t % plan.channels];
-      A slab_mean = 0, slab_m2 = 0;
+      double slab_mean = 0, slab_m2 = 0;
       int64_t count = 0;
       for_planes(plan, t, [&](int64_t at) {
         for (int64_t p = 0; p < plan.pixels; p += kPlaneChunk) {
           const int64_t more = plan.pixels - p < kPlaneChunk ? plan.pixels - p : kPlaneChunk;
-          A chunk_mean, chunk_m2;
+          double chunk_mean, chunk_m2;
           plane_moments(static_cast<const T*>(y[b]) + at + p, more, pivot, chunk_mean, chunk_m2);
           merge(slab_mean, slab_m2, count, chunk_mean, chunk_m2, more);
           count += more;
@@ -434,7 +460,8 @@ void gradient_planes(const Plan& plan, const void* grad, const void* const* y, c
                                               : name##_planes<T, O, A, 3>(__VA_ARGS__)))
 
 template <class T, class A>
-void statistics(const Plan& plan, const void* const* y, const A* pivot, A* mean, A* m2, int64_t begin, int64_t end) {
+void statistics(const Plan& plan, const void* const* y, const A* pivot, double* mean, double* m2, int64_t begin,
+                int64_t end) {
   if (plan.channels_last)
     statistics_rows<T, A>(plan, y, pivot, mean, m2, begin, end);
   else
