@@ -1,5 +1,6 @@
 """The batch-norm sum against its definition in float64, in every implementation this machine can run."""
 
+import math
 import os
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from oracle import rel
 
+from acnet_kernels.backends import batchnorm
 from acnet_kernels.backends.batchnorm import update_running
-from acnet_kernels.ops import bn_sum
+from acnet_kernels.ops import bn_sum, running
 from acnet_kernels.spec import Norm
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -266,11 +268,19 @@ def test_wrong_layouts_are_refused():
         bn_sum.bn_sum_backward(wrong, ys, means, rstds, gammas, [True] * 3)
 
 
-@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+@pytest.fixture(params=["in one call", "in PyTorch"])
+def update(request, monkeypatch):
+    if request.param == "in PyTorch":
+        monkeypatch.setattr(batchnorm, "MISSING", "left out")
+    elif bn_sum.MISSING is not None:
+        pytest.skip(f"needs the C++ operator: {bn_sum.MISSING}")
+
+
+@pytest.mark.parametrize("momenta", [(0.1, 0.1, 0.1), (0.1, 0.7, 0.1), (None, None, None), (None, 0.7, 1.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_running_statistics_are_batchnorm2d_s(momentum, dtype):
-    modules = [torch.nn.BatchNorm2d(5, momentum=momentum, dtype=dtype) for _ in range(3)]
-    norms = [Norm(*(t.clone() for t in (m.weight, m.bias, *m.buffers())), m.eps, momentum, True) for m in modules]
+def test_running_statistics_are_batchnorm2d_s(momenta, dtype, update):
+    modules = [torch.nn.BatchNorm2d(5, momentum=momentum, dtype=dtype) for momentum in momenta]
+    norms = [Norm(*(t.clone() for t in (m.weight, m.bias, *m.buffers())), m.eps, m.momentum, True) for m in modules]
     biases = [None, torch.randn(5, dtype=dtype), None]
     for _ in range(3):
         ys = make((4, 5, 3, 3), dtype)[0]
@@ -282,3 +292,27 @@ def test_running_statistics_are_batchnorm2d_s(momentum, dtype):
         torch.testing.assert_close(norm.running_mean, module.running_mean)
         torch.testing.assert_close(norm.running_var, module.running_var)
         assert norm.num_batches_tracked == module.num_batches_tracked == 3
+
+
+def test_running_statistics_that_are_not_kept(update):
+    kept, counter = [torch.zeros(5), torch.ones(5)], torch.tensor(0)
+    norms = [Norm(None, None, None, None, None, 1e-5, 0.1, True), Norm(None, None, *kept, counter, 1e-5, 0.1, True)]
+    means, variances = torch.randn(2, 5).double(), torch.rand(2, 5).double()
+    update_running(norms, means, variances, 11, [None, None])
+    torch.testing.assert_close(kept[0], 0.1 * means[1].float())
+    torch.testing.assert_close(kept[1], 0.9 + 0.1 * 1.1 * variances[1].float())
+    before = [t.clone() for t in kept]
+    update_running(norms, means, variances, 0, [None, None])
+    assert counter == 2
+    assert all(torch.equal(a, b) for a, b in zip(kept, before, strict=True))
+
+
+@pytest.mark.skipif(bn_sum.MISSING is not None, reason=f"needs the C++ operator: {bn_sum.MISSING}")
+def test_the_update_is_an_operator():
+    buffers = [[torch.zeros(5), torch.zeros(5)], [torch.ones(5), torch.ones(5)], [torch.tensor(0), torch.tensor(3)]]
+    statistics = torch.randn(2, 5).double(), torch.rand(2, 5).double()
+    torch.library.opcheck(running.update_running_, (*buffers, *statistics, [0.1, 0.2], 7))
+    with pytest.raises(RuntimeError, match="moved alone"):
+        running.update_running_(*buffers, *statistics, [math.nan, 0.2], 7)
+    with pytest.raises(RuntimeError, match="vectors of 5 channels"):
+        running.update_running_([torch.zeros(4)], [torch.ones(5)], [], *(t[:1] for t in statistics), [0.1], 7)

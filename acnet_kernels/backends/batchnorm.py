@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import running
+from ..ops._extension import MISSING
 from ..spec import Norm
 
 
@@ -45,32 +48,60 @@ def update_running(
         count: elements per channel, none or more than 1; the running variance is the unbiased one.
         biases: the convolution's bias (K) of each norm, or None; it moves the mean only.
     """
-    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
-    if counters:
-        torch._foreach_add_(counters, 1)
-    tracked = [b for b, norm in enumerate(norms) if norm.running_mean is not None]
-    if not tracked or count == 0:
+    if len(norms) > 1 and any(norm.momentum is None for norm in norms):  # each has a factor of its own
+        for b, norm in enumerate(norms):
+            update_running([norm], means[b : b + 1], variances[b : b + 1], count, [biases[b]])
         return
-    variances = variances * (count / (count - 1))
-    running: list[Tensor] = []
-    values: list[Tensor] = []
-    factors: list[float | Tensor] = []
+    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    tracked = [b for b, norm in enumerate(norms) if norm.running_mean is not None]
+    if len(tracked) < len(norms):
+        means, variances = (torch.stack([t[b] for b in tracked]) if tracked else t[:0] for t in (means, variances))
+    running_means: list[Tensor] = []
+    running_vars: list[Tensor] = []
+    momenta: list[float] = []  # NaN is the cumulative average
     for b in tracked:
-        norm, mean, variance, bias = norms[b], means[b], variances[b], biases[b]
+        norm = norms[b]
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        dtype = norm.running_mean.dtype
-        factor: float | Tensor
-        if norm.momentum is not None:
-            factor = norm.momentum
-        else:  # the cumulative average; 1/n stays a tensor, so nothing waits for it
-            assert norm.num_batches_tracked is not None
-            factor = norm.num_batches_tracked.to(dtype).reciprocal()
-        running += [norm.running_mean, norm.running_var]
-        values += [(mean if bias is None else mean + bias).to(dtype), variance.to(dtype)]
-        factors += [factor, factor]
-    if isinstance(factors[0], float) and all(factor is factors[0] or factor == factors[0] for factor in factors):
-        torch._foreach_lerp_(running, values, factors[0])
+        assert norm.momentum is not None or norm.num_batches_tracked is not None
+        running_means.append(norm.running_mean)
+        running_vars.append(norm.running_var)
+        momenta.append(math.nan if norm.momentum is None else norm.momentum)
+    shifts = [biases[b] for b in tracked]
+    if any(shift is not None for shift in shifts):
+        moved = [mean if shift is None else mean + shift for mean, shift in zip(means, shifts, strict=True)]
+        means = torch.stack(moved)
+    update = running.update_running_ if _in_one_call(means) else _update_running
+    update(running_means, running_vars, counters, means, variances, momenta, count)
+
+
+def _in_one_call(means: Tensor) -> bool:
+    return MISSING is None and means.is_cpu and not torch.compiler.is_compiling()
+
+
+def _update_running(
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    counters: list[Tensor],
+    means: Tensor,
+    variances: Tensor,
+    momenta: list[float],
+    count: int,
+) -> None:
+    """ops/running.py's operator in PyTorch; nothing waits for the device."""
+    if counters:
+        torch._foreach_add_(counters, 1)
+    if not momenta or count == 0:
+        return
+    variances = variances * (count / (count - 1))
+    targets = [*running_means, *running_vars]
+    values = [v.to(t.dtype) for v, t in zip((*means, *variances), targets, strict=True)]
+    if math.isnan(momenta[0]):  # 1/n stays a tensor, so nothing waits for it
+        factor = counters[0].to(means.dtype).reciprocal()
+        for target, value in zip(targets, values, strict=True):
+            target.lerp_(value, factor.to(target.dtype))
+    elif all(momentum == momenta[0] for momentum in momenta):
+        torch._foreach_lerp_(targets, values, momenta[0])
     else:
-        for target, value, factor in zip(running, values, factors, strict=True):
-            target.lerp_(value, factor)
+        for target, value, momentum in zip(targets, values, momenta * 2, strict=True):
+            target.lerp_(value, momentum)
