@@ -9,6 +9,7 @@ when the sets together exceed it (`sets_beyond_cache`).
 from __future__ import annotations
 
 import csv
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -127,18 +128,22 @@ def measure(
     warm_up: float = 0.3,
     seconds: float = 2.0,
     least: int = 10,
+    weights: Mapping[str, int] | None = None,
     clock: Clock | None = None,
 ) -> dict[str, Samples]:
-    """Times all contenders in turn, round after round, and returns each one's samples.
+    """Times all contenders, round after round, each in a new order, and returns each one's samples.
+
+    In a fixed order a contender would always find the memory and caches that the same other one left.
 
     Args:
         contenders: name → callables, one per input set; round i uses callable i modulo their number.
         device: 'cpu' is timed by a monotonic clock, a CUDA device by events on its current stream.
         warm_up: seconds each contender runs first (autotuning, clocks), in one call at the least; 0 is not at all.
-        seconds: length of the timed part, all contenders together, in equal shares: one that has used up its own is
-            left out of further rounds, so a slow one takes no time from the others.
+        seconds: length of the timed part, all contenders together, in shares: one that has used up its own is left
+            out of further rounds, so a slow one takes no time from the others.
         least: calls of each that are timed even if they take longer than its share, unless they take longer than
             all of `seconds`.
+        weights: contender → how many times another's share and least number of calls it gets; 1 where not named.
         clock: None is the device's.
     """
     clock = clock or clock_of(device)
@@ -148,15 +153,22 @@ def measure(
             clock.milliseconds(calls[i % len(calls)])
             i += 1
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    share = seconds / max(len(times), 1)
+    weight = {name: (weights or {}).get(name, 1) for name in contenders}
+    share = seconds / max(sum(weight.values()), 1)
+    shuffle = random.Random(0).shuffle
     waiting, i = list(times), 0
     while waiting:
-        first = i % len(waiting)  # whoever follows a slow contender changes from round to round
-        for name in waiting[first:] + waiting[:first]:
+        shuffle(waiting)
+        for name in waiting:
             calls = contenders[name]
             times[name].append(clock.milliseconds(calls[i % len(calls)]))
         spent = {name: sum(times[name]) / 1e3 for name in waiting}
-        waiting = [n for n in waiting if spent[n] < share or (len(times[n]) < least and spent[n] < seconds)]
+        waiting = [
+            name
+            for name in waiting
+            if spent[name] < share * weight[name]
+            or (len(times[name]) < least * weight[name] and spent[name] < seconds)
+        ]
         i += 1
     at = clock_mhz(device)
     return {name: Samples(tuple(values), at) for name, values in times.items()}

@@ -45,10 +45,22 @@ def test_samples_are_what_the_calls_took():
     assert samples.clock == machine.clock_mhz()
 
 
-def test_contenders_take_turns_and_each_round_begins_with_another():
+def test_contenders_take_turns_and_follow_each_other_in_every_order():
     log = []
-    run({n: [logged(log, n, 200)] for n in "abc"}, warm_up=0.0, seconds=1.0, least=4)
-    assert "".join(log) == "abc" + "bca" + "cab" + "abc"
+    run({n: [logged(log, n, 200)] for n in "abc"}, warm_up=0.0, seconds=1.0, least=30)
+    rounds = ["".join(log[i : i + 3]) for i in range(0, len(log), 3)]
+    assert len(rounds) == 5  # a second holds no more
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    log.clear()
+    run({n: [logged(log, n, 1)] for n in "abc"}, warm_up=0.0, seconds=0.6, least=2)
+    assert {"".join(log[i : i + 3]) for i in range(0, len(log), 3)} == {"abc", "acb", "bac", "bca", "cab", "cba"}
+
+
+def test_a_contender_of_more_weight_is_called_more_often():
+    found = run({n: [lambda: 10] for n in "abc"}, warm_up=0.0, seconds=0.6, least=1, weights={"b": 4})
+    assert {name: len(samples.values) for name, samples in found.items()} == {"a": 10, "b": 40, "c": 10}
+    found = run({n: [lambda: 100] for n in "abc"}, warm_up=0.0, seconds=0.6, least=1, weights={"b": 4})
+    assert {name: len(samples.values) for name, samples in found.items()} == {"a": 1, "b": 4, "c": 1}
 
 
 def test_input_sets_rotate():
@@ -63,7 +75,7 @@ def test_a_slow_contender_takes_no_time_from_the_others():
     contenders = {"slow": [logged(log, "s", 400)], "fast": [logged(log, "f", 10)]}
     found = run(contenders, warm_up=0.0, seconds=1.0, least=2)
     assert {name: len(samples.values) for name, samples in found.items()} == {"slow": 2, "fast": 50}
-    assert "".join(log[:4]) == "sffs"  # in turn, as long as both run
+    assert "".join(sorted(log[:4])) == "ffss"  # in turn, as long as both run
 
 
 def test_a_very_slow_contender_is_called_once():
