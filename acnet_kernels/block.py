@@ -214,15 +214,19 @@ class ACBlock(nn.Module):
         """N×C×H×W → N×K×H'×W', as nn.Conv2d."""
         if self.deploy:
             return self.fused_conv(x)
-        if self.module_path_reason() is not None:
+        convs, bns = self.convs(), self.norms()
+        if _module_path_reason(convs, bns) is not None:
             return self._forward_modules(x)
-        return run(x, self.step(), self.backend)
+        return run(x, self._step(convs, bns), self.backend)
 
     def step(self) -> Step:
         """The tensors and settings one step computes with, read from the submodules as they are now."""
-        norms = {name: _norm_of(bn) for name, bn in self.norms().items()}
+        return self._step(self.convs(), self.norms())
+
+    def _step(self, convs: dict[str, nn.Conv2d], bns: dict[str, nn.BatchNorm2d]) -> Step:
+        norms = {name: _norm_of(bn) for name, bn in bns.items()}
         branches = {}
-        for name, conv in self.convs().items():
+        for name, conv in convs.items():
             own = conv._parameters
             if "weight" not in own or "bias" not in own:  # as in _norm_of
                 branches[name] = Branch(conv.weight, conv.bias, norms.get(name))
@@ -236,31 +240,7 @@ class ACBlock(nn.Module):
 
     def module_path_reason(self) -> str | None:
         """Why the step must go through the submodules' own forward (always eager), or None."""
-        for attribute in _GLOBAL_HOOKS:
-            if getattr(nn_module, attribute):
-                return "a global module hook is registered"
-        groups: list[dist.ProcessGroup] = []
-        for kind, expected, modules in (
-            ("conv", (nn.Conv2d,), self.convs()),
-            ("bn", (nn.BatchNorm2d, nn.SyncBatchNorm), self.norms()),
-        ):
-            for name, module in modules.items():
-                if type(module) not in expected:
-                    label = "bn" if name == "sum" else f"{name}_{kind}"
-                    return f"{label} is a {type(module).__name__}, not nn.{expected[0].__name__}"
-                if (
-                    module._forward_hooks
-                    or module._forward_pre_hooks
-                    or module._backward_hooks
-                    or module._backward_pre_hooks
-                ):
-                    label = "bn" if name == "sum" else f"{name}_{kind}"
-                    return f"{label} has hooks"
-                if type(module) is nn.SyncBatchNorm and (group := _group_of(module)) is not None:
-                    groups.append(group)
-        if any(group is not groups[0] for group in groups):
-            return "its batch norms synchronise over different process groups"
-        return None
+        return _module_path_reason(self.convs(), self.norms())
 
     def _forward_modules(self, x: Tensor) -> Tensor:
         out = None
@@ -423,6 +403,36 @@ class ACBlock(nn.Module):
         if self.deploy:
             parts.append("deploy=True")
         return ", ".join(parts)
+
+
+def _module_path_reason(convs: dict[str, nn.Conv2d], bns: dict[str, nn.BatchNorm2d]) -> str | None:
+    for attribute in _GLOBAL_HOOKS:
+        if getattr(nn_module, attribute):
+            return "a global module hook is registered"
+    for name, conv in convs.items():
+        if type(conv) is not nn.Conv2d or _has_hooks(conv):
+            return _why_special(f"{name}_conv", conv, nn.Conv2d)
+    group = None
+    for name, bn in bns.items():
+        kind = type(bn)
+        if kind not in (nn.BatchNorm2d, nn.SyncBatchNorm) or _has_hooks(bn):
+            return _why_special("bn" if name == "sum" else f"{name}_bn", bn, nn.BatchNorm2d)
+        if kind is nn.SyncBatchNorm and (its := _group_of(bn)) is not None:
+            if group is not None and its is not group:
+                return "its batch norms synchronise over different process groups"
+            group = its
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _why_special(label: str, module: nn.Module, expected: type[nn.Module]) -> str:
+    if _has_hooks(module):
+        return f"{label} has hooks"
+    return f"{label} is a {type(module).__name__}, not nn.{expected.__name__}"
 
 
 def _norm_of(bn: nn.BatchNorm2d) -> Norm:

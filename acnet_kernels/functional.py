@@ -62,17 +62,18 @@ def step_of(branches: Mapping[str, Branch], geometry: Geometry, norm: Norm | Non
 
 def describe(x: Tensor, step: Step) -> Problem:
     """Checks that step can be taken on x, and says what the choice of a backend depends on."""
-    if x.dim() != 4:
-        raise ValueError(f"input must be 4-D (N×C×H×W), got {x.dim()}-D of shape {tuple(x.shape)}")
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(f"input must be 4-D (N×C×H×W), got {len(shape)}-D of shape {tuple(shape)}")
     square = step.branches["square"].weight
     channels = square.shape[1] * step.geometry.groups
-    if x.shape[1] != channels:
-        raise ValueError(f"input must have {channels} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
-    rows, columns = step.geometry.output_size(x.shape[2], x.shape[3])
+    if shape[1] != channels:
+        raise ValueError(f"input must have {channels} channels, got {shape[1]} (shape {tuple(shape)})")
+    rows, columns = step.geometry.output_size(shape[2], shape[3])
     # nn.BatchNorm2d's own check, made before any branch has moved its counter and statistics.
-    if x.shape[0] * rows * columns == 1 and any(n.batch_stats and n.group is None for n in step.norms):
-        shape = (1, square.shape[0], 1, 1)
-        raise ValueError(f"expected more than 1 value per channel when training, got maps of shape {shape}")
+    if shape[0] * rows * columns == 1 and any(n.batch_stats and n.group is None for n in step.norms):
+        maps = (1, square.shape[0], 1, 1)
+        raise ValueError(f"expected more than 1 value per channel when training, got maps of shape {maps}")
     problem = problem_of(step, x)
     if problem.transformed:
         _check_transform(step, x)

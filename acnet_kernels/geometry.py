@@ -70,6 +70,8 @@ class Placement:
 
     def add_adjoint(self, dx: Tensor, dview: Tensor) -> Tensor:
         """Adds the gradient of apply(x) (zero padding) to dx, the gradient of x, in place; returns dx."""
+        if self.edges == (0, 0, 0, 0):
+            return dx.add_(dview)
         left, right, top, bottom = self.edges
         rows, columns = dx.shape[2:]
         target = dx[:, :, max(-top, 0) : rows - max(-bottom, 0), max(-left, 0) : columns - max(-right, 0)]
@@ -100,6 +102,15 @@ class Geometry:
     groups: int
     padding_mode: PaddingMode
     shift: Pair
+
+    def __post_init__(self) -> None:
+        # Every step looks something up by its geometry. A string's hash would differ in another process.
+        mode = PADDING_MODES.index(self.padding_mode)
+        sizes = (self.kernel, self.stride, self.padding, self.dilation, self.groups, mode, self.shift)
+        object.__setattr__(self, "_hash", hash(sizes))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
 
     @classmethod
     def make(

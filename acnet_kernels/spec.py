@@ -116,10 +116,10 @@ class Problem:
 
 def problem_of(step: Step, x: Tensor) -> Problem:
     """Describes step on input x (any tensor with a shape: meta and fake ones too)."""
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) if device != "meta" else False
-    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
-    norms, square = step.norms, step.branches["square"].weight
+    device, dtype, square = x.device.type, x.dtype, step.branches["square"].weight
+    if device != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    norms = step.norms
     # Dynamo traces transforms in its own way, and cannot read the stack.
     transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     return Problem(

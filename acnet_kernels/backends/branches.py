@@ -191,8 +191,8 @@ class _Step(torch.autograd.Function):
             else:
                 dys, dgammas, dbeta = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy)
             dx, dws = convolution_gradients(plan, dys, x, weights, needs_x, needs_w)
-        parameters = (*dgammas[: plan.affine], *(dbeta for _ in needs[2 + len(weights) + plan.affine :]))
-        return None, dx, *dws, *parameters
+        dgammas = dgammas.unbind() if plan.affine else ()
+        return None, dx, *dws, *dgammas, *[dbeta] * (len(needs) - 2 - len(weights) - plan.affine)
 
 
 def convolution_gradients(
@@ -227,7 +227,7 @@ def convolution_gradients(
         needs_dw = need and dws[b] is None
         if not (needs_dx or needs_dw):
             continue
-        dx_b, dw, _ = torch.ops.aten.convolution_backward(
+        dx_b, dw, _ = torch.ops.aten.convolution_backward.default(
             dy,
             seen,
             weight,

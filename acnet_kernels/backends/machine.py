@@ -52,16 +52,17 @@ def device_name(device: torch.device | str = "cpu") -> str:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return _cpu_with(torch.get_num_threads())
-
-
-@functools.cache
-def _cpu_with(threads: int) -> str:
-    return f"{cpu_name()}, {threads} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def this_machine(device: str) -> Machine:
     """The machine that tensors of this device type are computed on; 'meta' stands for the CPU."""
+    return _machine(device, torch.cuda.current_device() if device == "cuda" else torch.get_num_threads())
+
+
+@functools.cache
+def _machine(device: str, _: int) -> Machine:
+    """this_machine() while it is this one: the current GPU, or a CPU with as many threads."""
     if device == "cuda":
         return Machine(CUDA, device_name("cuda"))
     if device in ("cpu", "meta"):
