@@ -19,12 +19,6 @@ from .ops.fusion import FoldBranch, append_branches, append_step, fold
 from .spec import Branch, Norm, Problem, Step, prefers_channels_last
 
 _MODULES = {name: (f"{name}_conv", f"{name}_bn") for name in BRANCHES}
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
 
 
 class ACBlock(nn.Module):
@@ -406,9 +400,13 @@ class ACBlock(nn.Module):
 
 
 def _module_path_reason(convs: dict[str, nn.Conv2d], bns: dict[str, nn.BatchNorm2d]) -> str | None:
-    for attribute in _GLOBAL_HOOKS:
-        if getattr(nn_module, attribute):
-            return "a global module hook is registered"
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
+        return "a global module hook is registered"
     for name, conv in convs.items():
         if type(conv) is not nn.Conv2d or _has_hooks(conv):
             return _why_special(f"{name}_conv", conv, nn.Conv2d)

@@ -8,12 +8,10 @@ A shift moves hor down and ver right of the centre (paper Fig. 6c, the border-sh
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -108,6 +106,7 @@ class Geometry:
         mode = PADDING_MODES.index(self.padding_mode)
         sizes = (self.kernel, self.stride, self.padding, self.dilation, self.groups, mode, self.shift)
         object.__setattr__(self, "_hash", hash(sizes))
+        object.__setattr__(self, "_placements", {branch: self._place(branch) for branch in BRANCHES})
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined]
@@ -172,9 +171,9 @@ class Geometry:
 
     def placement(self, branch: str) -> Placement:
         """Where a branch ('square', 'hor' or 'ver') sits."""
-        if torch.compiler.is_compiling():  # Dynamo looks through a cache, and warns
-            return self._place(branch)
-        return _place_of(self, branch)
+        if branch not in BRANCHES:
+            raise ValueError(f"branch must be one of {BRANCHES}, got {branch!r}")
+        return self._placements[branch]  # type: ignore[attr-defined]
 
     def _place(self, branch: str) -> Placement:
         k, (p_rows, p_columns) = self.kernel, self.padding
@@ -186,12 +185,10 @@ class Geometry:
             if before == after >= 0:
                 return Placement((1, k), (0, 0, 0, 0), (before, p_columns), (1, d_columns))
             return Placement((1, k), (0, 0, before, after), (0, p_columns), (1, d_columns))
-        if branch == "ver":
-            before, after = self._offsets(1)
-            if before == after >= 0:
-                return Placement((k, 1), (0, 0, 0, 0), (p_rows, before), (d_rows, 1))
-            return Placement((k, 1), (before, after, 0, 0), (p_rows, 0), (d_rows, 1))
-        raise ValueError(f"branch must be one of {BRANCHES}, got {branch!r}")
+        before, after = self._offsets(1)
+        if before == after >= 0:
+            return Placement((k, 1), (0, 0, 0, 0), (p_rows, before), (d_rows, 1))
+        return Placement((k, 1), (before, after, 0, 0), (p_rows, 0), (d_rows, 1))
 
     def _offsets(self, axis: int) -> Pair:
         # Kernel row k//2+s reads input row o·stride − p + d·(k//2+s): the padding before shrinks by d·s,
@@ -220,8 +217,3 @@ class Geometry:
                 f"stride {self.stride}, padding {self.padding}, dilation {self.dilation}"
             )
         return rows, columns
-
-
-@functools.lru_cache(4096)
-def _place_of(geometry: Geometry, branch: str) -> Placement:
-    return geometry._place(branch)

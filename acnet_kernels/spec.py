@@ -64,7 +64,7 @@ class Step:
         return self.geometry.pad_input(x), replace(self, geometry=self.geometry.explicit())
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # nothing changes one; frozen, it would take four times as long to make, every step
 class Problem:
     """What the choice of a backend may depend on: shapes, dtypes and flags, no tensors.
 

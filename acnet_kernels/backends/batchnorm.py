@@ -58,7 +58,7 @@ def update_running(
         means, variances = (torch.stack([t[b] for b in tracked]) if tracked else t[:0] for t in (means, variances))
     running_means: list[Tensor] = []
     running_vars: list[Tensor] = []
-    momenta: list[float] = []  # NaN is the cumulative average
+    momenta: list[float | None] = []
     for b in tracked:
         norm = norms[b]
         assert norm.running_mean is not None
@@ -66,17 +66,16 @@ def update_running(
         assert norm.momentum is not None or norm.num_batches_tracked is not None
         running_means.append(norm.running_mean)
         running_vars.append(norm.running_var)
-        momenta.append(math.nan if norm.momentum is None else norm.momentum)
+        momenta.append(norm.momentum)
     shifts = [biases[b] for b in tracked]
     if any(shift is not None for shift in shifts):
         moved = [mean if shift is None else mean + shift for mean, shift in zip(means, shifts, strict=True)]
         means = torch.stack(moved)
-    update = running.update_running_ if _in_one_call(means) else _update_running
-    update(running_means, running_vars, counters, means, variances, momenta, count)
-
-
-def _in_one_call(means: Tensor) -> bool:
-    return MISSING is None and means.is_cpu and not torch.compiler.is_compiling()
+    if MISSING is None and means.is_cpu and not torch.compiler.is_compiling():
+        factors = [math.nan if momentum is None else momentum for momentum in momenta]
+        running.update_running_(running_means, running_vars, counters, means, variances, factors, count)
+    else:
+        _update_running(running_means, running_vars, counters, means, variances, momenta, count)
 
 
 def _update_running(
@@ -85,10 +84,10 @@ def _update_running(
     counters: list[Tensor],
     means: Tensor,
     variances: Tensor,
-    momenta: list[float],
+    momenta: list[float | None],
     count: int,
 ) -> None:
-    """ops/running.py's operator in PyTorch; nothing waits for the device."""
+    """ops/running.py's operator in PyTorch, with None for NaN; nothing waits for the device."""
     if counters:
         torch._foreach_add_(counters, 1)
     if not momenta or count == 0:
@@ -96,7 +95,7 @@ def _update_running(
     variances = variances * (count / (count - 1))
     targets = [*running_means, *running_vars]
     values = [v.to(t.dtype) for v, t in zip((*means, *variances), targets, strict=True)]
-    if math.isnan(momenta[0]):  # 1/n stays a tensor, so nothing waits for it
+    if momenta[0] is None:  # 1/n stays a tensor, so nothing waits for it
         factor = counters[0].to(means.dtype).reciprocal()
         for target, value in zip(targets, values, strict=True):
             target.lerp_(value, factor.to(target.dtype))
@@ -104,4 +103,5 @@ def _update_running(
         torch._foreach_lerp_(targets, values, momenta[0])
     else:
         for target, value, momentum in zip(targets, values, momenta * 2, strict=True):
+            assert momentum is not None
             target.lerp_(value, momentum)
