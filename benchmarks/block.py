@@ -26,7 +26,7 @@ COMPILED_SHAPES = (
 )
 
 # The planner's choice against what one would run without us: a few percent are to be told apart there.
-WEIGHTS = {"eager": 4, "auto": 4}
+WEIGHTS = {"eager": 4, "compile": 4, "auto": 4}
 
 LEAST_SHARE = 0.01  # of a step, for a phase to be written
 
