@@ -1,7 +1,8 @@
 """Nothing kept but x, for any geometry: every y_b is computed twice, once for its statistics and once for backward.
 
 Forward: y_b = W_b * x, one at a time, gives its mean and variance and is freed; out is one k×k convolution with the
-kernels folded by them, Σ_b s_b·W_b, less its mean, plus Σ_b β_b. Backward: the y_b again, then as `branches`.
+kernels folded by them, z = Σ_b (s_b/s)·W_b * x, s the largest of the |s_b|, normalised: s·(z − its mean) + Σ_b β_b.
+Of one branch alone z is y_b, bit for bit. Backward: the y_b again, then as `branches`.
 Exactly three batch norms' training semantics. On CUDA the statistics are one Triton pass that stores no map.
 
 One more convolution forward and three more backward: this runs on request, and under the memory saver where
@@ -83,13 +84,19 @@ def _step(
         statistics = _triton_statistics if _has_triton(x) else _statistics
         means, variances, rstds = statistics(x, kernels, plan, place)
         scale = rstds * torch.stack(gammas) if gammas else rstds
-        out = F.conv2d(x, _folded(kernels, scale, place).to(x.dtype), None, *_window(place))
+        top = scale.abs().amax(0)
+        top = torch.where(top > 0, top, 1)
+        out = F.conv2d(x, _folded(kernels, scale / top, place).to(x.dtype), None, *_window(place))
         # The mean that this convolution's own rounding gives: a level much larger than the spread cancels exactly,
         # as it does in a batch norm.
-        shift = -bn_sum.bn_sum_forward([out], [], [], [0.0], None)[1][0]
+        level = bn_sum.bn_sum_forward([out], [], [], [0.0], None)[1][0]
+        wide = bn_sum.accumulation_dtype(x.dtype)
+        centre = level.to(wide)
+        shift = top * (centre - level)
         for beta in betas:
             shift += beta
-        out.add_(shift.to(bn_sum.accumulation_dtype(x.dtype))[:, None, None])
+        centre, top, shift = (t.to(wide)[:, None, None] for t in (centre, top, shift))
+        out = out.to(wide).sub_(centre).mul_(top).add_(shift)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return out.to(dtype).contiguous(memory_format=layout), means, variances, rstds
 
