@@ -21,8 +21,8 @@ void move_as(Tensor& target, const double* value, double scale, double factor) {
   T* t = static_cast<T*>(target.mutable_data_ptr());
   const int64_t channels = target.numel(), stride = target.stride(0);
   for (int64_t k = 0; k < channels; ++k) {
-    const double before = static_cast<double>(t[k * stride]);
-    t[k * stride] = static_cast<T>(before + factor * (value[k] * scale - before));
+    // Not before + factor·(value − before): a factor of 1 must leave nothing of what was before.
+    t[k * stride] = static_cast<T>((1 - factor) * static_cast<double>(t[k * stride]) + factor * (value[k] * scale));
   }
 }
 

@@ -316,3 +316,13 @@ def test_the_update_is_an_operator():
         running.update_running_(*buffers, *statistics, [math.nan, 0.2], 7)
     with pytest.raises(RuntimeError, match="vectors of 5 channels"):
         running.update_running_([torch.zeros(4)], [torch.ones(5)], [], *(t[:1] for t in statistics), [0.1], 7)
+
+
+def test_a_momentum_of_one_leaves_nothing_of_the_old_statistics(update):
+    kept = [torch.ones(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)]
+    means, variances = 1e-9 * torch.rand(1, 5).double(), 1e-9 * torch.rand(1, 5).double()
+    for momentum in (1.0, None):
+        norm = Norm(None, None, *kept, torch.tensor(0), 1e-5, momentum, True)
+        update_running([norm], means, variances, 10**9, [None])
+        torch.testing.assert_close(kept[0], means[0], rtol=1e-14, atol=0)
+        torch.testing.assert_close(kept[1], variances[0], rtol=1e-8, atol=0)

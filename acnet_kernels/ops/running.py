@@ -2,7 +2,7 @@
 
     update_running_(running_means, running_vars, counters, means, variances, momenta, count) -> ()
 
-Every counter grows by one; with count > 0, r ← r + f·(v − r) in float64 for each norm's running mean, v its entry
+Every counter grows by one; with count > 0, r ← (1 − f)·r + f·v in float64 for each norm's running mean, v its entry
 of `means`, and running variance, v = variance·count/(count − 1), the unbiased one. f is the norm's momentum, or
 where that is NaN one over its counter: the cumulative average, one norm a call.
 
