@@ -224,5 +224,5 @@ REASONS = {
     "branches": "fused batch-norm sums move less memory than three batch norms and two additions",
     "eager": "no other backend gains on the definition",
     "moments": "one convolution, with statistics from the input's autocorrelation",
-    "recompute": "every branch's map computed twice, none moved",
+    "recompute": "every branch's map computed twice, none kept",
 }

@@ -1,12 +1,11 @@
-"""Nothing kept but x, for any geometry: every y_b is computed twice, once for its statistics and once for backward.
+"""Nothing kept but x, for any geometry: `branches`, whose maps are computed a second time for backward.
 
-Forward: y_b = W_b * x, one at a time, gives its mean and variance and is freed; out is one k×k convolution with the
+On CUDA the forward stores no map either. The statistics are one Triton pass; out is one k×k convolution with the
 kernels folded by them, z = Σ_b (s_b/s)·W_b * x, s the largest of the |s_b|, normalised: s·(z − its mean) + Σ_b β_b.
-Of one branch alone z is y_b, bit for bit. Backward: the y_b again, then as `branches`.
-Exactly three batch norms' training semantics. On CUDA the statistics are one Triton pass that stores no map.
+Of one branch alone z is y_b, bit for bit. Exactly three batch norms' training semantics everywhere.
 
-One more convolution forward and three more backward: this runs on request, and under the memory saver where
-`moments`, whose identities need stride 1, dilation 1 and "same" padding, declines. Without a double backward.
+Three more convolutions a step, on CUDA four: this runs on request, and under the memory saver where `moments`,
+whose identities need stride 1, dilation 1 and "same" padding, declines. Without a double backward.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import BRANCHES, Geometry, Pair
+from ..geometry import BRANCHES, Geometry
 from ..ops import bn_sum
 from ..ops import recompute as ops
 from ..ops._extension import TRITON
@@ -76,44 +75,14 @@ def _step(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    place = ops.unpack(geometry)
-    plan = branches.plan_of(place, names, eps, len(gammas), dtype, x.device.type)
+    plan = branches.plan_of(ops.unpack(geometry), names, eps, len(gammas), dtype, x.device.type)
     with torch.autocast(x.device.type, enabled=False):
-        x = x.to(plan.conv_dtype)
-        kernels = dict(zip(names, (weight.to(plan.conv_dtype) for weight in weights), strict=True))
-        statistics = _triton_statistics if _has_triton(x) else _statistics
-        means, variances, rstds = statistics(x, kernels, plan, place)
-        scale = rstds * torch.stack(gammas) if gammas else rstds
-        top = scale.abs().amax(0)
-        top = torch.where(top > 0, top, 1)
-        out = F.conv2d(x, _folded(kernels, scale / top, place).to(x.dtype), None, *_window(place))
-        # The mean that this convolution's own rounding gives: a level much larger than the spread cancels exactly,
-        # as it does in a batch norm.
-        level = bn_sum.bn_sum_forward([out], [], [], [0.0], None)[1][0]
-        wide = bn_sum.accumulation_dtype(x.dtype)
-        centre = level.to(wide)
-        shift = top * (centre - level)
-        for beta in betas:
-            shift += beta
-        centre, top, shift = (t.to(wide)[:, None, None] for t in (centre, top, shift))
-        out = out.to(wide).sub_(centre).mul_(top).add_(shift)
+        if _has_triton(x):
+            out, means, variances, rstds = _without_maps(x, weights, gammas, betas, plan)
+        else:
+            out, _, means, variances, rstds = plan.forward(x, tuple(weights), gammas, betas)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return out.to(dtype).contiguous(memory_format=layout), means, variances, rstds
-
-
-def _statistics(
-    x: Tensor, kernels: dict[str, Tensor], plan: branches.Plan, geometry: Geometry
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(means, variances, rstds) of every y_b, B×K float64; one y_b at a time is in memory."""
-    if len(plan.eps) < len(kernels):
-        maps = plan.maps(x, tuple(kernels.values()))
-        return bn_sum.bn_sum_forward(maps, [], [], list(plan.eps), None)[1:]
-    found = []
-    for placement, weight, eps in zip(plan.places, kernels.values(), plan.eps, strict=True):
-        maps = plan._replace(places=(placement,), eps=(eps,)).maps(x, (weight,))
-        found.append(bn_sum.bn_sum_forward(maps, [], [], [eps], None)[1:])
-    means, variances, rstds = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return means, variances, rstds
 
 
 def _has_triton(x: Tensor) -> bool:
@@ -121,22 +90,44 @@ def _has_triton(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64 and TRITON
 
 
-def _triton_statistics(
-    x: Tensor, kernels: dict[str, Tensor], plan: branches.Plan, geometry: Geometry
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(means, variances, rstds) of every y_b, B×K float64, in two launches; no y_b is ever in memory."""
+def _without_maps(
+    x: Tensor, weights: list[Tensor], gammas: list[Tensor], betas: list[Tensor], plan: branches.Plan
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, means, variances, rstds); no y_b is ever in memory. out is of the convolutions' dtype or wider."""
+    x, geometry = x.to(plan.conv_dtype), plan.geometry
+    kernels = {name: weight.to(plan.conv_dtype) for name, weight in zip(plan.names, weights, strict=True)}
+    means, variances, rstds = _triton_statistics(x, kernels, plan)
+    scale = rstds * torch.stack(gammas) if gammas else rstds
+    top = scale.abs().amax(0)
+    top = torch.where(top > 0, top, 1)
+    place, wide = geometry.placement("square"), bn_sum.accumulation_dtype(x.dtype)
+    folded = _folded(kernels, scale / top, geometry).to(x.dtype)
+    z = F.conv2d(x, folded, None, geometry.stride, place.padding, place.dilation, geometry.groups)
+    # The mean that this convolution's own rounding gives: as in a batch norm, a level much larger than the spread
+    # cancels exactly.
+    level = bn_sum.bn_sum_forward([z], [], [], [0.0], None)[1][0]
+    centre = level.to(wide)
+    shift = top * (centre - level)
+    for beta in betas:
+        shift += beta
+    centre, top, shift = (t.to(wide)[:, None, None] for t in (centre, top, shift))
+    return z.to(wide).sub_(centre).mul_(top).add_(shift), means, variances, rstds
+
+
+def _triton_statistics(x: Tensor, kernels: dict[str, Tensor], plan: branches.Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """(means, variances, rstds) of every y_b, B×K float64, in two launches."""
     from ..ops import triton_conv  # Triton is slow to import, and only CUDA needs it
     from ..ops.triton_bn_sum import merge_statistics
 
     if len(plan.eps) < len(kernels):
-        kernels = {"square": summed_kernel(kernels, geometry)}
+        kernels = {"square": summed_kernel(kernels, plan.geometry)}
     x = x.contiguous(memory_format=torch.channels_last)
     weights = [
         None if (weight := kernels.get(name)) is None else weight.contiguous(memory_format=torch.channels_last)
         for name in BRANCHES
     ]
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        _, moments = triton_conv.conv_forward(x, weights, triton_conv.Window.of(geometry), store=False)
+        _, moments = triton_conv.conv_forward(x, weights, triton_conv.Window.of(plan.geometry), store=False)
         norms = merge_statistics(moments, [], [], plan.eps)
     return norms.means, norms.variances, norms.rstds
 
@@ -150,12 +141,6 @@ def _folded(kernels: dict[str, Tensor], scale: Tensor, geometry: Geometry) -> Te
         for (name, weight), row in zip(kernels.items(), rows, strict=True)
     }
     return summed_kernel(scaled, geometry)
-
-
-def _window(geometry: Geometry) -> tuple[Pair, Pair, Pair, int]:
-    """What F.conv2d takes after the bias, of the k×k convolution."""
-    place = geometry.placement("square")
-    return geometry.stride, place.padding, place.dilation, geometry.groups
 
 
 @torch.library.impl("acnet_kernels::recompute_step_backward", ("CPU", "CUDA"))
