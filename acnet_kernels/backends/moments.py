@@ -35,6 +35,9 @@ PIVOT_SAMPLES = 2048
 # Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
 HALF_PRECISION_RATIO = 16.0
 LEAST_CHANNELS_BY_BRANCH = 64  # a group: from here on a CPU's dx goes through the branches' maps
+# Pixels of a channel below which float32 products lose digits for good: their rounding does not average away, and a
+# variance much smaller than its terms, got from their squares, loses twice the digits that a map's own would.
+FEW_PIXELS = 256
 CHUNK_BYTES = 4 << 20  # of float32 maps converted at a time: they stay in cache
 
 
@@ -191,6 +194,8 @@ def pivot_of(x: Tensor) -> Tensor:
 
 def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMoments:
     """S and G − SSᵀ/M of x's zero-padded k×k patches."""
+    if x.numel() < FEW_PIXELS * x.shape[1]:
+        x, pivot = x.double(), pivot.double()
     half, total = autocorrelation(x, pivot, k - 1, k - 1, groups)
     strips = algebra.edge_strips(x, pivot, k, groups)
     if k == 1:  # no edges
