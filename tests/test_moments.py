@@ -116,6 +116,18 @@ def test_the_mean_cancels_exactly_where_nothing_is_padded():
     assert rel(variance[0], true) < 1e-9
 
 
+def test_a_variance_far_below_its_terms_is_exact_of_few_pixels():
+    # Kernels that make (0.40, 0.43, 0.41) of three pixels as large as 600: float32 squares would keep no digit.
+    pixels = torch.tensor([100.0, 640.0, -400.0], dtype=torch.float64)
+    taps = torch.stack([torch.tensor([0, *pixels, 0], dtype=torch.float64)[i : i + 3] for i in range(3)])
+    kernel = torch.linalg.solve(taps, torch.tensor([0.40, 0.43, 0.41], dtype=torch.float64))
+    x = pixels.float().view(1, 1, 1, 3)
+    branches = moments._branches([kernel.view(1, 1, 1, 3).float()], [1, 0], 3, 1)
+    _, variance, _ = moments.statistics(moments.moments_of(x, moments.pivot_of(x), 3, 1), branches)
+    true = nn.functional.conv2d(x.double(), branches[0].weight.view(1, 1, 1, 3), padding=(0, 1)).var(correction=0)
+    assert rel(variance[0, 0], true) < 1e-6
+
+
 def test_taps_that_see_padding_alone_cost_no_precision():
     block = block_of(2, 2, 3, branches=("square",))
     with torch.no_grad():  # a centre far below its neighbours, and a variance far below ε
