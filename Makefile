@@ -24,7 +24,7 @@ test: lint
 test-gpu: $(STAMP)
 	$(PY) -m pytest tests/triton tests/gpu
 
-# Blocks, networks, folding and memory, with a report: about twelve minutes on two cores.
+# Blocks, networks, folding and memory, with a report: about ten minutes on two cores.
 bench: $(STAMP)
 	$(PY) -m acnet_kernels bench all
 

@@ -23,8 +23,8 @@ def batch_norm(y: Tensor, norm: Norm) -> Tensor:
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     if norm.momentum is not None:  # F.batch_norm less its check of the size, which the step has passed
-        running, cudnn = (norm.running_mean, norm.running_var), torch.backends.cudnn.enabled
-        return torch.batch_norm(y, norm.gamma, norm.beta, *running, True, norm.momentum, norm.eps, cudnn)
+        buffers, cudnn = (norm.running_mean, norm.running_var), torch.backends.cudnn.enabled
+        return torch.batch_norm(y, norm.gamma, norm.beta, *buffers, True, norm.momentum, norm.eps, cudnn)
     # momentum=None is the cumulative average: its factor 1/n stays a tensor, so nothing waits for it.
     assert norm.num_batches_tracked is not None
     mean, var = norm.running_mean.clone(), norm.running_var.clone()

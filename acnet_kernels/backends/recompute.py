@@ -1,8 +1,9 @@
 """Nothing kept but x, for any geometry: `branches`, whose maps are computed a second time for backward.
 
-On CUDA the forward stores no map either. The statistics are one Triton pass; out is one k×k convolution with the
-kernels folded by them, z = Σ_b (s_b/s)·W_b * x, s the largest of the |s_b|, normalised: s·(z − its mean) + Σ_b β_b.
-Of one branch alone z is y_b, bit for bit. Exactly three batch norms' training semantics everywhere.
+On CUDA, but for float64, the forward stores no map either. The statistics are one Triton pass; out is one k×k
+convolution with the kernels folded by them, z = Σ_b (s_b/s)·W_b * x, s the largest of the |s_b|, normalised:
+s·(z − its mean) + Σ_b β_b. Of one branch alone z is y_b, bit for bit. Exactly three batch norms' training semantics
+everywhere.
 
 Three more convolutions a step, on CUDA four: this runs on request, and under the memory saver where `moments`,
 whose identities need stride 1, dilation 1 and "same" padding, declines. Without a double backward.
