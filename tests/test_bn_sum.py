@@ -270,7 +270,7 @@ def test_wrong_layouts_are_refused():
 
 @pytest.mark.skipif(bn_sum.MISSING is not None, reason=f"only the C++ kernels promise it: {bn_sum.MISSING}")
 def test_means_near_zero_are_not_rounded_to_float32_on_their_way():
-    # Less a pivot of the deviation's size they are not near zero: rounding them once costs 2e-8, and once a plane more.
+    # Less a pivot of the deviation's size they are not near zero: rounding them costs 2e-8, and so once a plane.
     y = torch.randn(2, 64, 64, 64)
     means = bn_sum.bn_sum_forward([y], [], [], [1e-5], None)[1][0]
     assert (means - y.double().mean((0, 2, 3))).square().mean().sqrt() < 1e-8
