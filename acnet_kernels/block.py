@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
-from torch.nn.utils import parametrize, prune
 
 from .backends import planner
 from .functional import plan, run
 from .geometry import BRANCHES, Geometry, IntOrPair, PaddingMode, Pair
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import FoldBranch, append_branches, append_step, fold
-from .spec import Branch, Norm, Problem, Step, prefers_channels_last
+from .spec import Problem, Step, prefers_channels_last
+from .submodules import agreed_geometry, kernel_of, read, read_for_fold, speaks_for
 
 _MODULES = {name: (f"{name}_conv", f"{name}_bn") for name in BRANCHES}
 
@@ -81,7 +80,7 @@ class ACBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.geometry = Geometry.make(kernel_size, stride, padding, dilation, groups, padding_mode, shift)
+        self._built = Geometry.make(kernel_size, stride, padding, dilation, groups, padding_mode, shift)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels < 1 or channels % groups:
                 raise ValueError(f"{name} must be a positive multiple of groups={groups}, got {channels}")
@@ -93,7 +92,7 @@ class ACBlock(nn.Module):
             raise ValueError(f"give reduce_gamma or gamma_init, not both (gamma_init={gamma_init})")
         if not use_affine and (reduce_gamma or gamma_init is not None):
             raise ValueError("reduce_gamma and gamma_init need use_affine=True: there is no γ to set")
-        self.in_channels, self.out_channels = in_channels, out_channels
+        self._channels = operator.index(in_channels), operator.index(out_channels)
         self.branches = tuple(name for name in BRANCHES if name in branches)
         self.norm = norm
         self.eps = eps
@@ -125,55 +124,98 @@ class ACBlock(nn.Module):
             self.init_gamma(gamma_init)
 
     def _branch_conv(self, name: str, factory: dict[str, Any]) -> nn.Conv2d:
-        g, place = self.geometry, self.geometry.placement(name)
-        return nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            place.kernel,
-            g.stride,
-            place.padding,
-            place.dilation,
-            g.groups,
-            bias=False,
-            padding_mode=g.padding_mode,
-            **factory,
-        )
+        return self._conv(name, *self._channels, False, self._built, factory)
 
     def _fused_conv(self, factory: dict[str, Any]) -> nn.Conv2d:
-        g = self.geometry
+        return self._conv("square", *self._channels, True, self._built, factory)
+
+    @staticmethod
+    def _conv(
+        name: str, in_channels: int, out_channels: int, bias: bool, geometry: Geometry, factory: dict[str, Any]
+    ) -> nn.Conv2d:
+        place = geometry.placement(name)
         return nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            g.kernel,
-            g.stride,
-            g.padding,
-            g.placement("square").dilation,
-            g.groups,
-            bias=True,
-            padding_mode=g.padding_mode,
+            in_channels,
+            out_channels,
+            place.kernel,
+            geometry.stride,
+            place.padding,
+            place.dilation,
+            geometry.groups,
+            bias,
+            geometry.padding_mode,
             **factory,
         )
 
-    # nn.Conv2d's readable attributes.
+    @property
+    def geometry(self) -> Geometry:
+        """Where the branches sit: as the convolutions' attributes say now where they agree, else as built."""
+        convs = {"square": self.fused_conv} if self.deploy else self.convs()
+        if not all(isinstance(conv, nn.Conv2d) for conv in convs.values()):
+            return self._built
+        found = agreed_geometry(convs, self._built)
+        return self._built if isinstance(found, str) else found
+
+    def _place(self, **settings: Any) -> None:
+        """Moves every convolution to where a block of these settings has it."""
+        was = self.geometry
+        names = ("stride", "padding", "dilation", "padding_mode")
+        new = {name: getattr(was, name) for name in names} | settings
+        geometry = Geometry.make(was.kernel, groups=was.groups, shift=was.shift, **new)
+        for name, conv in {"square": self.fused_conv}.items() if self.deploy else self.convs().items():
+            placed = self._conv(name, was.groups, was.groups, False, geometry, {"device": "meta"})
+            for attribute in (*names, "_reversed_padding_repeated_twice"):
+                setattr(conv, attribute, getattr(placed, attribute))
+        self._built = geometry
+
+    # nn.Conv2d's attributes. Setting one moves all branches.
+    @property
+    def in_channels(self) -> int:
+        """C, as the convolutions' weights have it now."""
+        weight = self._kernel()
+        return self._channels[0] if weight is None else weight.shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        """K, as the convolutions' weights have it now."""
+        weight = self._kernel()
+        return self._channels[1] if weight is None else weight.shape[0]
+
+    def _kernel(self) -> Tensor | None:
+        weight = getattr(self.fused_conv if self.deploy else self.square_conv, "weight", None)
+        return weight if isinstance(weight, Tensor) and weight.dim() == 4 else None
+
     @property
     def kernel_size(self) -> Pair:
         """(k, k)."""
-        return self.geometry.kernel, self.geometry.kernel
+        return self._built.kernel, self._built.kernel
 
     @property
     def stride(self) -> Pair:
         """(rows, columns)."""
         return self.geometry.stride
 
+    @stride.setter
+    def stride(self, value: IntOrPair) -> None:
+        self._place(stride=value)
+
     @property
     def padding(self) -> Pair:
         """(rows, columns)."""
         return self.geometry.padding
 
+    @padding.setter
+    def padding(self, value: IntOrPair | str) -> None:
+        self._place(padding=value)
+
     @property
     def dilation(self) -> Pair:
         """(rows, columns)."""
         return self.geometry.dilation
+
+    @dilation.setter
+    def dilation(self, value: IntOrPair) -> None:
+        self._place(dilation=value)
 
     @property
     def groups(self) -> int:
@@ -185,10 +227,14 @@ class ACBlock(nn.Module):
         """As nn.Conv2d's."""
         return self.geometry.padding_mode
 
+    @padding_mode.setter
+    def padding_mode(self, value: PaddingMode) -> None:
+        self._place(padding_mode=value)
+
     @property
     def shift(self) -> Pair:
         """(rows hor moves down, columns ver moves right)."""
-        return self.geometry.shift
+        return self._built.shift
 
     def norms(self) -> dict[str, nn.BatchNorm2d]:
         """Branch name, or 'sum', → its batch norm; empty once deployed."""
@@ -208,41 +254,48 @@ class ACBlock(nn.Module):
         """N×C×H×W → N×K×H'×W', as nn.Conv2d."""
         if self.deploy:
             return self.fused_conv(x)
-        convs, bns = self.convs(), self.norms()
-        if _module_path_reason(convs, bns) is not None:
-            return self._forward_modules(x)
-        return run(x, self._step(convs, bns), self.backend)
+        step = self._read()
+        return self._forward_modules(x) if isinstance(step, str) else run(x, step, self.backend)
+
+    def _read(self) -> Step | str:
+        return read(self.convs(), self.norms(), self._built)
 
     def step(self) -> Step:
-        """The tensors and settings one step computes with, read from the submodules as they are now."""
-        return self._step(self.convs(), self.norms())
+        """The tensors and settings one step computes with, read from the submodules as they are now.
 
-    def _step(self, convs: dict[str, nn.Conv2d], bns: dict[str, nn.BatchNorm2d]) -> Step:
-        norms = {name: _norm_of(bn) for name, bn in bns.items()}
-        branches = {}
-        for name, conv in convs.items():
-            own = conv._parameters
-            if "weight" not in own or "bias" not in own:  # as in _norm_of
-                branches[name] = Branch(conv.weight, conv.bias, norms.get(name))
-                continue
-            branches[name] = Branch(own["weight"], own["bias"], norms.get(name))  # type: ignore[arg-type]
-        return Step(self.geometry, branches, norms.get("sum"))
+        Raises:
+            ValueError: only calling the submodules can tell (see `module_path_reason`).
+        """
+        step = self._read()
+        if isinstance(step, str):
+            raise ValueError(f"the block runs through its submodules: {step}")
+        return step
 
     def plan(self, x: Tensor) -> tuple[Problem, planner.Plan]:
-        """What forward(x) would run outside the module path, and why; x may be a meta tensor."""
+        """What forward(x) runs, and why; x may be a meta tensor.
+
+        Raises:
+            ValueError: as `step`, or x does not fit.
+        """
         return plan(x, self.step(), self.backend)
 
     def module_path_reason(self) -> str | None:
         """Why the step must go through the submodules' own forward (always eager), or None."""
-        return _module_path_reason(self.convs(), self.norms())
+        step = None if self.deploy else self._read()
+        return step if isinstance(step, str) else None
 
     def _forward_modules(self, x: Tensor) -> Tensor:
         out = None
-        norms = self.norms()
+        norms, geometry = self.norms(), self.geometry
         for name, conv in self.convs().items():
-            y = conv(self.geometry.placement(name).apply(x, self.padding_mode))
+            y = conv(geometry.placement(name).apply(x, geometry.padding_mode))
             if name in norms:
                 y = norms[name](y)
+            if out is not None and out.shape != y.shape:  # a sum would broadcast, or raise without a name
+                raise ValueError(
+                    f"the branches' maps must have one shape to be summed: square's is {tuple(out.shape)}, "
+                    f"{name}'s {tuple(y.shape)}"
+                )
             out = y if out is None else out + y
         assert out is not None
         return norms["sum"](out) if "sum" in norms else out
@@ -259,54 +312,40 @@ class ACBlock(nn.Module):
         return fold(self.fold_step())
 
     def fold_step(self) -> Step:
-        """step(), for folding: checks that one fixed convolution equals the block in eval.
+        """The step in eval, for folding: it is one fixed convolution.
 
         Raises:
-            ValueError: the block is deployed, a batch norm keeps no running statistics, or a submodule was
-                replaced by a class whose eval arithmetic is not known.
+            ValueError: the block is deployed, a batch norm keeps no running statistics, or what a submodule
+                computes is not known to fold; names the submodule and its class.
         """
         if self.deploy:
             raise ValueError("cannot fold: the block is deployed, its convolution is folded already")
-        for name, conv in self.convs().items():
-            if type(conv) is not nn.Conv2d and not parametrize.is_parametrized(conv):
-                raise ValueError(f"cannot fold: {name}_conv is a {type(conv).__name__}, not an nn.Conv2d")
-            for hook in conv._forward_pre_hooks.values():
-                if isinstance(hook, prune.BasePruningMethod):
-                    hook(conv, None)  # pruning refreshes the weight in the hook, not when the optimizer steps
-        for name, bn in self.norms().items():
-            if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-                raise ValueError(f"cannot fold: the {name} batch norm is a {type(bn).__name__}")
-            if bn.running_mean is None:
-                raise ValueError(
-                    f"cannot fold: the {name} batch norm has track_running_stats=False, so it always normalises by "
-                    "the batch and no fixed convolution equals it"
-                )
-        return self.step()
+        return read_for_fold(self.convs(), self.norms(), self._built)
 
     def append_fold(self, a: Arguments) -> None:
-        """Appends the block's tensors to the fold operator's lists: what `fold_step` gives, in a fifth of its time.
+        """Appends the block's tensors to the fold operator's lists: what `fold_step` gives, in less time.
 
         Raises:
             ValueError: as `fold_step`; a is then as it was.
         """
-        found: list[FoldBranch | None] = []
-        modules = self._modules
-        for conv_name, bn_name in _MODULES.values() if self.norm == "branch" else ():
-            conv, bn = modules.get(conv_name), modules.get(bn_name)
-            if conv is None and bn is None and found:
-                found.append(None)
-                continue
-            if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d or conv._forward_pre_hooks:
-                break
-            own, affine, buffers = conv._parameters, bn._parameters, bn._buffers
-            weight, mean, var = own.get("weight"), buffers.get("running_mean"), buffers.get("running_var")
-            if weight is None or mean is None or var is None:
-                break
-            found.append((weight, own["bias"], affine["weight"], affine["bias"], mean, var, bn.eps))
-        if len(found) != len(BRANCHES):  # something special, or wrong: fold_step knows
+        convs, norms = self.convs(), self.norms()
+        if self.deploy or isinstance(speaks_for(convs, norms, self._built), str):
             append_step(a, self.fold_step())
             return
-        append_branches(a, found, (self.geometry.hor_row, self.geometry.ver_column))
+        found: list[FoldBranch | None] = []
+        for name in BRANCHES if self.norm == "branch" else ():
+            if name not in convs:
+                found.append(None)
+                continue
+            affine, buffers = norms[name]._parameters, norms[name]._buffers
+            mean, var = buffers.get("running_mean"), buffers.get("running_var")
+            if mean is None or var is None or "weight" not in affine:
+                break
+            found.append((*kernel_of(convs[name]), affine["weight"], affine["bias"], mean, var, norms[name].eps))
+        if len(found) == len(BRANCHES):
+            append_branches(a, found, (self._built.hor_row, self._built.ver_column))
+        else:  # one norm after the sum, a frozen one, or one without statistics
+            append_step(a, self.fold_step())
 
     def switch_to_deploy(self) -> None:
         """Replaces the branches by their one folded convolution, in place; a second call does nothing.
@@ -331,14 +370,7 @@ class ACBlock(nn.Module):
 
     def become(self, weight: Tensor, bias: Tensor) -> None:
         """Replaces the branches by a convolution with this weight (K×C/groups×k×k) and bias (K)."""
-        conv = self._fused_conv({"device": "meta"})
-        square = self.square_conv.weight
-        if prefers_channels_last(square, square):
-            weight = weight.contiguous(memory_format=torch.channels_last)
-        trained = any(p.requires_grad for p in self.parameters())
-        conv.weight = nn.Parameter(weight.detach(), trained)
-        conv.bias = nn.Parameter(bias.detach(), trained)
-        conv.train(self.training)
+        conv = self.folded_conv(weight, bias)
         for name in self.branches:
             delattr(self, f"{name}_conv")
             if self.norm == "branch":
@@ -347,6 +379,18 @@ class ACBlock(nn.Module):
             del self.bn
         self.fused_conv = conv
         self.deploy = True
+
+    def folded_conv(self, weight: Tensor, bias: Tensor) -> nn.Conv2d:
+        """The nn.Conv2d of this weight (K×C/groups×k×k) and bias (K) where the block is, trained as it is."""
+        channels = weight.shape[1] * self.groups, weight.shape[0]
+        conv = self._conv("square", *channels, True, self.geometry, {"device": "meta"})
+        square = self.square_conv.weight
+        if prefers_channels_last(square, square):
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        trained = any(p.requires_grad for p in self.parameters())
+        conv.weight = nn.Parameter(weight.detach(), trained)
+        conv.bias = nn.Parameter(bias.detach(), trained)
+        return conv.train(self.training)
 
     def init_gamma(self, value: float) -> None:
         """Sets every γ to value."""
@@ -397,65 +441,3 @@ class ACBlock(nn.Module):
         if self.deploy:
             parts.append("deploy=True")
         return ", ".join(parts)
-
-
-def _module_path_reason(convs: dict[str, nn.Conv2d], bns: dict[str, nn.BatchNorm2d]) -> str | None:
-    if (
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    ):
-        return "a global module hook is registered"
-    for name, conv in convs.items():
-        if type(conv) is not nn.Conv2d or _has_hooks(conv):
-            return _why_special(f"{name}_conv", conv, nn.Conv2d)
-    group = None
-    for name, bn in bns.items():
-        kind = type(bn)
-        if kind not in (nn.BatchNorm2d, nn.SyncBatchNorm) or _has_hooks(bn):
-            return _why_special("bn" if name == "sum" else f"{name}_bn", bn, nn.BatchNorm2d)
-        if kind is nn.SyncBatchNorm and (its := _group_of(bn)) is not None:
-            if group is not None and its is not group:
-                return "its batch norms synchronise over different process groups"
-            group = its
-    return None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
-def _why_special(label: str, module: nn.Module, expected: type[nn.Module]) -> str:
-    if type(module) in (expected, nn.SyncBatchNorm):
-        return f"{label} has hooks"
-    return f"{label} is a {type(module).__name__}, not nn.{expected.__name__}"
-
-
-def _norm_of(bn: nn.BatchNorm2d) -> Norm:
-    # nn.BatchNorm2d.forward's own rules: it normalises by the batch in training, or without buffers, and
-    # touches the buffers in training only if it tracks them.
-    # nn.Module.__getattr__ costs five times a dictionary's look-up, and folding a network reads thousands of
-    # attributes. Whatever is no plain parameter or buffer (parametrised, replaced) goes through it.
-    own, buffers = bn._parameters, bn._buffers
-    if "weight" in own and "bias" in own and "running_mean" in buffers and "running_var" in buffers:
-        gamma, beta = own["weight"], own["bias"]
-        mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers.get("num_batches_tracked")
-    else:
-        gamma, beta = bn.weight, bn.bias
-        mean, var, counter = bn.running_mean, bn.running_var, bn.num_batches_tracked
-    batch_stats = bn.training or (mean is None and var is None)
-    if bn.training and not bn.track_running_stats:
-        mean = var = counter = None
-    return Norm(gamma, beta, mean, var, counter, bn.eps, bn.momentum, batch_stats, _group_of(bn))
-
-
-def _group_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> dist.ProcessGroup | None:
-    """The process group that bn's batch statistics span now, by nn.SyncBatchNorm.forward's own rules, or None."""
-    if type(bn) is not nn.SyncBatchNorm or not bn.training:
-        return None
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    group = bn.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None

@@ -39,12 +39,14 @@ class BlockReport:
 class Explanation:
     """The blocks in the order they run, and every convolution convert() looked at. str() is a table.
 
-    `origin` says where the constants of the predicted times come from.
+    `origin` says where the constants of the predicted times come from, `failure` what the model raised on the input
+    ('' where it ran): the blocks after that have no shapes.
     """
 
     blocks: list[BlockReport]
     conversions: list[Conversion]
     origin: str = ""
+    failure: str = ""
 
     def __str__(self) -> str:
         lines = []
@@ -69,6 +71,8 @@ class Explanation:
                 lines += [f"times are milliseconds of a step; predictions: {self.origin}"]
         else:
             lines += ["no ACBlock in this model"]
+        if self.failure:
+            lines += [f"the model did not run on this input: {self.failure}"]
         if self.conversions:
             rows = [(c.name, "converted" if c.converted else "left", c.note) for c in self.conversions]
             lines += ["", *table(("convolution", "convert()", "why"), rows)]
@@ -95,11 +99,15 @@ def explain(model: nn.Module, inputs: Sequence[int] | Tensor | None = None) -> E
         return Explanation([_without_shape(name, block) for block, name in blocks.items()], conversions)
     x = as_input(model, inputs)
     reports: list[BlockReport] = []
-    visit(model, x, lambda block, t: reports.append(_report(blocks[block], block, t)))
+    failure = ""
+    try:
+        visit(model, x, lambda block, t: reports.append(_report(blocks[block], block, t)))
+    except Exception as error:  # the model's own: what ran before it is told, and what stopped it
+        failure = _failure(error)
     called = {report.name for report in reports}
     reports += [_without_shape(name, block) for block, name in blocks.items() if name not in called]
     prices = cost.prices().get(this_machine(x.device.type).kind)
-    return Explanation(reports, conversions, prices.origin if prices else "")
+    return Explanation(reports, conversions, prices.origin if prices else "", failure)
 
 
 def visit(model: nn.Module, x: Tensor, look: Callable[[ACBlock, Tensor], None]) -> None:
@@ -163,23 +171,30 @@ def _parameters(block: ACBlock) -> int:
 
 
 def _report(name: str, block: ACBlock, x: Tensor) -> BlockReport:
-    rows, columns = block.geometry.output_size(x.shape[2], x.shape[3])
-    backend, reason, saved, times = _path(block, x)
-    shape = (x.shape[0], block.out_channels, rows, columns)
+    try:
+        rows, columns = block.geometry.output_size(x.shape[2], x.shape[3])
+        shape = (x.shape[0], block.out_channels, rows, columns)
+        backend, reason, saved, times = _path(block, x)
+    except Exception as error:  # a table of what is wrong must not be what goes wrong
+        return BlockReport(name, tuple(x.shape), None, "?", _failure(error), _parameters(block), None)
     return BlockReport(name, tuple(x.shape), shape, backend, reason, _parameters(block), saved, *times)
 
 
-def _path(block: ACBlock, x: Tensor) -> tuple[str, str, int, planner.Times]:
+def _failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0]
+
+
+def _path(block: ACBlock, x: Tensor) -> tuple[str, str, int | None, planner.Times]:
     unknown = planner.Times({}, {})
     if block.deploy:
         conv = block.fused_conv
         needed = x.requires_grad or any(p.requires_grad for p in conv.parameters())
         saved = x.numel() * x.element_size() if needed else 0
         return "deployed", "folded for good: one convolution", saved, unknown
-    problem, plan = block.plan(x)
     forced = block.module_path_reason()
-    if forced is not None:
-        return eager.NAME, f"through the submodules: {forced}", eager.saved_bytes(problem), unknown
+    if forced is not None:  # what the submodules keep is theirs to know
+        return eager.NAME, f"through the submodules: {forced}", None, unknown
+    problem, plan = block.plan(x)
     times = planner.times(problem) if plan.backend.NAME in planner.candidates(problem) else unknown
     reason = plan.reason
     if plan.backend is branches and problem.device == phases.DEVICE:
@@ -188,16 +203,22 @@ def _path(block: ACBlock, x: Tensor) -> tuple[str, str, int, planner.Times]:
 
 
 def _without_shape(name: str, block: ACBlock) -> BlockReport:
-    forced = block.module_path_reason()
-    if block.deploy:
-        backend, reason = "deployed", "folded for good: one convolution"
-    elif forced is not None:
-        backend, reason = eager.NAME, f"through the submodules: {forced}"
-    elif not any(norm.batch_stats for norm in block.step().norms):
-        backend, reason = folded.NAME, "running statistics normalise"
-    else:
-        backend, reason = "?", "depends on the input: give explain() one, or its shape"
+    try:
+        backend, reason = _path_without_shape(block)
+    except Exception as error:  # as in _report
+        backend, reason = "?", _failure(error)
     return BlockReport(name, None, None, backend, reason, _parameters(block), None)
+
+
+def _path_without_shape(block: ACBlock) -> tuple[str, str]:
+    if block.deploy:
+        return "deployed", "folded for good: one convolution"
+    forced = block.module_path_reason()
+    if forced is not None:
+        return eager.NAME, f"through the submodules: {forced}"
+    if not any(norm.batch_stats for norm in block.step().norms):
+        return folded.NAME, "running statistics normalise"
+    return "?", "depends on the input: give explain() one, or its shape"
 
 
 def _size(count: int) -> str:

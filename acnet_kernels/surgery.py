@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from .block import ACBlock
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import fold_arguments
 from .spec import prefers_channels_last
+from .submodules import refresh
 from .tracing import Usage, find_usage
 
 Skip = Callable[[str, nn.Conv2d], bool] | Collection[str] | None
@@ -91,11 +91,7 @@ def convert(
             if bn is not None:
                 replacements[bn] = nn.Identity().train(bn.training)
         record += [Conversion(name or "(model)", conv in replacements, note) for name in aliases]
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in replacements and parent not in replacements:
-                parent._modules[name] = replacements[child]
-    model = replacements.get(model, model)
+    model = _replace(model, replacements)
     setattr(model, RECORD, [*getattr(model, RECORD, []), *record])
     return model
 
@@ -104,9 +100,7 @@ def _copy(model: nn.Module) -> nn.Module:
     """A deep copy, of pruned modules too: their `weight` is the result of an operation, which does not copy."""
     with torch.no_grad():
         for module in model.modules():
-            for hook in module._forward_pre_hooks.values():
-                if isinstance(hook, prune.BasePruningMethod):
-                    hook(module, None)
+            refresh(module)
     return copy.deepcopy(model)
 
 
@@ -277,10 +271,17 @@ def fold(
         out: one (weight K×C/groups×k×k, bias K) a block, written in place and returned.
 
     Raises:
-        ValueError: a deployed block, one that no convolution equals, or an `out` of other lengths or shapes.
+        ValueError: a deployed block, one that is not known to equal a convolution, or an `out` of other lengths or
+            shapes.
     """
+    return _fold(blocks_of(model_or_blocks), out)
+
+
+def _fold(
+    blocks: dict[str, ACBlock], out: Sequence[tuple[Tensor, Tensor]] | None = None
+) -> list[tuple[Tensor, Tensor]]:
     arguments = Arguments.empty()
-    for name, block in blocks_of(model_or_blocks).items():
+    for name, block in blocks.items():
         try:
             block.append_fold(arguments)
         except ValueError as error:
@@ -288,32 +289,65 @@ def fold(
     return fold_arguments(arguments, out)
 
 
-def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Folds every ACBlock of model into one convolution, all in one call; a second time nothing changes.
+def fuse(model: nn.Module, inplace: bool = False, *, keep_blocks: bool = False) -> nn.Module:
+    """Replaces every ACBlock of model by the one nn.Conv2d that it equals, all folded in one call.
 
     Device, dtype, training flags, requires_grad, memory layout and hooks on the blocks are kept. Folded in
     float32 or better, rounded to the weights' dtype at the end. Warns about blocks in train mode: their batch
     statistics are not what the folded convolution uses.
 
+    Args:
+        model: any module with ACBlocks.
+        inplace: change model itself instead of a deep copy. A model that is itself a block is deployed in place.
+        keep_blocks: leave deployed ACBlocks (`ACBlock.switch_to_deploy`), whose state dicts have the original
+            code's names, fused_conv.weight and fused_conv.bias.
+
     Returns:
-        The folded network: a deep copy unless inplace.
+        The folded network.
 
     Raises:
-        ValueError: a block that no convolution equals (the message names it); the model is then as it was.
+        ValueError: a block that is not known to equal a convolution (the message names it); the model is then as it
+            was.
     """
     with torch.inference_mode(False):
         if not inplace:
             model = _copy(model)
-        blocks = {name: block for name, block in blocks_of(model).items() if not block.deploy}
+        blocks = blocks_of(model)
+        trained = {name: block for name, block in blocks.items() if not block.deploy}
         with torch.no_grad():
-            folded = fold(list(blocks.values()))
-    training = [name for name, block in blocks.items() if block.training]
+            folded = _fold(trained)
+    training = [name for name, block in trained.items() if block.training]
     if training:
         warnings.warn(
-            f"{len(training)} of {len(blocks)} blocks are folded in train mode (first: {training[0]!r}); the "
+            f"{len(training)} of {len(trained)} blocks are folded in train mode (first: {training[0]!r}); the "
             "folded convolutions use the running statistics, not the batch's: call eval() to see their output",
             stacklevel=2,
         )
-    for block, (weight, bias) in zip(blocks.values(), folded, strict=True):
+    for block, (weight, bias) in zip(trained.values(), folded, strict=True):
         block.become(weight, bias)
-    return model
+    if keep_blocks:
+        return model
+    replacements: dict[nn.Module, nn.Module] = {}
+    for block in blocks.values():
+        if block is not model or not inplace:
+            replacements[block] = _with_hooks(block)
+    return _replace(model, replacements)
+
+
+def _with_hooks(block: ACBlock) -> nn.Module:
+    # What is hung on a block is hung on what takes its place.
+    conv = block.fused_conv
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(conv, name).update(getattr(block, name))
+    for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
+        getattr(conv, name).update(getattr(block, name))
+    return conv
+
+
+def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    """model with modules replaced wherever a module has them as a child."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements and parent not in replacements:
+                parent._modules[name] = replacements[child]
+    return replacements.get(model, model)

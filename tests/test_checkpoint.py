@@ -46,7 +46,7 @@ WRAPPINGS = {
 def test_round_trips(wrapping, deploy, tmp_path):
     source, target, x = pair()
     if deploy:
-        source, target = ak.fuse(source), ak.fuse(target)
+        source, target = ak.fuse(source, keep_blocks=True), ak.fuse(target, keep_blocks=True)
     want = source(x)
     assert rel(target(x), want) > 1e-2
     path = tmp_path / "net.pt"
@@ -103,7 +103,7 @@ def test_what_does_not_fit_changes_nothing(spoil, words):
 def test_refusals(tmp_path):
     source, target, _ = pair()
     with pytest.raises(ValueError, match="branches cannot be recovered"):
-        checkpoint.load(target, ak.fuse(source).state_dict())
+        checkpoint.load(target, ak.fuse(source, keep_blocks=True).state_dict())
     with pytest.raises(ValueError, match="no state dict found"):
         checkpoint.load(target, {"epoch": 3})
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
@@ -115,7 +115,7 @@ def test_refusals(tmp_path):
         checkpoint.load(target, tmp_path / "list.pt")
     state = {k: v for k, v in source.state_dict().items() if "running" not in k}
     with pytest.raises(ValueError, match="no running statistics"):
-        checkpoint.load(ak.fuse(target), state)
+        checkpoint.load(ak.fuse(target, keep_blocks=True), state)
 
 
 def test_files_with_code_are_not_run(tmp_path):

@@ -215,19 +215,63 @@ def test_wrong_options_leave_the_model(options, words):
     assert converted(net) == []
 
 
-def test_fuse_folds_everything_once():
+def test_fuse_leaves_convolutions():
     acnet = scramble(ak.convert(Net())).eval()
+    seen = []
+    acnet.conv1.register_forward_hook(lambda *_: seen.append(1))
     x = torch.randn(2, 3, 9, 9)
     want = acnet(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fused = ak.fuse(acnet)
     assert rel(fused(x), want) < 1e-5
-    assert all(block.deploy for block in fused.modules() if isinstance(block, ACBlock))
+    assert [type(m) for m in (fused.conv1, fused.conv2, fused.bare)] == [nn.Conv2d] * 3
+    assert not any(isinstance(m, ACBlock) for m in fused.modules())
+    assert seen == [1, 1]
     assert not any(block.deploy for block in acnet.modules() if isinstance(block, ACBlock))
-    weight = fused.conv1.fused_conv.weight
+    weight = fused.conv1.weight
     assert ak.fuse(fused, inplace=True) is fused
-    assert fused.conv1.fused_conv.weight is weight
+    assert fused.conv1.weight is weight
+
+
+def test_fuse_replaces_a_shared_block_everywhere():
+    shared = ACBlock(4, 4, 3, padding=1)
+    net = scramble(nn.Sequential(shared, nn.ModuleDict({"again": shared})["again"], nn.Sequential(shared))).eval()
+    x = torch.randn(2, 4, 6, 6)
+    fused = ak.fuse(net)
+    assert fused[0] is fused[1] is fused[2][0]
+    assert rel(fused(x), net(x)) < 1e-5
+
+
+def test_fuse_keeps_blocks_where_asked():
+    acnet = scramble(ak.convert(Net())).eval()
+    x = torch.randn(2, 3, 9, 9)
+    deployed = ak.fuse(acnet, keep_blocks=True)
+    assert rel(deployed(x), acnet(x)) < 1e-5
+    assert all(block.deploy for block in deployed.modules() if isinstance(block, ACBlock))
+    weight = deployed.conv1.fused_conv.weight
+    assert ak.fuse(deployed, inplace=True, keep_blocks=True).conv1.fused_conv.weight is weight
+    assert ak.fuse(deployed, inplace=True).conv1.weight is weight
+    assert rel(deployed(x), acnet(x)) < 1e-5
+
+
+def test_fuse_of_a_block_itself():
+    block = scramble(ACBlock(3, 5, 3, padding=1)).eval()
+    x = torch.randn(2, 3, 7, 7)
+    want = block(x)
+    fused = ak.fuse(block)
+    assert type(fused) is nn.Conv2d
+    assert rel(fused(x), want) < 1e-5
+    assert ak.fuse(block, inplace=True) is block
+    assert block.deploy
+    assert rel(block(x), want) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_fused_network_can_be_scripted():
+    net = scramble(nn.Sequential(ACBlock(3, 4, 3, padding=1), nn.ReLU())).eval()
+    x = torch.randn(2, 3, 6, 6)
+    assert rel(torch.jit.script(ak.fuse(net))(x), net(x)) < 1e-5
 
 
 def test_fuse_warns_in_train_mode_and_refuses_before_changing():
@@ -235,7 +279,7 @@ def test_fuse_warns_in_train_mode_and_refuses_before_changing():
     with pytest.warns(UserWarning, match="3 of 3 blocks are folded in train mode"):
         ak.fuse(acnet)
     acnet.bare.hor_bn = nn.BatchNorm2d(8, track_running_stats=False)
-    with pytest.raises(ValueError, match=r"block .*hor batch norm has track_running_stats=False"):
+    with pytest.raises(ValueError, match=r"block bare: .*hor_bn has track_running_stats=False"):
         ak.fuse(acnet.eval(), inplace=True)
     assert not acnet.conv1.deploy
 
@@ -245,7 +289,7 @@ def test_fuse_under_inference_mode_can_be_trained_later():
     with torch.inference_mode():
         fused = ak.fuse(acnet)
     fused(torch.randn(2, 3, 9, 9)).sum().backward()
-    assert fused.conv1.fused_conv.weight.grad is not None
+    assert fused.conv1.weight.grad is not None
 
 
 def test_fold_returns_every_block_and_writes_into_out():
@@ -267,7 +311,7 @@ def test_fold_returns_every_block_and_writes_into_out():
     with pytest.raises(TypeError, match="model_or_blocks"):
         ak.fold([3])
     with pytest.raises(ValueError, match="deployed"):
-        ak.fold(ak.fuse(acnet))
+        ak.fold(ak.fuse(acnet, keep_blocks=True))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "alexnet"])

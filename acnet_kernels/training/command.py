@@ -114,7 +114,7 @@ def make_directory(path: Path) -> Path:
 
 def finish(trainer: Trainer, out: Path) -> tuple[nn.Module, FoldCheck | None, dict[str, Any]]:
     """Folds the trained network, checks it, and writes folded.pt, report.json and the plots to out."""
-    folded = fuse(trainer.model.eval())
+    folded = fuse(trainer.model.eval(), keep_blocks=True)  # the original code reads these names
     check = _check(trainer, folded)
     checkpoints.save(folded.state_dict(), out / FOLDED)
     content = report.run_report(trainer, folded, check)
