@@ -7,6 +7,7 @@ import fnmatch
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from .block import ACBlock
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import fold_arguments
 from .spec import prefers_channels_last
-from .submodules import refresh
+from .submodules import is_frozen, refresh
 from .tracing import Usage, find_usage
 
 Skip = Callable[[str, nn.Conv2d], bool] | Collection[str] | None
@@ -52,7 +53,9 @@ def convert(
         kernel_sizes: the square kernels to convert; 7×7 stems and 1×1 stay unless named here.
         init: 'fresh' initialises the blocks anew; 'from_conv' keeps the function: the square branch takes the
             convolution and its batch norm over, γ = 0 silences the others until training wakes them. Eval
-            outputs are then equal before and after; so are training outputs where the batch norm was absorbed.
+            outputs are then equal before and after; so are training outputs where the batch norm was absorbed. A
+            batch norm that is not trained (in eval without gradients, or torchvision's or detectron2's
+            FrozenBatchNorm2d) is taken over too; kernels of 0 silence the others there.
         skip: names or fnmatch patterns to leave alone, or a predicate (name, conv) → bool.
         gamma: starting γ of fresh blocks (the paper's CIFAR networks: 1/3).
         backend: the blocks' backend.
@@ -86,7 +89,7 @@ def convert(
     for conv, aliases in names.items():
         note = refusals[conv]
         if note is None:
-            bn, note = _absorbed(conv, usage)
+            bn, note = _absorbed(conv, usage, init)
             replacements[conv] = builder.block(conv, bn)
             if bn is not None:
                 replacements[bn] = nn.Identity().train(bn.training)
@@ -158,18 +161,19 @@ def _refuse_ties(model: nn.Module, refusals: dict[nn.Conv2d, str | None]) -> Non
                 changed = True
 
 
-def _absorbed(conv: nn.Conv2d, usage: Usage) -> tuple[nn.BatchNorm2d | None, str]:
+def _absorbed(conv: nn.Conv2d, usage: Usage, init: str) -> tuple[nn.Module | None, str]:
     """The batch norm the block takes over, and the note that says so or why there is none."""
     bn = usage.absorbable(conv)
     if bn is None:
         return None, "no BatchNorm2d was found to consume it alone"
-    if type(bn) is not nn.BatchNorm2d:
+    frozen = is_frozen(bn)
+    if type(bn) is not nn.BatchNorm2d and not (frozen and init == "from_conv"):
         return None, f"its consumer is a {type(bn).__name__}, which stays after the block"
-    if bn.num_features != conv.out_channels or not bn.affine or bn.running_mean is None:
-        return None, "its batch norm has no γ or no running statistics and stays after the block"
     if bn._forward_hooks or bn._forward_pre_hooks or bn._backward_hooks:
         return None, "its batch norm has hooks and stays after the block"
-    return bn, "with its batch norm"
+    if bn.weight is None or bn.running_mean is None or len(bn.running_mean) != conv.out_channels:
+        return None, "its batch norm has no γ or no running statistics and stays after the block"
+    return bn, "with its frozen batch norm" if frozen else "with its batch norm"
 
 
 class _Builder:
@@ -179,7 +183,7 @@ class _Builder:
         self.init, self.gamma, self.backend = init, gamma, backend
         self.tied: dict[Tensor, ACBlock] = {}
 
-    def block(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> ACBlock:
+    def block(self, conv: nn.Conv2d, bn: Any) -> ACBlock:
         """The ACBlock that takes the place of conv and bn."""
         block = ACBlock(
             conv.in_channels,
@@ -192,7 +196,7 @@ class _Builder:
             conv.padding_mode,
             gamma_init=self.gamma,
             eps=1e-5 if bn is None else bn.eps,
-            momentum=0.1 if bn is None else bn.momentum,
+            momentum=0.1 if bn is None or is_frozen(bn) else bn.momentum,
             backend=self.backend,
             device=conv.weight.device,
             dtype=conv.weight.dtype,
@@ -218,19 +222,29 @@ class _Builder:
         return block
 
     @staticmethod
-    def _take_over(block: ACBlock, conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> None:
+    def _take_over(block: ACBlock, conv: nn.Conv2d, bn: Any) -> None:
         block.single_init()
         block.square_conv.weight = conv.weight
         with torch.no_grad():
-            if bn is not None:
-                block.square_bn = bn
-                if conv.bias is not None and bn.running_mean is not None:
-                    bn.running_mean -= conv.bias  # s·(y + b − μ) = s·(y − (μ − b))
-            else:
+            if bn is None:
                 assert block.square_bn.running_var is not None
                 block.square_bn.running_var.fill_(1 - block.eps)  # so that s = 1
                 if conv.bias is not None:
                     block.square_bn.bias.copy_(conv.bias)
+                return
+            block.square_bn = bn
+            if conv.bias is not None:
+                bn.running_mean -= conv.bias  # s·(y + b − μ) = s·(y − (μ − b))
+            if is_frozen(bn) or not (bn.training or bn.weight.requires_grad):
+                # A γ that nothing trains would silence a branch for good: its kernel starts at 0 instead, s at 1.
+                for name in ("hor", "ver"):
+                    own = copy.deepcopy(bn)
+                    own.weight.fill_(1)
+                    own.bias.zero_()
+                    own.running_mean.zero_()
+                    own.running_var.fill_(1 - bn.eps)
+                    setattr(block, f"{name}_bn", own)
+                    getattr(block, f"{name}_conv").weight.zero_()
 
 
 def blocks_of(model: nn.Module | Iterable[nn.Module]) -> dict[str, ACBlock]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx, nn
 
 from .block import ACBlock
+from .submodules import is_frozen
 
 
 @dataclass
 class Uses:
     """What is known about one convolution: its consumers, one a use (None where it is not a batch norm)."""
 
-    consumers: list[nn.BatchNorm2d | None] = field(default_factory=list)
+    consumers: list[nn.Module | None] = field(default_factory=list)
     weight_read: bool = False
 
 
@@ -22,9 +24,9 @@ class Usage:
     """The uses of every convolution and batch norm found in a model."""
 
     convs: dict[nn.Conv2d, Uses] = field(default_factory=dict)
-    norm_calls: dict[nn.BatchNorm2d, int] = field(default_factory=dict)
+    norm_calls: dict[nn.Module, int] = field(default_factory=dict)
 
-    def absorbable(self, conv: nn.Conv2d) -> nn.BatchNorm2d | None:
+    def absorbable(self, conv: nn.Conv2d) -> Any:
         """The one batch norm that takes every output of conv and nothing else, or None."""
         consumers = self.convs[conv].consumers if conv in self.convs else []
         bn = consumers[0] if consumers else None
@@ -35,7 +37,7 @@ class Usage:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, ACBlock) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, ACBlock) or is_frozen(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def find_usage(model: nn.Module) -> Usage:
@@ -77,19 +79,23 @@ def _read_graph(root: nn.Module, graph: fx.Graph, usage: Usage) -> None:
         if node.op != "call_module":
             continue
         module = modules[str(node.target)]
-        if isinstance(module, nn.BatchNorm2d):
+        if _is_norm(module):
             usage.norm_calls[module] = usage.norm_calls.get(module, 0) + 1
         if isinstance(module, nn.Conv2d):
             users = [modules[str(u.target)] if u.op == "call_module" else None for u in node.users]
-            consumer = users[0] if len(users) == 1 and isinstance(users[0], nn.BatchNorm2d) else None
+            consumer = users[0] if len(users) == 1 and _is_norm(users[0]) else None
             usage.convs.setdefault(module, Uses()).consumers.append(consumer)
+
+
+def _is_norm(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.BatchNorm2d) or (module is not None and is_frozen(module))
 
 
 def _read_sequential(sequence: nn.Sequential, usage: Usage) -> None:
     children = list(sequence)
     for child, following in zip(children, [*children[1:], None], strict=True):
-        if isinstance(child, nn.BatchNorm2d):
+        if _is_norm(child):
             usage.norm_calls[child] = usage.norm_calls.get(child, 0) + 1
         if isinstance(child, nn.Conv2d):
-            consumer = following if isinstance(following, nn.BatchNorm2d) else None
+            consumer = following if _is_norm(following) else None
             usage.convs.setdefault(child, Uses()).consumers.append(consumer)

@@ -1,4 +1,4 @@
-"""What is done to a block's submodules has its effect, whatever computes the step: all is compared with calling them."""
+"""What is done to a block's submodules has its effect, whatever computes the step: compared with calling them."""
 
 from __future__ import annotations
 

@@ -340,3 +340,36 @@ def test_torchvision_networks_upgrade(name):
     assert rel(got, want) < 1e-4
     left = [c.note for c in ak.explain(acnet).conversions if c.converted and c.note != "with its batch norm"]
     assert not left or name == "fcn_resnet50"
+
+
+def test_frozen_batch_norms_are_taken_over():
+    """Detection backbones are built of them; the other branches must be able to learn all the same."""
+    frozen = torchvision.ops.FrozenBatchNorm2d
+    net = scramble(torchvision.models.resnet18(weights=None, norm_layer=nn.BatchNorm2d))
+    source = torchvision.models.resnet18(weights=None, norm_layer=frozen)
+    source.load_state_dict({k: v for k, v in net.state_dict().items() if k in source.state_dict()})
+    x = torch.randn(2, 3, 40, 40)
+    acnet = ak.convert(source, init="from_conv")
+    blocks = [m for m in acnet.modules() if isinstance(m, ACBlock)]
+    assert len(blocks) == 16
+    assert type(acnet.layer1[0].bn1) is nn.Identity
+    assert {row.backend for row in ak.explain(acnet.train(), x).blocks} == {"folded"}
+    assert rel(acnet(x), source(x)) < 1e-5
+    acnet(x).square().sum().backward()
+    assert all(b.hor_conv.weight.grad.abs().sum() > 0 for b in blocks)
+    assert rel(ak.fuse(acnet.eval())(x), source(x)) < 1e-5
+    with torch.no_grad():
+        for block in blocks:
+            block.hor_conv.weight += torch.randn_like(block.hor_conv.weight)
+    assert rel(ak.fuse(acnet)(x), acnet(x)) < 1e-4
+
+
+def test_a_batch_norm_in_eval_without_gradients_silences_no_branch_for_good():
+    net = scramble(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))).eval()
+    net[1].requires_grad_(False)
+    x = torch.randn(2, 3, 6, 6)
+    acnet = ak.convert(net, init="from_conv")
+    assert rel(acnet(x), net(x)) < 1e-5
+    acnet(x).square().sum().backward()
+    assert acnet[0].ver_conv.weight.grad.abs().sum() > 0
+    assert not any(p.requires_grad for name, p in acnet.named_parameters() if "_bn" in name)
