@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 
 from .backends import planner
 from .functional import plan, run
-from .geometry import BRANCHES, Geometry, IntOrPair, PaddingMode, Pair
+from .geometry import BRANCHES, Geometry, IntOrPair, PaddingMode, Pair, as_int
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import FoldBranch, append_branches, append_step, fold
 from .spec import Branch, Norm, Problem, Step, prefers_channels_last
@@ -58,13 +58,13 @@ class ACBlock(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        in_channels: SupportsIndex,
+        out_channels: SupportsIndex,
         kernel_size: IntOrPair,
         stride: IntOrPair = 1,
         padding: IntOrPair | str = 0,
         dilation: IntOrPair = 1,
-        groups: int = 1,
+        groups: SupportsIndex = 1,
         padding_mode: PaddingMode = "zeros",
         deploy: bool = False,
         use_affine: bool = True,
@@ -82,8 +82,10 @@ class ACBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry = Geometry.make(kernel_size, stride, padding, dilation, groups, padding_mode, shift)
+        in_channels = as_int(in_channels, "in_channels must be an int")
+        out_channels = as_int(out_channels, "out_channels must be an int")
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels < 1 or channels % groups:
+            if channels < 1 or channels % self.geometry.groups:
                 raise ValueError(f"{name} must be a positive multiple of groups={groups}, got {channels}")
         if isinstance(branches, str) or not set(branches) <= set(BRANCHES) or "square" not in branches:
             raise ValueError(f"branches must be a subset of {BRANCHES} with 'square', got {branches!r}")
@@ -204,14 +206,14 @@ class ACBlock(nn.Module):
         modules = self._modules
         return {} if self.deploy else {name: modules[_MODULES[name][0]] for name in self.branches}  # type: ignore[misc]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """N×C×H×W → N×K×H'×W', as nn.Conv2d."""
         if self.deploy:
-            return self.fused_conv(x)
+            return self.fused_conv(input)
         convs, bns = self.convs(), self.norms()
         if _module_path_reason(convs, bns) is not None:
-            return self._forward_modules(x)
-        return run(x, self._step(convs, bns), self.backend)
+            return self._forward_modules(input)
+        return run(input, self._step(convs, bns), self.backend)
 
     def step(self) -> Step:
         """The tensors and settings one step computes with, read from the submodules as they are now."""
