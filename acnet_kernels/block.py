@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize, prune
 
@@ -211,7 +211,8 @@ class ACBlock(nn.Module):
         if self.deploy:
             return self.fused_conv(input)
         convs, bns = self.convs(), self.norms()
-        if _module_path_reason(convs, bns) is not None:
+        # torch.fx traces into the submodules' calls, which are right in both modes.
+        if isinstance(input, fx.Proxy) or _module_path_reason(convs, bns) is not None:
             return self._forward_modules(input)
         return run(input, self._step(convs, bns), self.backend)
 
