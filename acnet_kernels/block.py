@@ -211,8 +211,9 @@ class ACBlock(nn.Module):
         if self.deploy:
             return self.fused_conv(input)
         convs, bns = self.convs(), self.norms()
-        # torch.fx traces into the submodules' calls, which are right in both modes.
-        if isinstance(input, fx.Proxy) or _module_path_reason(convs, bns) is not None:
+        # Tracers record the submodules' calls: right in both modes, and PyTorch's operators alone.
+        traced = isinstance(input, fx.Proxy) or torch.jit.is_tracing()
+        if traced or _module_path_reason(convs, bns) is not None:
             return self._forward_modules(input)
         return run(input, self._step(convs, bns), self.backend)
 

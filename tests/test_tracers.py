@@ -1,11 +1,14 @@
-"""torch.fx and what is built on it see a block's submodules: the traced network is exact in both modes."""
+"""Tracers see a block's submodules: torch.fx, whose networks are exact in both modes, and torch.jit."""
 
 import copy
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
 from oracle import rel, scramble
-from stacks import assert_same_state, through_modules
+from stacks import MODES, Net, assert_same_state, through_modules
 from steps import GEOMETRIES, VARIANTS
 from torch import fx, nn
 
@@ -97,3 +100,47 @@ def test_quantisation_aware_training_by_fx():
     quantised = quantize_fx.convert_fx(prepared.eval())
     assert not {nn.Conv2d, nn.BatchNorm2d} & {type(module) for module in quantised.modules()}
     assert quantised(x).shape == (4, 10)
+
+
+# --- torch.jit.trace --------------------------------------------------------------------------------------
+
+LOADS_WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["acnet_kernels"] = None  # importing it is an error
+import torch
+for name in sys.argv[1:]:
+    x, want = torch.load(name + ".tensors")
+    torch.testing.assert_close(torch.jit.load(name)(x), want, msg=name)
+"""
+
+
+def jit_trace(net, x, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is on its way out, and still in use
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # nn.BatchNorm2d reads the size in training
+        return torch.jit.trace(net, x, **options)
+
+
+@pytest.mark.parametrize(("backend", "training"), MODES)
+def test_a_traced_block_is_pytorchs_operators(backend, training):
+    net = scramble(Net(backend)).train(training)
+    twin, x, other = through_modules(net), torch.randn(3, 4, 9, 7), torch.randn(5, 4, 8, 12)
+    traced = jit_trace(net, x, check_trace=not training)
+    assert {node.kind().partition("::")[0] for node in traced.inlined_graph.nodes()} <= {"aten", "prim"}
+    assert "prim::PythonOp" not in {node.kind() for node in traced.inlined_graph.nodes()}
+    if training:  # tracing is a step
+        twin(x)
+    for t in (x, other):
+        assert rel(traced(t), twin(t)) < 1e-5
+    assert_same_state(net, twin)
+
+
+def test_a_traced_file_needs_no_package(tmp_path):
+    files = []
+    for index, options in enumerate((*GEOMETRIES, *VARIANTS)):
+        net = scramble(ACBlock(4, 6, **{"kernel_size": 3, **options})).eval().requires_grad_(False)
+        x = torch.randn(3, 4, 9, 11)
+        files.append(str(tmp_path / str(index)))
+        jit_trace(net, torch.randn(2, 4, 8, 12)).save(files[-1])
+        torch.save((x, net(x)), files[-1] + ".tensors")
+    subprocess.run([sys.executable, "-c", LOADS_WITHOUT_THE_PACKAGE, *files], check=True, cwd=tmp_path)
