@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .backends import planner
 from .functional import plan, run
-from .geometry import BRANCHES, Geometry, IntOrPair, PaddingMode, Pair
+from .geometry import BRANCHES, Geometry, IntOrPair, PaddingMode, Pair, as_int
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import FoldBranch, append_branches, append_step, fold
 from .spec import Problem, Step, prefers_channels_last
@@ -57,13 +56,13 @@ class ACBlock(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        in_channels: SupportsIndex,
+        out_channels: SupportsIndex,
         kernel_size: IntOrPair,
         stride: IntOrPair = 1,
         padding: IntOrPair | str = 0,
         dilation: IntOrPair = 1,
-        groups: int = 1,
+        groups: SupportsIndex = 1,
         padding_mode: PaddingMode = "zeros",
         deploy: bool = False,
         use_affine: bool = True,
@@ -81,8 +80,10 @@ class ACBlock(nn.Module):
     ) -> None:
         super().__init__()
         self._built = Geometry.make(kernel_size, stride, padding, dilation, groups, padding_mode, shift)
+        in_channels = as_int(in_channels, "in_channels must be an int")
+        out_channels = as_int(out_channels, "out_channels must be an int")
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels < 1 or channels % groups:
+            if channels < 1 or channels % self._built.groups:
                 raise ValueError(f"{name} must be a positive multiple of groups={groups}, got {channels}")
         if isinstance(branches, str) or not set(branches) <= set(BRANCHES) or "square" not in branches:
             raise ValueError(f"branches must be a subset of {BRANCHES} with 'square', got {branches!r}")
@@ -92,7 +93,7 @@ class ACBlock(nn.Module):
             raise ValueError(f"give reduce_gamma or gamma_init, not both (gamma_init={gamma_init})")
         if not use_affine and (reduce_gamma or gamma_init is not None):
             raise ValueError("reduce_gamma and gamma_init need use_affine=True: there is no γ to set")
-        self._channels = operator.index(in_channels), operator.index(out_channels)
+        self._channels = in_channels, out_channels
         self.branches = tuple(name for name in BRANCHES if name in branches)
         self.norm = norm
         self.eps = eps
@@ -250,12 +251,15 @@ class ACBlock(nn.Module):
         modules = self._modules
         return {} if self.deploy else {name: modules[_MODULES[name][0]] for name in self.branches}  # type: ignore[misc]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """N×C×H×W → N×K×H'×W', as nn.Conv2d."""
         if self.deploy:
-            return self.fused_conv(x)
+            return self.fused_conv(input)
+        # Tracers record the submodules' calls: right in both modes, and PyTorch's operators alone.
+        if isinstance(input, fx.Proxy) or torch.jit.is_tracing():
+            return self._forward_modules(input)
         step = self._read()
-        return self._forward_modules(x) if isinstance(step, str) else run(x, step, self.backend)
+        return self._forward_modules(input) if isinstance(step, str) else run(input, step, self.backend)
 
     def _read(self) -> Step | str:
         return read(self.convs(), self.norms(), self._built)
@@ -291,7 +295,8 @@ class ACBlock(nn.Module):
             y = conv(geometry.placement(name).apply(x, geometry.padding_mode))
             if name in norms:
                 y = norms[name](y)
-            if out is not None and out.shape != y.shape:  # a sum would broadcast, or raise without a name
+            # A sum would broadcast, or raise without a name. What is traced has no shapes to compare.
+            if isinstance(out, Tensor) and not torch.jit.is_tracing() and out.shape != y.shape:
                 raise ValueError(
                     f"the branches' maps must have one shape to be summed: square's is {tuple(out.shape)}, "
                     f"{name}'s {tuple(y.shape)}"

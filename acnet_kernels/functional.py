@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .backends import planner
 from .geometry import Geometry
-from .spec import Branch, Norm, Problem, Step, problem_of
+from .spec import TENSORS, Branch, Norm, Problem, Step, autocast_dtype, problem_of
 
 
 def acblock(
@@ -32,9 +32,11 @@ def acblock(
         backend: 'auto' or a backend's name; one that cannot compute the step gives way, and the plan says so.
 
     Raises:
+        TypeError: x has another dtype than a weight, and autocast does not cast both.
         ValueError: x is not 4-D, has other channels than the weights, or gives an empty output, or one value a
-            channel to normalise by; the branches lack 'square' or mix the two kinds of norm; backend is unknown;
-            running statistics would have to change inside a torch.func transform that cannot change them.
+            channel to normalise by; a tensor is on another device than x; the branches lack 'square' or mix the
+            two kinds of norm; backend is unknown; running statistics would have to change inside a torch.func
+            transform that cannot change them.
     """
     return run(x, step_of(branches, geometry, norm), backend)
 
@@ -42,6 +44,7 @@ def acblock(
 def run(x: Tensor, step: Step, backend: str) -> Tensor:
     """acblock() on a step put together already."""
     plan = planner.choose(describe(x, step), planner.check_choice(backend))
+    _check_devices(x, step)
     return plan.backend.forward(*step.padded(x))
 
 
@@ -75,9 +78,26 @@ def describe(x: Tensor, step: Step) -> Problem:
         maps = (1, square.shape[0], 1, 1)
         raise ValueError(f"expected more than 1 value per channel when training, got maps of shape {maps}")
     problem = problem_of(step, x)
+    for branch in step.branches.values():
+        dtype = branch.weight.dtype
+        if dtype != x.dtype and autocast_dtype(dtype, problem.device) != problem.dtype:
+            raise TypeError(f"input must have the weights' dtype {dtype}, got {x.dtype}")
     if problem.transformed:
         _check_transform(step, x)
     return problem
+
+
+def _check_devices(x: Tensor, step: Step) -> None:
+    """Refuses tensors of several devices: a kernel would read memory that is not there."""
+    device = x.device
+    for owner, tensors in step.tensors():
+        for tensor in tensors:
+            if tensor is not None and tensor.device != device:
+                name = next(name for name, t in zip(TENSORS, tensors, strict=False) if t is tensor)
+                raise ValueError(
+                    f"every tensor must be on one device: the input is on {device}, "
+                    f"{name} of {owner} on {tensor.device}"
+                )
 
 
 def _check_transform(step: Step, x: Tensor) -> None:

@@ -8,9 +8,10 @@ A shift moves hor down and ver right of the centre (paper Fig. 6c, the border-sh
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,21 +21,32 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 PADDING_MODES = get_args(PaddingMode)
 
 Pair = tuple[int, int]
-IntOrPair = int | Sequence[int]
+IntOrPair = SupportsIndex | Sequence[SupportsIndex]
+
+
+def as_int(value: Any, error: str) -> int:
+    """An int, NumPy's too, as Python's own; TypeError, which says error and the value, otherwise."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{error}, got {value!r}")
 
 
 def as_pair(name: str, value: IntOrPair, least: int) -> Pair:
     """An int or a pair of ints as a pair; TypeError or ValueError naming the argument otherwise."""
-    items = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    if (
-        isinstance(value, (bool, str))
-        or len(items) != 2
-        or not all(isinstance(item, int) and not isinstance(item, bool) for item in items)
-    ):
-        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
-    if min(items) < least:
+    error = f"{name} must be an int or a pair of ints"
+    try:
+        items: tuple[Any, ...] = tuple(value)  # type: ignore[arg-type]
+    except TypeError:  # no iterable
+        items = (value, value)
+    if len(items) != 2:
+        raise TypeError(f"{error}, got {value!r}")
+    pair = as_int(items[0], error), as_int(items[1], error)
+    if min(pair) < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return items[0], items[1]
+    return pair
 
 
 @dataclass(frozen=True)
@@ -118,7 +130,7 @@ class Geometry:
         stride: IntOrPair = 1,
         padding: IntOrPair | str = 0,
         dilation: IntOrPair = 1,
-        groups: int = 1,
+        groups: SupportsIndex = 1,
         padding_mode: PaddingMode = "zeros",
         shift: IntOrPair = (0, 0),
     ) -> Geometry:
@@ -144,8 +156,7 @@ class Geometry:
                 raise ValueError(f"padding='same' needs stride 1, got stride {stride}")
             padding = (dilation[0] * (rows // 2), dilation[1] * (rows // 2)) if padding == "same" else (0, 0)
         padding = as_pair("padding", padding, 0)
-        if isinstance(groups, bool) or not isinstance(groups, int):
-            raise TypeError(f"groups must be an int, got {groups!r}")
+        groups = as_int(groups, "groups must be an int")
         if groups < 1:
             raise ValueError(f"groups must be at least 1, got {groups}")
         if padding_mode not in PADDING_MODES:

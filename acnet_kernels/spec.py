@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -42,6 +43,9 @@ class Branch(NamedTuple):
     norm: Norm | None
 
 
+TENSORS = (*Branch._fields[:2], *Norm._fields[:5])
+
+
 @dataclass(frozen=True)
 class Step:
     """Everything one block computes with. `norm` is the batch norm after the sum, or None."""
@@ -56,6 +60,13 @@ class Step:
         if self.norm is not None:
             return [self.norm]
         return [branch.norm for branch in self.branches.values() if branch.norm is not None]
+
+    def tensors(self) -> Iterator[tuple[str, tuple[Tensor | None, ...]]]:
+        """(a branch or 'the sum', its tensors in the order of TENSORS) for every branch and the norm after them."""
+        for name, (weight, bias, norm) in self.branches.items():
+            yield name, (weight, bias) if norm is None else (weight, bias, *norm[:5])
+        if self.norm is not None:
+            yield "the sum", (None, None, *self.norm[:5])
 
     def padded(self, x: Tensor) -> tuple[Tensor, Step]:
         """x and the step as backends take them: padded already where the padding mode is not zeros."""
@@ -116,10 +127,7 @@ class Problem:
 
 def problem_of(step: Step, x: Tensor) -> Problem:
     """Describes step on input x (any tensor with a shape: meta and fake ones too)."""
-    device, dtype, square = x.device.type, x.dtype, step.branches["square"].weight
-    if device != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    norms = step.norms
+    device, square, norms = x.device.type, step.branches["square"].weight, step.norms
     # Dynamo traces transforms in its own way, and cannot read the stack.
     transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     return Problem(
@@ -129,7 +137,7 @@ def problem_of(step: Step, x: Tensor) -> Problem:
         branches=tuple(step.branches),
         norm="branch" if step.norm is None else "sum",
         batch_stats=tuple([norm.batch_stats for norm in norms]),
-        dtype=dtype,
+        dtype=autocast_dtype(x.dtype, device),
         input_dtype=x.dtype,
         device=device,
         channels_last=not transformed and prefers_channels_last(x, square),  # vmap knows no layouts
@@ -137,6 +145,13 @@ def problem_of(step: Step, x: Tensor) -> Problem:
         synced=any(norm.group is not None for norm in norms),
         transformed=transformed,
     )
+
+
+def autocast_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What nn.Conv2d takes a tensor of dtype for: autocast casts every float but float64."""
+    if device == "meta" or not torch.is_autocast_enabled(device) or dtype == torch.float64:
+        return dtype
+    return torch.get_autocast_dtype(device) if dtype.is_floating_point else dtype
 
 
 def _has_gradients(step: Step) -> bool:

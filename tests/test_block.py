@@ -6,6 +6,7 @@ import itertools
 import pickle
 import warnings
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -227,6 +228,16 @@ def test_reads_like_a_conv2d():
         assert getattr(b, name) == getattr(conv, name)
     assert "4, 6, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(2, 2), groups=2" in repr(b)
     assert "norm='sum'" in repr(ACBlock(2, 2, 3, norm="sum", shift=(1, 1), branches=("square", "hor"), deploy=True))
+
+
+def test_numpys_sizes_and_the_inputs_name_as_conv2d():
+    b = ACBlock(np.int64(4), np.int32(6), np.int64(3), padding=np.int64(1), groups=np.int64(2))
+    assert repr(b) == repr(ACBlock(4, 6, 3, padding=1, groups=2))
+    with pytest.raises(TypeError, match=r"in_channels must be an int, got 4\.0"):
+        ACBlock(4.0, 6, 3)
+    x = torch.randn(2, 4, 5, 5)
+    for module in (b.eval(), fuse(b)):
+        assert torch.equal(module(input=x), module(x))
 
 
 # --- folding ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,12 @@ def test_a_negative_offset_crops_without_a_copy():
         ({"kernel_size": 3, "dilation": True}, TypeError, "dilation"),
         ({"kernel_size": 3, "groups": 0}, ValueError, "groups"),
         ({"kernel_size": 3, "groups": 1.5}, TypeError, "groups"),
+        ({"kernel_size": 3, "groups": True}, TypeError, "groups must be an int, got True"),
+        ({"kernel_size": 3, "padding": np.bool_(True)}, TypeError, "padding"),
+        ({"kernel_size": np.float64(3)}, TypeError, "kernel_size must be an int"),
+        ({"kernel_size": (3, True)}, TypeError, "kernel_size must be an int"),
+        ({"kernel_size": "33"}, TypeError, "kernel_size must be an int"),
+        ({"kernel_size": [3]}, TypeError, r"kernel_size must be an int or a pair of ints, got \[3\]"),
         ({"kernel_size": 3, "padding_mode": "mirror"}, ValueError, "padding_mode"),
         ({"kernel_size": 3, "shift": (2, 0)}, ValueError, "shift"),
         ({"kernel_size": 1, "shift": (0, -1)}, ValueError, "shift"),
@@ -96,6 +103,14 @@ def test_a_negative_offset_crops_without_a_copy():
 def test_wrong_arguments(arguments, error, words):
     with pytest.raises(error, match=words):
         Geometry.make(**arguments)
+
+
+def test_numpys_ints_are_ints():
+    sizes = {"kernel_size": np.array([3, 3]), "stride": np.int64(2), "padding": (np.uint8(1), np.int32(0))}
+    g = Geometry.make(**sizes, dilation=np.array(2), groups=np.int16(2), shift=np.array([1, -1]))
+    assert g == Geometry.make(3, 2, (1, 0), 2, 2, shift=(1, -1))
+    numbers = [g.kernel, g.groups, *g.stride, *g.padding, *g.dilation, *g.shift]
+    assert {type(number) for number in numbers} == {int}
 
 
 def test_empty_output_names_the_shapes():

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..geometry import BRANCHES, Geometry, Placement
 from ..kernels.window import Window
 from ..ops import bn_sum
-from ..spec import Norm, Problem, Step
+from ..spec import Norm, Problem, Step, autocast_dtype
 from .batchnorm import update_running
 from .convolution import (
     add_input_gradient,
@@ -127,7 +127,8 @@ class Plan(NamedTuple):
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager:
     # The casts are made by hand: autocast would undo the wider convolution.
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    casts = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if casts else contextlib.nullcontext()
 
 
 def _composed(plan: Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -309,8 +310,6 @@ def inputs_of(x: Tensor, step: Step) -> Inputs:
         # The bias shifts a mean that is subtracted again: its gradient is zero, but it has one.
         betas = betas or [torch.zeros_like(weights[0][:, 0, 0, 0]) for _ in norms]
         betas = [beta if bias is None else beta + 0 * bias for beta, bias in zip(betas, biases, strict=True)]
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return Inputs(
         list(branches),
         weights,
@@ -319,7 +318,7 @@ def inputs_of(x: Tensor, step: Step) -> Inputs:
         gammas,
         betas,
         [norm.eps for norm in norms],
-        torch.get_autocast_dtype(device) if autocast else x.dtype,
+        autocast_dtype(x.dtype, x.device.type),
     )
 
 

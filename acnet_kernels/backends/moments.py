@@ -24,7 +24,7 @@ from torch import Tensor
 from ..geometry import Geometry, Pair
 from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
-from ..spec import Problem, Step, prefers_channels_last
+from ..spec import Problem, Step, autocast_dtype, prefers_channels_last
 from . import moments_algebra as algebra
 from .batchnorm import update_running
 from .convolution import add_convolution, convolution_dtype, summed_kernel, turned
@@ -79,11 +79,7 @@ def saved_bytes(problem: Problem) -> int:
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
     geometry, square = step.geometry, step.branches["square"].weight
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    elif x.dtype != square.dtype:
-        raise TypeError(f"input must have the weights' dtype {square.dtype}, got {x.dtype}")
+    x = x.to(autocast_dtype(x.dtype, x.device.type))
     count = x.shape[0] * x.shape[2] * x.shape[3]
     norms, kernels = step.norms, {name: branch.weight for name, branch in step.branches.items()}
     if step.norm is None:
