@@ -187,4 +187,4 @@ def test_a_step_on_the_cpu_asks_nothing(monkeypatch):
 def test_a_problem_in_pieces_is_the_same_problem():
     for p in (SMALL, problem(8, 16, 16, stride=2, groups=4, shift=(1, -1)), replace(SMALL, grad=False)):
         assert constants.whole(*constants.pieces(p)) == p
-        assert phases._traced(*constants.pieces(p)) == phases.chosen(p).phases
+        assert constants.phases_of(*constants.pieces(p)) == phases.chosen(p).phases

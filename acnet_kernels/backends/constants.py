@@ -1,14 +1,20 @@
-"""A problem as constants, which is all that Dynamo hands to a function whose answer becomes part of the graph."""
+"""Choices under a compiler: made as the graph is built, of a problem as constants, and part of it from then on.
+
+Dynamo runs `choice` and `phases_of` as they are and hands them constants alone; nothing in them is guarded. To be
+imported only where a compiler is at work: Dynamo and symbolic shapes are slow to import.
+"""
 
 from __future__ import annotations
 
 import operator
 from typing import Any
 
+import torch
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from ..geometry import Geometry
 from ..spec import Problem
+from . import phases, planner
 
 # What a symbolic batch or image size stands for: CIFAR's images, by a few dozen.
 USUAL_SIZE = 32
@@ -34,3 +40,15 @@ def whole(
 ) -> Problem:
     """The problem that these are the pieces of."""
     return Problem(shape, out_channels, Geometry(*placed), *what, *flags)
+
+
+@torch.compiler.assume_constant_result
+def choice(*parts: Any) -> tuple[str, str]:
+    """The name of the backend that takes the least time for the problem in these pieces, and why."""
+    return planner.decided(whole(*parts), False)
+
+
+@torch.compiler.assume_constant_result
+def phases_of(*parts: Any) -> tuple[str, ...]:
+    """What runs each phase of the problem in these pieces."""
+    return tuple(phases.chosen(whole(*parts)).phases)

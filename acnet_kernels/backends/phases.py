@@ -28,7 +28,6 @@ from torch import Tensor
 from ..ops._extension import TRITON as INSTALLED
 from ..spec import Problem, Step, problem_of
 from . import timings
-from .constants import pieces, whole
 from .machine import Machine, this_machine
 
 VENDOR, TRITON = "vendor", "triton"
@@ -163,10 +162,7 @@ def phases_of(step: Step, x: Tensor) -> Phases:
         return ALL_VENDOR
     problem = problem_of(step, x)
     if torch.compiler.is_compiling():
-        return Phases(*_traced(*pieces(problem)))
+        from . import constants  # slow to import, and only a compiler needs it
+
+        return Phases(*constants.phases_of(*constants.pieces(problem)))
     return chosen(problem).phases
-
-
-@torch.compiler.assume_constant_result
-def _traced(*parts: object) -> tuple[str, ...]:
-    return tuple(chosen(whole(*parts)).phases)  # type: ignore[arg-type]

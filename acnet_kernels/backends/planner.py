@@ -8,14 +8,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ..ops import bn_sum
 from ..spec import Problem
 from . import branches, cost, eager, folded, moments, recompute, stopwatch, synced, timings
-from .constants import pieces, whole
 from .machine import Machine, this_machine
 
 # In order of simplicity: where two are about as fast, 'auto' takes the first.
@@ -73,16 +72,12 @@ def choose(problem: Problem, requested: str = "auto") -> Plan:
     if folded.declines(problem) is None:
         return Plan(folded, refused + REASONS["folded"])
     if torch.compiler.is_compiling():
-        name, why = _traced_choice(*pieces(problem))
+        from . import constants  # slow to import, and only a compiler needs it
+
+        name, why = constants.choice(*constants.pieces(problem))
     else:
-        name, why = _fastest(problem, _times_at_first_sight(problem))
+        name, why = decided(problem, _times_at_first_sight(problem))
     return Plan(BACKENDS[name], refused + why)
-
-
-# Under torch.compile it runs as it is, and its answer becomes part of the graph: nothing in it is guarded.
-@torch.compiler.assume_constant_result
-def _traced_choice(*parts: Any) -> tuple[str, str]:
-    return _fastest(whole(*parts), False)
 
 
 # Medians of interleaved runs differ by this much from one run to the next.
@@ -142,14 +137,14 @@ def fastest(times: Mapping[str, float], margins: Mapping[str, float]) -> str:
     return chosen
 
 
-def _fastest(problem: Problem, timed: bool) -> tuple[str, str]:
+def decided(problem: Problem, timed: bool) -> tuple[str, str]:
     """(backend, why) of the candidate that takes the least time, as far as is known; `timed`: finds out first."""
     return _decided(problem, this_machine(problem.device), timings.version(), timed, bn_sum.MISSING)
 
 
 @functools.lru_cache(4096)
 def _decided(problem: Problem, machine: Machine, version: int, timed: bool, missing: str | None) -> tuple[str, str]:
-    """_fastest() on this machine, once for each version of what is known."""
+    """decided() on this machine, once for each version of what is known."""
     known = times(problem)
     if timed and timings.lookup(problem, machine) is None:
         measured = measure(problem, torch.is_autocast_enabled(problem.device), stopwatch.measure_apart)
