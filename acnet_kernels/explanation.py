@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .backends import branches, cost, eager, folded, phases, planner
 from .backends.machine import this_machine
 from .block import ACBlock
+from .observing import as_input, in_modes, undisturbed
 from .surgery import RECORD, Conversion, blocks_of
 
 
@@ -116,54 +117,16 @@ def visit(model: nn.Module, x: Tensor, look: Callable[[ACBlock, Tensor], None]) 
     look finds its block in the mode the block was in, with gradients enabled. Parameters, buffers, modes and
     torch's random state are left as they were.
     """
-    modes = {module: module.training for module in model.modules()}
-    autocast = torch.is_autocast_enabled(x.device.type)
-    before = {name: t.clone() for name, t in model.named_buffers()}
+    with undisturbed(model, x.device) as modes, ExitStack() as stack:
 
-    def hook(block: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(block, ACBlock)
-        with _modes({module: modes[module] for module in block.modules()}), torch.enable_grad():
-            look(block, args[0])
+        def hook(block: nn.Module, args: tuple[Any, ...]) -> None:
+            assert isinstance(block, ACBlock)
+            with in_modes({module: modes[module] for module in block.modules()}), torch.enable_grad():
+                look(block, args[0])
 
-    handles = [block.register_forward_pre_hook(hook) for block in blocks_of(model).values()]
-    try:
-        with (
-            _modes(dict.fromkeys(modes, False)),
-            torch.no_grad(),
-            torch.random.fork_rng([x.device] if x.device.type == "cuda" else []),
-            torch.autocast(x.device.type, enabled=autocast),
-            torch.compiler.set_stance("force_eager"),  # a compiled model's graph has no blocks to look at
-        ):
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-        with torch.no_grad():
-            for name, t in model.named_buffers():
-                if name in before and not torch.equal(t, before[name]):
-                    t.copy_(before[name])
-
-
-@contextmanager
-def _modes(wanted: dict[nn.Module, bool]) -> Iterator[None]:
-    before = {module: module.training for module in wanted}
-    try:
-        for module, mode in wanted.items():
-            module.training = mode
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
-
-
-def as_input(model: nn.Module, inputs: Sequence[int] | Tensor) -> Tensor:
-    """inputs, or zeros of that shape in dtype and on device of model's first parameter; TypeError if neither."""
-    if isinstance(inputs, Tensor):
-        return inputs
-    if not isinstance(inputs, Sequence) or isinstance(inputs, str) or not all(isinstance(n, int) for n in inputs):
-        raise TypeError(f"inputs must be a tensor or its shape, got {inputs!r}")
-    like = next(model.parameters(), torch.empty(0))
-    return torch.zeros(tuple(inputs), dtype=like.dtype, device=like.device)
+        for block in blocks_of(model).values():
+            stack.callback(block.register_forward_pre_hook(hook).remove)
+        model(x)
 
 
 def _parameters(block: ACBlock) -> int:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .block import ACBlock
+from .observing import as_call, observe
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import fold_arguments
 from .spec import prefers_channels_last
 from .submodules import is_frozen, refresh
-from .tracing import Usage, find_usage
+from .tracing import Usage, trace
 
 Skip = Callable[[str, nn.Conv2d], bool] | Collection[str] | None
 RECORD = "_acnet_conversions"
@@ -40,13 +41,15 @@ def convert(
     skip: Skip = None,
     gamma: float | None = None,
     backend: str = "auto",
+    example: Any = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Turns each Conv2d, with the BatchNorm2d that consumes it alone, into an ACBlock.
 
-    The consumer is found by torch.fx, by Sequential order where a module cannot be traced; the absorbed batch
-    norm leaves an nn.Identity behind. Shared modules and tied weights stay shared. What was and was not
-    converted, and why, is in `explain(model)`.
+    The consumer is found by torch.fx; where a module cannot be traced, by Sequential order and, given an example,
+    by running the model. The absorbed batch norm leaves an nn.Identity behind. Shared modules and tied weights
+    stay shared. What was and was not converted, which batch norms stay after a block, and why, is in
+    `explain(model)`.
 
     Args:
         model: any module; itself an nn.Conv2d, the block is returned.
@@ -59,13 +62,18 @@ def convert(
         skip: names or fnmatch patterns to leave alone, or a predicate (name, conv) → bool.
         gamma: starting γ of fresh blocks (the paper's CIFAR networks: 1/3).
         backend: the blocks' backend.
+        example: what the model is called with: a tensor, its shape (zeros in the dtype and on the device of the
+            first parameter), a tuple of arguments or a dict of keyword arguments. Where torch.fx cannot trace the
+            model (data-dependent control flow, say), it runs once on it, in eval mode without gradients, and is
+            left as it was. A run shows the branches that it takes: give an example that takes those that matter.
         inplace: change model itself instead of a deep copy.
 
     Returns:
         The converted model.
 
     Raises:
-        ValueError, TypeError: an argument out of range; the model is then as it was.
+        ValueError, TypeError: an argument out of range, or an example that the model does not run on; the model is
+            then as it was.
     """
     if init not in ("fresh", "from_conv"):
         raise ValueError(f"init must be 'fresh' or 'from_conv', got {init!r}")
@@ -77,10 +85,13 @@ def convert(
     bad = [k for k in sizes if not isinstance(k, int) or k < 1 or k % 2 == 0]
     if bad:
         raise ValueError(f"kernel_sizes must be odd positive ints, got {sorted(kernel_sizes)}")
+    call = None if example is None else as_call(model, example)
     if not inplace:
         model = _copy(model)
     names = _convolutions(model)
-    usage = find_usage(model)
+    usage = trace(model)
+    if call is not None and usage.incomplete():
+        usage.learn(observe(model, call))
     refusals = {conv: _refusal(conv, aliases, sizes, skip, usage) for conv, aliases in names.items()}
     _refuse_ties(model, refusals)
     builder = _Builder(init, gamma, backend)
@@ -128,7 +139,7 @@ def _refusal(conv: nn.Conv2d, names: list[str], sizes: set[int], skip: Skip, usa
         return "skipped as asked"
     if any(getattr(conv, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")):
         return "it has hooks (pruning and weight norm use them), which a block would lose"
-    if conv in usage.convs and usage.convs[conv].weight_read:
+    if conv in usage.read:
         return "its weight is read outside its own forward"
     return None
 
@@ -163,9 +174,9 @@ def _refuse_ties(model: nn.Module, refusals: dict[nn.Conv2d, str | None]) -> Non
 
 def _absorbed(conv: nn.Conv2d, usage: Usage, init: str) -> tuple[nn.Module | None, str]:
     """The batch norm the block takes over, and the note that says so or why there is none."""
-    bn = usage.absorbable(conv)
+    bn, note = usage.absorbable(conv)
     if bn is None:
-        return None, "no BatchNorm2d was found to consume it alone"
+        return None, note
     frozen = is_frozen(bn)
     if type(bn) is not nn.BatchNorm2d and not (frozen and init == "from_conv"):
         return None, f"its consumer is a {type(bn).__name__}, which stays after the block"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .backends import planner, stopwatch, timings
 from .backends.machine import this_machine
 from .block import ACBlock
-from .explanation import as_input, table, visit
+from .explanation import table, visit
+from .observing import as_input
 from .spec import Problem
 from .surgery import blocks_of
 
@@ -75,7 +76,7 @@ def tune(model: nn.Module, example: Sequence[int] | Tensor) -> TuningReport:
     blocks = {block: name or "(model)" for name, block in blocks_of(model).items()}
     if not blocks:
         raise ValueError(f"model must have an ACBlock to tune, this {type(model).__name__} has none; see convert()")
-    x = as_input(model, example)
+    x = as_input(model, example, "example")
     steps: dict[str, tuple[Problem, bool, list[str]]] = {}
     left = dict.fromkeys(blocks.values(), "does not run on this example in eval mode")
 
