@@ -89,10 +89,13 @@ def convert(
     if not inplace:
         model = _copy(model)
     names = _convolutions(model)
+    refusals = {conv: _refusal(conv, aliases, sizes, skip) for conv, aliases in names.items()}
     usage = trace(model)
-    if call is not None and usage.incomplete():
+    if call is not None and any(refusal is None and usage.is_unknown(conv) for conv, refusal in refusals.items()):
         usage.learn(observe(model, call))
-    refusals = {conv: _refusal(conv, aliases, sizes, skip, usage) for conv, aliases in names.items()}
+    for conv, refusal in refusals.items():
+        if refusal is None and conv in usage.read:
+            refusals[conv] = "its weight is read outside its own forward"
     _refuse_ties(model, refusals)
     builder = _Builder(init, gamma, backend)
     replacements: dict[nn.Module, nn.Module] = {}
@@ -128,7 +131,7 @@ def _convolutions(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
     return found
 
 
-def _refusal(conv: nn.Conv2d, names: list[str], sizes: set[int], skip: Skip, usage: Usage) -> str | None:
+def _refusal(conv: nn.Conv2d, names: list[str], sizes: set[int], skip: Skip) -> str | None:
     """Why conv stays as it is, or None."""
     if type(conv) is not nn.Conv2d:
         return f"a {type(conv).__name__}, not a plain nn.Conv2d: its forward may differ"
@@ -139,8 +142,6 @@ def _refusal(conv: nn.Conv2d, names: list[str], sizes: set[int], skip: Skip, usa
         return "skipped as asked"
     if any(getattr(conv, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")):
         return "it has hooks (pruning and weight norm use them), which a block would lose"
-    if conv in usage.read:
-        return "its weight is read outside its own forward"
     return None
 
 

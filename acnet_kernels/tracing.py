@@ -52,9 +52,9 @@ class Usage:
     observed: set[nn.Module] = field(default_factory=set)
     ran: bool = False
 
-    def incomplete(self) -> bool:
-        """Whether some convolution's consumers are unknown."""
-        return any(Other.UNKNOWN in links for links in self.consumers.values())
+    def is_unknown(self, conv: nn.Module) -> bool:
+        """Whether something may consume conv's output that is not known."""
+        return Other.UNKNOWN in self.consumers.get(conv, {Other.UNKNOWN})
 
     def learn(self, seen: Usage) -> None:
         """Adds what a run has seen, which settles what was unknown of the modules that it reached."""
@@ -70,12 +70,12 @@ class Usage:
 
     def absorbable(self, conv: nn.Conv2d) -> tuple[Any, str]:
         """The one batch norm that takes every output of conv and nothing else, or None and why."""
-        consumers = self.consumers.get(conv, {Other.UNKNOWN})
-        norms = [link for link in consumers if isinstance(link, nn.Module)]
         none = "no BatchNorm2d was found to consume it alone"
-        if Other.UNKNOWN in consumers:
+        if self.is_unknown(conv):
             remedy = "and the example does not reach it" if self.ran else "but example= would show where it goes"
             return None, f"{none}: torch.fx cannot follow its output, {remedy}"
+        consumers = self.consumers[conv]
+        norms = [link for link in consumers if isinstance(link, nn.Module)]
         if not norms:
             return None, none
         names = ", ".join(sorted(self.names[norm] for norm in norms))
@@ -88,9 +88,9 @@ class Usage:
             return None, f"{stays}: other maps go through it too, or may"
         if norm in self.read:
             return None, f"{stays}: its tensors are read outside its own forward"
-        for other, links in self.consumers.items():
+        for other in self.consumers:
             # Another branch of the same code: its convolution may share the batch norm.
-            if conv in self.observed and Other.UNKNOWN in links and other.out_channels == conv.out_channels:
+            if conv in self.observed and self.is_unknown(other) and other.out_channels == conv.out_channels:
                 return None, f"{stays}: {self.names[other]}, which the example does not reach, may need it"
         return norm, ""
 

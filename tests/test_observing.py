@@ -239,7 +239,7 @@ LEFT = [
     (Hooked, NO_NORM),
     (Dropped, ELSEWHERE),
     (DroppedByAModule, ELSEWHERE),
-    (Scripted, ELSEWHERE),
+    pytest.param(Scripted, ELSEWHERE, marks=pytest.mark.filterwarnings("ignore:`torch.jit.trace")),
     (NormTwice, ELSEWHERE),
     (ConvTwice, ELSEWHERE),
     (Unused, NO_NORM),
@@ -471,9 +471,11 @@ def test_a_run_leaves_nothing_behind():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
-def test_a_model_that_torch_fx_traces_does_not_run():
+def test_a_model_does_not_run_where_nothing_is_left_to_learn():
+    wrong = (1, 99, 7, 7)
     net = nn.Sequential(conv(), BatchNorm2d(4))
-    assert notes(ak.convert(net, example=(1, 99, 7, 7))) == {"0": "with its batch norm"}
+    assert notes(ak.convert(net, example=wrong)) == {"0": "with its batch norm"}
+    assert notes(ak.convert(Direct(), example=wrong, skip=["w"])) == {"w": "skipped as asked"}
 
 
 def test_a_compiled_model_a_second_convert_and_a_model_with_blocks():
