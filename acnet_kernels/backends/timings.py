@@ -1,8 +1,9 @@
 """Step times measured on this machine: those of the benchmarks, of `tune()`, and of this process.
 
 `tune()` keeps what it measures in the user's cache directory ($ACNET_KERNELS_CACHE, or acnet_kernels in
-$XDG_CACHE_HOME, or in ~/.cache): a JSON file a device, thread count and set of versions. It is read once, when
-first asked for; one that is damaged, or not of this device and these versions, is ignored with a warning naming it.
+$XDG_CACHE_HOME, or in ~/.cache): a JSON file a device, thread count, instruction set and set of versions. It is
+read once, when first asked for; one that is damaged, or not of this device and these versions, is ignored with a
+warning naming it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..atomic import replacing
 from ..geometry import BRANCHES
 from ..spec import Problem
 from . import cost
-from .machine import Machine
+from .machine import CUDA, Machine, instructions
 
 FORMAT = 1
 TUNED, BENCHMARK, FIRST_SIGHT = "tune()", "the benchmarks", "first sight"
@@ -110,14 +111,20 @@ def cache_dir() -> Path:
 
 
 def identity(machine: Machine) -> dict[str, str]:
-    """What tuned times hold for: other versions have other kernels."""
+    """What tuned times hold for: other versions and other vector instructions have other kernels."""
     from .. import __version__
 
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = ""
-    return {"device": machine.name, "torch": torch.__version__, "triton": triton, "acnet_kernels": __version__}
+    return {
+        "device": machine.name,
+        "instructions": "" if machine.kind == CUDA else instructions(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "acnet_kernels": __version__,
+    }
 
 
 def cache_path(machine: Machine) -> Path:
