@@ -109,7 +109,7 @@ def tune(model: nn.Module, example: Sequence[int] | Tensor) -> TuningReport:
         try:
             path = timings.store(machine, found)
         except OSError as error:
-            warnings.warn(f"the tuned times cannot be kept in {timings.cache_dir()}: {error}", stacklevel=2)
+            warnings.warn(f"the tuned times cannot be kept: {error}", stacklevel=2)
     return TuningReport(layers, left, path)
 
 

@@ -1,8 +1,12 @@
 """Tuned times on disk: what is kept, what is refused, and what happens to it when several processes write."""
 
+import errno
 import json
+import os
+import pwd
 import threading
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +15,8 @@ import torch
 
 import acnet_kernels
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import cost, timings
-from acnet_kernels.backends.machine import Machine
+from acnet_kernels.backends import cost, planner, stopwatch, timings
+from acnet_kernels.backends.machine import Machine, this_machine
 
 MACHINE = Machine("cpu", "a processor, 2 threads")
 OTHER = Machine("cpu", "a processor, 4 threads")
@@ -100,6 +104,58 @@ def test_where_the_file_lies(monkeypatch, folder, tmp_path):
     assert timings.cache_dir() == tmp_path / ".cache" / "acnet_kernels"
 
 
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user without HOME and without an entry in the password file, as containers run them."""
+    for name in ("ACNET_KERNELS_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def none(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", none)
+    planner._decided.cache_clear()
+    yield
+    planner._decided.cache_clear()
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_there_is_no_cache_and_every_step_runs(recwarn):
+    block, x = ACBlock(4, 8, 3, padding=1), torch.randn(2, 4, 9, 8)
+    for _ in range(2):
+        block(x).sum().backward()
+    block.eval()(x)
+    acnet_kernels.explain(block.train(), x)
+    assert not recwarn
+    with pytest.raises(FileNotFoundError, match=r"home directory. Set ACNET_KERNELS_CACHE"):
+        timings.cache_dir()
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_tuned_times_are_kept_in_this_process_with_one_warning(monkeypatch):
+    monkeypatch.setattr(stopwatch, "measure", lambda problem, backends, autocast: {"eager": 1.0, "branches": 9.0})
+    block = ACBlock(4, 8, 3, padding=1)
+    with pytest.warns(UserWarning, match="tuned times cannot be kept: .* Set ACNET_KERNELS_CACHE") as warned:
+        report = acnet_kernels.tune(block, (2, 4, 9, 8))
+    assert len(warned) == 1
+    assert report.path is None
+    assert acnet_kernels.explain(block, (2, 4, 9, 8)).blocks[0].measured["branches"] == 9.0
+
+
+def test_a_damaged_file_is_warned_of_once_and_every_step_runs():
+    path = timings.cache_path(this_machine("cpu"))
+    path.parent.mkdir()
+    path.write_text("[" * 100_000)
+    block, x = ACBlock(4, 8, 3, padding=1), torch.randn(2, 4, 9, 8)
+    planner._decided.cache_clear()
+    with pytest.warns(UserWarning, match="ignoring the tuned times"):
+        block(x).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block(x[:, :, :7]).sum().backward()
+    planner._decided.cache_clear()
+
+
 @pytest.mark.parametrize("versioned", ["torch", "triton", "package"])
 def test_other_versions_have_a_file_of_their_own(monkeypatch, versioned):
     before = timings.cache_path(MACHINE)
@@ -134,10 +190,26 @@ def test_a_sound_file_is_taken(recwarn):
         (json.dumps(CONTENT | {"format": 2}), "format 1"),
         (json.dumps(CONTENT | {"identity": CONTENT["identity"] | {"torch": "1.0"}}), "it is of .*'torch': '1.0'"),
         (json.dumps(CONTENT | {"identity": timings.identity(OTHER)}), "it is of .*4 threads"),
-        (json.dumps({"format": 1, "identity": CONTENT["identity"]}), "not positive numbers"),
+        (json.dumps({"format": 1, "identity": CONTENT["identity"]}), "not finite positive numbers"),
         *(
-            (json.dumps(CONTENT | {"milliseconds": {"step": row}}), "not positive numbers")
+            (json.dumps(CONTENT | {"milliseconds": {"step": row}}), "not finite positive numbers")
             for row in ({"eager": -1.0}, {"eager": "1.0"}, {"eager": None}, {}, [1.0], {"eager": float("nan")})
+        ),
+        *(
+            (
+                json.dumps(CONTENT | {"milliseconds": {"step": {"eager": 7.0, "branches": "BAD"}}}).replace(
+                    '"BAD"', ms
+                ),
+                why,
+            )
+            for ms, why in (
+                ("Infinity", "not finite positive numbers"),
+                ("1e400", "not finite positive numbers"),
+                ("0.0", "not finite positive numbers"),
+                ("-0.5", "not finite positive numbers"),
+                ("[" * 100_000, "recursion"),
+                ('{"a": ' * 100_000, "recursion"),
+            )
         ),
     ],
 )
@@ -168,10 +240,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, fo
     before = sorted(folder.iterdir())
 
     def fail(*_, **__):
-        raise OSError("the disk is full")
+        raise OSError(errno.ENOSPC, "the disk is full")
 
-    monkeypatch.setattr(timings.json, "dump", fail)
-    with pytest.raises(OSError, match="disk is full"):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=f"disk is full: '{timings.cache_path(MACHINE)}'"):
         timings.store(MACHINE, {"another": {"eager": 1.0}})
     assert sorted(folder.iterdir()) == before
     assert timings.load(MACHINE) == TIMES
@@ -180,7 +252,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, fo
 def test_the_file_changes_at_once(monkeypatch):
     timings.store(MACHINE, TIMES)
     path, replaced = timings.cache_path(MACHINE), []
-    put = timings.os.replace
+    put = os.replace
 
     def look(source, target):
         assert json.loads(path.read_text())["milliseconds"] == TIMES  # until this very moment
@@ -188,7 +260,7 @@ def test_the_file_changes_at_once(monkeypatch):
         replaced.append(target)
         put(source, target)
 
-    monkeypatch.setattr(timings.os, "replace", look)
+    monkeypatch.setattr(os, "replace", look)
     timings.store(MACHINE, {"another": {"eager": 1.0}})
     assert replaced == [path]
     assert timings.load(MACHINE) == TIMES | {"another": {"eager": 1.0}}

@@ -200,7 +200,7 @@ def test_a_directory_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("ACNET_KERNELS_CACHE", str(tmp_path / "file" / "below"))
     net = ACBlock(3, 8, 3, padding=1)
-    with pytest.warns(UserWarning, match="cannot be kept in .*below"):
+    with pytest.warns(UserWarning, match="cannot be kept: .*below"):
         report = ak.tune(net, (2, 3, 9, 8))
     assert report.path is None
     assert "kept in this process alone" in str(report)

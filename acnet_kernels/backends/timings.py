@@ -1,8 +1,9 @@
 """Step times measured on this machine: those of the benchmarks, of `tune()`, and of this process.
 
 `tune()` keeps what it measures in the user's cache directory ($ACNET_KERNELS_CACHE, or acnet_kernels in
-$XDG_CACHE_HOME, or in ~/.cache): a JSON file a device, thread count and set of versions. It is read once, when
-first asked for; one that is damaged, or not of this device and these versions, is ignored with a warning naming it.
+$XDG_CACHE_HOME, or in ~/.cache): a JSON file a device, thread count, instruction set and set of versions. It is
+read once, when first asked for; one that is damaged, or not of this device and these versions, is ignored with a
+warning naming it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -20,10 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..atomic import replacing
 from ..geometry import BRANCHES
 from ..spec import Problem
 from . import cost
-from .machine import Machine
+from .machine import CUDA, Machine, instructions
 
 FORMAT = 1
 TUNED, BENCHMARK, FIRST_SIGHT = "tune()", "the benchmarks", "first sight"
@@ -94,22 +96,35 @@ def remember(problem: Problem, machine: Machine, times: Mapping[str, float], sou
 
 
 def cache_dir() -> Path:
-    """Where tuned times are kept, whether it exists or not."""
+    """Where tuned times are kept, whether it exists or not.
+
+    Raises:
+        FileNotFoundError: the environment names no place, and this user has no home directory.
+    """
     own = os.environ.get("ACNET_KERNELS_CACHE")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acnet_kernels"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acnet_kernels"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{error} Set ACNET_KERNELS_CACHE to a directory for tuned times") from None
 
 
 def identity(machine: Machine) -> dict[str, str]:
-    """What tuned times hold for: other versions have other kernels."""
+    """What tuned times hold for: other versions and other vector instructions have other kernels."""
     from .. import __version__
 
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = ""
-    return {"device": machine.name, "torch": torch.__version__, "triton": triton, "acnet_kernels": __version__}
+    return {
+        "device": machine.name,
+        "instructions": "" if machine.kind == CUDA else instructions(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "acnet_kernels": __version__,
+    }
 
 
 def cache_path(machine: Machine) -> Path:
@@ -120,13 +135,13 @@ def cache_path(machine: Machine) -> Path:
 
 def load(machine: Machine) -> Times:
     """machine's tuned times; none, with a warning, where the file is damaged or of another machine or version."""
-    path = cache_path(machine)
     try:
+        path = cache_path(machine)
         content = json.loads(path.read_text(encoding="utf-8"))
         return _checked(content, identity(machine))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         warnings.warn(f"ignoring the tuned times in {path}: {error}", stacklevel=2)
         return {}
 
@@ -138,11 +153,11 @@ def _checked(content: Any, wanted: dict[str, str]) -> Times:
         raise ValueError(f"it is of {content.get('identity')}, this is {wanted}")
     times: Any = content.get("milliseconds")
     sound = isinstance(times, dict) and all(
-        isinstance(row, dict) and row and all(isinstance(ms, float) and ms > 0 for ms in row.values())
+        isinstance(row, dict) and row and all(isinstance(ms, float) and 0 < ms < math.inf for ms in row.values())
         for row in times.values()
     )
     if not sound:
-        raise ValueError("its times are not positive numbers by problem and backend")
+        raise ValueError("its times are not finite positive numbers by problem and backend")
     return times
 
 
@@ -152,20 +167,14 @@ def store(machine: Machine, times: Times) -> Path:
     Readers see the old file or the new one, never a part; what other processes store meanwhile is kept.
 
     Raises:
-        OSError: the directory cannot be made or written to.
+        OSError: there is no place for it, or the directory cannot be made or written to.
     """
     path = cache_path(machine)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
         content = {"format": FORMAT, "identity": identity(machine), "milliseconds": load(machine) | times}
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with replacing(path) as file:
+            file.write(json.dumps(content, indent=1).encode())
     return path
 
 

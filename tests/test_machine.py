@@ -1,0 +1,126 @@
+"""Machines' names: what measured times are filed under, and whose times decide for whom."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from acnet_kernels import ACBlock
+from acnet_kernels.backends import convolution, cost, machine, planner, timings
+from benchmarks import machine as benchmark_machine
+from benchmarks.fit import problem_of
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+# The processor on which the committed results were measured, as /proc/cpuinfo has it there.
+EMERALD_RAPIDS = """processor\t: 0
+vendor_id\t: GenuineIntel
+cpu family\t: 6
+model\t\t: 207
+model name\t: Intel(R) Xeon(R) Processor
+flags\t\t: fpu sse2 avx avx2 avx512f avx512_bf16
+"""
+
+
+class Processor:
+    """Pretends that this machine has another processor, with two threads."""
+
+    def __init__(self, monkeypatch, tmp_path):
+        self.patch, self.info = monkeypatch, tmp_path / "cpuinfo"
+        monkeypatch.setattr(machine, "Path", lambda _: self.info)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        monkeypatch.setattr(benchmark_machine.os, "cpu_count", lambda: 2)
+        monkeypatch.setattr(timings, "_known", {})
+        monkeypatch.setenv("ACNET_KERNELS_CACHE", str(tmp_path / "cache"))
+        self.be(EMERALD_RAPIDS)
+
+    def be(self, info, amx=False, amx_fp16=False):
+        self.info.write_text(info + "\nprocessor\t: 1\nmodel name\t: another\n")
+        self.patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        self.patch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: amx_fp16)
+        self.patch.setattr(convolution.platform, "machine", lambda: "x86_64")
+        self.patch.setattr(convolution, "_SLOW_HALF_TYPES", convolution._slow_half_types())
+        forget()
+        return machine.this_machine("cpu")
+
+
+def forget():
+    for cached in (machine._cpuinfo, machine.cpu_name, machine._machine, planner._decided):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def processor(monkeypatch, tmp_path):
+    yield Processor(monkeypatch, tmp_path)
+    monkeypatch.undo()
+    forget()
+
+
+def committed_devices():
+    """The names in the committed results of CPUs."""
+    found = set()
+    for path in RESULTS.rglob("*.csv"):
+        with path.open(encoding="utf-8") as file:
+            found |= {row["device"] for row in csv.DictReader(file) if row.get("device")}
+    return found
+
+
+def test_committed_results_are_those_of_the_processor_without_amx(processor):
+    plain = processor.be(EMERALD_RAPIDS)
+    assert plain == (machine.CPU, "Intel Xeon Processor (emerald-rapids), 2 threads")
+    assert {plain.name} == set(cost.measured()) <= committed_devices()
+    assert (RESULTS / benchmark_machine.machine_class()).is_dir()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_times_measured_without_amx_decide_there_and_nowhere_else(processor, dtype):
+    problem = problem_of("128x16x32x32->16", dtype, "channels_last", "cpu")
+    plain = processor.be(EMERALD_RAPIDS)
+    shipped = timings.lookup(problem, plain)
+    assert shipped == (cost.measured()[plain.name][timings.key(problem)], timings.BENCHMARK)
+    assert planner.times(problem).measured.items() <= shipped.milliseconds.items()
+    assert "measured" in planner.choose(problem).reason
+    for units in ({"amx": True}, {"amx": True, "amx_fp16": True}):
+        other = processor.be(EMERALD_RAPIDS, **units)
+        assert other.kind == machine.FAST_HALF_CPU
+        assert timings.lookup(problem, other) is None
+        assert "measured" not in planner.choose(problem).reason
+        assert not (RESULTS / benchmark_machine.machine_class()).exists()
+
+
+def test_tuned_times_of_each_are_kept_apart(processor):
+    problem = ACBlock(4, 8, 3, padding=1).plan(torch.empty(2, 4, 9, 8, device="meta"))[0]
+    bare = EMERALD_RAPIDS.replace(" avx512_bf16", "")
+    kinds = [
+        {"info": EMERALD_RAPIDS},
+        {"info": EMERALD_RAPIDS, "amx": True},
+        {"info": EMERALD_RAPIDS, "amx": True, "amx_fp16": True},
+        {"info": bare},  # the same name, but bfloat16 convolutions of another speed
+        {"info": EMERALD_RAPIDS.replace("207", "143")},
+    ]
+    for number, kind in enumerate(kinds, 1):
+        timings._known.clear()
+        timings.store(processor.be(**kind), {timings.key(problem): {"eager": float(number)}})
+    assert len(list(timings.cache_dir().glob("*.json"))) == len(kinds)
+    for number, kind in enumerate(kinds, 1):
+        timings._known.clear()
+        assert timings.lookup(problem, processor.be(**kind)) == ({"eager": float(number)}, timings.TUNED)
+
+
+def test_what_pytorchs_kernels_may_use_tells_machines_apart(processor, monkeypatch):
+    before = timings.cache_path(processor.be(EMERALD_RAPIDS))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2 of ATEN_CPU_CAPABILITY")
+    assert timings.cache_path(processor.be(EMERALD_RAPIDS)) != before
+
+
+def test_names(processor):
+    amd = "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t: 207\nmodel name\t: AMD EPYC\n"
+    assert processor.be(amd).name == "AMD EPYC, 2 threads"
+    assert processor.be(EMERALD_RAPIDS, amx=True).name == "Intel Xeon Processor (emerald-rapids, AMX), 2 threads"
+    assert benchmark_machine.machine_class() == "xeon-emerald-rapids-amx-2core"
+    both = processor.be(EMERALD_RAPIDS.replace("207", "1"), amx=True, amx_fp16=True)
+    assert both.name == "Intel Xeon Processor (AMX, AMX-FP16), 2 threads"
+    processor.info.unlink()
+    forget()
+    assert machine.cpu_name() == f"{machine.platform.processor() or 'x86_64'} (AMX, AMX-FP16)"
+    assert machine.instructions() == torch.backends.cpu.get_cpu_capability()
