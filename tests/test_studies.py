@@ -9,15 +9,18 @@ import signal
 from fractions import Fraction
 from types import SimpleNamespace
 
+import matplotlib.text
 import pytest
 import torch
 from torch import nn
 
 from acnet_kernels import cli
 from acnet_kernels.errors import UserError
+from acnet_kernels.models.blocks import constructor
 from acnet_kernels.studies import accuracy, command, magnitudes, paper, plan, plots, pruning, rotation, shifted
 from acnet_kernels.studies.evaluate import ORIENTATIONS, accuracies
-from acnet_kernels.studies.pruning import REGIONS, prune, prune_weight
+from acnet_kernels.studies.pruning import prune, prune_weight
+from acnet_kernels.studies.regions import kernel_of, regions
 from acnet_kernels.studies.store import Store, read, write_csv
 from acnet_kernels.studies.study import Measured, by, mean_std, percent, points
 
@@ -55,14 +58,15 @@ def generator(seed=0):
 
 
 def network(*kernels):
-    """A chain of 3×3 convolutions, every kernel of a layer being the given matrix, and a 1×1 and a 5×5 one."""
-    layers = [nn.Conv2d(2, 2, 3, bias=False) for _ in kernels]
+    """A chain of k×k convolutions, every kernel of a layer being the given matrix, and a 1×1 and a 7×7 one."""
+    layers = [nn.Conv2d(2, 2, len(kernel), bias=False) for kernel in kernels]
     for layer, kernel in zip(layers, kernels, strict=True):
         layer.weight.data[:] = torch.tensor(kernel)
-    return nn.Sequential(*layers, nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 5)).eval()
+    return nn.Sequential(*layers, nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 7)).eval()
 
 
 CROSS = [[1.0, 2, 1], [2, 2, 2], [1, 2, 1]]
+CROSS_5 = [[1.0, 1, 2, 1, 1], [1, 1, 2, 1, 1], [2, 2, 2, 2, 2], [1, 1, 2, 1, 1], [1, 1, 2, 1, 1]]
 
 
 def magnitudes_of(model):
@@ -74,6 +78,17 @@ def test_skeleton_2_and_corners_1_give_half_in_the_corners():
     found = magnitudes_of(network(CROSS, [[-7 * v for v in row] for row in CROSS]))
     assert found["mean"] == expected
     assert list(found["layers"].values()) == [expected, expected]
+
+
+@pytest.mark.parametrize("cross", [CROSS, CROSS_5])
+def test_a_cross_of_any_size_is_found_on_the_skeleton(cross):
+    cell = {"data": "d", "net": "n", "block": "acb", "seed": 0}
+    results = [Measured(cell, magnitudes_of(network(cross)))]
+    assert magnitudes.table(results).rows[0][2:4] == ("0.500", "1.000")
+    assert magnitudes.finding(results) == "Skeleton over corners: ACNet 2.00."
+    records = magnitudes.records(results)
+    assert len(records[0]) == 4 + 1 + len(cross) ** 2
+    assert records[0][f"{len(cross) - 1}0"] == 0.5
 
 
 def test_each_layer_is_scaled_by_its_own_maximum_before_the_mean():
@@ -103,77 +118,114 @@ def test_magnitudes_are_averaged_over_seeds_and_named_by_region():
 
 
 def zeros(weight):
-    """How many zeros each of the nine positions has, 3×3."""
+    """How many zeros each position has, k×k."""
     return weight.eq(0).sum((0, 1)).tolist()
 
 
+def inside(region, kernel):
+    """k×k: which positions are in the region."""
+    mask = torch.zeros(kernel, kernel, dtype=torch.bool)
+    for position in regions(kernel)[region]:
+        mask[position] = True
+    return mask
+
+
+def drawn(region, kernel):
+    return ["".join("#" if chosen else "." for chosen in row) for row in inside(region, kernel)]
+
+
 def test_regions_are_the_papers():
-    def drawn(region):
-        return [
-            "".join("#" if (row, column) in REGIONS[region] else "." for column in range(3)) for row in range(3)
-        ]
-
-    assert drawn("corners") == ["#.#", "...", "#.#"]
-    assert drawn("skeleton") == [".#.", "###", ".#."]
-    assert drawn("border") == ["..#", "..#", "###"]
-    assert drawn("top-left 2×2") == ["##.", "##.", "..."]
-    assert drawn("anywhere") == ["###"] * 3
+    assert drawn("corners", 3) == ["#.#", "...", "#.#"]
+    assert drawn("skeleton", 3) == [".#.", "###", ".#."]
+    assert drawn("border", 3) == ["..#", "..#", "###"]
+    assert drawn("top left", 3) == ["##.", "##.", "..."]
+    assert drawn("anywhere", 3) == ["###"] * 3
 
 
-@pytest.mark.parametrize("region", ["corners", "skeleton", "border", "top-left 2×2", "anywhere"])
-def test_the_largest_sparsity_zeroes_exactly_the_region(region):
-    weight = torch.rand(5, 7, 3, 3) + 0.1
+def test_regions_grow_with_the_kernel():
+    assert drawn("corners", 5) == ["##.##", "##.##", ".....", "##.##", "##.##"]
+    assert drawn("skeleton", 5) == ["..#..", "..#..", "#####", "..#..", "..#.."]
+    assert drawn("border", 5) == ["....#"] * 4 + ["#####"]
+    assert drawn("top left", 5) == ["####."] * 4 + ["....."]
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("block", ["acb", "acb-border"])
+def test_skeleton_and_border_are_where_the_branches_lie(kernel, block):
+    layer = constructor(block, {})(1, 1, kernel, padding=kernel // 2)
+    with torch.no_grad():
+        layer.square_conv.weight.zero_()
+    weight = layer.eval().get_equivalent_kernel_bias()[0]
+    assert torch.equal(weight[0, 0] != 0, inside("skeleton" if block == "acb" else "border", kernel))
+
+
+@pytest.mark.parametrize(("net", "kernel"), [("resnet8", 3), ("cifar-quick", 5), ("wrn10-1", 3), ("vgg16", 3)])
+def test_the_studied_kernel_is_the_networks_commonest(net, kernel):
+    before = torch.get_rng_state()
+    assert kernel_of(net) == kernel
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("region", ["corners", "skeleton", "border", "top left", "anywhere"])
+def test_the_largest_sparsity_zeroes_exactly_the_region(region, kernel):
+    weight = torch.rand(5, 7, kernel, kernel) + 0.1
     before = weight.clone()
-    prune_weight(weight, REGIONS[region], Fraction(len(REGIONS[region]), 9), generator())
-    inside = torch.zeros(3, 3, dtype=torch.bool)
-    for position in REGIONS[region]:
-        inside[position] = True
-    assert weight[:, :, inside].eq(0).all()
-    assert torch.equal(weight[:, :, ~inside], before[:, :, ~inside])
-    assert torch.equal(inside.to(torch.float), torch.tensor(zeros(weight)).div(35))
+    prune_weight(weight, region, pruning.share(region, kernel), generator())
+    mask = inside(region, kernel)
+    assert weight[:, :, mask].eq(0).all()
+    assert torch.equal(weight[:, :, ~mask], before[:, :, ~mask])
+    assert torch.equal(mask.to(torch.float), torch.tensor(zeros(weight)).div(35))
 
 
-def test_four_ninths_are_all_the_corners():
-    assert pruning.sparsities("corners")[-1] == pruning.CORNERS == Fraction(4, 9)
-    assert pruning.sparsities("skeleton")[-1] == pruning.sparsities("anywhere")[-1] == Fraction(5, 9)
+def test_curves_end_with_the_whole_region():
+    ends = {
+        kernel: [pruning.sparsities(region, kernel)[-1] for region in ("corners", "skeleton", "border", "anywhere")]
+        for kernel in (3, 5)
+    }
+    assert ends[3] == [Fraction(4, 9), Fraction(5, 9), Fraction(5, 9), Fraction(5, 9)]
+    assert ends[5] == [Fraction(16, 25), Fraction(9, 25), Fraction(9, 25), Fraction(16, 25)]
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("sparsity", [Fraction(0), Fraction(1, 18), Fraction(2, 9), Fraction(1, 3)])
 @pytest.mark.parametrize("region", ["corners", "skeleton", "anywhere"])
-def test_sparsity_counts_all_weights_and_stays_in_the_region(region, sparsity):
-    weight = torch.rand(5, 7, 3, 3) + 0.1
-    prune_weight(weight, REGIONS[region], sparsity, generator())
-    assert int(weight.eq(0).sum()) == round(sparsity * 5 * 7 * 9)
-    outside = [zeros(weight)[row][column] for row, column in REGIONS["anywhere"] - REGIONS[region]]
-    assert set(outside) <= {0}
+def test_sparsity_counts_all_weights_and_stays_in_the_region(region, sparsity, kernel):
+    weight = torch.rand(5, 7, kernel, kernel) + 0.1
+    prune_weight(weight, region, sparsity, generator())
+    assert int(weight.eq(0).sum()) == round(sparsity * 5 * 7 * kernel**2)
+    assert not torch.tensor(zeros(weight))[~inside(region, kernel)].any()
 
 
 def test_every_weight_of_the_region_is_equally_likely():
     weight = torch.ones(200, 200, 3, 3)
-    prune_weight(weight, REGIONS["skeleton"], Fraction(1, 9), generator())
+    prune_weight(weight, "skeleton", Fraction(1, 9), generator())
     # 40,000 zeros over five positions: 8,000 each, with a standard deviation of √(40,000·0.2·0.8·0.8) = 72.
-    counts = [zeros(weight)[row][column] for row, column in REGIONS["skeleton"]]
+    counts = [zeros(weight)[row][column] for row, column in regions(3)["skeleton"]]
     assert all(abs(count - 8000) < 5 * 72 for count in counts)
     assert max(counts) != min(counts)
 
 
-def test_more_zeros_than_the_region_has_are_refused():
-    weight = torch.ones(2, 2, 3, 3)
-    with pytest.raises(ValueError, match=r"sparsity must be at most 4/9, .* got 1/2"):
-        prune_weight(weight, REGIONS["corners"], Fraction(1, 2), generator())
+@pytest.mark.parametrize(("kernel", "share"), [(3, "4/9"), (5, "16/25")])
+def test_more_zeros_than_the_region_has_are_refused(kernel, share):
+    weight = torch.ones(2, 2, kernel, kernel)
+    with pytest.raises(ValueError, match=rf"sparsity must be at most {share}, .* got 2/3"):
+        prune_weight(weight, "corners", Fraction(2, 3), generator())
     assert weight.eq(1).all()
 
 
-def test_pruning_copies_and_touches_3x3_layers_alone():
+def test_pruning_copies_and_touches_layers_of_the_commonest_kernel_alone():
     model = network(CROSS, CROSS)
-    pruned = prune(model, REGIONS["corners"], Fraction(4, 9), generator())
+    pruned = prune(model, "corners", Fraction(4, 9), generator())
     assert [zeros(layer.weight) for layer in pruned[:2]] == [[[4, 0, 4], [0, 0, 0], [4, 0, 4]]] * 2
     assert all(torch.equal(pruned[i].weight, model[i].weight) for i in (2, 3))
     assert not model[0].weight.eq(0).any()
+    larger = prune(network(CROSS_5), "corners", Fraction(16, 25), generator())
+    assert torch.tensor(zeros(larger[0].weight)).eq(4).equal(inside("corners", 5))
 
 
 def test_one_pruning_seed_gives_one_pruning():
-    masks = [prune(network(CROSS), REGIONS["anywhere"], Fraction(1, 3), generator(s))[0].weight for s in (1, 1, 2)]
+    masks = [prune(network(CROSS), "anywhere", Fraction(1, 3), generator(s))[0].weight for s in (1, 1, 2)]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
 
@@ -185,7 +237,7 @@ def test_cells_of_the_pruning_study_repeat_what_is_random():
         ("0", 0), *(("1/18", i) for i in range(5)), ("1/9", 0),
     ]  # fmt: skip
     assert len(plain) == 1 + 8 * 5
-    assert {c["region"] for c in cells if c["block"] == "acb-border"} == {"border", "top-left 2×2", "anywhere"}
+    assert {c["region"] for c in cells if c["block"] == "acb-border"} == {"border", "top left", "anywhere"}
 
 
 # Turned images.
@@ -524,6 +576,17 @@ def test_wrong_use_is_one_sentence(tmp_path, capsys, arguments, said):
     assert code == 2
     assert said in errors
     assert errors.count("\n") == 1
+
+
+def test_larger_kernels_are_studied_and_drawn_under_their_own_name(tmp_path, capsys, monkeypatch):
+    written = []
+    monkeypatch.setattr(matplotlib.text.Text, "set_text", lambda self, text: written.append(str(text)))
+    for name in ("pruning", "magnitudes"):
+        assert run(capsys, name, *TINY, "--seeds", 1, "--net", "cifar-quick", "--out", tmp_path)[0] == 0
+    assert {"zeros (% of all 5×5 weights) in:", "5×5 layer, from the input", "16/25"} <= set(written)
+    assert not any("3×3" in text for text in written)
+    with (tmp_path / "magnitudes.csv").open(encoding="utf-8") as file:
+        assert file.readline().rstrip().endswith("40,41,42,43,44")
 
 
 def test_long_networks_can_be_drawn(tmp_path):

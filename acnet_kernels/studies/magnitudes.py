@@ -13,7 +13,8 @@ from ..training.report import LABELS, kernel_magnitudes, mean_magnitude, plot_ke
 from . import plots
 from .lab import Lab
 from .plan import Plan
-from .pruning import REGIONS, STUDIED
+from .pruning import STUDIED
+from .regions import regions
 from .study import Cell, Measured, Study, Table, by, subject, training_cells
 
 
@@ -38,18 +39,19 @@ def mean_matrices(results: Sequence[Measured]) -> dict[str, Tensor]:
 
 
 def region_mean(matrix: Tensor, region: str) -> float:
-    """The mean of a 3×3 matrix over a region of `REGIONS`."""
-    return sum(float(matrix[position]) for position in REGIONS[region]) / len(REGIONS[region])
+    """The mean of a k×k matrix over one of its `regions`."""
+    positions = regions(len(matrix))[region]
+    return sum(float(matrix[position]) for position in positions) / len(positions)
 
 
 def table(results: Sequence[Measured]) -> Table:
-    regions = ("corners", "skeleton", "top-left 2×2", "border")
+    parts = ("corners", "skeleton", "top left", "border")
     seeds = {block: len(values) for block, values in by(results, "block").items()}
     rows = [
-        (LABELS[block], str(seeds[block]), *(f"{region_mean(matrix, region):.3f}" for region in regions))
+        (LABELS[block], str(seeds[block]), *(f"{region_mean(matrix, region):.3f}" for region in parts))
         for block, matrix in mean_matrices(results).items()
     ]
-    return Table(("mean of A over", "seeds", *regions), rows)
+    return Table(("mean of A over", "seeds", *parts), rows)
 
 
 def finding(results: Sequence[Measured]) -> str:
@@ -80,9 +82,9 @@ def plot_layers(results: Sequence[Measured], path: Path) -> None:
 
 
 def records(results: Sequence[Measured]) -> list[dict[str, Any]]:
-    """One record a network and layer ('mean' for A), its nine values named by row and column."""
+    """One record a network and layer ('mean' for A), its k² values named by row and column."""
     return [
-        {**cell, "layer": layer, **{f"{r}{c}": matrix[r][c] for r in range(3) for c in range(3)}}
+        {**cell, "layer": layer, **{f"{r}{c}": v for r, row in enumerate(matrix) for c, v in enumerate(row)}}
         for cell, values in results
         for layer, matrix in {"mean": values["mean"], **values["layers"]}.items()
     ]
@@ -96,8 +98,9 @@ STUDY = Study(
         "already, and the ACNet's more so; beside them the border-shifted network."
     ),
     limits=(
-        "A is the mean over all 3×3 layers of Σ|F| over filters and channels, each layer's maximum scaled to 1. It "
-        "says where weights are large, not what they are worth: the pruning study asks that."
+        "A is the mean over all layers of the network's commonest kernel size of Σ|F| over filters and channels, "
+        "each layer's maximum scaled to 1. It says where weights are large, not what they are worth: the pruning "
+        "study asks that."
     ),
     cells=cells,
     measure=measure,
