@@ -19,10 +19,12 @@ from acnet_kernels.errors import UserError
 from acnet_kernels.models.blocks import constructor
 from acnet_kernels.studies import accuracy, command, magnitudes, paper, plan, plots, pruning, rotation, shifted
 from acnet_kernels.studies.evaluate import ORIENTATIONS, accuracies
+from acnet_kernels.studies.lab import Lab
 from acnet_kernels.studies.pruning import prune, prune_weight
 from acnet_kernels.studies.regions import kernel_of, regions
 from acnet_kernels.studies.store import Store, read, write_csv
-from acnet_kernels.studies.study import Measured, by, mean_std, percent, points
+from acnet_kernels.studies.study import Measured, Network, by, mean_std, percent, points, subject
+from acnet_kernels.training.loop import Recipe
 
 TINY = [
     "--quick",
@@ -39,6 +41,9 @@ TINY = [
     "--nets",
     "resnet8",
 ]
+
+
+SEED_0 = {"data": "d", "net": "n", "recipe": "1 epoch", "backend": "auto", "block": "acb", "seed": 0}
 
 
 def run(capsys, *argv):
@@ -82,12 +87,11 @@ def test_skeleton_2_and_corners_1_give_half_in_the_corners():
 
 @pytest.mark.parametrize("cross", [CROSS, CROSS_5])
 def test_a_cross_of_any_size_is_found_on_the_skeleton(cross):
-    cell = {"data": "d", "net": "n", "block": "acb", "seed": 0}
-    results = [Measured(cell, magnitudes_of(network(cross)))]
+    results = [Measured(SEED_0, magnitudes_of(network(cross)))]
     assert magnitudes.table(results).rows[0][2:4] == ("0.500", "1.000")
     assert magnitudes.finding(results) == "Skeleton over corners: ACNet 2.00."
     records = magnitudes.records(results)
-    assert len(records[0]) == 4 + 1 + len(cross) ** 2
+    assert len(records[0]) == len(SEED_0) + 1 + len(cross) ** 2
     assert records[0][f"{len(cross) - 1}0"] == 0.5
 
 
@@ -98,10 +102,9 @@ def test_each_layer_is_scaled_by_its_own_maximum_before_the_mean():
 
 
 def test_magnitudes_are_averaged_over_seeds_and_named_by_region():
-    cell = {"data": "d", "net": "n", "block": "acb"}
     matrices = [[[0.2] * 3] * 3, [[0.4, 0.8, 0.4], [0.8, 1.0, 0.8], [0.4, 0.8, 0.4]]]
     results = [
-        Measured({**cell, "seed": seed}, {"mean": matrix, "layers": {"a": matrix}})
+        Measured({**SEED_0, "seed": seed}, {"mean": matrix, "layers": {"a": matrix}})
         for seed, matrix in enumerate(matrices)
     ]
     mean = magnitudes.mean_matrices(results)["acb"]
@@ -320,17 +323,15 @@ def test_means_and_standard_deviations():
     assert points([0.5], [0.6]) == "-10.00"
 
 
-def measured(block, *top1, net="resnet56", data="cifar10"):
-    return [
-        Measured({"data": data, "net": net, "block": block, "seed": seed}, {"top1": value, "top5": 1.0})
-        for seed, value in enumerate(top1)
-    ]
+def measured(block, *top1, **coordinates):
+    cell = {**SEED_0, "net": "resnet56", "data": "cifar10", "block": block, **coordinates}
+    return [Measured({**cell, "seed": s}, {"top1": value, "top5": 1.0}) for s, value in enumerate(top1)]
 
 
 def test_the_accuracy_table_puts_the_papers_figures_beside_ours():
     results = measured("plain", 0.90, 0.92) + measured("acb", 0.93, 0.93)
     row = accuracy.table(results).rows[0]
-    assert row[:6] == ("resnet56", "cifar10", "2", "91.00 ± 1.41", "93.00 ± 0.00", "+2.00 ± 1.41")
+    assert row[:7] == ("resnet56", "cifar10", "1 epoch", "2", "91.00 ± 1.41", "93.00 ± 0.00", "+2.00 ± 1.41")
     assert row[-2:] == ("94.31 → 95.09", "94.57 → 94.86")
     assert "above the plain network's for 1 of 1" in accuracy.finding(results)
     other = measured("plain", 0.5, data="digits") + measured("acb", 0.6, data="digits")
@@ -359,8 +360,7 @@ def test_the_three_kinds_are_compared_with_the_papers():
 def test_rotation_reports_the_largest_change_by_folding():
     values = dict.fromkeys(ORIENTATIONS, 0.5) | {f"{name}, unfolded": 0.5 for name in ORIENTATIONS}
     changed = {**values, "rotated 90°": 0.52}
-    cell = {"data": "d", "net": "n", "block": "acb"}
-    results = [Measured({**cell, "seed": 0}, values), Measured({**cell, "seed": 1}, changed)]
+    results = [Measured(SEED_0, values), Measured({**SEED_0, "seed": 1}, changed)]
     assert rotation.table(results).rows == [
         ("ACNet", "2", "50.00 ± 0.00", "51.00 ± 1.41", "50.00 ± 0.00", "50.00 ± 0.00", "2.00")
     ]
@@ -409,36 +409,31 @@ def test_options_change_the_plan():
 
 # Results on disk.
 
-ABOUT = {"command": "c", "machine": {}, "setting": "s", "training": {"a on b": {"epochs": 1}, "limit": None}}
+RUN = {"command": "c", "machine": {"device": "d"}}
 
 
 def test_results_survive_and_are_found_by_their_cell(tmp_path):
     path = tmp_path / "x.json"
-    store = Store(path, ABOUT)
-    store.add({"block": "acb", "seed": 0}, {"top1": 0.1 + 0.2})
-    again = Store(path, ABOUT)
-    assert {"seed": 0, "block": "acb"} in again
-    assert {"seed": 1, "block": "acb"} not in again
-    again.add({"block": "acb", "seed": 1}, {"top1": 1.0})
-    about, results = read(path)
-    assert about == ABOUT
+    store = Store(path, RUN)
+    store.add(SEED_0, {"top1": 0.1 + 0.2})
+    again = Store(path, {**RUN, "command": "another"})
+    assert dict(reversed(SEED_0.items())) in again
+    assert all({**SEED_0, name: 1} not in again for name in SEED_0)
+    again.add({**SEED_0, "seed": 1}, {"top1": 1.0})
+    results = read(path)
     assert [r.values["top1"] for r in results] == [0.1 + 0.2, 1.0]
+    # Every run's command stays beside what it measured.
+    assert [r.run for r in results] == [RUN, {**RUN, "command": "another"}]
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_results_of_other_networks_are_not_mixed(tmp_path):
-    path = tmp_path / "x.json"
-    Store(path, ABOUT).add({"seed": 0}, {"top1": 1.0})
-    before = path.read_text()
-    other = {**ABOUT, "training": {"a on b": {"epochs": 2}, "limit": None}}
-    with pytest.raises(UserError, match=r"holds results with a on b: \{'epochs': 1\}, got \{'epochs': 2\}"):
-        Store(path, other)
-    assert path.read_text() == before
-    more = Store(path, {**ABOUT, "training": {"c on d": {"epochs": 9}, "limit": None}})
-    assert set(more.about["training"]) == {"a on b", "c on d", "limit"}
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"results": []}', '{"results": [3], "training": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", "{}", '{"results": []}', '{"results": [], "runs": []}', '{"results": [3], "runs": [{}]}',
+        '{"results": [{"cell": {"net": "n"}, "values": {}, "run": 0}], "runs": [{}]}',
+    ],
+)  # fmt: skip
 def test_files_that_are_no_results_are_refused(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_text(content)
@@ -447,9 +442,9 @@ def test_files_that_are_no_results_are_refused(tmp_path, content):
 
 
 def test_csv_has_one_line_a_record(tmp_path):
-    write_csv([{"a": 1, "b": "x, y"}, {"a": 2.5, "b": "ü"}], tmp_path / "x.csv")
+    write_csv([{"a": 1, "b": "x, y"}, {"a": 2.5, "c": "ü"}], tmp_path / "x.csv")
     with (tmp_path / "x.csv").open(encoding="utf-8", newline="") as file:
-        assert list(csv.DictReader(file)) == [{"a": "1", "b": "x, y"}, {"a": "2.5", "b": "ü"}]
+        assert list(csv.DictReader(file)) == [{"a": "1", "b": "x, y", "c": ""}, {"a": "2.5", "b": "", "c": "ü"}]
 
 
 # The command.
@@ -487,16 +482,14 @@ def test_the_page_needs_no_other_file(everything):
 
 
 def test_folding_changes_no_accuracy(everything):
-    for result in read(everything / "rotation.json")[1]:
+    for result in read(everything / "rotation.json"):
         for name in ORIENTATIONS:
             assert result.values[name] == result.values[f"{name}, unfolded"]
 
 
 def test_the_unpruned_network_is_the_ablations(everything):
-    ablation = {
-        r.cell["block"]: r.values["top1"] for r in read(everything / "ablation.json")[1] if not r.cell["seed"]
-    }
-    for result in read(everything / "pruning.json")[1]:
+    ablation = {r.cell["block"]: r.values["top1"] for r in read(everything / "ablation.json") if not r.cell["seed"]}
+    for result in read(everything / "pruning.json"):
         if result.cell["sparsity"] == "0" and result.cell["block"] in ablation:
             assert result.values["top1"] == ablation[result.cell["block"]]
 
@@ -515,7 +508,7 @@ def test_plots_are_made_again_without_measuring(everything, capsys, monkeypatch)
 
 @pytest.mark.parametrize("name", list(command.STUDIES))
 def test_unfinished_results_can_be_shown(everything, tmp_path, name):
-    study, results = command.STUDIES[name], read(everything / f"{name}.json")[1][:1]
+    study, results = command.STUDIES[name], read(everything / f"{name}.json")[:1]
     assert all(len(row) == len(study.table(results).header) for row in study.table(results).rows)
     assert isinstance(study.finding(results), str)
     for file, plot in study.plots.items():
@@ -532,9 +525,72 @@ def test_results_are_kept_unless_resumed(everything, capsys):
     code, printed, _ = run(capsys, "shifted", *TINY, "--out", everything, "--resume")
     assert code == 0
     assert "0 of 6 cells were to be measured" in printed
-    code, _, errors = run(capsys, "shifted", *TINY, "--epochs", 2, "--out", everything, "--resume")
-    assert code == 2
-    assert "holds results with resnet8 on digits" in errors
+
+
+def test_networks_trained_otherwise_stay_apart(tmp_path, capsys):
+    """One --out, three commands that differ in network, length or size: nothing is averaged over them."""
+    one = [*TINY, "--seeds", 1, "--out", tmp_path]
+    commands = [one, [*one, "--net", "resnet14"], [*one, "--epochs", 2]]
+    alone = []
+    for number, options in enumerate(commands):
+        assert run(capsys, "shifted", *options, *(["--resume"] if number else []))[0] == 0
+        alone.append(read(tmp_path / "shifted.json")[3 * number :])
+    results = read(tmp_path / "shifted.json")
+    groups = command.STUDIES["shifted"].groups(results)
+    assert groups == alone
+    assert [subject(group) for group in groups] == ["resnet8 on digits", "resnet14 on digits", "resnet8 on digits"]
+    for group in groups:
+        assert [row[1] for row in shifted.table(group).rows] == ["1"] * 3
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert text.count("<table>") == text.count("data:image/png") == 3
+    assert [name.name for name in sorted(tmp_path.glob("*.png"))] == [
+        "shifted-2.png", "shifted-3.png", "shifted.png",
+    ]  # fmt: skip
+    # Every command is there, beside what it measured.
+    assert re.findall(r"<code>(.*?) --out", text) == [
+        f"python -m acnet_kernels study shifted --quick {net}--nets resnet8 --epochs {epochs} --limit 64 "
+        "--test-limit 90 --seeds 1 --prunings 1"
+        for net, epochs in (("", 1), ("--net resnet14 ", 1), ("", 2))
+    ]
+    assert len({r.run["command"] for r in results}) == 3
+
+
+def test_directories_of_one_name_are_two_data_sets(tmp_path):
+    lab = Lab(plan.QUICK, tmp_path, torch.device("cpu"), None, 0)
+    places = {lab._place(Network.of({**SEED_0, **change})) for change in (
+        {"data": "a/photos"}, {"data": "b/photos"}, {"recipe": "2 epochs"}, {"backend": "eager"},
+        {"block": "plain"}, {"net": "m"}, {"seed": 1},
+    )}  # fmt: skip
+    assert len(places) == 7
+
+
+def test_the_accuracy_table_has_a_row_a_training():
+    results = [
+        r
+        for of in ({}, {"recipe": "2 epochs"}, {"backend": "eager"}, {"data": "cifar100"})
+        for block in ("plain", "acb")
+        for r in measured(block, 0.5, 0.7, **of)
+    ]
+    rows = accuracy.table(results).rows
+    assert [row[:4] for row in rows] == [
+        ("resnet56", "cifar10", "1 epoch", "2"),
+        ("resnet56", "cifar10", "2 epochs", "2"),
+        ("resnet56", "cifar10", "1 epoch, backend eager", "2"),
+        ("resnet56", "cifar100", "1 epoch", "2"),
+    ]
+
+
+def test_words_of_a_recipe_tell_all_that_decides_its_weights():
+    changes = {"epochs": 1, "lr": 1.0, "batch_size": 1, "weight_decay": 1.0, "bias_lr_factor": 3.0}
+    changes |= {"amp": "bf16", "limit": 1}
+    apart = {"data", "net", "block", "backend", "seed"}  # coordinates of their own
+    assert {*changes, *apart, "image_size"} == {field.name for field in dataclasses.fields(Recipe)}
+    recipes = [dataclasses.replace(plan.QUICK.recipe, **{name: value}) for name, value in changes.items()]
+    recipes += [plan.QUICK.recipe, dataclasses.replace(plan.QUICK.recipe, data="photos")]
+    recipes += [dataclasses.replace(plan.QUICK.recipe, data="photos", image_size=32)]
+    words = [plan.QUICK.words(recipe) for recipe in recipes]
+    words += [dataclasses.replace(plan.QUICK, test_limit=7).words(plan.QUICK.recipe)]
+    assert len(set(words)) == len(words)
 
 
 def test_an_interrupted_study_goes_on_and_gives_the_same_numbers(everything, tmp_path, capsys, monkeypatch):
@@ -550,14 +606,15 @@ def test_an_interrupted_study_goes_on_and_gives_the_same_numbers(everything, tmp
     code, printed, _ = run(capsys, "shifted", *TINY, "--out", tmp_path)
     assert code == 130
     assert "stopped; the same command with --resume goes on from there" in printed
-    assert len(read(tmp_path / "shifted.json")[1]) == 3
+    assert len(read(tmp_path / "shifted.json")) == 3
     assert run(capsys, "magnitudes", *TINY, "--out", tmp_path)[0] == 0  # leaves the unfinished one out of the page
     assert re.findall('h2 id="(.*?)"', (tmp_path / "report.html").read_text()) == ["magnitudes"]
     code, printed, _ = run(capsys, "shifted", *TINY, "--out", tmp_path, "--resume")
     assert code == 0
     assert "3 of 6 cells were to be measured" in printed
     assert len(calls) == 6
-    assert read(tmp_path / "shifted.json")[1] == read(everything / "shifted.json")[1]
+    again, before = read(tmp_path / "shifted.json"), read(everything / "shifted.json")
+    assert [(r.cell, r.values) for r in again] == [(r.cell, r.values) for r in before]
 
 
 @pytest.mark.parametrize(

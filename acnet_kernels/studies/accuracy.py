@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,11 @@ from . import paper, plots
 from .evaluate import accuracies
 from .lab import Lab
 from .plan import Plan
-from .study import Cell, Measured, Study, Table, by, percent, points
+from .study import Cell, Measured, Network, Study, Table, percent, points, training_cells
 
 
 def cells(plan: Plan) -> list[Cell]:
-    return [
-        {"data": recipe.data, "net": recipe.net, "block": block, "seed": seed}
-        for recipe in plan.accuracy
-        for block in ("plain", "acb")
-        for seed in range(plan.seeds)
-    ]
+    return [cell for recipe in plan.accuracy for cell in training_cells(plan, ("plain", "acb"), recipe)]
 
 
 def measure(lab: Lab, cell: Cell) -> dict[str, Any]:
@@ -42,6 +38,7 @@ def table(results: Sequence[Measured]) -> Table:
     header = (
         "network",
         "data",
+        "training",
         "seeds",
         "plain top-1 (%)",
         "ACNet top-1 (%)",
@@ -52,50 +49,51 @@ def table(results: Sequence[Measured]) -> Table:
         "authors' code",
     )
     rows: list[tuple[str, ...]] = []
-    for (data, net), blocks in _complete(results).items():
-        plain, acb = blocks
+    for of, (plain, acb) in _complete(results).items():
         top1 = _column(plain, "top1"), _column(acb, "top1")
         rows.append(
             (
-                net,
-                Path(data).name,
+                of.net,
+                Path(of.data).name,
+                of.recipe if of.backend == "auto" else f"{of.recipe}, backend {of.backend}",
                 str(len(plain)),
                 percent(top1[0]),
                 percent(top1[1]),
                 points(top1[1], top1[0]),
                 percent(_column(plain, "top5")),
                 percent(_column(acb, "top5")),
-                published(paper.TABLES, data, net),
-                published(paper.AUTHORS_CODE, data, net),
+                published(paper.TABLES, of.data, of.net),
+                published(paper.AUTHORS_CODE, of.data, of.net),
             )
         )
     return Table(header, rows)
 
 
-def _complete(results: Sequence[Measured]) -> dict[tuple[str, str], tuple[list, list]]:
-    """(data, net) → the values of plain and of acb, where both have been measured equally often."""
-    groups = by(results, "data", "net", "block")
-    pairs = {
-        (data, net): (groups.get((data, net, "plain"), []), groups.get((data, net, "acb"), []))
-        for data, net, _ in groups
-    }
+def _complete(results: Sequence[Measured]) -> dict[Network, tuple[list, list]]:
+    """Network without block and seed → the values of plain and of acb, where both were measured equally often."""
+    pairs: dict[Network, tuple[list, list]] = {}
+    for result in results:
+        network = Network.of(result.cell)
+        pair = pairs.setdefault(network._replace(block="", seed=0), ([], []))
+        pair[network.block == "acb"].append(result.values)
     return {at: pair for at, pair in pairs.items() if len(pair[0]) == len(pair[1])}
 
 
 def finding(results: Sequence[Measured]) -> str:
     complete = _complete(results)
-    better = [
-        net
-        for (_, net), (plain, acb) in complete.items()
-        if sum(_column(acb, "top1")) > sum(_column(plain, "top1"))
-    ]
-    return f"The ACNet's mean is above the plain network's for {len(better)} of {len(complete)} networks."
+    better = sum(sum(_column(acb, "top1")) > sum(_column(plain, "top1")) for plain, acb in complete.values())
+    return f"The ACNet's mean is above the plain network's for {better} of {len(complete)} networks."
 
 
 def plot(results: Sequence[Measured], path: Path) -> None:
     panels: dict[str, dict[str, list[float]]] = {}
-    for (data, net, block), values in by(results, "data", "net", "block").items():
-        panels.setdefault(f"{net}, {Path(data).name} (%)", {})[LABELS[block]] = _column(values, "top1")
+    names = Counter((of.net, of.data) for of in {Network.of(r.cell)._replace(block="", seed=0) for r in results})
+    for result in results:
+        of = Network.of(result.cell)
+        # Networks that differ in their training alone are told apart by it.
+        trained = f"\n{of.recipe}, {of.backend}" if names[of.net, of.data] > 1 else ""
+        panel = panels.setdefault(f"{of.net}, {Path(of.data).name}{trained} (%)", {})
+        panel.setdefault(LABELS[of.block], []).append(result.values["top1"])
     plots.dots(panels, "test accuracy", path)
 
 
@@ -117,4 +115,5 @@ STUDY = Study(
     table=table,
     finding=finding,
     plots={"accuracy.png": plot},
+    compares_networks=True,
 )

@@ -85,7 +85,7 @@ def records(results: Sequence[Measured]) -> list[dict[str, Any]]:
     """One record a network and layer ('mean' for A), its k² values named by row and column."""
     return [
         {**cell, "layer": layer, **{f"{r}{c}": v for r, row in enumerate(matrix) for c, v in enumerate(row)}}
-        for cell, values in results
+        for cell, values, _ in results
         for layer, matrix in {"mean": values["mean"], **values["layers"]}.items()
     ]
 

@@ -17,7 +17,7 @@ from .evaluate import accuracies
 from .lab import Lab
 from .plan import Plan
 from .regions import kernel_of, regions
-from .study import Cell, Measured, Study, Table, by, mean_std, percent, subject
+from .study import Cell, Measured, Study, Table, by, mean_std, percent, subject, training_cells
 
 # What the added branches strengthen, and what they leave, in each network.
 STUDIED = {
@@ -75,21 +75,12 @@ def sparsities(region: str, kernel: int) -> list[Fraction]:
 
 def cells(plan: Plan) -> list[Cell]:
     # One trained network a kind, as in the paper; without pruning there is nothing to repeat.
-    recipe = plan.recipe
-    kernel = kernel_of(recipe.net)
+    kernel = kernel_of(plan.recipe.net)
     return [
-        {
-            "data": recipe.data,
-            "net": recipe.net,
-            "block": block,
-            "seed": 0,
-            "kernel": kernel,
-            "region": region,
-            "sparsity": str(sparsity),
-            "pruning": pruning,
-        }
-        for block, parts in STUDIED.items()
-        for region in parts
+        {**network, "kernel": kernel, "region": region, "sparsity": str(sparsity), "pruning": pruning}
+        for network in training_cells(plan, STUDIED)
+        if not network["seed"]
+        for region in STUDIED[str(network["block"])]
         for sparsity in sparsities(region, kernel)
         for pruning in range(plan.prunings if sparsity else 1)
     ]

@@ -11,17 +11,35 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .plan import Plan
 
 if TYPE_CHECKING:
+    from ..training.loop import Recipe
     from .lab import Lab
 
 # One measurement's coordinates, such as {"data": …, "net": …, "block": …, "seed": …}.
 Cell = dict[str, "str | int"]
 
 
+class Network(NamedTuple):
+    """A trained network's coordinates: those that every cell has."""
+
+    data: str
+    net: str
+    recipe: str  # in words
+    backend: str
+    block: str
+    seed: int
+
+    @classmethod
+    def of(cls, cell: Cell) -> Network:
+        """The network that the cell measures."""
+        return cls(*(cell[name] for name in cls._fields))  # type: ignore[arg-type]
+
+
 class Measured(NamedTuple):
-    """A cell and what was measured there."""
+    """A cell, what was measured there, and the command and machine that did it."""
 
     cell: Cell
     values: dict[str, Any]
+    run: dict[str, Any] | None = None
 
 
 class Table(NamedTuple):
@@ -45,11 +63,13 @@ class Study:
         title: of its section.
         paper: where the paper has it and what was found there.
         limits: what the numbers do and do not show.
-        cells: what the plan asks to measure; every cell has data, net, block and seed.
+        cells: what the plan asks to measure; every cell has the coordinates of a `Network`.
         measure: the values of one cell.
-        table, finding: of the measured cells; finding is a sentence or two made from the numbers.
-        plots: file name → what draws the measured cells to a path.
+        table, finding: of measured cells; finding is a sentence or two made from the numbers.
+        plots: file name → what draws measured cells to a path.
         records: rows of the CSV file.
+        compares_networks: table, finding and plots are of all cells; else of those that differ in no other
+            coordinate of a network than block and seed, so that nothing else is averaged or compared.
     """
 
     name: str
@@ -62,16 +82,27 @@ class Study:
     finding: Callable[[Sequence[Measured]], str]
     plots: Mapping[str, Callable[[Sequence[Measured], Path], None]]
     records: Callable[[Sequence[Measured]], list[dict[str, Any]]] = flat
+    compares_networks: bool = False
+
+    def groups(self, results: Sequence[Measured]) -> list[list[Measured]]:
+        """The cells that belong into one table, in order of appearance."""
+        if self.compares_networks:
+            return [list(results)]
+        found: dict[Network, list[Measured]] = {}
+        for result in results:
+            found.setdefault(Network.of(result.cell)._replace(block="", seed=0), []).append(result)
+        return list(found.values())
 
 
-def training_cells(plan: Plan, blocks: Iterable[str]) -> list[Cell]:
-    """One cell a trained network of the plan's recipe: every block with every seed."""
-    recipe = plan.recipe
-    return [
-        {"data": recipe.data, "net": recipe.net, "block": block, "seed": seed}
+def training_cells(plan: Plan, blocks: Iterable[str], recipe: Recipe | None = None) -> list[Cell]:
+    """One cell a trained network of a recipe (the plan's main one): every block with every seed."""
+    recipe = recipe or plan.recipe
+    networks = [
+        Network(recipe.data, recipe.net, plan.words(recipe), recipe.backend, block, seed)
         for block in blocks
         for seed in range(plan.seeds)
     ]
+    return [network._asdict() for network in networks]
 
 
 def by(results: Iterable[Measured], *keys: str) -> dict[Any, list[dict[str, Any]]]:
@@ -87,6 +118,22 @@ def subject(results: Sequence[Measured]) -> str:
     """'<network> on <data>' of results that are all of one."""
     cell = results[0].cell
     return f"{cell['net']} on {Path(str(cell['data'])).name}"
+
+
+def setting(results: Sequence[Measured]) -> str:
+    """Networks, data and training of measured cells in words."""
+    found: dict[Network, tuple[dict[str, None], set[int]]] = {}
+    for network in (Network.of(result.cell) for result in results):
+        nets, seeds = found.setdefault(network._replace(net="", block="", seed=0), ({}, set()))
+        nets[network.net] = None
+        seeds.add(network.seed)
+    parts = [
+        f"{', '.join(nets)} on {Path(of.data).name}: {of.recipe}, backend {of.backend}, "
+        f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+        for of, (nets, seeds) in found.items()
+    ]
+    prunings = {result.cell["pruning"] for result in results if "pruning" in result.cell}
+    return "; ".join(parts) + (f"; prunings a point: {len(prunings)}" if prunings else "")
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
