@@ -17,13 +17,24 @@ from torch import nn
 from acnet_kernels import cli
 from acnet_kernels.errors import UserError
 from acnet_kernels.models.blocks import constructor
-from acnet_kernels.studies import accuracy, command, magnitudes, paper, plan, plots, pruning, rotation, shifted
+from acnet_kernels.studies import (
+    ablation,
+    accuracy,
+    command,
+    magnitudes,
+    paper,
+    plan,
+    plots,
+    pruning,
+    rotation,
+    shifted,
+)
 from acnet_kernels.studies.evaluate import ORIENTATIONS, accuracies
 from acnet_kernels.studies.lab import Lab
 from acnet_kernels.studies.pruning import prune, prune_weight
 from acnet_kernels.studies.regions import kernel_of, regions
 from acnet_kernels.studies.store import Store, read, write_csv
-from acnet_kernels.studies.study import Measured, Network, by, mean_std, percent, points, subject
+from acnet_kernels.studies.study import Measured, Network, by, difference, mean_std, percent, subject
 from acnet_kernels.training.loop import Recipe
 
 TINY = [
@@ -318,9 +329,36 @@ def test_means_and_standard_deviations():
     assert mean_std([5.0]) == (5.0, 0.0)
     assert percent([0.5, 0.7]) == "60.00 ± 14.14"
     assert percent([0.5]) == "50.00"
-    # The spread of paired differences, not of the values.
-    assert points([0.51, 0.91], [0.50, 0.90]) == "+1.00 ± 0.00"
-    assert points([0.5], [0.6]) == "-10.00"
+
+
+def test_differences_are_paired_by_seed_and_come_with_their_standard_error():
+    # The spread of paired differences, not of the values; seeds without a partner are left out.
+    found = difference({0: 53.0, 3: 91.0, 2: 10.0, 9: 77.0}, {2: 9.0, 3: 90.0, 0: 49.0, 8: 5.0})
+    assert str(found) == "+2.00 ± 1.00"  # of 4, 1, 1: standard deviation √3
+    assert found.pairs == 3
+    assert (
+        difference({0: 50.0}, {0: 60.0}).verdict()
+        == "-10.00 in one pair of networks, which says nothing about chance"
+    )
+    assert difference({0: 50.0}, {1: 60.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"), [((4.0, 1.0, 1.0), False), ((4.0, 3.0, 2.0), True), ((-4, -3, -2), True)]
+)
+def test_nothing_inside_two_standard_errors_is_called_a_gain(values, shown):
+    found = difference(dict(enumerate(values)), dict.fromkeys(range(3), 0.0))
+    assert found.shown is shown
+    assert ("none is shown" in found.verdict()) is not shown
+
+
+def test_results_in_any_order_are_paired_by_their_seed():
+    """As they come out of several shards, and with a seed that one kind does not have yet."""
+    plain, acb = measured("plain", 0.1, 0.5, 0.9), measured("acb", 0.3, 0.6, 0.95)
+    shuffled = [*acb[::-1], plain[1], plain[0]]
+    assert ablation.finding(shuffled).startswith("ACNet over plain, in points: +15.00 ± 5.00 (2 seeds): beyond")
+    assert shifted.table(shuffled).rows[0][3] == "+15.00 ± 5.00"
+    assert accuracy.table(shuffled).rows[0][3:7] == ("2", "30.00 ± 28.28", "45.00 ± 21.21", "+15.00 ± 5.00")
 
 
 def measured(block, *top1, **coordinates):
@@ -331,9 +369,12 @@ def measured(block, *top1, **coordinates):
 def test_the_accuracy_table_puts_the_papers_figures_beside_ours():
     results = measured("plain", 0.90, 0.92) + measured("acb", 0.93, 0.93)
     row = accuracy.table(results).rows[0]
-    assert row[:7] == ("resnet56", "cifar10", "1 epoch", "2", "91.00 ± 1.41", "93.00 ± 0.00", "+2.00 ± 1.41")
+    assert row[:7] == ("resnet56", "cifar10", "1 epoch", "2", "91.00 ± 1.41", "93.00 ± 0.00", "+2.00 ± 1.00")
     assert row[-2:] == ("94.31 → 95.09", "94.57 → 94.86")
-    assert "above the plain network's for 1 of 1" in accuracy.finding(results)
+    assert accuracy.finding(results) == (
+        "The ACNet's mean is above the plain network's for 1 of 1 networks; by more than two standard errors above "
+        "for 0, below for 0."
+    )
     other = measured("plain", 0.5, data="digits") + measured("acb", 0.6, data="digits")
     assert accuracy.table(other).rows[0][-2:] == ("", "")
 
@@ -354,7 +395,9 @@ def test_published_figures_are_found_by_network_and_data(data, net, expected):
 def test_the_three_kinds_are_compared_with_the_papers():
     results = measured("plain", 0.9, 0.9) + measured("acb", 0.95, 0.95) + measured("acb-border", 0.93, 0.93)
     assert [row[-1] for row in shifted.table(results).rows] == ["94.31", "95.09", "94.67"]
-    assert shifted.finding(results) == "Border-shifted is -2.00 ± 0.00 points from ACNet."
+    assert shifted.finding(results) == (
+        "Border-shifted over ACNet, in points: -2.00 ± 0.00 (2 seeds): beyond two standard errors."
+    )
 
 
 def test_rotation_reports_the_largest_change_by_folding():

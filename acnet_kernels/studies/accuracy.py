@@ -12,26 +12,37 @@ from . import paper, plots
 from .evaluate import accuracies
 from .lab import Lab
 from .plan import Plan
-from .study import Cell, Measured, Network, Study, Table, percent, points, training_cells
+from .study import (
+    Cell,
+    Difference,
+    Measured,
+    Network,
+    Study,
+    Table,
+    by,
+    by_seed,
+    difference,
+    percent,
+    top1,
+    training_cells,
+)
+
+BLOCKS = ("plain", "acb")
 
 
 def cells(plan: Plan) -> list[Cell]:
-    return [cell for recipe in plan.accuracy for cell in training_cells(plan, ("plain", "acb"), recipe)]
+    return [cell for recipe in plan.accuracy for cell in training_cells(plan, BLOCKS, recipe)]
 
 
 def measure(lab: Lab, cell: Cell) -> dict[str, Any]:
-    top1, top5 = accuracies(lab.folded(cell), lab.data(cell), top=(1, 5))
-    return {"top1": top1, "top5": top5, "parameters_trained": parameters(lab.network(cell))}
+    first, five = accuracies(lab.folded(cell), lab.data(cell), top=(1, 5))
+    return {"top1": first, "top5": five, "parameters_trained": parameters(lab.network(cell))}
 
 
 def published(tables: dict[tuple[str, str], paper.Published], data: str, net: str) -> str:
     """'plain → ACNet' of one of `paper`'s tables; a directory of images counts as ImageNet; '' where unknown."""
     found = tables.get((data if data.startswith("cifar") else "imagenet", net))
     return f"{found.plain:.2f} → {found.acb:.2f}" if found else ""
-
-
-def _column(values: Sequence[dict[str, Any]], name: str) -> list[float]:
-    return [v[name] for v in values]
 
 
 def table(results: Sequence[Measured]) -> Table:
@@ -42,26 +53,25 @@ def table(results: Sequence[Measured]) -> Table:
         "seeds",
         "plain top-1 (%)",
         "ACNet top-1 (%)",
-        "gain (points)",
+        "gain (points, ± standard error)",
         "plain top-5 (%)",
         "ACNet top-5 (%)",
         "paper",
         "authors' code",
     )
     rows: list[tuple[str, ...]] = []
-    for of, (plain, acb) in _complete(results).items():
-        top1 = _column(plain, "top1"), _column(acb, "top1")
+    for of, (pair, gain) in _complete(results).items():
+        blocks = by(pair, "block")
+        columns = {name: [percent([v[name] for v in blocks[b]]) for b in BLOCKS] for name in ("top1", "top5")}
         rows.append(
             (
                 of.net,
                 Path(of.data).name,
                 of.recipe if of.backend == "auto" else f"{of.recipe}, backend {of.backend}",
-                str(len(plain)),
-                percent(top1[0]),
-                percent(top1[1]),
-                points(top1[1], top1[0]),
-                percent(_column(plain, "top5")),
-                percent(_column(acb, "top5")),
+                str(gain.pairs),
+                *columns["top1"],
+                str(gain),
+                *columns["top5"],
                 published(paper.TABLES, of.data, of.net),
                 published(paper.AUTHORS_CODE, of.data, of.net),
             )
@@ -69,20 +79,28 @@ def table(results: Sequence[Measured]) -> Table:
     return Table(header, rows)
 
 
-def _complete(results: Sequence[Measured]) -> dict[Network, tuple[list, list]]:
-    """Network without block and seed → the values of plain and of acb, where both were measured equally often."""
-    pairs: dict[Network, tuple[list, list]] = {}
+def _complete(results: Sequence[Measured]) -> dict[Network, tuple[list[Measured], Difference]]:
+    """Network without block and seed → its results with seeds that both forms have, and the ACNet's gain there."""
+    groups: dict[Network, list[Measured]] = {}
     for result in results:
-        network = Network.of(result.cell)
-        pair = pairs.setdefault(network._replace(block="", seed=0), ([], []))
-        pair[network.block == "acb"].append(result.values)
-    return {at: pair for at, pair in pairs.items() if len(pair[0]) == len(pair[1])}
+        groups.setdefault(Network.of(result.cell)._replace(block="", seed=0), []).append(result)
+    found = {}
+    for of, group in groups.items():
+        plain, acb = (by_seed(group, top1).get(block, {}) for block in BLOCKS)
+        gain = difference(acb, plain)
+        if gain is not None:
+            found[of] = [r for r in group if r.cell["seed"] in plain.keys() & acb.keys()], gain
+    return found
 
 
 def finding(results: Sequence[Measured]) -> str:
-    complete = _complete(results)
-    better = sum(sum(_column(acb, "top1")) > sum(_column(plain, "top1")) for plain, acb in complete.values())
-    return f"The ACNet's mean is above the plain network's for {better} of {len(complete)} networks."
+    gains = [gain for _, gain in _complete(results).values()]
+    beyond = [gain for gain in gains if gain.shown]
+    return (
+        f"The ACNet's mean is above the plain network's for {sum(gain.mean > 0 for gain in gains)} of {len(gains)} "
+        f"networks; by more than two standard errors above for {sum(gain.mean > 0 for gain in beyond)}, below for "
+        f"{sum(gain.mean < 0 for gain in beyond)}."
+    )
 
 
 def plot(results: Sequence[Measured], path: Path) -> None:
@@ -105,10 +123,10 @@ STUDY = Study(
         "CIFAR-100 and ImageNet."
     ),
     limits=(
-        "Accuracy of the folded network after the last epoch, never the best one; ± is over seeds. The paper's and "
-        "the authors' figures are for their own data and long schedules and stand beside ours only where data and "
-        "network are the same. Its plain Cifar-quick and VGG had no batch norm (the authors' code says it added "
-        "it); ours have."
+        "Accuracy of the folded network after the last epoch, never the best one; ± is the standard deviation over "
+        "seeds, of gains the standard error of the mean paired difference. The paper's and the authors' figures "
+        "are for their own data and long schedules and stand beside ours only where data and network are the same. "
+        "Its plain Cifar-quick and VGG had no batch norm (the authors' code says it added it); ours have."
     ),
     cells=cells,
     measure=measure,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,50 @@ def percent(values: Sequence[float]) -> str:
     return f"{middle:.2f} ± {spread:.2f}" if len(values) > 1 else f"{middle:.2f}"
 
 
-def points(ours: Sequence[float], reference: Sequence[float]) -> str:
-    """The difference of two lists of fractions (same seeds, in order) in percentage points: 'mean ± std'."""
-    middle, spread = mean_std([100 * (a - b) for a, b in zip(ours, reference, strict=True)])
-    return f"{middle:+.2f} ± {spread:.2f}" if len(ours) > 1 else f"{middle:+.2f}"
+class Difference(NamedTuple):
+    """Of what was measured in pairs of networks that share their seed, and so their skeleton and batches.
+
+    `error` is the standard error of the mean over `pairs`; None for a single pair, which has none.
+    """
+
+    mean: float
+    error: float | None
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f}" if self.error is None else f"{self.mean:+.2f} ± {self.error:.2f}"
+
+    @property
+    def shown(self) -> bool:
+        """Whether it is more than two standard errors from 0."""
+        return self.error is not None and abs(self.mean) > 2 * self.error
+
+    def verdict(self) -> str:
+        """The difference, and whether it is one."""
+        if self.error is None:
+            return f"{self} in one pair of networks, which says nothing about chance"
+        what = "beyond two standard errors" if self.shown else "inside two standard errors, so none is shown"
+        return f"{self} ({self.pairs} seeds): {what}"
+
+
+def difference(ours: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
+    """Ours − reference over the seeds (keys) that both have; None where they share none."""
+    found = [ours[seed] - reference[seed] for seed in sorted(ours.keys() & reference.keys())]
+    if not found:
+        return None
+    error = stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
+    return Difference(mean(found), error, len(found))
+
+
+def by_seed(results: Iterable[Measured], value: Callable[[dict[str, Any]], float]) -> dict[str, dict[int, float]]:
+    """Block → seed → a value of one measurement a network."""
+    found: dict[str, dict[int, float]] = {}
+    for result in results:
+        network = Network.of(result.cell)
+        found.setdefault(network.block, {})[network.seed] = value(result.values)
+    return found
+
+
+def top1(values: dict[str, Any]) -> float:
+    """The accuracy in percent."""
+    return 100 * values["top1"]
