@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from acnet_kernels import cli
+from acnet_kernels import ACBlock, cli
 from acnet_kernels.errors import UserError
 from acnet_kernels.models.blocks import constructor
 from acnet_kernels.studies import (
@@ -34,7 +34,16 @@ from acnet_kernels.studies.lab import Lab
 from acnet_kernels.studies.pruning import prune, prune_weight
 from acnet_kernels.studies.regions import kernel_of, regions
 from acnet_kernels.studies.store import Store, read, write_csv
-from acnet_kernels.studies.study import Measured, Network, by, difference, mean_std, percent, subject
+from acnet_kernels.studies.study import (
+    Measured,
+    Network,
+    by,
+    difference,
+    mean_std,
+    percent,
+    subject,
+    training_cells,
+)
 from acnet_kernels.training.loop import Recipe
 
 TINY = [
@@ -55,6 +64,9 @@ TINY = [
 
 
 SEED_0 = {"data": "d", "net": "n", "recipe": "1 epoch", "backend": "auto", "block": "acb", "seed": 0}
+
+
+QUICK_CELLS = training_cells(plan.QUICK, ["plain"])
 
 
 def run(capsys, *argv):
@@ -85,8 +97,9 @@ CROSS = [[1.0, 2, 1], [2, 2, 2], [1, 2, 1]]
 CROSS_5 = [[1.0, 1, 2, 1, 1], [1, 1, 2, 1, 1], [2, 2, 2, 2, 2], [1, 1, 2, 1, 1], [1, 1, 2, 1, 1]]
 
 
-def magnitudes_of(model):
-    return magnitudes.measure(SimpleNamespace(folded=lambda cell: model), {})
+def magnitudes_of(model, untrained=None):
+    lab = SimpleNamespace(folded=lambda cell: model, untrained=lambda cell: untrained or model)
+    return magnitudes.measure(lab, SEED_0)
 
 
 def test_skeleton_2_and_corners_1_give_half_in_the_corners():
@@ -99,8 +112,8 @@ def test_skeleton_2_and_corners_1_give_half_in_the_corners():
 @pytest.mark.parametrize("cross", [CROSS, CROSS_5])
 def test_a_cross_of_any_size_is_found_on_the_skeleton(cross):
     results = [Measured(SEED_0, magnitudes_of(network(cross)))]
-    assert magnitudes.table(results).rows[0][2:4] == ("0.500", "1.000")
-    assert magnitudes.finding(results) == "Skeleton over corners: ACNet 2.00."
+    assert magnitudes.table(results).rows[-1][2:4] == ("0.500", "1.000")
+    assert magnitudes.finding(results).startswith("ACNet, skeleton over corners: 2.00 untrained, 2.00 trained;")
     records = magnitudes.records(results)
     assert len(records[0]) == len(SEED_0) + 1 + len(cross) ** 2
     assert records[0][f"{len(cross) - 1}0"] == 0.5
@@ -115,17 +128,69 @@ def test_each_layer_is_scaled_by_its_own_maximum_before_the_mean():
 def test_magnitudes_are_averaged_over_seeds_and_named_by_region():
     matrices = [[[0.2] * 3] * 3, [[0.4, 0.8, 0.4], [0.8, 1.0, 0.8], [0.4, 0.8, 0.4]]]
     results = [
-        Measured({**SEED_0, "seed": seed}, {"mean": matrix, "layers": {"a": matrix}})
+        Measured({**SEED_0, "seed": seed}, {"mean": matrix, "untrained mean": CROSS, "layers": {"a": matrix}})
         for seed, matrix in enumerate(matrices)
     ]
-    mean = magnitudes.mean_matrices(results)["acb"]
+    mean = magnitudes.mean_matrices(results, "trained")["acb"]
     torch.testing.assert_close(mean[0], torch.tensor([0.3, 0.5, 0.3], dtype=torch.float64))
     rows = magnitudes.table(results).rows
-    assert rows == [("ACNet", "2", "0.300", "0.520", "0.475", "0.380")]
+    assert rows[1:] == [
+        ("ACNet, untrained", "2", "1.000", "2.000", "1.750", "1.400", "skeleton / corners 2.00 ± 0.00"),
+        ("ACNet", "2", "0.300", "0.520", "0.475", "0.380", "skeleton / corners 1.55 ± 0.78"),
+    ]
     records = magnitudes.records(results)
     assert [(r["seed"], r["layer"], r["01"]) for r in records] == [
-        (0, "mean", 0.2), (0, "a", 0.2), (1, "mean", 0.8), (1, "a", 0.8),
+        (0, "untrained mean", 2), (0, "mean", 0.2), (0, "a", 0.2),
+        (1, "untrained mean", 2), (1, "mean", 0.8), (1, "a", 0.8),
     ]  # fmt: skip
+
+
+def test_the_control_is_the_same_network_before_training():
+    flat = [[1.0] * 3] * 3
+    values = [magnitudes_of(network(CROSS), network(flat)), magnitudes_of(network(CROSS), network(CROSS))]
+    results = [Measured({**SEED_0, "seed": seed}, v) for seed, v in enumerate(values)]
+    assert magnitudes.finding(results) == (
+        "ACNet, skeleton over corners: 1.50 untrained, 2.00 trained; training adds +0.50 ± 0.50 (2 seeds): "
+        "inside two standard errors, so none is shown."
+    )
+
+
+def test_theory_of_the_untrained_network():
+    # By hand: variances 1/9 in a corner, 1/9 + 1/3 on the skeleton, 1/9 + 2/3 in the centre.
+    side, corner = 2 / 7**0.5, 1 / 7**0.5  # .756, .378
+    skeleton = [[corner, side, corner], [side, 1, side], [corner, side, corner]]
+    border = [[corner, corner, side], [corner, corner, side], [side, side, 1]]
+    for block, expected in (("acb", skeleton), ("acb-border", border)):
+        torch.testing.assert_close(magnitudes.theory(block, 3), torch.tensor(expected, dtype=torch.float64))
+    assert magnitudes.theory("plain", 3).eq(1).all()
+    assert magnitudes.theory("acb", 5)[0, 2] == pytest.approx((6 / 11) ** 0.5)
+
+
+# Not cifar-quick's border-shifted one: its last maps are 2×2 pixels, so that a branch 2 rows down sees padding.
+@pytest.mark.parametrize(("net", "kinds"), [("resnet8", 3), ("resnet20", 3), ("cifar-quick", 2)])
+def test_untrained_networks_are_what_theory_says(tmp_path, net, kinds):
+    """So an untrained ACNet has a strong skeleton: without this row a trained one's would be taken for learned."""
+    quick = plan.make(True, net=net)
+    lab = Lab(quick, tmp_path, torch.device("cpu"), None, 0)
+    for cell in magnitudes.cells(dataclasses.replace(quick, seeds=1))[:kinds]:
+        untrained, block = lab.untrained(cell), cell["block"]
+        assert all(m.deploy for m in untrained.modules() if isinstance(m, ACBlock))
+        found = torch.tensor(
+            magnitudes.measure(SimpleNamespace(folded=lab.untrained, untrained=lab.untrained), cell)["mean"]
+        )
+        expected = magnitudes.theory(block, len(found))
+        # Absolute values of few weights, not their deviations, and inputs that are correlated: near, not equal.
+        assert (found - expected).abs().max() < 0.2, (block, found)
+        assert magnitudes.ratio(found, block) == pytest.approx(magnitudes.ratio(expected, block), rel=0.15)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_untrained_network_shares_its_seeds_first_weights(tmp_path):
+    lab = Lab(plan.QUICK, tmp_path, torch.device("cpu"), None, 0)
+    first, again, other = (lab.untrained(cell) for cell in (QUICK_CELLS[0], QUICK_CELLS[0], QUICK_CELLS[1]))
+    weights = [model.stem.conv.weight for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 # Pruning.
@@ -515,7 +580,7 @@ def test_all_studies_write_their_files_and_one_page(everything):
 def test_the_page_needs_no_other_file(everything):
     text = (everything / "report.html").read_text(encoding="utf-8")
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,|#|https://arxiv\.org)', text) == []
-    assert text.count("data:image/png;base64,") == 7
+    assert text.count("data:image/png;base64,") == 8
     for study in command.STUDIES.values():
         assert f'<h2 id="{study.name}">{study.title}</h2>' in text
     assert (

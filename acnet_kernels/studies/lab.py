@@ -6,11 +6,13 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from ..surgery import fuse
 from ..training import checkpoints
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 # A training's label → the context in which it is watched.
 Watch = Callable[[str], "AbstractContextManager[Observer]"]
+
+CALIBRATION = 50  # batches that give an untrained network its running statistics
 
 
 class Lab:
@@ -58,6 +62,14 @@ class Lab:
         """`network` with its blocks folded; shared, so not to be changed."""
         return self._fold(Network.of(cell))
 
+    @torch.no_grad()
+    def untrained(self, cell: Cell) -> nn.Module:
+        """The cell's network as its training begins, folded by statistics of the training images."""
+        trainer = self._new_trainer(Network.of(cell))
+        batches = trainer.data.train_batches(trainer.recipe.seed, 0, trainer.recipe.batch_size)
+        update_bn((images for images, _ in islice(batches, CALIBRATION)), trainer.model)
+        return fuse(trainer.model.eval())
+
     def train(self, cells: Iterable[Cell], watch: Watch, stopping: Callable[[], bool]) -> bool:
         """Trains the cells' networks that are not yet trained, from where an earlier call was stopped.
 
@@ -88,12 +100,15 @@ class Lab:
 
     def _trainer(self, network: Network) -> Trainer:
         """The network's run, where its checkpoint left it."""
-        recipe = self.plan.find(network.data, network.net, network.recipe, network.backend)
-        recipe = replace(recipe, block=network.block, seed=network.seed)
-        trainer, last = Trainer(recipe, self._open(recipe.data), self.device), self._place(network) / LAST
+        trainer, last = self._new_trainer(network), self._place(network) / LAST
         if last.exists():
             trainer.load_state_dict(checkpoints.load(last))
         return trainer
+
+    def _new_trainer(self, network: Network) -> Trainer:
+        recipe = self.plan.find(network.data, network.net, network.recipe, network.backend)
+        recipe = replace(recipe, block=network.block, seed=network.seed)
+        return Trainer(recipe, self._open(recipe.data), self.device)
 
     def _open_data(self, name: str) -> Data:
         return open_data(
