@@ -310,13 +310,84 @@ def test_one_pruning_seed_gives_one_pruning():
 
 
 def test_cells_of_the_pruning_study_repeat_what_is_random():
-    cells = pruning.cells(dataclasses.replace(plan.QUICK, prunings=5))
+    cells = pruning.cells(dataclasses.replace(plan.QUICK, prunings=5, seeds=1))
     plain = [c for c in cells if (c["block"], c["region"]) == ("plain", "corners")]
     assert [(c["sparsity"], c["pruning"]) for c in plain[:7]] == [
         ("0", 0), *(("1/18", i) for i in range(5)), ("1/9", 0),
     ]  # fmt: skip
-    assert len(plain) == 1 + 8 * 5
-    assert {c["region"] for c in cells if c["block"] == "acb-border"} == {"border", "top left", "anywhere"}
+    assert len(plain) == 1 + 9 * 5
+
+
+def test_every_network_is_pruned_in_corners_and_skeleton_and_the_shifted_one_in_its_border_too():
+    cells = pruning.cells(plan.QUICK)
+    for block in ("plain", "acb", "acb-border"):
+        pruned = {(c["seed"], c["region"]) for c in cells if c["block"] == block}
+        shifted_parts = {"top left", "border"} if block == "acb-border" else set()
+        parts = {"corners", "skeleton", "anywhere"} | shifted_parts
+        assert pruned == {(seed, part) for seed in range(plan.QUICK.seeds) for part in parts}
+
+
+def test_the_papers_own_points_are_measured():
+    assert Fraction(4, 9) in pruning.sparsities("corners", 3)
+    assert all(Fraction(13, 100) in pruning.sparsities(part, k) for part in regions(3) for k in (3, 5))
+
+
+def pruned(block, region, **accuracies):
+    """Accuracies by sparsity, over seeds and prunings: {'4/9': [[first seed's prunings], …]}."""
+    return [
+        Measured(
+            {**SEED_0, "block": block, "seed": seed, "kernel": 3, "region": region, "sparsity": at, "pruning": i},
+            {"top1": value},
+        )
+        for at, networks in accuracies.items()
+        for seed, prunings in enumerate(networks)
+        for i, value in enumerate(prunings)
+    ]
+
+
+def test_the_spread_is_over_networks_and_the_papers_points_are_told():
+    results = [
+        *pruned("acb", "corners", **{"0": [[0.9], [0.7]], "2/9": [[0.8], [0.6]], "4/9": [[0.4, 0.8], [0.2, 0.6]]}),
+        *pruned("acb", "skeleton", **{"0": [[0.9], [0.7]], "13/100": [[0.3], [0.3]], "2/9": [[0.1], [0.1]]}),
+    ]
+    assert pruning.curve(results, "acb", "corners")[Fraction(4, 9)] == pytest.approx([0.6, 0.4])
+    header, (corners, skeleton) = pruning.table(results)
+    assert header == ("network", "zeros in", "seeds", "0%", "11%", "13%", "22%", "33%", "44%", "56%")
+    assert (corners[2], corners[-2], skeleton[5]) == ("2", "50.00 ± 14.14", "30.00 ± 0.00")
+    assert pruning.finding(results) == (
+        "ACNet: 80.0 % unpruned, 50.0 % with zeros in all corners (44 % of the weights), 30.0 % with 13 % zeros, "
+        "in the skeleton; at 22 % zeros: corners 70.0 %, skeleton 10.0 %."
+    )
+
+
+def test_the_part_that_the_shifted_network_spares_is_named_whichever_it_is():
+    kept = {"corners": 0.5, "skeleton": 0.2, "top left": 0.6, "border": 0.3}
+    results = [
+        r
+        for part, value in kept.items()
+        for r in pruned("acb-border", part, **{"0": [[0.9]], "13/100": [[0.8]], "2/9": [[value]], "4/9": [[0.1]]})
+    ]
+    assert pruning.finding(results).endswith(
+        "22 % zeros: top left 60.0 %, corners 50.0 %, border 30.0 %, skeleton 20.0 %."
+    )
+
+
+def test_no_curve_is_left_out_of_the_figure(tmp_path, monkeypatch):
+    parts = ("corners", "skeleton", "anywhere", "top left", "border")
+    results = [r for part in parts for r in pruned("acb-border", part, **{"0": [[0.9]], "1/9": [[0.5]]})]
+    drawn_axes = []
+    original = plots.new_figure
+
+    def remembering(*args, **kwargs):
+        figure, axes = original(*args, **kwargs)
+        drawn_axes.extend(axes)
+        return figure, axes
+
+    monkeypatch.setattr(plots, "new_figure", remembering)
+    pruning.plot(results, tmp_path / "x.png")
+    lines = {line.get_label(): line.get_color() for line in drawn_axes[-1].get_lines() if line.get_label() in parts}
+    assert set(lines) == set(parts)
+    assert len(set(lines.values())) == len(parts)
 
 
 # Turned images.
@@ -596,10 +667,12 @@ def test_folding_changes_no_accuracy(everything):
 
 
 def test_the_unpruned_network_is_the_ablations(everything):
-    ablation = {r.cell["block"]: r.values["top1"] for r in read(everything / "ablation.json") if not r.cell["seed"]}
-    for result in read(everything / "pruning.json"):
-        if result.cell["sparsity"] == "0" and result.cell["block"] in ablation:
-            assert result.values["top1"] == ablation[result.cell["block"]]
+    ablated = {Network.of(r.cell): r.values["top1"] for r in read(everything / "ablation.json")}
+    unpruned = [r for r in read(everything / "pruning.json") if r.cell["sparsity"] == "0"]
+    assert {r.cell["seed"] for r in unpruned} == {0, 1}
+    for result in unpruned:
+        of = Network.of(result.cell)
+        assert result.values["top1"] == ablated.get(of, result.values["top1"])
 
 
 def test_plots_are_made_again_without_measuring(everything, capsys, monkeypatch):

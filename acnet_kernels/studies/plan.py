@@ -44,7 +44,7 @@ class Plan:
             f"batch {recipe.batch_size}",
             f"learning rate {recipe.lr}",
             f"weight decay {recipe.weight_decay}",
-            f"biases ×{recipe.bias_lr_factor}",
+            f"biases ×{recipe.bias_lr_factor:g}",
         ]
         if recipe.data not in NAMES:
             parts.append(f"{recipe.image_size}×{recipe.image_size} pixels")

@@ -48,7 +48,7 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[float]]], title: str, path: 
 
 
 def curves(panels: Mapping[str, Mapping[str, Curve]], title: str, path: Path, mark: Fraction, layers: str) -> None:
-    """Accuracy over sparsity, mean with a band of ± std, one colour a curve, on common axes.
+    """Accuracy over sparsity, mean with a band of ± std, one colour a label, on common axes.
 
     Args:
         panels: title of the panel → label → sparsity → fractions.
@@ -57,9 +57,12 @@ def curves(panels: Mapping[str, Mapping[str, Curve]], title: str, path: Path, ma
         mark: a sparsity to mark in every panel.
         layers: which are pruned, as '3×3'.
     """
+    labels = dict.fromkeys(label for labelled in panels.values() for label in labelled)
+    colours = dict(zip(labels, (*COLOURS, "#E69F00"), strict=False))
     figure, axes = new_figure(len(panels), width=3.5 * len(panels) + 0.6, height=3.7)
     for axis, (name, labelled) in zip(axes, panels.items(), strict=True):
-        for (label, curve), colour in zip(labelled.items(), COLOURS, strict=False):
+        for label, curve in labelled.items():
+            colour = colours[label]
             at = [100 * float(sparsity) for sparsity in curve]
             spreads = [mean_std([100 * value for value in values]) for values in curve.values()]
             axis.plot(at, [middle for middle, _ in spreads], color=colour, marker="o", markersize=3, label=label)
