@@ -506,13 +506,13 @@ def test_the_accuracy_table_puts_the_papers_figures_beside_ours():
     results = measured("plain", 0.90, 0.92) + measured("acb", 0.93, 0.93)
     row = accuracy.table(results).rows[0]
     assert row[:7] == ("resnet56", "cifar10", "1 epoch", "2", "91.00 ± 1.41", "93.00 ± 0.00", "+2.00 ± 1.00")
-    assert row[-2:] == ("94.31 → 95.09", "94.57 → 94.86")
+    assert row[-3:] == ("94.31 → 95.09", "94.55 → 95.06", "94.57 → 94.86")
     assert accuracy.finding(results) == (
         "The ACNet's mean is above the plain network's for 1 of 1 networks; by more than two standard errors above "
         "for 0, below for 0."
     )
     other = measured("plain", 0.5, data="digits") + measured("acb", 0.6, data="digits")
-    assert accuracy.table(other).rows[0][-2:] == ("", "")
+    assert accuracy.table(other).rows[0][-3:] == ("", "", "")
 
 
 @pytest.mark.parametrize(
@@ -526,6 +526,43 @@ def test_the_accuracy_table_puts_the_papers_figures_beside_ours():
 )
 def test_published_figures_are_found_by_network_and_data(data, net, expected):
     assert accuracy.published(paper.TABLES, data, net) == expected
+
+
+def test_the_authors_two_recipes_are_told_apart():
+    """The presets follow the later one: its figures must stand under its name."""
+    header = accuracy.table([]).header[-3:]
+    assert header == ("paper", "authors' README, cosine and γ = 1/3", "authors' first README, steps")
+    nets = ("cifar-quick", "vgg16", "resnet56", "wrn16-8")
+    found = [accuracy.published(paper.AUTHORS_COSINE, "cifar10", net) for net in nets]
+    assert found == ["86.20 → 86.87", "93.99 → 94.54", "94.55 → 95.06", "95.89 → 96.33"]
+    found = [accuracy.published(paper.AUTHORS_STEPS, "cifar10", net) for net in nets]
+    assert found == ["86.25 → 87.10", "94.25 → 94.86", "94.57 → 94.86", "95.58 → 95.92"]
+    assert set(paper.AUTHORS_COSINE) - {("imagenet", "resnet18")} == set(paper.AUTHORS_STEPS)
+
+
+def test_the_page_says_where_the_papers_text_and_table_differ_and_what_it_states_of_rotation():
+    table = paper.TABLES["imagenet", "densenet121"]
+    assert f"{table.acb - table.plain:+.2f} points, the text +1.18" in accuracy.STUDY.paper
+    assert "+0.34 and +1.27 points, and +0.75" in rotation.STUDY.paper
+
+
+def turned(block, *values):
+    """Results that have each orientation's accuracy, folded or not, by seed."""
+    names = [*ORIENTATIONS, *(f"{name}, unfolded" for name in ORIENTATIONS)]
+    return [Measured({**SEED_0, "block": block, "seed": s}, dict.fromkeys(names, v)) for s, v in enumerate(values)]
+
+
+def test_rotation_is_judged_by_paired_differences_against_plain_and_of_the_single_branches():
+    results = turned("plain", 0.5, 0.7) + turned("acb", 0.51, 0.73) + turned("acb-hor", 0.6, 0.8)
+    results += turned("acb-ver", 0.5, 0.7)
+    results[-1].values["flipped up-down"] = 0.9
+    assert rotation.finding(results) == (
+        "ACNet over plain, in points (seeds: 2): original +2.00 ± 1.00, rotated 90° +2.00 ± 1.00, rotated 180° "
+        "+2.00 ± 1.00, flipped up-down +2.00 ± 1.00; beyond two standard errors: none. "
+        "+ horizontal over + vertical, in points (seeds: 2): original +10.00 ± 0.00, rotated 90° +10.00 ± 0.00, "
+        "rotated 180° +10.00 ± 0.00, flipped up-down +0.00 ± 10.00; beyond two standard errors: original, "
+        "rotated 90°, rotated 180°. Folding changed accuracies by up to 20.00 points."
+    )
 
 
 def test_the_three_kinds_are_compared_with_the_papers():

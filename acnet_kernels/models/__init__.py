@@ -52,10 +52,10 @@ def build(name: str, num_classes: int, in_channels: int = 3, block: str = "acb",
         num_classes: number of logits.
         in_channels: C of the images.
         block: 'plain' is a convolution, with its batch norm where the network has one there; the others make
-            every k×k layer (k > 1) an ACBlock with γ = 1/3 (the paper's CIFAR setting; 1 on ImageNet, where a
-            7×7 or 11×11 stem stays plain): 'acb', with one added branch 'acb-hor' or 'acb-ver', with one batch
-            norm after the sum 'acb-sum', with the branches moved to the border 'acb-border'. 1×1 layers are
-            plain always.
+            every k×k layer (k > 1) an ACBlock with γ = 1/3 (the authors' later setting on CIFAR; 1 on ImageNet,
+            where a 7×7 or 11×11 stem stays plain): 'acb', with one added branch 'acb-hor' or 'acb-ver', with one
+            batch norm after the sum 'acb-sum', with the branches moved to the border 'acb-border'. 1×1 layers
+            are plain always.
         block_options: passed to every ACBlock (`backend`, `branches`, `norm`, `reduce_gamma`, …).
 
     Raises:

@@ -62,7 +62,7 @@ def constructor(block: str, options: dict[str, Any], plain: Layer = conv_norm) -
     def asymmetric(
         in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0
     ) -> ACBlock:
-        # γ = 1/3: the paper's CIFAR setting, so that the sum of three branches starts at a plain layer's scale.
+        # γ = 1/3: the authors' later setting on CIFAR, so that the sum of three branches starts near a plain scale.
         settings = {"reduce_gamma": True, **VARIANTS[block](kernel_size), **options}
         return ACBlock(in_channels, out_channels, kernel_size, stride, padding, **settings)
 

@@ -192,6 +192,9 @@ def by_seed(results: Iterable[Measured], value: Callable[[dict[str, Any]], float
     return found
 
 
-def top1(values: dict[str, Any]) -> float:
-    """The accuracy in percent."""
-    return 100 * values["top1"]
+def in_percent(name: str) -> Callable[[dict[str, Any]], float]:
+    """What gets a measured fraction in percent."""
+    return lambda values: 100 * values[name]
+
+
+top1 = in_percent("top1")
