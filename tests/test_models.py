@@ -54,6 +54,25 @@ def test_every_3x3_layer_is_a_block_and_no_1x1_is():
     assert torch.equal(gammas, torch.full_like(gammas, 1 / 3))
 
 
+@pytest.mark.parametrize("block", ["acb", "acb-hor", "acb-border"])
+def test_a_wide_resnets_inner_blocks_start_at_gamma_1(block):
+    """As in the authors' code, whose reduced γ reaches the stem alone."""
+    model = models.build("wrn10-2", 10, 3, block)
+    gammas = {
+        name: torch.cat([bn.weight for bn in module.norms().values()]).unique().tolist()
+        for name, module in model.named_modules()
+        if isinstance(module, ACBlock)
+    }
+    assert gammas.pop("stem") == pytest.approx([1 / 3])
+    assert list(gammas.values()) == [[1.0]] * 6
+
+
+def test_a_wide_resnets_gamma_is_the_users_where_given():
+    model = models.build("wrn10-1", 10, 3, "acb", reduce_gamma=False, gamma_init=0.5)
+    blocks = [m for m in model.modules() if isinstance(m, ACBlock)]
+    assert all(bn.weight.eq(0.5).all() for b in blocks for bn in b.norms().values())
+
+
 def test_one_seed_gives_plain_and_acb_the_same_skeleton():
     torch.manual_seed(3)
     plain = models.build("resnet8", 10, 1, "plain").state_dict()

@@ -26,13 +26,14 @@ def blocks_of(model):
 
 # Published: Caffe's cifar10_quick 145,578 (with 128 convolution biases, without the 256 of our batch norms);
 # VGG-16 for CIFAR 1.5·10⁷ (Li et al. 2017); WRN-16-8 11.0 M (Zagoruyko and Komodakis 2016, table 4); DenseNet-40
-# 1.0 M (Huang et al. 2017, table 2); torchvision's model pages for the last three. ResNets are in test_models.
+# 1.0 M (Huang et al. 2017, table 2); torchvision's model pages for the last three, AlexNet's with 384 channels for
+# 256 between conv4 and conv5. ResNets are in test_models.
 SIZES = [
     ("cifar-quick", 10, 145_578 - 128 + 256, 145_706),
     ("vgg16", 10, 15.0e6, 14_986_698),
     ("wrn16-8", 10, 11.0e6, 10_961_370),
     ("densenet40", 10, 1.0e6, 1_019_722),
-    ("alexnet", 1000, 61_100_840, 61_100_840),
+    ("alexnet", 1000, 61_100_840 + 128 * (384 * 9 + 1) + 128 * 256 * 9, 61_838_248),
     ("resnet18", 1000, 11_689_512, 11_689_512),
     ("densenet121", 1000, 7_978_856, 7_978_856),
 ]
@@ -150,9 +151,22 @@ def test_imagenet_networks_start_at_gamma_one_and_keep_their_stem():
     assert all(bn.weight.eq(1).all() for b in blocks for bn in b.norms().values())
 
 
+@pytest.mark.parametrize("name", ["alexnet", "alexnet-bn"])
+@pytest.mark.parametrize("block", ["plain", "acb"])
+def test_alexnet_has_the_papers_384_channels_in_its_fourth_layer(name, block):
+    model = meta(name, 1000, block)
+    layers = [m for m in model.features if isinstance(m, (nn.Conv2d, ACBlock))]
+    assert [(m.in_channels, m.out_channels) for m in layers] == [
+        (3, 64), (64, 192), (192, 384), (384, 384), (384, 256),
+    ]  # fmt: skip
+    assert [m.kernel_size for m in layers] == [(11, 11), (5, 5), (3, 3), (3, 3), (3, 3)]
+    if block == "plain":
+        assert model(torch.zeros(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+
+
 def test_alexnet_bn_differs_by_its_batch_norms_alone():
     plain, normalised = meta("alexnet", 1000, "plain"), meta("alexnet-bn", 1000, "plain")
-    assert count(normalised) - count(plain) == 2 * (64 + 192 + 384 + 256 + 256)
+    assert count(normalised) - count(plain) == 2 * (64 + 192 + 384 + 384 + 256)
     assert len(blocks_of(meta("alexnet-bn", 1000, "acb"))) == 4
 
 

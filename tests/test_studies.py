@@ -9,17 +9,42 @@ import signal
 from fractions import Fraction
 from types import SimpleNamespace
 
+import matplotlib.text
 import pytest
 import torch
 from torch import nn
 
-from acnet_kernels import cli
+from acnet_kernels import ACBlock, cli
 from acnet_kernels.errors import UserError
-from acnet_kernels.studies import accuracy, command, magnitudes, paper, plan, plots, pruning, rotation, shifted
+from acnet_kernels.models.blocks import constructor
+from acnet_kernels.studies import (
+    ablation,
+    accuracy,
+    command,
+    magnitudes,
+    paper,
+    plan,
+    plots,
+    pruning,
+    rotation,
+    shifted,
+)
 from acnet_kernels.studies.evaluate import ORIENTATIONS, accuracies
-from acnet_kernels.studies.pruning import REGIONS, prune, prune_weight
+from acnet_kernels.studies.lab import Lab
+from acnet_kernels.studies.pruning import prune, prune_weight
+from acnet_kernels.studies.regions import kernel_of, regions
 from acnet_kernels.studies.store import Store, read, write_csv
-from acnet_kernels.studies.study import Measured, by, mean_std, percent, points
+from acnet_kernels.studies.study import (
+    Measured,
+    Network,
+    by,
+    difference,
+    mean_std,
+    percent,
+    subject,
+    training_cells,
+)
+from acnet_kernels.training.loop import Recipe
 
 TINY = [
     "--quick",
@@ -36,6 +61,12 @@ TINY = [
     "--nets",
     "resnet8",
 ]
+
+
+SEED_0 = {"data": "d", "net": "n", "recipe": "1 epoch", "backend": "auto", "block": "acb", "seed": 0}
+
+
+QUICK_CELLS = training_cells(plan.QUICK, ["plain"])
 
 
 def run(capsys, *argv):
@@ -55,18 +86,20 @@ def generator(seed=0):
 
 
 def network(*kernels):
-    """A chain of 3×3 convolutions, every kernel of a layer being the given matrix, and a 1×1 and a 5×5 one."""
-    layers = [nn.Conv2d(2, 2, 3, bias=False) for _ in kernels]
+    """A chain of k×k convolutions, every kernel of a layer being the given matrix, and a 1×1 and a 7×7 one."""
+    layers = [nn.Conv2d(2, 2, len(kernel), bias=False) for kernel in kernels]
     for layer, kernel in zip(layers, kernels, strict=True):
         layer.weight.data[:] = torch.tensor(kernel)
-    return nn.Sequential(*layers, nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 5)).eval()
+    return nn.Sequential(*layers, nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 7)).eval()
 
 
 CROSS = [[1.0, 2, 1], [2, 2, 2], [1, 2, 1]]
+CROSS_5 = [[1.0, 1, 2, 1, 1], [1, 1, 2, 1, 1], [2, 2, 2, 2, 2], [1, 1, 2, 1, 1], [1, 1, 2, 1, 1]]
 
 
-def magnitudes_of(model):
-    return magnitudes.measure(SimpleNamespace(folded=lambda cell: model), {})
+def magnitudes_of(model, untrained=None):
+    lab = SimpleNamespace(folded=lambda cell: model, untrained=lambda cell: untrained or model)
+    return magnitudes.measure(lab, SEED_0)
 
 
 def test_skeleton_2_and_corners_1_give_half_in_the_corners():
@@ -76,6 +109,16 @@ def test_skeleton_2_and_corners_1_give_half_in_the_corners():
     assert list(found["layers"].values()) == [expected, expected]
 
 
+@pytest.mark.parametrize("cross", [CROSS, CROSS_5])
+def test_a_cross_of_any_size_is_found_on_the_skeleton(cross):
+    results = [Measured(SEED_0, magnitudes_of(network(cross)))]
+    assert magnitudes.table(results).rows[-1][2:4] == ("0.500", "1.000")
+    assert magnitudes.finding(results).startswith("ACNet, skeleton over corners: 2.00 untrained, 2.00 trained;")
+    records = magnitudes.records(results)
+    assert len(records[0]) == len(SEED_0) + 1 + len(cross) ** 2
+    assert records[0][f"{len(cross) - 1}0"] == 0.5
+
+
 def test_each_layer_is_scaled_by_its_own_maximum_before_the_mean():
     flat = [[100.0] * 3] * 3
     found = magnitudes_of(network(CROSS, flat))
@@ -83,109 +126,268 @@ def test_each_layer_is_scaled_by_its_own_maximum_before_the_mean():
 
 
 def test_magnitudes_are_averaged_over_seeds_and_named_by_region():
-    cell = {"data": "d", "net": "n", "block": "acb"}
     matrices = [[[0.2] * 3] * 3, [[0.4, 0.8, 0.4], [0.8, 1.0, 0.8], [0.4, 0.8, 0.4]]]
     results = [
-        Measured({**cell, "seed": seed}, {"mean": matrix, "layers": {"a": matrix}})
+        Measured({**SEED_0, "seed": seed}, {"mean": matrix, "untrained mean": CROSS, "layers": {"a": matrix}})
         for seed, matrix in enumerate(matrices)
     ]
-    mean = magnitudes.mean_matrices(results)["acb"]
+    mean = magnitudes.mean_matrices(results, "trained")["acb"]
     torch.testing.assert_close(mean[0], torch.tensor([0.3, 0.5, 0.3], dtype=torch.float64))
     rows = magnitudes.table(results).rows
-    assert rows == [("ACNet", "2", "0.300", "0.520", "0.475", "0.380")]
+    assert rows[1:] == [
+        ("ACNet, untrained", "2", "1.000", "2.000", "1.750", "1.400", "skeleton / corners 2.00 ± 0.00"),
+        ("ACNet", "2", "0.300", "0.520", "0.475", "0.380", "skeleton / corners 1.55 ± 0.78"),
+    ]
     records = magnitudes.records(results)
     assert [(r["seed"], r["layer"], r["01"]) for r in records] == [
-        (0, "mean", 0.2), (0, "a", 0.2), (1, "mean", 0.8), (1, "a", 0.8),
+        (0, "untrained mean", 2), (0, "mean", 0.2), (0, "a", 0.2),
+        (1, "untrained mean", 2), (1, "mean", 0.8), (1, "a", 0.8),
     ]  # fmt: skip
+
+
+def test_the_control_is_the_same_network_before_training():
+    flat = [[1.0] * 3] * 3
+    values = [magnitudes_of(network(CROSS), network(flat)), magnitudes_of(network(CROSS), network(CROSS))]
+    results = [Measured({**SEED_0, "seed": seed}, v) for seed, v in enumerate(values)]
+    assert magnitudes.finding(results) == (
+        "ACNet, skeleton over corners: 1.50 untrained, 2.00 trained; training adds +0.50 ± 0.50 (2 seeds): "
+        "inside two standard errors, so none is shown."
+    )
+
+
+def test_theory_of_the_untrained_network():
+    # By hand: variances 1/9 in a corner, 1/9 + 1/3 on the skeleton, 1/9 + 2/3 in the centre.
+    side, corner = 2 / 7**0.5, 1 / 7**0.5  # .756, .378
+    skeleton = [[corner, side, corner], [side, 1, side], [corner, side, corner]]
+    border = [[corner, corner, side], [corner, corner, side], [side, side, 1]]
+    for block, expected in (("acb", skeleton), ("acb-border", border)):
+        torch.testing.assert_close(magnitudes.theory(block, 3), torch.tensor(expected, dtype=torch.float64))
+    assert magnitudes.theory("plain", 3).eq(1).all()
+    assert magnitudes.theory("acb", 5)[0, 2] == pytest.approx((6 / 11) ** 0.5)
+
+
+# Not cifar-quick's border-shifted one: its last maps are 2×2 pixels, so that a branch 2 rows down sees padding.
+@pytest.mark.parametrize(("net", "kinds"), [("resnet8", 3), ("resnet20", 3), ("cifar-quick", 2)])
+def test_untrained_networks_are_what_theory_says(tmp_path, net, kinds):
+    """So an untrained ACNet has a strong skeleton: without this row a trained one's would be taken for learned."""
+    quick = plan.make(True, net=net)
+    lab = Lab(quick, tmp_path, torch.device("cpu"), None, 0)
+    for cell in magnitudes.cells(dataclasses.replace(quick, seeds=1))[:kinds]:
+        untrained, block = lab.untrained(cell), cell["block"]
+        assert all(m.deploy for m in untrained.modules() if isinstance(m, ACBlock))
+        found = torch.tensor(
+            magnitudes.measure(SimpleNamespace(folded=lab.untrained, untrained=lab.untrained), cell)["mean"]
+        )
+        expected = magnitudes.theory(block, len(found))
+        # Absolute values of few weights, not their deviations, and inputs that are correlated: near, not equal.
+        assert (found - expected).abs().max() < 0.2, (block, found)
+        assert magnitudes.ratio(found, block) == pytest.approx(magnitudes.ratio(expected, block), rel=0.15)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_untrained_network_shares_its_seeds_first_weights(tmp_path):
+    lab = Lab(plan.QUICK, tmp_path, torch.device("cpu"), None, 0)
+    first, again, other = (lab.untrained(cell) for cell in (QUICK_CELLS[0], QUICK_CELLS[0], QUICK_CELLS[1]))
+    weights = [model.stem.conv.weight for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 # Pruning.
 
 
 def zeros(weight):
-    """How many zeros each of the nine positions has, 3×3."""
+    """How many zeros each position has, k×k."""
     return weight.eq(0).sum((0, 1)).tolist()
 
 
+def inside(region, kernel):
+    """k×k: which positions are in the region."""
+    mask = torch.zeros(kernel, kernel, dtype=torch.bool)
+    for position in regions(kernel)[region]:
+        mask[position] = True
+    return mask
+
+
+def drawn(region, kernel):
+    return ["".join("#" if chosen else "." for chosen in row) for row in inside(region, kernel)]
+
+
 def test_regions_are_the_papers():
-    def drawn(region):
-        return [
-            "".join("#" if (row, column) in REGIONS[region] else "." for column in range(3)) for row in range(3)
-        ]
-
-    assert drawn("corners") == ["#.#", "...", "#.#"]
-    assert drawn("skeleton") == [".#.", "###", ".#."]
-    assert drawn("border") == ["..#", "..#", "###"]
-    assert drawn("top-left 2×2") == ["##.", "##.", "..."]
-    assert drawn("anywhere") == ["###"] * 3
+    assert drawn("corners", 3) == ["#.#", "...", "#.#"]
+    assert drawn("skeleton", 3) == [".#.", "###", ".#."]
+    assert drawn("border", 3) == ["..#", "..#", "###"]
+    assert drawn("top left", 3) == ["##.", "##.", "..."]
+    assert drawn("anywhere", 3) == ["###"] * 3
 
 
-@pytest.mark.parametrize("region", ["corners", "skeleton", "border", "top-left 2×2", "anywhere"])
-def test_the_largest_sparsity_zeroes_exactly_the_region(region):
-    weight = torch.rand(5, 7, 3, 3) + 0.1
+def test_regions_grow_with_the_kernel():
+    assert drawn("corners", 5) == ["##.##", "##.##", ".....", "##.##", "##.##"]
+    assert drawn("skeleton", 5) == ["..#..", "..#..", "#####", "..#..", "..#.."]
+    assert drawn("border", 5) == ["....#"] * 4 + ["#####"]
+    assert drawn("top left", 5) == ["####."] * 4 + ["....."]
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("block", ["acb", "acb-border"])
+def test_skeleton_and_border_are_where_the_branches_lie(kernel, block):
+    layer = constructor(block, {})(1, 1, kernel, padding=kernel // 2)
+    with torch.no_grad():
+        layer.square_conv.weight.zero_()
+    weight = layer.eval().get_equivalent_kernel_bias()[0]
+    assert torch.equal(weight[0, 0] != 0, inside("skeleton" if block == "acb" else "border", kernel))
+
+
+@pytest.mark.parametrize(("net", "kernel"), [("resnet8", 3), ("cifar-quick", 5), ("wrn10-1", 3), ("vgg16", 3)])
+def test_the_studied_kernel_is_the_networks_commonest(net, kernel):
+    before = torch.get_rng_state()
+    assert kernel_of(net) == kernel
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("region", ["corners", "skeleton", "border", "top left", "anywhere"])
+def test_the_largest_sparsity_zeroes_exactly_the_region(region, kernel):
+    weight = torch.rand(5, 7, kernel, kernel) + 0.1
     before = weight.clone()
-    prune_weight(weight, REGIONS[region], Fraction(len(REGIONS[region]), 9), generator())
-    inside = torch.zeros(3, 3, dtype=torch.bool)
-    for position in REGIONS[region]:
-        inside[position] = True
-    assert weight[:, :, inside].eq(0).all()
-    assert torch.equal(weight[:, :, ~inside], before[:, :, ~inside])
-    assert torch.equal(inside.to(torch.float), torch.tensor(zeros(weight)).div(35))
+    prune_weight(weight, region, pruning.share(region, kernel), generator())
+    mask = inside(region, kernel)
+    assert weight[:, :, mask].eq(0).all()
+    assert torch.equal(weight[:, :, ~mask], before[:, :, ~mask])
+    assert torch.equal(mask.to(torch.float), torch.tensor(zeros(weight)).div(35))
 
 
-def test_four_ninths_are_all_the_corners():
-    assert pruning.sparsities("corners")[-1] == pruning.CORNERS == Fraction(4, 9)
-    assert pruning.sparsities("skeleton")[-1] == pruning.sparsities("anywhere")[-1] == Fraction(5, 9)
+def test_curves_end_with_the_whole_region():
+    ends = {
+        kernel: [pruning.sparsities(region, kernel)[-1] for region in ("corners", "skeleton", "border", "anywhere")]
+        for kernel in (3, 5)
+    }
+    assert ends[3] == [Fraction(4, 9), Fraction(5, 9), Fraction(5, 9), Fraction(5, 9)]
+    assert ends[5] == [Fraction(16, 25), Fraction(9, 25), Fraction(9, 25), Fraction(16, 25)]
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("sparsity", [Fraction(0), Fraction(1, 18), Fraction(2, 9), Fraction(1, 3)])
 @pytest.mark.parametrize("region", ["corners", "skeleton", "anywhere"])
-def test_sparsity_counts_all_weights_and_stays_in_the_region(region, sparsity):
-    weight = torch.rand(5, 7, 3, 3) + 0.1
-    prune_weight(weight, REGIONS[region], sparsity, generator())
-    assert int(weight.eq(0).sum()) == round(sparsity * 5 * 7 * 9)
-    outside = [zeros(weight)[row][column] for row, column in REGIONS["anywhere"] - REGIONS[region]]
-    assert set(outside) <= {0}
+def test_sparsity_counts_all_weights_and_stays_in_the_region(region, sparsity, kernel):
+    weight = torch.rand(5, 7, kernel, kernel) + 0.1
+    prune_weight(weight, region, sparsity, generator())
+    assert int(weight.eq(0).sum()) == round(sparsity * 5 * 7 * kernel**2)
+    assert not torch.tensor(zeros(weight))[~inside(region, kernel)].any()
 
 
 def test_every_weight_of_the_region_is_equally_likely():
     weight = torch.ones(200, 200, 3, 3)
-    prune_weight(weight, REGIONS["skeleton"], Fraction(1, 9), generator())
+    prune_weight(weight, "skeleton", Fraction(1, 9), generator())
     # 40,000 zeros over five positions: 8,000 each, with a standard deviation of √(40,000·0.2·0.8·0.8) = 72.
-    counts = [zeros(weight)[row][column] for row, column in REGIONS["skeleton"]]
+    counts = [zeros(weight)[row][column] for row, column in regions(3)["skeleton"]]
     assert all(abs(count - 8000) < 5 * 72 for count in counts)
     assert max(counts) != min(counts)
 
 
-def test_more_zeros_than_the_region_has_are_refused():
-    weight = torch.ones(2, 2, 3, 3)
-    with pytest.raises(ValueError, match=r"sparsity must be at most 4/9, .* got 1/2"):
-        prune_weight(weight, REGIONS["corners"], Fraction(1, 2), generator())
+@pytest.mark.parametrize(("kernel", "share"), [(3, "4/9"), (5, "16/25")])
+def test_more_zeros_than_the_region_has_are_refused(kernel, share):
+    weight = torch.ones(2, 2, kernel, kernel)
+    with pytest.raises(ValueError, match=rf"sparsity must be at most {share}, .* got 2/3"):
+        prune_weight(weight, "corners", Fraction(2, 3), generator())
     assert weight.eq(1).all()
 
 
-def test_pruning_copies_and_touches_3x3_layers_alone():
+def test_pruning_copies_and_touches_layers_of_the_commonest_kernel_alone():
     model = network(CROSS, CROSS)
-    pruned = prune(model, REGIONS["corners"], Fraction(4, 9), generator())
+    pruned = prune(model, "corners", Fraction(4, 9), generator())
     assert [zeros(layer.weight) for layer in pruned[:2]] == [[[4, 0, 4], [0, 0, 0], [4, 0, 4]]] * 2
     assert all(torch.equal(pruned[i].weight, model[i].weight) for i in (2, 3))
     assert not model[0].weight.eq(0).any()
+    larger = prune(network(CROSS_5), "corners", Fraction(16, 25), generator())
+    assert torch.tensor(zeros(larger[0].weight)).eq(4).equal(inside("corners", 5))
 
 
 def test_one_pruning_seed_gives_one_pruning():
-    masks = [prune(network(CROSS), REGIONS["anywhere"], Fraction(1, 3), generator(s))[0].weight for s in (1, 1, 2)]
+    masks = [prune(network(CROSS), "anywhere", Fraction(1, 3), generator(s))[0].weight for s in (1, 1, 2)]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
 
 
 def test_cells_of_the_pruning_study_repeat_what_is_random():
-    cells = pruning.cells(dataclasses.replace(plan.QUICK, prunings=5))
+    cells = pruning.cells(dataclasses.replace(plan.QUICK, prunings=5, seeds=1))
     plain = [c for c in cells if (c["block"], c["region"]) == ("plain", "corners")]
     assert [(c["sparsity"], c["pruning"]) for c in plain[:7]] == [
         ("0", 0), *(("1/18", i) for i in range(5)), ("1/9", 0),
     ]  # fmt: skip
-    assert len(plain) == 1 + 8 * 5
-    assert {c["region"] for c in cells if c["block"] == "acb-border"} == {"border", "top-left 2×2", "anywhere"}
+    assert len(plain) == 1 + 9 * 5
+
+
+def test_every_network_is_pruned_in_corners_and_skeleton_and_the_shifted_one_in_its_border_too():
+    cells = pruning.cells(plan.QUICK)
+    for block in ("plain", "acb", "acb-border"):
+        pruned = {(c["seed"], c["region"]) for c in cells if c["block"] == block}
+        shifted_parts = {"top left", "border"} if block == "acb-border" else set()
+        parts = {"corners", "skeleton", "anywhere"} | shifted_parts
+        assert pruned == {(seed, part) for seed in range(plan.QUICK.seeds) for part in parts}
+
+
+def test_the_papers_own_points_are_measured():
+    assert Fraction(4, 9) in pruning.sparsities("corners", 3)
+    assert all(Fraction(13, 100) in pruning.sparsities(part, k) for part in regions(3) for k in (3, 5))
+
+
+def pruned(block, region, **accuracies):
+    """Accuracies by sparsity, over seeds and prunings: {'4/9': [[first seed's prunings], …]}."""
+    return [
+        Measured(
+            {**SEED_0, "block": block, "seed": seed, "kernel": 3, "region": region, "sparsity": at, "pruning": i},
+            {"top1": value},
+        )
+        for at, networks in accuracies.items()
+        for seed, prunings in enumerate(networks)
+        for i, value in enumerate(prunings)
+    ]
+
+
+def test_the_spread_is_over_networks_and_the_papers_points_are_told():
+    results = [
+        *pruned("acb", "corners", **{"0": [[0.9], [0.7]], "2/9": [[0.8], [0.6]], "4/9": [[0.4, 0.8], [0.2, 0.6]]}),
+        *pruned("acb", "skeleton", **{"0": [[0.9], [0.7]], "13/100": [[0.3], [0.3]], "2/9": [[0.1], [0.1]]}),
+    ]
+    assert pruning.curve(results, "acb", "corners")[Fraction(4, 9)] == pytest.approx([0.6, 0.4])
+    header, (corners, skeleton) = pruning.table(results)
+    assert header == ("network", "zeros in", "seeds", "0%", "11%", "13%", "22%", "33%", "44%", "56%")
+    assert (corners[2], corners[-2], skeleton[5]) == ("2", "50.00 ± 14.14", "30.00 ± 0.00")
+    assert pruning.finding(results) == (
+        "ACNet: 80.0 % unpruned, 50.0 % with zeros in all corners (44 % of the weights), 30.0 % with 13 % zeros, "
+        "in the skeleton; at 22 % zeros: corners 70.0 %, skeleton 10.0 %."
+    )
+
+
+def test_the_part_that_the_shifted_network_spares_is_named_whichever_it_is():
+    kept = {"corners": 0.5, "skeleton": 0.2, "top left": 0.6, "border": 0.3}
+    results = [
+        r
+        for part, value in kept.items()
+        for r in pruned("acb-border", part, **{"0": [[0.9]], "13/100": [[0.8]], "2/9": [[value]], "4/9": [[0.1]]})
+    ]
+    assert pruning.finding(results).endswith(
+        "22 % zeros: top left 60.0 %, corners 50.0 %, border 30.0 %, skeleton 20.0 %."
+    )
+
+
+def test_no_curve_is_left_out_of_the_figure(tmp_path, monkeypatch):
+    parts = ("corners", "skeleton", "anywhere", "top left", "border")
+    results = [r for part in parts for r in pruned("acb-border", part, **{"0": [[0.9]], "1/9": [[0.5]]})]
+    drawn_axes = []
+    original = plots.new_figure
+
+    def remembering(*args, **kwargs):
+        figure, axes = original(*args, **kwargs)
+        drawn_axes.extend(axes)
+        return figure, axes
+
+    monkeypatch.setattr(plots, "new_figure", remembering)
+    pruning.plot(results, tmp_path / "x.png")
+    lines = {line.get_label(): line.get_color() for line in drawn_axes[-1].get_lines() if line.get_label() in parts}
+    assert set(lines) == set(parts)
+    assert len(set(lines.values())) == len(parts)
 
 
 # Turned images.
@@ -263,26 +465,54 @@ def test_means_and_standard_deviations():
     assert mean_std([5.0]) == (5.0, 0.0)
     assert percent([0.5, 0.7]) == "60.00 ± 14.14"
     assert percent([0.5]) == "50.00"
-    # The spread of paired differences, not of the values.
-    assert points([0.51, 0.91], [0.50, 0.90]) == "+1.00 ± 0.00"
-    assert points([0.5], [0.6]) == "-10.00"
 
 
-def measured(block, *top1, net="resnet56", data="cifar10"):
-    return [
-        Measured({"data": data, "net": net, "block": block, "seed": seed}, {"top1": value, "top5": 1.0})
-        for seed, value in enumerate(top1)
-    ]
+def test_differences_are_paired_by_seed_and_come_with_their_standard_error():
+    # The spread of paired differences, not of the values; seeds without a partner are left out.
+    found = difference({0: 53.0, 3: 91.0, 2: 10.0, 9: 77.0}, {2: 9.0, 3: 90.0, 0: 49.0, 8: 5.0})
+    assert str(found) == "+2.00 ± 1.00"  # of 4, 1, 1: standard deviation √3
+    assert found.pairs == 3
+    assert (
+        difference({0: 50.0}, {0: 60.0}).verdict()
+        == "-10.00 in one pair of networks, which says nothing about chance"
+    )
+    assert difference({0: 50.0}, {1: 60.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"), [((4.0, 1.0, 1.0), False), ((4.0, 3.0, 2.0), True), ((-4, -3, -2), True)]
+)
+def test_nothing_inside_two_standard_errors_is_called_a_gain(values, shown):
+    found = difference(dict(enumerate(values)), dict.fromkeys(range(3), 0.0))
+    assert found.shown is shown
+    assert ("none is shown" in found.verdict()) is not shown
+
+
+def test_results_in_any_order_are_paired_by_their_seed():
+    """As they come out of several shards, and with a seed that one kind does not have yet."""
+    plain, acb = measured("plain", 0.1, 0.5, 0.9), measured("acb", 0.3, 0.6, 0.95)
+    shuffled = [*acb[::-1], plain[1], plain[0]]
+    assert ablation.finding(shuffled).startswith("ACNet over plain, in points: +15.00 ± 5.00 (2 seeds): beyond")
+    assert shifted.table(shuffled).rows[0][3] == "+15.00 ± 5.00"
+    assert accuracy.table(shuffled).rows[0][3:7] == ("2", "30.00 ± 28.28", "45.00 ± 21.21", "+15.00 ± 5.00")
+
+
+def measured(block, *top1, **coordinates):
+    cell = {**SEED_0, "net": "resnet56", "data": "cifar10", "block": block, **coordinates}
+    return [Measured({**cell, "seed": s}, {"top1": value, "top5": 1.0}) for s, value in enumerate(top1)]
 
 
 def test_the_accuracy_table_puts_the_papers_figures_beside_ours():
     results = measured("plain", 0.90, 0.92) + measured("acb", 0.93, 0.93)
     row = accuracy.table(results).rows[0]
-    assert row[:6] == ("resnet56", "cifar10", "2", "91.00 ± 1.41", "93.00 ± 0.00", "+2.00 ± 1.41")
-    assert row[-2:] == ("94.31 → 95.09", "94.57 → 94.86")
-    assert "above the plain network's for 1 of 1" in accuracy.finding(results)
+    assert row[:7] == ("resnet56", "cifar10", "1 epoch", "2", "91.00 ± 1.41", "93.00 ± 0.00", "+2.00 ± 1.00")
+    assert row[-3:] == ("94.31 → 95.09", "94.55 → 95.06", "94.57 → 94.86")
+    assert accuracy.finding(results) == (
+        "The ACNet's mean is above the plain network's for 1 of 1 networks; by more than two standard errors above "
+        "for 0, below for 0."
+    )
     other = measured("plain", 0.5, data="digits") + measured("acb", 0.6, data="digits")
-    assert accuracy.table(other).rows[0][-2:] == ("", "")
+    assert accuracy.table(other).rows[0][-3:] == ("", "", "")
 
 
 @pytest.mark.parametrize(
@@ -298,17 +528,55 @@ def test_published_figures_are_found_by_network_and_data(data, net, expected):
     assert accuracy.published(paper.TABLES, data, net) == expected
 
 
+def test_the_authors_two_recipes_are_told_apart():
+    """The presets follow the later one: its figures must stand under its name."""
+    header = accuracy.table([]).header[-3:]
+    assert header == ("paper", "authors' README, cosine and γ = 1/3", "authors' first README, steps")
+    nets = ("cifar-quick", "vgg16", "resnet56", "wrn16-8")
+    found = [accuracy.published(paper.AUTHORS_COSINE, "cifar10", net) for net in nets]
+    assert found == ["86.20 → 86.87", "93.99 → 94.54", "94.55 → 95.06", "95.89 → 96.33"]
+    found = [accuracy.published(paper.AUTHORS_STEPS, "cifar10", net) for net in nets]
+    assert found == ["86.25 → 87.10", "94.25 → 94.86", "94.57 → 94.86", "95.58 → 95.92"]
+    assert set(paper.AUTHORS_COSINE) - {("imagenet", "resnet18")} == set(paper.AUTHORS_STEPS)
+
+
+def test_the_page_says_where_the_papers_text_and_table_differ_and_what_it_states_of_rotation():
+    table = paper.TABLES["imagenet", "densenet121"]
+    assert f"{table.acb - table.plain:+.2f} points, the text +1.18" in accuracy.STUDY.paper
+    assert "+0.34 and +1.27 points, and +0.75" in rotation.STUDY.paper
+
+
+def turned(block, *values):
+    """Results that have each orientation's accuracy, folded or not, by seed."""
+    names = [*ORIENTATIONS, *(f"{name}, unfolded" for name in ORIENTATIONS)]
+    return [Measured({**SEED_0, "block": block, "seed": s}, dict.fromkeys(names, v)) for s, v in enumerate(values)]
+
+
+def test_rotation_is_judged_by_paired_differences_against_plain_and_of_the_single_branches():
+    results = turned("plain", 0.5, 0.7) + turned("acb", 0.51, 0.73) + turned("acb-hor", 0.6, 0.8)
+    results += turned("acb-ver", 0.5, 0.7)
+    results[-1].values["flipped up-down"] = 0.9
+    assert rotation.finding(results) == (
+        "ACNet over plain, in points (seeds: 2): original +2.00 ± 1.00, rotated 90° +2.00 ± 1.00, rotated 180° "
+        "+2.00 ± 1.00, flipped up-down +2.00 ± 1.00; beyond two standard errors: none. "
+        "+ horizontal over + vertical, in points (seeds: 2): original +10.00 ± 0.00, rotated 90° +10.00 ± 0.00, "
+        "rotated 180° +10.00 ± 0.00, flipped up-down +0.00 ± 10.00; beyond two standard errors: original, "
+        "rotated 90°, rotated 180°. Folding changed accuracies by up to 20.00 points."
+    )
+
+
 def test_the_three_kinds_are_compared_with_the_papers():
     results = measured("plain", 0.9, 0.9) + measured("acb", 0.95, 0.95) + measured("acb-border", 0.93, 0.93)
     assert [row[-1] for row in shifted.table(results).rows] == ["94.31", "95.09", "94.67"]
-    assert shifted.finding(results) == "Border-shifted is -2.00 ± 0.00 points from ACNet."
+    assert shifted.finding(results) == (
+        "Border-shifted over ACNet, in points: -2.00 ± 0.00 (2 seeds): beyond two standard errors."
+    )
 
 
 def test_rotation_reports_the_largest_change_by_folding():
     values = dict.fromkeys(ORIENTATIONS, 0.5) | {f"{name}, unfolded": 0.5 for name in ORIENTATIONS}
     changed = {**values, "rotated 90°": 0.52}
-    cell = {"data": "d", "net": "n", "block": "acb"}
-    results = [Measured({**cell, "seed": 0}, values), Measured({**cell, "seed": 1}, changed)]
+    results = [Measured(SEED_0, values), Measured({**SEED_0, "seed": 1}, changed)]
     assert rotation.table(results).rows == [
         ("ACNet", "2", "50.00 ± 0.00", "51.00 ± 1.41", "50.00 ± 0.00", "50.00 ± 0.00", "2.00")
     ]
@@ -357,36 +625,31 @@ def test_options_change_the_plan():
 
 # Results on disk.
 
-ABOUT = {"command": "c", "machine": {}, "setting": "s", "training": {"a on b": {"epochs": 1}, "limit": None}}
+RUN = {"command": "c", "machine": {"device": "d"}}
 
 
 def test_results_survive_and_are_found_by_their_cell(tmp_path):
     path = tmp_path / "x.json"
-    store = Store(path, ABOUT)
-    store.add({"block": "acb", "seed": 0}, {"top1": 0.1 + 0.2})
-    again = Store(path, ABOUT)
-    assert {"seed": 0, "block": "acb"} in again
-    assert {"seed": 1, "block": "acb"} not in again
-    again.add({"block": "acb", "seed": 1}, {"top1": 1.0})
-    about, results = read(path)
-    assert about == ABOUT
+    store = Store(path, RUN)
+    store.add(SEED_0, {"top1": 0.1 + 0.2})
+    again = Store(path, {**RUN, "command": "another"})
+    assert dict(reversed(SEED_0.items())) in again
+    assert all({**SEED_0, name: 1} not in again for name in SEED_0)
+    again.add({**SEED_0, "seed": 1}, {"top1": 1.0})
+    results = read(path)
     assert [r.values["top1"] for r in results] == [0.1 + 0.2, 1.0]
+    # Every run's command stays beside what it measured.
+    assert [r.run for r in results] == [RUN, {**RUN, "command": "another"}]
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_results_of_other_networks_are_not_mixed(tmp_path):
-    path = tmp_path / "x.json"
-    Store(path, ABOUT).add({"seed": 0}, {"top1": 1.0})
-    before = path.read_text()
-    other = {**ABOUT, "training": {"a on b": {"epochs": 2}, "limit": None}}
-    with pytest.raises(UserError, match=r"holds results with a on b: \{'epochs': 1\}, got \{'epochs': 2\}"):
-        Store(path, other)
-    assert path.read_text() == before
-    more = Store(path, {**ABOUT, "training": {"c on d": {"epochs": 9}, "limit": None}})
-    assert set(more.about["training"]) == {"a on b", "c on d", "limit"}
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"results": []}', '{"results": [3], "training": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", "{}", '{"results": []}', '{"results": [], "runs": []}', '{"results": [3], "runs": [{}]}',
+        '{"results": [{"cell": {"net": "n"}, "values": {}, "run": 0}], "runs": [{}]}',
+    ],
+)  # fmt: skip
 def test_files_that_are_no_results_are_refused(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_text(content)
@@ -395,9 +658,9 @@ def test_files_that_are_no_results_are_refused(tmp_path, content):
 
 
 def test_csv_has_one_line_a_record(tmp_path):
-    write_csv([{"a": 1, "b": "x, y"}, {"a": 2.5, "b": "ü"}], tmp_path / "x.csv")
+    write_csv([{"a": 1, "b": "x, y"}, {"a": 2.5, "c": "ü"}], tmp_path / "x.csv")
     with (tmp_path / "x.csv").open(encoding="utf-8", newline="") as file:
-        assert list(csv.DictReader(file)) == [{"a": "1", "b": "x, y"}, {"a": "2.5", "b": "ü"}]
+        assert list(csv.DictReader(file)) == [{"a": "1", "b": "x, y", "c": ""}, {"a": "2.5", "b": "", "c": "ü"}]
 
 
 # The command.
@@ -425,7 +688,7 @@ def test_all_studies_write_their_files_and_one_page(everything):
 def test_the_page_needs_no_other_file(everything):
     text = (everything / "report.html").read_text(encoding="utf-8")
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,|#|https://arxiv\.org)', text) == []
-    assert text.count("data:image/png;base64,") == 7
+    assert text.count("data:image/png;base64,") == 8
     for study in command.STUDIES.values():
         assert f'<h2 id="{study.name}">{study.title}</h2>' in text
     assert (
@@ -435,18 +698,18 @@ def test_the_page_needs_no_other_file(everything):
 
 
 def test_folding_changes_no_accuracy(everything):
-    for result in read(everything / "rotation.json")[1]:
+    for result in read(everything / "rotation.json"):
         for name in ORIENTATIONS:
             assert result.values[name] == result.values[f"{name}, unfolded"]
 
 
 def test_the_unpruned_network_is_the_ablations(everything):
-    ablation = {
-        r.cell["block"]: r.values["top1"] for r in read(everything / "ablation.json")[1] if not r.cell["seed"]
-    }
-    for result in read(everything / "pruning.json")[1]:
-        if result.cell["sparsity"] == "0" and result.cell["block"] in ablation:
-            assert result.values["top1"] == ablation[result.cell["block"]]
+    ablated = {Network.of(r.cell): r.values["top1"] for r in read(everything / "ablation.json")}
+    unpruned = [r for r in read(everything / "pruning.json") if r.cell["sparsity"] == "0"]
+    assert {r.cell["seed"] for r in unpruned} == {0, 1}
+    for result in unpruned:
+        of = Network.of(result.cell)
+        assert result.values["top1"] == ablated.get(of, result.values["top1"])
 
 
 def test_plots_are_made_again_without_measuring(everything, capsys, monkeypatch):
@@ -463,7 +726,7 @@ def test_plots_are_made_again_without_measuring(everything, capsys, monkeypatch)
 
 @pytest.mark.parametrize("name", list(command.STUDIES))
 def test_unfinished_results_can_be_shown(everything, tmp_path, name):
-    study, results = command.STUDIES[name], read(everything / f"{name}.json")[1][:1]
+    study, results = command.STUDIES[name], read(everything / f"{name}.json")[:1]
     assert all(len(row) == len(study.table(results).header) for row in study.table(results).rows)
     assert isinstance(study.finding(results), str)
     for file, plot in study.plots.items():
@@ -480,9 +743,72 @@ def test_results_are_kept_unless_resumed(everything, capsys):
     code, printed, _ = run(capsys, "shifted", *TINY, "--out", everything, "--resume")
     assert code == 0
     assert "0 of 6 cells were to be measured" in printed
-    code, _, errors = run(capsys, "shifted", *TINY, "--epochs", 2, "--out", everything, "--resume")
-    assert code == 2
-    assert "holds results with resnet8 on digits" in errors
+
+
+def test_networks_trained_otherwise_stay_apart(tmp_path, capsys):
+    """One --out, three commands that differ in network, length or size: nothing is averaged over them."""
+    one = [*TINY, "--seeds", 1, "--out", tmp_path]
+    commands = [one, [*one, "--net", "resnet14"], [*one, "--epochs", 2]]
+    alone = []
+    for number, options in enumerate(commands):
+        assert run(capsys, "shifted", *options, *(["--resume"] if number else []))[0] == 0
+        alone.append(read(tmp_path / "shifted.json")[3 * number :])
+    results = read(tmp_path / "shifted.json")
+    groups = command.STUDIES["shifted"].groups(results)
+    assert groups == alone
+    assert [subject(group) for group in groups] == ["resnet8 on digits", "resnet14 on digits", "resnet8 on digits"]
+    for group in groups:
+        assert [row[1] for row in shifted.table(group).rows] == ["1"] * 3
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert text.count("<table>") == text.count("data:image/png") == 3
+    assert [name.name for name in sorted(tmp_path.glob("*.png"))] == [
+        "shifted-2.png", "shifted-3.png", "shifted.png",
+    ]  # fmt: skip
+    # Every command is there, beside what it measured.
+    assert re.findall(r"<code>(.*?) --out", text) == [
+        f"python -m acnet_kernels study shifted --quick {net}--nets resnet8 --epochs {epochs} --limit 64 "
+        "--test-limit 90 --seeds 1 --prunings 1"
+        for net, epochs in (("", 1), ("--net resnet14 ", 1), ("", 2))
+    ]
+    assert len({r.run["command"] for r in results}) == 3
+
+
+def test_directories_of_one_name_are_two_data_sets(tmp_path):
+    lab = Lab(plan.QUICK, tmp_path, torch.device("cpu"), None, 0)
+    places = {lab._place(Network.of({**SEED_0, **change})) for change in (
+        {"data": "a/photos"}, {"data": "b/photos"}, {"recipe": "2 epochs"}, {"backend": "eager"},
+        {"block": "plain"}, {"net": "m"}, {"seed": 1},
+    )}  # fmt: skip
+    assert len(places) == 7
+
+
+def test_the_accuracy_table_has_a_row_a_training():
+    results = [
+        r
+        for of in ({}, {"recipe": "2 epochs"}, {"backend": "eager"}, {"data": "cifar100"})
+        for block in ("plain", "acb")
+        for r in measured(block, 0.5, 0.7, **of)
+    ]
+    rows = accuracy.table(results).rows
+    assert [row[:4] for row in rows] == [
+        ("resnet56", "cifar10", "1 epoch", "2"),
+        ("resnet56", "cifar10", "2 epochs", "2"),
+        ("resnet56", "cifar10", "1 epoch, backend eager", "2"),
+        ("resnet56", "cifar100", "1 epoch", "2"),
+    ]
+
+
+def test_words_of_a_recipe_tell_all_that_decides_its_weights():
+    changes = {"epochs": 1, "lr": 1.0, "batch_size": 1, "weight_decay": 1.0, "bias_lr_factor": 3.0}
+    changes |= {"amp": "bf16", "limit": 1}
+    apart = {"data", "net", "block", "backend", "seed"}  # coordinates of their own
+    assert {*changes, *apart, "image_size"} == {field.name for field in dataclasses.fields(Recipe)}
+    recipes = [dataclasses.replace(plan.QUICK.recipe, **{name: value}) for name, value in changes.items()]
+    recipes += [plan.QUICK.recipe, dataclasses.replace(plan.QUICK.recipe, data="photos")]
+    recipes += [dataclasses.replace(plan.QUICK.recipe, data="photos", image_size=32)]
+    words = [plan.QUICK.words(recipe) for recipe in recipes]
+    words += [dataclasses.replace(plan.QUICK, test_limit=7).words(plan.QUICK.recipe)]
+    assert len(set(words)) == len(words)
 
 
 def test_an_interrupted_study_goes_on_and_gives_the_same_numbers(everything, tmp_path, capsys, monkeypatch):
@@ -498,14 +824,15 @@ def test_an_interrupted_study_goes_on_and_gives_the_same_numbers(everything, tmp
     code, printed, _ = run(capsys, "shifted", *TINY, "--out", tmp_path)
     assert code == 130
     assert "stopped; the same command with --resume goes on from there" in printed
-    assert len(read(tmp_path / "shifted.json")[1]) == 3
+    assert len(read(tmp_path / "shifted.json")) == 3
     assert run(capsys, "magnitudes", *TINY, "--out", tmp_path)[0] == 0  # leaves the unfinished one out of the page
     assert re.findall('h2 id="(.*?)"', (tmp_path / "report.html").read_text()) == ["magnitudes"]
     code, printed, _ = run(capsys, "shifted", *TINY, "--out", tmp_path, "--resume")
     assert code == 0
     assert "3 of 6 cells were to be measured" in printed
     assert len(calls) == 6
-    assert read(tmp_path / "shifted.json")[1] == read(everything / "shifted.json")[1]
+    again, before = read(tmp_path / "shifted.json"), read(everything / "shifted.json")
+    assert [(r.cell, r.values) for r in again] == [(r.cell, r.values) for r in before]
 
 
 @pytest.mark.parametrize(
@@ -524,6 +851,17 @@ def test_wrong_use_is_one_sentence(tmp_path, capsys, arguments, said):
     assert code == 2
     assert said in errors
     assert errors.count("\n") == 1
+
+
+def test_larger_kernels_are_studied_and_drawn_under_their_own_name(tmp_path, capsys, monkeypatch):
+    written = []
+    monkeypatch.setattr(matplotlib.text.Text, "set_text", lambda self, text: written.append(str(text)))
+    for name in ("pruning", "magnitudes"):
+        assert run(capsys, name, *TINY, "--seeds", 1, "--net", "cifar-quick", "--out", tmp_path)[0] == 0
+    assert {"zeros (% of all 5×5 weights) in:", "5×5 layer, from the input", "16/25"} <= set(written)
+    assert not any("3×3" in text for text in written)
+    with (tmp_path / "magnitudes.csv").open(encoding="utf-8") as file:
+        assert file.readline().rstrip().endswith("40,41,42,43,44")
 
 
 def test_long_networks_can_be_drawn(tmp_path):

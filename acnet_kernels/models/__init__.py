@@ -21,10 +21,14 @@ __all__ = ["BLOCKS", "EXAMPLES", "NETWORKS", "build"]
 
 
 class Family(NamedTuple):
-    """Networks that one class builds from (the name's numbers, num_classes, in_channels, conv)."""
+    """Networks that one class builds from (the name's numbers, num_classes, in_channels, a layer's constructors).
+
+    It takes one constructor for each of `reduce_gamma`.
+    """
 
     network: Callable[..., nn.Module]
     plain: Layer = conv_norm
+    reduce_gamma: tuple[bool, ...] = (True,)
 
 
 # Pattern of the name, its numbers in groups → its family. ImageNet's networks have their own names.
@@ -32,7 +36,7 @@ NETWORKS: dict[str, Family] = {
     r"cifar-quick": Family(CifarQuick),
     r"vgg16": Family(VGG16),
     r"resnet(\d+)": Family(ResNet),
-    r"wrn(\d+)-(\d+)": Family(WideResNet, bare_conv),
+    r"wrn(\d+)-(\d+)": Family(WideResNet, bare_conv, reduce_gamma=(True, False)),
     r"densenet(\d+)": Family(DenseNet, bare_conv),
 }
 EXAMPLES = "cifar-quick, vgg16, resnet8, resnet20, resnet56 (any 6n+2), wrn16-8, densenet40, " + ", ".join(
@@ -52,10 +56,10 @@ def build(name: str, num_classes: int, in_channels: int = 3, block: str = "acb",
         num_classes: number of logits.
         in_channels: C of the images.
         block: 'plain' is a convolution, with its batch norm where the network has one there; the others make
-            every k×k layer (k > 1) an ACBlock with γ = 1/3 (the paper's CIFAR setting; 1 on ImageNet, where a
-            7×7 or 11×11 stem stays plain): 'acb', with one added branch 'acb-hor' or 'acb-ver', with one batch
-            norm after the sum 'acb-sum', with the branches moved to the border 'acb-border'. 1×1 layers are
-            plain always.
+            every k×k layer (k > 1) an ACBlock with γ = 1/3 (the authors' later setting on CIFAR; 1 in a WRN
+            behind its stem, as in their code, and on ImageNet, where a 7×7 or 11×11 stem stays plain): 'acb',
+            with one added branch 'acb-hor' or 'acb-ver', with one batch norm after the sum 'acb-sum', with the
+            branches moved to the border 'acb-border'. 1×1 layers are plain always.
         block_options: passed to every ACBlock (`backend`, `branches`, `norm`, `reduce_gamma`, …).
 
     Raises:
@@ -69,8 +73,10 @@ def build(name: str, num_classes: int, in_channels: int = 3, block: str = "acb",
         for pattern, family in NETWORKS.items():
             match = re.fullmatch(pattern, name)
             if match:
-                conv = constructor(block, block_options, family.plain)
-                model = family.network(*map(int, match.groups()), num_classes, in_channels, conv)
+                convs = [
+                    constructor(block, block_options, family.plain, reduced) for reduced in family.reduce_gamma
+                ]
+                model = family.network(*map(int, match.groups()), num_classes, in_channels, *convs)
                 initialise(model, seed)
                 return model
     raise ValueError(f"net must be {EXAMPLES}, got {name!r}")

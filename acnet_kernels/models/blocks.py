@@ -41,13 +41,15 @@ def bare_conv(
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
 
 
-def constructor(block: str, options: dict[str, Any], plain: Layer = conv_norm) -> Layer:
+def constructor(block: str, options: dict[str, Any], plain: Layer = conv_norm, reduce_gamma: bool = True) -> Layer:
     """What builds the network's k×k layers (k > 1).
 
     Args:
         block: one of `BLOCKS`.
         options: for every ACBlock, above the variant's own.
         plain: what a plain layer is: with its batch norm, or bare where the network normalises before it.
+        reduce_gamma: whether an ACBlock's γ starts at 1/3, the authors' later setting on CIFAR, so that the sum of
+            three branches starts near a plain layer's scale; else at 1.
 
     Raises:
         ValueError: block is none of `BLOCKS`, or options are given for plain layers, which have none.
@@ -62,8 +64,7 @@ def constructor(block: str, options: dict[str, Any], plain: Layer = conv_norm) -
     def asymmetric(
         in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0
     ) -> ACBlock:
-        # γ = 1/3: the paper's CIFAR setting, so that the sum of three branches starts at a plain layer's scale.
-        settings = {"reduce_gamma": True, **VARIANTS[block](kernel_size), **options}
+        settings = {"reduce_gamma": reduce_gamma, **VARIANTS[block](kernel_size), **options}
         return ACBlock(in_channels, out_channels, kernel_size, stride, padding, **settings)
 
     return asymmetric

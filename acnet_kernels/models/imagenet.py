@@ -18,8 +18,9 @@ NAMES = ("alexnet", "alexnet-bn", "resnet18", "densenet121")
 def build(name: str, num_classes: int, in_channels: int, block: str, options: dict[str, Any]) -> nn.Module:
     """torchvision's network with its own initialisation; its ACNets on the same square kernels, with γ = 1.
 
-    AlexNet has no batch norm: the ACNet's blocks bring theirs, the plain network stays without. 'alexnet-bn'
-    has one after each convolution in both forms, for a comparison of the branches alone.
+    AlexNet's conv4 has 384 channels, as in the TensorFlow benchmark that the paper's experiments were built on;
+    torchvision's has 256. It has no batch norm: the ACNet's blocks bring theirs, the plain network stays without.
+    'alexnet-bn' has one after each convolution in both forms, for a comparison of the branches alone.
 
     Args:
         name: one of `NAMES`.
@@ -39,6 +40,8 @@ def build(name: str, num_classes: int, in_channels: int, block: str, options: di
         raise ValueError(f"net {name} takes images of 3 channels, the data has {in_channels}")
     constructor(block, options)  # says what is wrong with them before anything is built
     model = models.get_model(name.removesuffix("-bn"), weights=None, num_classes=num_classes)
+    if name.startswith("alexnet"):
+        model.features[8], model.features[10] = nn.Conv2d(384, 384, 3, padding=1), nn.Conv2d(384, 256, 3, padding=1)
     if name == "alexnet-bn":
         model.features = _normalised(model.features)
     if block == "plain":

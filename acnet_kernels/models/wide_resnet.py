@@ -37,18 +37,21 @@ class WideResNet(nn.Module):
         widen: k.
         num_classes: outputs of the linear layer.
         in_channels: C of the images.
-        conv: builds the 3×3 layers; they follow their batch norm, so a plain one has none of its own.
+        stem: builds the first 3×3 layer.
+        conv: builds the others; they follow their batch norm, so a plain one has none of its own.
 
     Raises:
         ValueError: depth is not 6n+4 with n ≥ 1, or widen is 0.
     """
 
-    def __init__(self, depth: int, widen: int, num_classes: int, in_channels: int, conv: Layer) -> None:
+    def __init__(
+        self, depth: int, widen: int, num_classes: int, in_channels: int, stem: Layer, conv: Layer
+    ) -> None:
         super().__init__()
         n, rest = divmod(depth - 4, 6)
         if n < 1 or rest or widen < 1:
             raise ValueError(f"a WRN-d-k has d = 6n+4 layers (10, 16, 22, …) and k ≥ 1, got {depth}-{widen}")
-        self.stem = conv(in_channels, WIDTHS[0], 3, padding=1)
+        self.stem = stem(in_channels, WIDTHS[0], 3, padding=1)
         stages, before = [], WIDTHS[0]
         for width in WIDTHS:
             wide, stride = width * widen, 1 if width == WIDTHS[0] else 2

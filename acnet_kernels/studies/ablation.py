@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ..training.report import LABELS, parameters
@@ -12,7 +13,19 @@ from .evaluate import accuracies
 from .lab import Lab
 from .paper import TABLES
 from .plan import Plan
-from .study import Cell, Measured, Study, Table, by, percent, points, subject, training_cells
+from .study import (
+    Cell,
+    Measured,
+    Study,
+    Table,
+    by,
+    by_seed,
+    difference,
+    percent,
+    subject,
+    top1,
+    training_cells,
+)
 
 # Block → (horizontal, vertical, batch norm in the branches), the columns of Table 4.
 ROWS = {
@@ -22,11 +35,12 @@ ROWS = {
     "acb-sum": ("✓", "✓", ""),
     "acb": ("✓", "✓", "✓"),
 }
-# Table 4's first and last row; its others are in the paper alone.
+# Of Table 4's rows those without branches, with both and one batch norm after the sum, and with both.
 PAPER_HEAD = "paper: AlexNet, ResNet-18 (ImageNet)"
 _ALEXNET, _RESNET18 = TABLES["imagenet", "alexnet-bn"], TABLES["imagenet", "resnet18"]
 PAPER = {
     "plain": f"{_ALEXNET.plain:.2f}, {_RESNET18.plain:.2f}",
+    "acb-sum": "56.18, 70.82",
     "acb": f"{_ALEXNET.acb:.2f}, {_RESNET18.acb:.2f}",
 }
 
@@ -36,17 +50,17 @@ def cells(plan: Plan) -> list[Cell]:
 
 
 def measure(lab: Lab, cell: Cell) -> dict[str, Any]:
-    top1, top5 = accuracies(lab.folded(cell), lab.data(cell), top=(1, 5))
+    first, five = accuracies(lab.folded(cell), lab.data(cell), top=(1, 5))
     return {
-        "top1": top1,
-        "top5": top5,
+        "top1": first,
+        "top5": five,
         "parameters_trained": parameters(lab.network(cell)),
         "parameters_folded": parameters(lab.folded(cell)),
     }
 
 
 def table(results: Sequence[Measured]) -> Table:
-    groups = by(results, "block")
+    groups, measured = by(results, "block"), by_seed(results, top1)
     header = (
         "",
         "hor",
@@ -54,7 +68,7 @@ def table(results: Sequence[Measured]) -> Table:
         "BN in branch",
         "seeds",
         "top-1 (%)",
-        "over plain (points)",
+        "over plain (points, ± standard error)",
         "parameters",
         PAPER_HEAD,
     )
@@ -62,22 +76,21 @@ def table(results: Sequence[Measured]) -> Table:
     for block, marks in ROWS.items():
         if block in groups:
             values = groups[block]
-            top1 = [v["top1"] for v in values]
-            paired = block != "plain" and len(groups.get("plain", ())) == len(top1)
-            gain = points(top1, [v["top1"] for v in groups["plain"]]) if paired else ""
-            count = f"{values[0]['parameters_trained']:,}"
-            row = (LABELS[block], *marks, str(len(top1)), percent(top1), gain, count, PAPER.get(block, ""))
+            gain = difference(measured[block], measured.get("plain", {})) if block != "plain" else None
+            accuracy, count = percent([v["top1"] for v in values]), f"{values[0]['parameters_trained']:,}"
+            seeds, gained = str(len(values)), str(gain or "")
+            row = (LABELS[block], *marks, seeds, accuracy, gained, count, PAPER.get(block, ""))
             rows.append(row)
     return Table(header, rows)
 
 
 def finding(results: Sequence[Measured]) -> str:
-    groups = {block: [v["top1"] for v in values] for block, values in by(results, "block").items()}
-    if not {"plain", "acb"} <= set(groups) or len(groups["plain"]) != len(groups["acb"]):
+    measured = by_seed(results, top1)
+    gain = difference(measured.get("acb", {}), measured.get("plain", {}))
+    if gain is None:
         return ""
-    gain = points(groups["acb"], groups["plain"])
-    best = max(groups, key=lambda block: sum(groups[block]) / len(groups[block]))
-    return f"ACNet is {gain} points from plain over {len(groups['acb'])} seeds; the best mean is {LABELS[best]}'s."
+    best = max(measured, key=lambda block: mean(measured[block].values()))
+    return f"ACNet over plain, in points: {gain.verdict()}. The best mean is that of: {LABELS[best]}."
 
 
 def plot(results: Sequence[Measured], path: Path) -> None:
@@ -94,10 +107,11 @@ STUDY = Study(
         "batch norm after the sum gained less than one a branch."
     ),
     limits=(
-        "Networks that differ only in the block, started from the same square kernels and fed the same batches; "
-        "± is the standard deviation over seeds, of the paired difference in the column of gains. A small network "
-        "trained briefly on an easy set shows whether the branches train and fold as they should; differences "
-        "smaller than their ± say nothing, and no ranking here carries over to ImageNet."
+        "Networks that differ only in the block, started from the same square kernels and fed the same batches; ± "
+        "is the standard deviation over seeds, in the column of gains the standard error of the mean paired "
+        "difference. A gain inside two standard errors is none shown; with few seeds one outside may be chance, "
+        "too. A small network trained briefly shows whether the branches train and fold as they should; no ranking "
+        "here carries over to ImageNet."
     ),
     cells=cells,
     measure=measure,

@@ -17,7 +17,7 @@ from . import ablation, accuracy, magnitudes, page, pruning, rotation, shifted
 from .lab import Lab
 from .plan import Plan, make
 from .store import Store, read, write_csv
-from .study import Study
+from .study import Study, setting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,9 +78,11 @@ def main(arguments: argparse.Namespace) -> int:
             return code
     for study in studies:
         show(study, out, console)
-    present = [study for study in STUDIES.values() if all((out / name).exists() for name in study.plots)]
-    page.write_page([section(study, out) for study in present], out / PAGE)
-    console.print(f"\n{out / PAGE}: {', '.join(study.name for study in present)}")
+    # A study without its figures is unfinished.
+    sections = [(study, parts(study, out)) for study in STUDIES.values() if _results(out, study).exists()]
+    sections = [(study, found) for study, found in sections if all(f.exists() for p in found for f in p.figures)]
+    page.write_page(sections, out / PAGE)
+    console.print(f"\n{out / PAGE}: {', '.join(study.name for study, _ in sections)}")
     return 0
 
 
@@ -108,17 +110,13 @@ def _measure(studies: list[Study], plan: Plan, arguments: argparse.Namespace, co
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     out, device = arguments.out, choose_device(arguments.device)
-    about = {
-        "command": command_line(arguments),
-        "machine": report.machine(device),
-        "training": plan.training(),
-    }
+    run = {"command": command_line(arguments), "machine": report.machine(device)}
     stores = {}
     for study in studies:
         path = _results(out, study)
         if path.exists() and not arguments.resume:
             raise UserError(f"{path} already holds results: go on with --resume, or give another --out")
-        stores[study.name] = Store(path, {**about, "setting": setting(study, plan)})
+        stores[study.name] = Store(path, run)
     lab = Lab(plan, out / NETWORKS, device, arguments.data_dir, arguments.workers)
     cells = {study.name: study.cells(plan) for study in studies}
     missing = {name: [cell for cell in cells[name] if cell not in stores[name]] for name in cells}
@@ -141,46 +139,38 @@ def _measure(studies: list[Study], plan: Plan, arguments: argparse.Namespace, co
     return 0
 
 
-def setting(study: Study, plan: Plan) -> str:
-    """The study's networks, data and training in words."""
-    cells = study.cells(plan)
-    recipes = [plan.find(data, net) for data, net in dict.fromkeys((str(c["data"]), str(c["net"])) for c in cells)]
-    parts = [f"{r.net} on {Path(r.data).name}, epochs {r.epochs}, learning rate {r.lr}" for r in recipes]
-    images = "all training images" if recipes[0].limit is None else f"{recipes[0].limit:,} training images"
-    tests = "" if plan.test_limit is None else f", {plan.test_limit:,} test images"
-    seeds = len({c["seed"] for c in cells})
-    repeats = f", {plan.prunings} prunings a point" if "pruning" in cells[0] else ""
-    return f"{'; '.join(parts)}; {images}{tests}; {seeds} seed{'s' if seeds > 1 else ''}{repeats}"
-
-
 def _results(out: Path, study: Study) -> Path:
     return out / f"{study.name}.json"
 
 
+def parts(study: Study, out: Path) -> list[page.Part]:
+    """The study's results in out, one part a group that belongs into one table, with the figures' paths."""
+    found = []
+    for place, results in enumerate(study.groups(read(_results(out, study))), 1):
+        names = [Path(name) for name in study.plots]
+        figures = [out / (name if place == 1 else f"{name.stem}-{place}{name.suffix}") for name in names]
+        found.append(page.Part(setting(results), study.finding(results), study.table(results), figures, results))
+    return found
+
+
 def show(study: Study, out: Path, console: Console) -> None:
-    """Prints the study's table, and writes its CSV and figures beside the JSON file."""
+    """Prints the study's tables, and writes its CSV and figures beside the JSON file."""
     from rich import box
     from rich.table import Table
 
     path = _results(out, study)
     if not path.exists():
         raise UserError(f"{path} is missing: run the study before --plot-only")
-    _, results = read(path)
-    write_csv(study.records(results), out / f"{study.name}.csv")
-    for name, plot in study.plots.items():
-        plot(results, out / name)
-    header, rows = study.table(results)
-    view = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False, title=study.title, title_justify="left")
-    for column in view.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        view.add_row(*row)
-    console.print(view)
-    console.print(study.finding(results))
-
-
-def section(study: Study, out: Path) -> page.Section:
-    """The study's part of the page, from the files in out."""
-    about, results = read(_results(out, study))
-    figures = [out / name for name in study.plots]
-    return page.Section(study, about, study.table(results), study.finding(results), figures)
+    write_csv(study.records(read(path)), out / f"{study.name}.csv")
+    for part in parts(study, out):
+        for figure, plot in zip(part.figures, study.plots.values(), strict=True):
+            plot(part.results, figure)
+        header, rows = part.table
+        title = f"{study.title}\n{part.setting}"
+        view = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+        for column in view.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            view.add_row(*row)
+        console.print(view)
+        console.print(part.finding)

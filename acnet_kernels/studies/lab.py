@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from ..surgery import fuse
 from ..training import checkpoints
@@ -18,13 +21,15 @@ from ..training.data import Data, open_data
 from ..training.loop import LAST, Observer, Trainer
 from ..training.report import LABELS
 from .plan import Plan
-from .study import Cell
+from .study import Cell, Network
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 # A training's label → the context in which it is watched.
 Watch = Callable[[str], "AbstractContextManager[Observer]"]
+
+CALIBRATION = 50  # batches that give an untrained network its running statistics
 
 
 class Lab:
@@ -43,7 +48,7 @@ class Lab:
         self._data_dir, self._workers = data_dir, workers
         self._open = lru_cache(maxsize=None)(self._open_data)
         self._load = lru_cache(maxsize=2)(self._load_network)
-        self._fold = lru_cache(maxsize=2)(lambda key: fuse(self._load(key)))
+        self._fold = lru_cache(maxsize=2)(lambda network: fuse(self._load(network)))
 
     def data(self, cell: Cell) -> Data:
         """The cell's data set."""
@@ -51,11 +56,19 @@ class Lab:
 
     def network(self, cell: Cell) -> nn.Module:
         """The cell's trained network in eval mode; shared, so not to be changed."""
-        return self._load(_key(cell))
+        return self._load(Network.of(cell))
 
     def folded(self, cell: Cell) -> nn.Module:
         """`network` with its blocks folded; shared, so not to be changed."""
-        return self._fold(_key(cell))
+        return self._fold(Network.of(cell))
+
+    @torch.no_grad()
+    def untrained(self, cell: Cell) -> nn.Module:
+        """The cell's network as its training begins, folded by statistics of the training images."""
+        trainer = self._new_trainer(Network.of(cell))
+        batches = trainer.data.train_batches(trainer.recipe.seed, 0, trainer.recipe.batch_size)
+        update_bn((images for images, _ in islice(batches, CALIBRATION)), trainer.model)
+        return fuse(trainer.model.eval())
 
     def train(self, cells: Iterable[Cell], watch: Watch, stopping: Callable[[], bool]) -> bool:
         """Trains the cells' networks that are not yet trained, from where an earlier call was stopped.
@@ -68,30 +81,34 @@ class Lab:
         Returns:
             Whether all of them are trained.
         """
-        keys = dict.fromkeys(_key(cell) for cell in cells)
-        for number, key in enumerate(keys, 1):
-            trainer = self._trainer(key)
+        networks = dict.fromkeys(map(Network.of, cells))
+        for number, network in enumerate(networks, 1):
+            trainer = self._trainer(network)
             if trainer.epoch == trainer.recipe.epochs:
                 continue
-            _, net, block, seed = key
-            out = make_directory(self._place(key))
-            with watch(f"{number:>2}/{len(keys)} {net} {LABELS[block]:<21} seed {seed}") as observer:
+            out = make_directory(self._place(network))
+            label = f"{number:>2}/{len(networks)} {network.net} {LABELS[network.block]:<21} seed {network.seed}"
+            with watch(label) as observer:
                 if not trainer.run(out, observer, stopping) or stopping():
                     return False
         return True
 
-    def _place(self, key: _Key) -> Path:
-        data, net, block, seed = key
-        return self.folder / f"{Path(data).name}-{net}-{block}-seed{seed}"
+    def _place(self, network: Network) -> Path:
+        of = network._replace(net="", block="", seed=0)
+        code = f"{zlib.crc32(repr(tuple(of)).encode()):08x}"  # of what a file's name cannot say
+        return self.folder / f"{Path(of.data).name}-{network.net}-{network.block}-seed{network.seed}-{code}"
 
-    def _trainer(self, key: _Key) -> Trainer:
+    def _trainer(self, network: Network) -> Trainer:
         """The network's run, where its checkpoint left it."""
-        data, net, block, seed = key
-        recipe = replace(self.plan.find(data, net), block=block, seed=seed)
-        trainer, last = Trainer(recipe, self._open(data), self.device), self._place(key) / LAST
+        trainer, last = self._new_trainer(network), self._place(network) / LAST
         if last.exists():
             trainer.load_state_dict(checkpoints.load(last))
         return trainer
+
+    def _new_trainer(self, network: Network) -> Trainer:
+        recipe = self.plan.find(network.data, network.net, network.recipe, network.backend)
+        recipe = replace(recipe, block=network.block, seed=network.seed)
+        return Trainer(recipe, self._open(recipe.data), self.device)
 
     def _open_data(self, name: str) -> Data:
         return open_data(
@@ -104,14 +121,7 @@ class Lab:
             workers=self._workers,
         )
 
-    def _load_network(self, key: _Key) -> nn.Module:
-        trainer = self._trainer(key)
-        assert trainer.epoch == trainer.recipe.epochs, f"{self._place(key)} is not trained"
+    def _load_network(self, network: Network) -> nn.Module:
+        trainer = self._trainer(network)
+        assert trainer.epoch == trainer.recipe.epochs, f"{self._place(network)} is not trained"
         return trainer.model.eval()
-
-
-_Key = tuple[str, str, str, int]
-
-
-def _key(cell: Cell) -> _Key:
-    return str(cell["data"]), str(cell["net"]), str(cell["block"]), int(cell["seed"])

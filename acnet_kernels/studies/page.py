@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .study import Study, Table
+from .study import Measured, Study, Table
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 1080px;
@@ -25,20 +25,20 @@ code { background: #f3f3f3; padding: 0.1rem 0.3rem; } .finding { font-weight: 60
 """
 
 
-class Section(NamedTuple):
-    """One study's part of the page; figures are PNG files."""
+class Part(NamedTuple):
+    """What a study shows of results that belong together; figures are PNG files."""
 
-    study: Study
-    about: dict[str, Any]
-    table: Table
+    setting: str
     finding: str
+    table: Table
     figures: list[Path]
+    results: Sequence[Measured]
 
 
-def write_page(sections: Sequence[Section], path: Path) -> None:
+def write_page(sections: Sequence[tuple[Study, Sequence[Part]]], path: Path) -> None:
     """Writes the page, figures embedded."""
-    links = "".join(f'<a href="#{s.study.name}">{escape(s.study.title)}</a>' for s in sections)
-    body = "\n".join(_section(section) for section in sections)
+    links = "".join(f'<a href="#{study.name}">{escape(study.title)}</a>' for study, _ in sections)
+    body = "\n".join(_section(study, parts) for study, parts in sections)
     text = (
         "<p>The experiments of “ACNet: Strengthening the Kernel Skeletons for Powerful CNN via Asymmetric "
         'Convolution Blocks” (<a href="https://arxiv.org/abs/1908.03930">arXiv 1908.03930</a>), repeated with '
@@ -56,19 +56,33 @@ def document(title: str, body: str) -> str:
     )
 
 
-def _section(section: Section) -> str:
-    study, about = section.study, section.about
-    figures = "\n".join(image(figure) for figure in section.figures)
-    machine = ", ".join(f"{name} {value}" for name, value in about["machine"].items())
-    return (
-        f'<h2 id="{study.name}">{escape(study.title)}</h2>\n'
-        f"<p><b>In the paper.</b> {escape(study.paper)}</p>\n"
-        f"<p><b>Here.</b> {escape(about['setting'])}.</p>\n"
-        f'<p class="finding">{escape(section.finding)}</p>\n'
-        f"{table(section.table)}\n{figures}\n"
-        f"<p><b>What this shows and does not.</b> {escape(study.limits)}</p>\n"
-        f'<p class="note">Made by <code>{escape(about["command"])}</code> on {escape(machine)}.</p>'
+def _section(study: Study, parts: Sequence[Part]) -> str:
+    runs: list[dict[str, Any]] = []
+    for result in (result for part in parts for result in part.results):
+        if result.run is not None and result.run not in runs:
+            runs.append(result.run)
+    return "\n".join(
+        (
+            f'<h2 id="{study.name}">{escape(study.title)}</h2>',
+            f"<p><b>In the paper.</b> {escape(study.paper)}</p>",
+            *map(_part, parts),
+            f"<p><b>What this shows and does not.</b> {escape(study.limits)}</p>",
+            *map(_run, runs),
+        )
     )
+
+
+def _part(part: Part) -> str:
+    figures = "\n".join(image(figure) for figure in part.figures)
+    return (
+        f"<p><b>Here.</b> {escape(part.setting)}.</p>\n"
+        f'<p class="finding">{escape(part.finding)}</p>\n{table(part.table)}\n{figures}'
+    )
+
+
+def _run(run: dict[str, Any]) -> str:
+    machine = ", ".join(f"{name} {value}" for name, value in run["machine"].items())
+    return f'<p class="note">Made by <code>{escape(run["command"])}</code> on {escape(machine)}.</p>'
 
 
 def image(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..training.data import NAMES
@@ -28,21 +28,31 @@ class Plan:
     prunings: int = 5
     test_limit: int | None = None
 
-    def find(self, data: str, net: str) -> Recipe:
-        """The recipe that trains this network on this data."""
-        return next(r for r in (self.recipe, *self.accuracy) if (r.data, r.net) == (data, net))
+    def find(self, data: str, net: str, recipe: str, backend: str) -> Recipe:
+        """The recipe of these coordinates of a `Network`."""
+        return next(
+            r
+            for r in (self.recipe, *self.accuracy)
+            if (r.data, r.net, self.words(r), r.backend) == (data, net, recipe, backend)
+        )
 
-    def training(self) -> dict[str, Any]:
-        """Network and data → what decides the trained weights beside block and seed; and the test images."""
-        return {
-            "test_limit": self.test_limit,
-            **{
-                f"{recipe.net} on {recipe.data}": {
-                    name: value for name, value in asdict(recipe).items() if name not in ("block", "seed")
-                }
-                for recipe in (self.recipe, *self.accuracy)
-            },
-        }
+    def words(self, recipe: Recipe) -> str:
+        """All that decides a trained network's weights and accuracy beside data, net, backend, block and seed."""
+        images = "all images" if recipe.limit is None else f"{recipe.limit:,} images"
+        parts = [
+            f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''} of {images}",
+            f"batch {recipe.batch_size}",
+            f"learning rate {recipe.lr}",
+            f"weight decay {recipe.weight_decay}",
+            f"biases ×{recipe.bias_lr_factor:g}",
+        ]
+        if recipe.data not in NAMES:
+            parts.append(f"{recipe.image_size}×{recipe.image_size} pixels")
+        if recipe.amp != "no":
+            parts.append(recipe.amp)
+        if self.test_limit is not None:
+            parts.append(f"{self.test_limit:,} test images")
+        return ", ".join(parts)
 
 
 def _digits(net: str) -> Recipe:

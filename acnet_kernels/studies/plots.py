@@ -13,6 +13,7 @@ from torch import Tensor
 from ..training.report import COLOURS, new_figure
 from .study import mean_std
 
+# What the rows of `layers` are called for a 3×3 kernel; those of larger ones are numbered.
 POSITIONS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 
 Curve = Mapping[Fraction, Sequence[float]]
@@ -46,18 +47,22 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[float]]], title: str, path: 
     figure.savefig(path)
 
 
-def curves(panels: Mapping[str, Mapping[str, Curve]], title: str, path: Path, mark: Fraction) -> None:
-    """Accuracy over sparsity, mean with a band of ± std, one colour a curve, on common axes.
+def curves(panels: Mapping[str, Mapping[str, Curve]], title: str, path: Path, mark: Fraction, layers: str) -> None:
+    """Accuracy over sparsity, mean with a band of ± std, one colour a label, on common axes.
 
     Args:
         panels: title of the panel → label → sparsity → fractions.
         title: over all panels.
         path: the PNG to write.
         mark: a sparsity to mark in every panel.
+        layers: which are pruned, as '3×3'.
     """
+    labels = dict.fromkeys(label for labelled in panels.values() for label in labelled)
+    colours = dict(zip(labels, (*COLOURS, "#E69F00"), strict=False))
     figure, axes = new_figure(len(panels), width=3.5 * len(panels) + 0.6, height=3.7)
     for axis, (name, labelled) in zip(axes, panels.items(), strict=True):
-        for (label, curve), colour in zip(labelled.items(), COLOURS, strict=False):
+        for label, curve in labelled.items():
+            colour = colours[label]
             at = [100 * float(sparsity) for sparsity in curve]
             spreads = [mean_std([100 * value for value in values]) for values in curve.values()]
             axis.plot(at, [middle for middle, _ in spreads], color=colour, marker="o", markersize=3, label=label)
@@ -65,7 +70,7 @@ def curves(panels: Mapping[str, Mapping[str, Curve]], title: str, path: Path, ma
             axis.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
         axis.axvline(100 * float(mark), color="0.7", linestyle="--", linewidth=1, zorder=1)
         axis.text(100 * float(mark) - 0.5, 99, str(mark), color="0.45", ha="right", va="top", fontsize=8)
-        axis.set(xlabel="zeros (% of all 3×3 weights) in:", ylim=(0, 101))
+        axis.set(xlabel=f"zeros (% of all {layers} weights) in:", ylim=(0, 101))
         axis.set_title(name, fontsize=10)
         axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, fontsize=8.5)
         _clean(axis, "both")
@@ -78,19 +83,23 @@ def layers(panels: Mapping[str, Mapping[str, Tensor]], title: str, path: Path) -
     """A heat map of position × layer for every panel, on one colour scale from 0 to 1.
 
     Args:
-        panels: title of the panel → layer's name → 3×3 matrix.
+        panels: title of the panel → layer's name → k×k matrix, of one k.
         title: over all panels.
         path: the PNG to write.
     """
     depth = max(len(matrices) for matrices in panels.values())
-    figure, axes = new_figure(len(panels), width=len(panels) * (0.3 * min(depth, 20) + 1.2) + 1.6, height=3.4)
+    kernel = len(next(iter(next(iter(panels.values())).values())))
+    numbered = [f"row {row + 1}, column {column + 1}" for row in range(kernel) for column in range(kernel)]
+    positions = POSITIONS if kernel == 3 else numbered
+    size = {"width": len(panels) * (0.3 * min(max(depth, 6), 20) + 1.2) + 1.6, "height": 2.1 + 0.15 * kernel**2}
+    figure, axes = new_figure(len(panels), **size)
     image: Any = None
     for number, (axis, (name, matrices)) in enumerate(zip(axes, panels.items(), strict=True)):
         grid = torch.stack([matrix.flatten() for matrix in matrices.values()], 1)
         image = axis.imshow(grid.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axis.set_yticks(range(9), POSITIONS if number == 0 else [""] * 9, fontsize=8)
+        axis.set_yticks(range(kernel**2), positions if number == 0 else [""] * kernel**2, fontsize=8)
         axis.set_xticks(range(0, depth, max(1, depth // 8)), range(1, depth + 1, max(1, depth // 8)), fontsize=8)
-        axis.set(xlabel="3×3 layer, from the input")
+        axis.set(xlabel=f"{kernel}×{kernel} layer, from the input")
         axis.set_title(name, fontsize=10)
         axis.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, shrink=0.9, label="max-normalised Σ|F|")

@@ -13,7 +13,7 @@ from .lab import Lab
 from .paper import BORDER_RESNET56, TABLES
 from .plan import Plan
 from .pruning import STUDIED
-from .study import Cell, Measured, Study, Table, by, percent, points, subject, training_cells
+from .study import Cell, Measured, Study, Table, by, by_seed, difference, percent, subject, top1, training_cells
 
 _RESNET56 = TABLES["cifar10", "resnet56"]
 PAPER = {"plain": _RESNET56.plain, "acb": _RESNET56.acb, "acb-border": BORDER_RESNET56}
@@ -24,33 +24,29 @@ def cells(plan: Plan) -> list[Cell]:
 
 
 def measure(lab: Lab, cell: Cell) -> dict[str, Any]:
-    top1, top5 = accuracies(lab.folded(cell), lab.data(cell), top=(1, 5))
-    return {"top1": top1, "top5": top5}
-
-
-def _groups(results: Sequence[Measured]) -> dict[str, list[float]]:
-    return {block: [v["top1"] for v in values] for block, values in by(results, "block").items()}
+    first, five = accuracies(lab.folded(cell), lab.data(cell), top=(1, 5))
+    return {"top1": first, "top5": five}
 
 
 def table(results: Sequence[Measured]) -> Table:
-    groups = _groups(results)
+    measured = by_seed(results, top1)
     rows: list[tuple[str, ...]] = []
-    for block, top1 in groups.items():
-        paired = block != "plain" and len(groups.get("plain", ())) == len(top1)
-        gain = points(top1, groups["plain"]) if paired else ""
-        rows.append((LABELS[block], str(len(top1)), percent(top1), gain, f"{PAPER[block]:.2f}"))
-    return Table(("", "seeds", "top-1 (%)", "over plain (points)", "paper: ResNet-56, CIFAR-10"), rows)
+    for block, values in by(results, "block").items():
+        gain = difference(measured[block], measured.get("plain", {})) if block != "plain" else None
+        accuracy = percent([v["top1"] for v in values])
+        rows.append((LABELS[block], str(len(values)), accuracy, str(gain or ""), f"{PAPER[block]:.2f}"))
+    gained = "over plain (points, ± standard error)"
+    return Table(("", "seeds", "top-1 (%)", gained, "paper: ResNet-56, CIFAR-10"), rows)
 
 
 def finding(results: Sequence[Measured]) -> str:
-    groups = _groups(results)
-    if len(groups) < len(STUDIED) or len({len(top1) for top1 in groups.values()}) > 1:
-        return ""
-    return f"Border-shifted is {points(groups['acb-border'], groups['acb'])} points from ACNet."
+    measured = by_seed(results, top1)
+    found = difference(measured.get("acb-border", {}), measured.get("acb", {}))
+    return f"Border-shifted over ACNet, in points: {found.verdict()}." if found else ""
 
 
 def plot(results: Sequence[Measured], path: Path) -> None:
-    values = {LABELS[block]: top1 for block, top1 in _groups(results).items()}
+    values = {LABELS[block]: [v["top1"] for v in values] for block, values in by(results, "block").items()}
     plots.dots({"test accuracy (%)": values}, f"skeleton or border, {subject(results)}", path)
 
 
@@ -62,8 +58,9 @@ STUDY = Study(
         "down and the vertical one column right, so that they strengthen the border."
     ),
     limits=(
-        "The three networks have the same skeleton, seeds and batches; ± is over seeds. On a small, easy set the "
-        "three lie closer than in the paper, and an order inside ± is no order."
+        "The three networks have the same skeleton, seeds and batches; ± is the standard deviation over seeds, of "
+        "gains the standard error of the mean paired difference. On a small, easy set the three lie closer than in "
+        "the paper, and an order inside two standard errors is no order."
     ),
     cells=cells,
     measure=measure,
