@@ -20,9 +20,11 @@ demo: $(STAMP)
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto
 
-# What needs a CUDA device; everywhere else it is skipped, saying so.
-test-gpu: $(STAMP)
-	$(PY) -m pytest tests/triton tests/gpu
+# What needs a CUDA device; everywhere else it is skipped, saying so. Nothing is installed: such a machine may have no
+# network, and its python3 the torch that fits the device.
+GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+test-gpu:
+	OMP_NUM_THREADS=1 $(GPU_PY) -m pytest -n 12 tests/triton tests/gpu
 
 # Blocks, networks, folding and memory, with a report: about ten minutes on two cores.
 bench: $(STAMP)

@@ -210,6 +210,20 @@ def test_the_switch_is_cudnns_and_acts_on_cuda_alone(monkeypatch):
     assert not planner._times_at_first_sight(there)
 
 
+def test_nothing_is_timed_inside_a_backward(monkeypatch):
+    """On CUDA the timed step's backward would wait for the thread that runs the outer one: for ever."""
+    there, seen = replace(problem(2, 4, 9, 9), device="cuda"), []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def layer(x):
+        seen.append(planner._times_at_first_sight(there))
+        return x * 2
+
+    checkpoint(layer, torch.ones(3, requires_grad=True), use_reentrant=True).sum().backward()
+    assert seen == [True, False]
+
+
 @pytest.fixture
 def clock(monkeypatch):
     monkeypatch.setattr(planner, "_times_at_first_sight", lambda problem: True)

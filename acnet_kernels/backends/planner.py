@@ -178,12 +178,16 @@ def decide(problem: Problem, kind: str, known: Times) -> tuple[str, str]:
 
 
 def _times_at_first_sight(problem: Problem) -> bool:
-    """Whether the user welcomes timing (the switch is cuDNN's own) and now is a time for it."""
+    """Whether the user welcomes timing (the switch is cuDNN's own) and now is a time for it.
+
+    Inside a backward, where a checkpointed block runs, it is not: the timed one needs the thread that would wait.
+    """
     return (
         problem.device == "cuda"
         and torch.backends.cudnn.benchmark
         and len(candidates(problem)) > 1
         and not torch.cuda.is_current_stream_capturing()
+        and torch._C._current_graph_task_id() == -1
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import INTERPRETED
 from oracle import scramble
 from problems import Problem
 
@@ -12,6 +11,7 @@ from acnet_kernels import ACBlock
 from acnet_kernels.backends import branches, convolution
 from acnet_kernels.backends.phases import Phases
 from acnet_kernels.ops import bn_sum
+from acnet_kernels.ops.triton_conv import INTERPRETED
 
 
 def on_device_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if _INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cpu" if INTERPRETED else "cuda")
+    return torch.device("cpu" if _INTERPRETED else "cuda")
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from conftest import INTERPRETED
 
 from acnet_kernels.geometry import Geometry
 from acnet_kernels.kernels import autocorrelation, bn_sum, conv, depthwise, dgrad, wgrad
 from acnet_kernels.kernels.window import Window
+from acnet_kernels.ops.triton_conv import INTERPRETED
 
 H, W, C = 8192, 16411, 16  # 2³¹ elements and 4.5 million more
 M = H * W

@@ -7,7 +7,6 @@ import torch
 import triton
 from blocks import assign, block_of, on_device_path
 from clocks import FakeClock
-from conftest import INTERPRETED
 from problems import DEPTHWISE, PROBLEMS, SMALL, Problem, Tensors
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from acnet_kernels.backends import moments, phases, stopwatch, timings
 from acnet_kernels.backends.phases import ALL_TRITON
 from acnet_kernels.kernels import configs
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
+from acnet_kernels.ops.triton_conv import INTERPRETED
 
 
 @pytest.fixture
