@@ -295,7 +295,7 @@ def _match_form(state: StateDict, prefix: str, block: ACBlock) -> None:
     if deployed and not block.deploy:
         raise ValueError(
             "the checkpoint is deployed but the model's block is in training form, and branches cannot be "
-            "recovered from a folded kernel: build the model with deploy=True, or fuse() it"
+            "recovered from a folded kernel: build the model with deploy=True, or fuse(keep_blocks=True) it"
         )
     if block.deploy and not deployed and f"{prefix}square_conv.weight" in state:
         step, taken = _step(state, prefix, block)

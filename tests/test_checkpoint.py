@@ -104,9 +104,9 @@ FOREIGN = {
 def test_the_model_is_found_wherever_it_is(wrapping, form, tmp_path):
     source, target, x = pair()
     if form == "deployed":
-        source = ak.fuse(source)
+        source = ak.fuse(source, keep_blocks=True)
     if form != "training":
-        target = ak.fuse(target)
+        target = ak.fuse(target, keep_blocks=True)
     want = source(x)
     path = tmp_path / "net.pt"
     torch.save(FOREIGN[wrapping](source.state_dict()), path)
@@ -304,7 +304,7 @@ def test_what_cannot_be_folded_is_refused(name, spoil, words):
     source, target, _ = pair()
     state = dict(source.state_dict())
     state[f"0.{name}"] = spoil(state[f"0.{name}"])
-    refused(ak.fuse(target), state, f"does not fit the model: 0.: .*{words}")
+    refused(ak.fuse(target, keep_blocks=True), state, f"does not fit the model: 0.: .*{words}")
 
 
 def test_what_loses_digits_alone_is_taken():
@@ -318,7 +318,7 @@ def test_nothing_of_a_block_is_dropped_when_it_is_folded():
     source, target, _ = pair()
     state = source.state_dict()
     del state["0.hor_conv.weight"]
-    refused(ak.fuse(target), state, "unexpected 0.hor_bn.weight; unexpected 0.hor_bn.bias; ")
+    refused(ak.fuse(target, keep_blocks=True), state, "unexpected 0.hor_bn.weight; unexpected 0.hor_bn.bias; ")
 
 
 @pytest.mark.parametrize("end", ["pt", "safetensors"])
