@@ -101,6 +101,28 @@ def test_any_image_size_gives_logits(size):
     assert model(torch.randn(3, 2, *size)).shape == (3, 7)
 
 
+@pytest.mark.parametrize("name", ["resnet50", "vgg16", "cifar-quick", "wrn16-8", "densenet40"])
+def test_cifars_networks_are_not_made_for_photographs(name):
+    models.check_size(name, (64, 64))
+    for size in ((65, 64), (64, 224)):
+        said = rf"net {name} is one for CIFAR's images, up to 64 .* {size[0]}×{size[1]}: for these take alexnet, "
+        with pytest.raises(ValueError, match=said):
+            models.check_size(name, size)
+
+
+@pytest.mark.parametrize(("name", "least"), [("alexnet", 63), ("densenet121", 29), ("resnet18", 1)])
+def test_imagenets_networks_name_the_smallest_images_that_they_can_take(name, least):
+    models.check_size(name, (least, least))
+    with torch.device("meta"):
+        model = models.build(name, 10, 3, "plain").eval()
+        assert model(torch.zeros(1, 3, least, least)).shape == (1, 10)
+        if least > 1:
+            with pytest.raises(RuntimeError):
+                model(torch.zeros(1, 3, least - 1, least - 1))
+            with pytest.raises(ValueError, match=f"net {name} takes images from {least} pixels a side on"):
+                models.check_size(name, (least, least - 1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

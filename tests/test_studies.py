@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import matplotlib.text
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from acnet_kernels import ACBlock, cli
@@ -44,6 +46,7 @@ from acnet_kernels.studies.study import (
     subject,
     training_cells,
 )
+from acnet_kernels.training.data import NAMES
 from acnet_kernels.training.loop import Recipe
 
 TINY = [
@@ -499,7 +502,8 @@ def test_results_in_any_order_are_paired_by_their_seed():
 
 def measured(block, *top1, **coordinates):
     cell = {**SEED_0, "net": "resnet56", "data": "cifar10", "block": block, **coordinates}
-    return [Measured({**cell, "seed": s}, {"top1": value, "top5": 1.0}) for s, value in enumerate(top1)]
+    rest = {"top5": 1.0, "data_set": cell["data"], "parameters_trained": 7}
+    return [Measured({**cell, "seed": s}, {"top1": value, **rest}) for s, value in enumerate(top1)]
 
 
 def test_the_accuracy_table_puts_the_papers_figures_beside_ours():
@@ -512,30 +516,66 @@ def test_the_accuracy_table_puts_the_papers_figures_beside_ours():
         "for 0, below for 0."
     )
     other = measured("plain", 0.5, data="digits") + measured("acb", 0.6, data="digits")
-    assert accuracy.table(other).rows[0][-3:] == ("", "", "")
+    both = accuracy.table(results + other)
+    assert [row[-3:] for row in both.rows] == [row[-3:], ("", "", "")]
+    # Where nothing is published of what was measured, no column says so.
+    assert accuracy.table(other).header == both.header[:-3]
+    assert len(accuracy.table(other).rows[0]) == len(both.header) - 3
 
 
 @pytest.mark.parametrize(
-    ("data", "net", "expected"),
+    ("data_set", "net", "expected"),
     [
         ("cifar10", "densenet40", "94.29 → 94.84"),
-        ("data/imagenet", "resnet18", "70.36 → 71.14"),
+        ("imagenet", "resnet18", "70.36 → 71.14"),
         ("cifar100", "resnet56", ""),
-        ("data/imagenet", "resnet56", ""),
+        ("imagenet", "resnet56", ""),
+        ("", "resnet18", ""),
     ],
 )
-def test_published_figures_are_found_by_network_and_data(data, net, expected):
-    assert accuracy.published(paper.TABLES, data, net) == expected
+def test_published_figures_are_found_by_network_and_data(data_set, net, expected):
+    assert accuracy.published(paper.TABLES, measured("acb", 0.5, net=net, data=data_set)) == expected
+
+
+def test_only_imagenets_own_folders_are_imagenet(tmp_path):
+    assert [paper.data_set(name) for name in NAMES] == list(NAMES)
+    for number in range(1000):
+        (tmp_path / "imagenet/train" / f"n{number:08d}").mkdir(parents=True)
+    assert paper.data_set(str(tmp_path / "imagenet")) == "imagenet"
+    (tmp_path / "imagenet/train/n00000001").rmdir()
+    assert paper.data_set(str(tmp_path / "imagenet")) == ""
+    (tmp_path / "imagenet/train/cats").mkdir()
+    assert paper.data_set(str(tmp_path / "imagenet")) == ""
+
+
+@pytest.mark.parametrize(
+    ("study", "net", "data", "papers"),
+    [
+        (ablation, "resnet18", "imagenet", ["70.36", "70.82", "71.14"]),
+        (ablation, "alexnet-bn", "imagenet", ["55.92", "56.18", "57.44"]),
+        (ablation, "resnet18", "cifar10", None),
+        (shifted, "resnet56", "cifar10", ["94.31", "95.09", "94.67"]),
+        (shifted, "resnet56", "cifar100", None),
+        (shifted, "resnet20", "cifar10", None),
+    ],
+)
+def test_the_papers_column_is_of_its_network_and_data_alone(study, net, data, papers):
+    blocks = ("plain", "acb-sum", "acb") if study is ablation else ("plain", "acb", "acb-border")
+    table = study.table([r for block in blocks for r in measured(block, 0.5, net=net, data=data)])
+    assert ("paper" in table.header) == (papers is not None)
+    assert all(len(row) == len(table.header) for row in table.rows)
+    if papers:
+        assert [row[-1] for row in table.rows] == papers
 
 
 def test_the_authors_two_recipes_are_told_apart():
     """The presets follow the later one: its figures must stand under its name."""
-    header = accuracy.table([]).header[-3:]
+    header = accuracy.table(measured("plain", 0.5) + measured("acb", 0.5)).header[-3:]
     assert header == ("paper", "authors' README, cosine and γ = 1/3", "authors' first README, steps")
     nets = ("cifar-quick", "vgg16", "resnet56", "wrn16-8")
-    found = [accuracy.published(paper.AUTHORS_COSINE, "cifar10", net) for net in nets]
+    found = [accuracy.published(paper.AUTHORS_COSINE, measured("acb", 0.5, net=net)) for net in nets]
     assert found == ["86.20 → 86.87", "93.99 → 94.54", "94.55 → 95.06", "95.89 → 96.33"]
-    found = [accuracy.published(paper.AUTHORS_STEPS, "cifar10", net) for net in nets]
+    found = [accuracy.published(paper.AUTHORS_STEPS, measured("acb", 0.5, net=net)) for net in nets]
     assert found == ["86.25 → 87.10", "94.25 → 94.86", "94.57 → 94.86", "95.58 → 95.92"]
     assert set(paper.AUTHORS_COSINE) - {("imagenet", "resnet18")} == set(paper.AUTHORS_STEPS)
 
@@ -584,10 +624,10 @@ def test_rotation_reports_the_largest_change_by_folding():
 
 def test_grouping_keeps_order():
     results = measured("plain", 0.1, 0.2) + measured("acb", 0.3)
-    assert by(results, "block") == {
-        "plain": [{"top1": 0.1, "top5": 1.0}, {"top1": 0.2, "top5": 1.0}],
-        "acb": [{"top1": 0.3, "top5": 1.0}],
-    }
+    groups = by(results, "block")
+    assert [(block, [v["top1"] for v in values]) for block, values in groups.items()] == [
+        ("plain", [0.1, 0.2]), ("acb", [0.3]),
+    ]  # fmt: skip
     assert list(by(results, "net", "seed")) == [("resnet56", 0), ("resnet56", 1)]
 
 
@@ -616,10 +656,16 @@ def test_options_change_the_plan():
     assert {r.limit for r in (changed.recipe, *changed.accuracy)} == {5}
     assert (changed.seeds, changed.prunings) == (2, 5)
     assert plan.make(True).recipe.data == "digits"
-    photographs = plan.make(False, data="some/folder", net="resnet18")
+    photographs = plan.make(False, data="some/folder")
+    assert photographs.recipe.net == "resnet18"
     assert [r.net for r in photographs.accuracy] == ["alexnet-bn", "resnet18", "densenet121"]
     assert {r.data for r in (photographs.recipe, *photographs.accuracy)} == {"some/folder"}
     assert photographs.recipe.batch_size == 256
+    assert plan.make(False, data="some/folder", net="alexnet").recipe.epochs == photographs.recipe.epochs == 100
+    small = plan.make(False, data="some/folder", image_size=32)
+    assert [small.recipe.net, *(r.net for r in small.accuracy)] == [
+        plan.PAPER.recipe.net, *(r.net for r in plan.PAPER.accuracy),
+    ]  # fmt: skip
     assert plan.make(True, net="resnet14").recipe.net == "resnet14"
 
 
@@ -833,6 +879,75 @@ def test_an_interrupted_study_goes_on_and_gives_the_same_numbers(everything, tmp
     assert len(calls) == 6
     again, before = read(tmp_path / "shifted.json"), read(everything / "shifted.json")
     assert [(r.cell, r.values) for r in again] == [(r.cell, r.values) for r in before]
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A directory of two classes of images, one each."""
+    for part, name in itertools.product(("train", "val"), ("cat", "dog")):
+        folder = tmp_path / "photographs" / part / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (80, 80)).save(folder / "1.png")
+    return tmp_path / "photographs"
+
+
+@pytest.mark.parametrize("study", ["pruning", "ablation", "accuracy"])
+@pytest.mark.parametrize("net", ["resnet50", "vgg16", "cifar-quick"])
+def test_cifars_networks_are_refused_for_photographs(tmp_path, capsys, photographs, study, net):
+    out = tmp_path / "out"
+    nets = ["--net", net, "--nets", net]
+    code, _, errors = run(capsys, study, "--data", photographs, *nets, "--workers", 0, "--out", out)
+    assert code == 2
+    assert (
+        f"net {net} is one for CIFAR's images, up to 64 pixels a side, and the data has images of 224×224" in errors
+    )
+    assert "alexnet, alexnet-bn, resnet18, densenet121" in errors
+    assert errors.count("\n") == 1
+    assert not out.exists()
+
+
+def test_photographs_of_cifars_size_take_its_networks(tmp_path, capsys, photographs):
+    options = [
+        "--net",
+        "resnet8",
+        "--image-size",
+        16,
+        "--epochs",
+        1,
+        "--batch-size",
+        2,
+        "--seeds",
+        1,
+        "--workers",
+        0,
+    ]
+    assert run(capsys, "shifted", "--data", photographs, *options, "--out", tmp_path / "out")[0] == 0
+    results = read(tmp_path / "out/shifted.json")
+    assert {r.cell["data"] for r in results} == {str(photographs)}
+    assert all("16×16 pixels" in r.cell["recipe"] and r.values["data_set"] == "" for r in results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["accuracy", "--nets", "resnet8", "nosuch"], "net must be cifar-quick, vgg16"),
+        (["all", "--nets", "resnet8", "resnet10"], "6n+2 layers"),
+        (["magnitudes", "--net", "wrn10-0"], "k ≥ 1"),
+        (["pruning", "--net", "nosuch"], "net must be"),
+        (["accuracy", "--nets", "resnet8", "resnet18"], "net resnet18 takes images of 3 channels"),
+    ],
+)
+def test_every_name_is_checked_before_the_first_training(tmp_path, capsys, arguments, said):
+    out = tmp_path / "out"
+    code, printed, errors = run(capsys, *arguments, "--quick", "--out", out)
+    assert (code, printed) == (2, "")
+    assert said in errors
+    assert errors.count("\n") == 1
+    assert not out.exists()
+
+
+def test_names_that_a_study_does_not_use_do_not_stop_it(tmp_path, capsys):
+    assert run(capsys, "shifted", *TINY, "--seeds", 1, "--nets", "nosuch", "--out", tmp_path)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,11 @@ from .resnet import ResNet
 from .vgg import VGG16
 from .wide_resnet import WideResNet
 
-__all__ = ["BLOCKS", "EXAMPLES", "NETWORKS", "build"]
+__all__ = ["BLOCKS", "EXAMPLES", "LARGEST", "NETWORKS", "build", "check_size"]
+
+# Pixels a side up to which images are CIFAR's kind: the networks for them pool late, so that larger ones take more
+# time and memory than anyone means to spend on a resnet20 (whose name, at resnet50, is another network's, too).
+LARGEST = 64
 
 
 class Family(NamedTuple):
@@ -80,3 +84,16 @@ def build(name: str, num_classes: int, in_channels: int = 3, block: str = "acb",
                 initialise(model, seed)
                 return model
     raise ValueError(f"net must be {EXAMPLES}, got {name!r}")
+
+
+def check_size(name: str, size: tuple[int, int]) -> None:
+    """ValueError unless the network of this name is made for images of so many rows and columns."""
+    pixels = f"the data has images of {size[0]}×{size[1]}"
+    if name in imagenet.NAMES:
+        if min(size) < imagenet.LEAST[name]:
+            raise ValueError(f"net {name} takes images from {imagenet.LEAST[name]} pixels a side on, {pixels}")
+    elif max(size) > LARGEST:
+        raise ValueError(
+            f"net {name} is one for CIFAR's images, up to {LARGEST} pixels a side, and {pixels}: for these take "
+            f"{', '.join(imagenet.NAMES)}"
+        )

@@ -12,7 +12,9 @@ from ..errors import require
 from ..surgery import blocks_of, convert
 from .blocks import VARIANTS, constructor
 
-NAMES = ("alexnet", "alexnet-bn", "resnet18", "densenet121")
+# Name → the smallest images, in pixels a side, that leave something to the last layer.
+LEAST = {"alexnet": 63, "alexnet-bn": 63, "resnet18": 1, "densenet121": 29}
+NAMES = tuple(LEAST)
 
 
 def build(name: str, num_classes: int, in_channels: int, block: str, options: dict[str, Any]) -> nn.Module:

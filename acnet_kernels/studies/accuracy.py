@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.report import LABELS, parameters
-from . import paper, plots
-from .evaluate import accuracies
+from . import evaluate, paper, plots
 from .lab import Lab
 from .plan import Plan
 from .study import (
@@ -35,13 +34,20 @@ def cells(plan: Plan) -> list[Cell]:
 
 
 def measure(lab: Lab, cell: Cell) -> dict[str, Any]:
-    first, five = accuracies(lab.folded(cell), lab.data(cell), top=(1, 5))
-    return {"top1": first, "top5": five, "parameters_trained": parameters(lab.network(cell))}
+    return {**evaluate.measure(lab, cell), "parameters_trained": parameters(lab.network(cell))}
 
 
-def published(tables: dict[tuple[str, str], paper.Published], data: str, net: str) -> str:
-    """'plain → ACNet' of one of `paper`'s tables; a directory of images counts as ImageNet; '' where unknown."""
-    found = tables.get((data if data.startswith("cifar") else "imagenet", net))
+# Column → the published figures in it.
+PUBLISHED = {
+    "paper": paper.TABLES,
+    "authors' README, cosine and γ = 1/3": paper.AUTHORS_COSINE,
+    "authors' first README, steps": paper.AUTHORS_STEPS,
+}
+
+
+def published(tables: dict[tuple[str, str], paper.Published], results: Sequence[Measured]) -> str:
+    """'plain → ACNet' of one of `paper`'s tables; '' where unknown."""
+    found = paper.find(tables, results)
     return f"{found.plain:.2f} → {found.acb:.2f}" if found else ""
 
 
@@ -56,9 +62,7 @@ def table(results: Sequence[Measured]) -> Table:
         "gain (points, ± standard error)",
         "plain top-5 (%)",
         "ACNet top-5 (%)",
-        "paper",
-        "authors' README, cosine and γ = 1/3",
-        "authors' first README, steps",
+        *PUBLISHED,
     )
     rows: list[tuple[str, ...]] = []
     for of, (pair, gain) in _complete(results).items():
@@ -73,12 +77,10 @@ def table(results: Sequence[Measured]) -> Table:
                 *columns["top1"],
                 str(gain),
                 *columns["top5"],
-                published(paper.TABLES, of.data, of.net),
-                published(paper.AUTHORS_COSINE, of.data, of.net),
-                published(paper.AUTHORS_STEPS, of.data, of.net),
+                *(published(tables, pair) for tables in PUBLISHED.values()),
             )
         )
-    return Table(header, rows)
+    return Table(header, rows).without_empty(*PUBLISHED)
 
 
 def _complete(results: Sequence[Measured]) -> dict[Network, tuple[list[Measured], Difference]]:

@@ -70,7 +70,7 @@ def main(arguments: argparse.Namespace) -> int:
     console = Console(markup=False, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 200
-    out = make_directory(arguments.out)
+    out = arguments.out
     studies = list(STUDIES.values()) if arguments.study == "all" else [STUDIES[arguments.study]]
     if not arguments.plot_only:
         code = _measure(studies, plan_of(arguments), arguments, console)
@@ -111,13 +111,17 @@ def _measure(studies: list[Study], plan: Plan, arguments: argparse.Namespace, co
         torch.set_num_threads(arguments.threads)
     out, device = arguments.out, choose_device(arguments.device)
     run = {"command": command_line(arguments), "machine": report.machine(device)}
+    lab = Lab(plan, out / NETWORKS, device, arguments.data_dir, arguments.workers)
+    for study in studies:
+        for recipe in plan.accuracy if study.compares_networks else (plan.recipe,):
+            lab.check(recipe)
+    make_directory(out)
     stores = {}
     for study in studies:
         path = _results(out, study)
         if path.exists() and not arguments.resume:
             raise UserError(f"{path} already holds results: go on with --resume, or give another --out")
         stores[study.name] = Store(path, run)
-    lab = Lab(plan, out / NETWORKS, device, arguments.data_dir, arguments.workers)
     cells = {study.name: study.cells(plan) for study in studies}
     missing = {name: [cell for cell in cells[name] if cell not in stores[name]] for name in cells}
     with interrupt.catching() as stopping:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..training.data import Data
+from .lab import Lab
+from .paper import data_set
+from .study import Cell
 
 BATCH = 500
 
@@ -43,3 +47,9 @@ def accuracies(
         order = logits.topk(min(max(top), logits.shape[1])).indices == labels[:, None]
         right = [count + int(order[:, :k].any(1).sum()) for count, k in zip(right, top, strict=True)]
     return [count / data.test_images for count in right]
+
+
+def measure(lab: Lab, cell: Cell) -> dict[str, Any]:
+    """top1 and top5 of the cell's folded network, and the data set that they are of, as `paper` calls it."""
+    first, five = accuracies(lab.folded(cell), lab.data(cell), top=(1, 5))
+    return {"top1": first, "top5": five, "data_set": data_set(str(cell["data"]))}

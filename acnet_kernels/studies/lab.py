@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+from .. import models
+from ..errors import UserError
 from ..surgery import fuse
 from ..training import checkpoints
 from ..training.command import make_directory
 from ..training.data import Data, open_data
-from ..training.loop import LAST, Observer, Trainer
+from ..training.loop import LAST, Observer, Recipe, Trainer
 from ..training.report import LABELS
 from .plan import Plan
 from .study import Cell, Network
@@ -49,6 +51,16 @@ class Lab:
         self._open = lru_cache(maxsize=None)(self._open_data)
         self._load = lru_cache(maxsize=2)(self._load_network)
         self._fold = lru_cache(maxsize=2)(lambda network: fuse(self._load(network)))
+
+    def check(self, recipe: Recipe) -> None:
+        """UserError where the data cannot be opened, or the network is unknown or not made for the data."""
+        data = self._open(recipe.data)
+        try:
+            models.check_size(recipe.net, data.size)
+            with torch.device("meta"):
+                models.build(recipe.net, data.classes, data.channels, backend=recipe.backend)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def data(self, cell: Cell) -> Data:
         """The cell's data set."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..models import LARGEST
 from ..training.data import NAMES
 from ..training.loop import Recipe
 from ..training.presets import IMAGENET_FOLDER, PRESETS
@@ -66,8 +67,9 @@ QUICK = Plan(
     seeds=3,
 )
 PAPER = Plan(recipe=PRESETS["resnet56"], accuracy=tuple(r for r in PRESETS.values() if r.data == "cifar10"))
-
-IMAGENET = tuple(r for r in PRESETS.values() if r.data == IMAGENET_FOLDER)
+PHOTOGRAPHS = Plan(
+    recipe=PRESETS["resnet18"], accuracy=tuple(r for r in PRESETS.values() if r.data == IMAGENET_FOLDER)
+)
 
 
 def make(
@@ -80,25 +82,27 @@ def make(
     test_limit: int | None = None,
     **changes: Any,
 ) -> Plan:
-    """The quick plan or the paper's, changed where an argument is given.
+    """The quick plan or the paper's (its ImageNet one for photographs), changed where an argument is given.
 
     Args:
         quick: which of the two.
         net: another network for all but the accuracy table.
-        nets: the accuracy table's networks; where none are named, a directory of images brings ImageNet's.
+        nets: the accuracy table's networks.
         seeds, prunings, test_limit: as `Plan` has them.
         changes: fields of every recipe; those that are None stay.
     """
     plan = QUICK if quick else PAPER
-    if nets is None:
-        photographs = not quick and changes.get("data") not in (None, *NAMES)
-        nets = [r.net for r in (IMAGENET if photographs else plan.accuracy)]
     changes = {name: value for name, value in changes.items() if value is not None}
+    if not quick and changes.get("data", NAMES[0]) not in NAMES:
+        # Photographs bring the networks made for them.
+        image_size = changes.get("image_size", plan.recipe.image_size)
+        plan = PHOTOGRAPHS if image_size > LARGEST else plan
 
     def recipe(name: str) -> Recipe:
         known = None if quick else PRESETS.get(name)
         return replace(known or replace(plan.recipe, net=name), **changes)
 
+    nets = [r.net for r in plan.accuracy] if nets is None else nets
     return Plan(
         recipe=recipe(net or plan.recipe.net),
         accuracy=tuple(recipe(name) for name in nets),

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..training.report import LABELS
-from . import plots
-from .evaluate import accuracies
-from .lab import Lab
-from .paper import BORDER_RESNET56, TABLES
+from . import paper, plots
+from .evaluate import measure
 from .plan import Plan
 from .pruning import STUDIED
 from .study import Cell, Measured, Study, Table, by, by_seed, difference, percent, subject, top1, training_cells
 
-_RESNET56 = TABLES["cifar10", "resnet56"]
-PAPER = {"plain": _RESNET56.plain, "acb": _RESNET56.acb, "acb-border": BORDER_RESNET56}
-
 
 def cells(plan: Plan) -> list[Cell]:
     return training_cells(plan, STUDIED)
-
-
-def measure(lab: Lab, cell: Cell) -> dict[str, Any]:
-    first, five = accuracies(lab.folded(cell), lab.data(cell), top=(1, 5))
-    return {"top1": first, "top5": five}
 
 
 def table(results: Sequence[Measured]) -> Table:
@@ -34,9 +23,10 @@ def table(results: Sequence[Measured]) -> Table:
     for block, values in by(results, "block").items():
         gain = difference(measured[block], measured.get("plain", {})) if block != "plain" else None
         accuracy = percent([v["top1"] for v in values])
-        rows.append((LABELS[block], str(len(values)), accuracy, str(gain or ""), f"{PAPER[block]:.2f}"))
+        published = (paper.find(paper.SHIFTED, results) or {}).get(block, "")
+        rows.append((LABELS[block], str(len(values)), accuracy, str(gain or ""), published))
     gained = "over plain (points, ± standard error)"
-    return Table(("", "seeds", "top-1 (%)", gained, "paper: ResNet-56, CIFAR-10"), rows)
+    return Table(("", "seeds", "top-1 (%)", gained, "paper"), rows).without_empty("paper")
 
 
 def finding(results: Sequence[Measured]) -> str:

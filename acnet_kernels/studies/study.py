@@ -49,6 +49,15 @@ class Table(NamedTuple):
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
+    def without_empty(self, *names: str) -> Table:
+        """The table without those of the named columns in which no row has anything."""
+        empty = {i for i, name in enumerate(self.header) if name in names and not any(row[i] for row in self.rows)}
+
+        def kept(row: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(text for i, text in enumerate(row) if i not in empty)
+
+        return Table(kept(self.header), [kept(row) for row in self.rows])
+
 
 def flat(results: Sequence[Measured]) -> list[dict[str, Any]]:
     """One CSV record a cell: its coordinates, then its values."""
