@@ -24,6 +24,7 @@ from torch import Tensor
 from ..geometry import Geometry, Pair
 from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
+from ..ops.bn_sum import mean_and_variance, rstds_of
 from ..spec import Problem, Step, prefers_channels_last
 from . import moments_algebra as algebra
 from .batchnorm import update_running
@@ -35,6 +36,7 @@ PIVOT_SAMPLES = 2048
 # Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
 HALF_PRECISION_RATIO = 16.0
 LEAST_CHANNELS_BY_BRANCH = 64  # a group: from here on a CPU's dx goes through the branches' maps
+LEAST_SLOPE = 1e-25  # below it products of slopes and two kernels are beyond float32's exponents
 # Pixels of a channel below which float32 products lose digits for good: their rounding does not average away, and a
 # variance much smaller than its terms, got from their squares, loses twice the digits that a map's own would.
 FEW_PIXELS = 256
@@ -197,12 +199,43 @@ def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMo
     if x.numel() < FEW_PIXELS * x.shape[1]:
         x, pivot = x.double(), pivot.double()
     half, total = autocorrelation(x, pivot, k - 1, k - 1, groups)
+    # No other sum is beyond those of its channels' squares. A GPU, on which eager overflows too, is not waited for.
+    squares = half[0].diagonal(dim1=1, dim2=2)
+    if x.device.type == "cpu" and half.dtype != torch.float64 and not squares.isfinite().all():
+        return moments_of(x.double(), pivot.double(), k, groups)
     strips = algebra.edge_strips(x, pivot, k, groups)
     if k == 1:  # no edges
         return algebra.patch_moments(half, half.new_empty(0), strips, total, pivot, x.shape[0], k)
     lines = strips.flatten(2).unsqueeze(1).permute(0, 3, 1, 2)  # N×(4·g·r·Cg)×1×L
     edges, _ = autocorrelation(lines, pivot.new_zeros(lines.shape[1]), 0, k - 1, algebra.SIDES * groups)
     return algebra.patch_moments(half, edges, strips, total, pivot, x.shape[0], k)
+
+
+def _without_rounding(
+    variance: Tensor, moments: algebra.PatchMoments, branches: list[_Branch], pivot: Tensor, eps: list[float]
+) -> Tensor:
+    # The variances, 0 where ε is 0 and rounding alone may have made them: of float32 maps, and of a constant pivot.
+    groups, taps = moments.gram.shape[:2]
+    deviation = (moments.gram.diagonal(dim1=1, dim2=2) / max(moments.pixels, 1)).clamp_min(0).sqrt()
+    level = pivot.double().abs().view(groups, -1).tile(taps * groups // len(pivot))
+    noise = (1e-7 * deviation + 1e-13 * level).unsqueeze(2)
+    bounds = torch.stack([(branch.weight.abs() @ branch.pick(noise, 1)).flatten() for branch in branches])
+    exact = variance.new_tensor([e == 0 for e in eps], dtype=torch.bool)[:, None]
+    return variance.masked_fill(exact & (variance <= bounds.square()), 0)
+
+
+def _statistics_of_maps(
+    x: Tensor, weights: list[Tensor], origins: list[int], k: int, groups: int
+) -> tuple[Tensor, Tensor]:
+    # (mean, variance), B×K float64, by the definition, for an x that is not finite: of what a branch does not see,
+    # and of which means are infinite and which NaN, sums over all patches know nothing.
+    found = []
+    for weight, row, column in zip(weights, origins[::2], origins[1::2], strict=True):
+        rows, columns, r = *weight.shape[2:], k // 2
+        sides = r - column, column + columns - 1 - r, r - row, row + rows - 1 - r
+        found.append(mean_and_variance(F.conv2d(F.pad(x.double(), sides), weight.double(), groups=groups)))
+    means, variances = zip(*found, strict=True)
+    return torch.stack(means), torch.stack(variances)
 
 
 def statistics(moments: algebra.PatchMoments, branches: list[_Branch]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -234,11 +267,22 @@ def _step(
     with torch.autocast(x.device.type, enabled=False):
         branches = _branches(weights, origins, kernel, groups)
         pivot = pivot_of(x)
-        moments = moments_of(x, pivot, kernel, groups)
+        if 0.0 in eps:  # which hides no rounding
+            moments = moments_of(x.double(), pivot.double(), kernel, groups)
+        else:
+            moments = moments_of(x, pivot, kernel, groups)
         mean, variance, products = statistics(moments, branches)
-        rstd = (variance + variance.new_tensor(eps)[:, None]).rsqrt()
+        if 0.0 in eps:
+            variance = _without_rounding(variance, moments, branches, pivot, eps)
+        if x.device.type == "cpu" and not mean.isfinite().all():  # a GPU would have to be waited for
+            mean, variance = _statistics_of_maps(x, weights, origins, kernel, groups)
+        rstd = rstds_of(variance, eps)
         scale = gamma.double() * rstd
-        centred = [branch.to_weight(product) for branch, product in zip(branches, products, strict=True)]
+        # With one rstd at once: the other may be as large, and the product beyond float32.
+        centred = [
+            branch.to_weight(product) * row[:, None]
+            for branch, product, row in zip(branches, products, rstd, strict=True)
+        ]
         rounded, unit = _in_range(_fuse(branches, scale, kernel), convolution_dtype(x.dtype, x.device.type))
         exact = rounded.double() if unit is None else rounded.double() * unit
         # The mean of what the rounded weights give, not of what the exact ones would: it cancels exactly.
@@ -318,7 +362,7 @@ def _step_backward(
             parts = centred.split([weight[0].numel() for weight in weights], 1)
             for i, (branch, own, part) in enumerate(zip(branches, owns, parts, strict=True)):
                 own = own - offset.view(groups, -1, 1) * branch.pick(sums, 1)[:, None]
-                dweight = branch.to_weight(own) - (slope[i] * rstd[i])[:, None] * part
+                dweight = branch.to_weight(own) - slope[i][:, None] * part
                 dweights.append(scale[i][:, None] * dweight)
         dx = x.new_empty(0)
         if need_x:
@@ -361,7 +405,9 @@ def _input_gradient(
     images, level = _images_at_a_time(x, grad), slope * mean - offset
     wide_grad = grad if grad.dtype == dtype else torch.empty_like(grad[:images], dtype=dtype)
     grad_centre = None
-    if x.device.type == "cpu" and branches[0].channels >= LEAST_CHANNELS_BY_BRANCH:
+    if x.device.type == "cpu" and (
+        branches[0].channels >= LEAST_CHANNELS_BY_BRANCH or (scale * slope).abs().amax() < LEAST_SLOPE
+    ):
         convolve = _by_branch(branches, scale, slope, level, pivot, dtype, x[:images], grad[:images], k, groups)
     else:
         if _rounds_by_the_level(dtype, x):
