@@ -182,6 +182,19 @@ Tensor empty_map(const Tensor& y, ScalarType dtype) {
                               y.is_contiguous() ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
 }
 
+// The plain mean of one channel, in double. Where a map is not finite it says whether its mean is infinite or NaN, as
+// nn.BatchNorm2d's does; what the passes merge is NaN either way.
+template <class E>
+double plain_mean(const Tensor& y, int64_t channel) {
+  const E* p = static_cast<const E*>(y.const_data_ptr()) + channel * y.stride(1);
+  double sum = 0;
+  for (int64_t n = 0; n < y.size(0); ++n)
+    for (int64_t i = 0; i < y.size(2); ++i)
+      for (int64_t j = 0; j < y.size(3); ++j)
+        sum += static_cast<double>(p[n * y.stride(0) + i * y.stride(2) + j * y.stride(3)]);
+  return sum / static_cast<double>(y.numel() / y.size(1));
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
                                                    std::optional<ScalarType> dtype) {
   const Plan plan = plan_of(ys);
@@ -218,7 +231,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
       }
       count += more;
     }
-    for (int64_t c = 0; c < per_slab; ++c) mean[c] += pivot[c];
+    for (int64_t c = 0; c < per_slab; ++c) {
+      mean[c] += pivot[c];
+      if (!std::isfinite(mean[c])) mean[c] = plain_mean<E>(ys[c / channels], c % channels);
+    }
     // The passes subtract the mean rounded to A; what that leaves of a mean far larger than the deviation is made up
     // for in the shift, here, and in the offset, in the gradient.
     std::vector<A> center(mean.begin(), mean.end()), scale(per_slab);
@@ -229,7 +245,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
       for (int64_t k = 0; k < channels; ++k) {
         const int64_t c = b * channels + k;
         variance[c] = m2[c] / count;
-        rstd[c] = 1 / std::sqrt(variance[c] + eps[b]);
+        const double spread = variance[c] + eps[b];
+        rstd[c] = spread == 0 ? 0 : 1 / std::sqrt(spread);  // as in nn.BatchNorm2d, whose ε may be 0
         scale[c] = static_cast<A>(gamma[k] * rstd[c]);
         sum[k] += beta[k] - scale[c] * (mean[c] - center[c]);
       }

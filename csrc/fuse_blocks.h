@@ -34,7 +34,9 @@ struct FuseArguments {
   const std::vector<int64_t>& place;    // 2L: hor's row and ver's column
 };
 
-enum Present : int64_t { kHasBranch = 1, kHasGamma = 2, kHasBeta = 4, kHasMean = 8, kHasConvBias = 16 };
+enum Present : int64_t {
+  kHasBranch = 1, kHasGamma = 2, kHasBeta = 4, kHasMean = 8, kHasConvBias = 16, kAnyVariance = 32
+};
 constexpr int64_t kPresentBits[kParams] = {kHasGamma, kHasBeta, kHasMean, kHasBranch, kHasConvBias};  // by Param
 
 struct Fusion {
@@ -146,7 +148,7 @@ inline void check_lengths(const FuseArguments& a, const Tensors* weight_out, con
   for (size_t entry = 0; entry < 3 * count; ++entry) {
     int64_t const present = a.present[entry];
     bool const branch = present & kHasBranch;
-    require(present >= 0 && present < 32 && (branch || (present == 0 && entry % 3 != kSquare)), "block ", entry / 3,
+    require(present >= 0 && present < 64 && (branch || (present == 0 && entry % 3 != kSquare)), "block ", entry / 3,
             ": present of ", kSlotNames[entry % 3], " cannot be ", present);
     kernels[entry % 3] += branch;
     for (int param = 0; param < kParams; ++param) params[param] += (present & kPresentBits[param]) != 0;

@@ -158,10 +158,10 @@ class Folder {
 #endif
 };
 
-void check_variances(const std::vector<Block>& blocks) {
+void check_variances(const std::vector<Block>& blocks, const std::vector<int64_t>& present) {
   for (size_t i = 0; i < blocks.size(); ++i)
     for (int slot = 0; slot < kSlots; ++slot) {
-      if (!blocks[i].kernels[slot]) continue;
+      if (!blocks[i].kernels[slot] || present[3 * i + slot] & kAnyVariance) continue;
       const void* data = blocks[i].norms[slot][kVar];
       uint32_t const dtype = blocks[i].norm_dtypes >> 2 * (slot * kParams + kVar) & 3;
       for (int64_t o = 0; o < blocks[i].channels; ++o) {
@@ -173,8 +173,8 @@ void check_variances(const std::vector<Block>& blocks) {
     }
 }
 
-void run(const std::vector<Block>& blocks) {
-  check_variances(blocks);
+void run(const std::vector<Block>& blocks, const std::vector<int64_t>& present) {
+  check_variances(blocks, present);
   std::vector<int64_t> starts(1, 0);  // of the blocks, in elements of all outputs together
   for (const Block& block : blocks) starts.push_back(starts.back() + block.numel());
   // A thread's range of elements stands for the channels that begin in it.
@@ -198,7 +198,7 @@ std::tuple<Tensors, Tensors> fuse_blocks(const Tensors& square, const Tensors& h
                                          const std::vector<int64_t>& present, const std::vector<double>& eps,
                                          const std::vector<int64_t>& place) {
   Fusion fusion = describe_blocks({square, hor, ver, gamma, beta, mean, var, conv_bias, present, eps, place}, nullptr, nullptr);
-  run(fusion.blocks);
+  run(fusion.blocks, present);
   return {std::move(fusion.weights), std::move(fusion.biases)};
 }
 
@@ -209,7 +209,7 @@ void fuse_blocks_out(const Tensors& square, const Tensors& hor, const Tensors& v
                      const std::vector<int64_t>& place, const Tensors& weight_out,
                      const Tensors& bias_out) {
   Fusion const fusion = describe_blocks({square, hor, ver, gamma, beta, mean, var, conv_bias, present, eps, place}, &weight_out, &bias_out);
-  run(fusion.blocks);
+  run(fusion.blocks, present);
 }
 
 }  // namespace

@@ -103,6 +103,33 @@ def check_chain(blocks):
     torch.testing.assert_close(x.grad, expected)
 
 
+# (mean, std) of inputs whose mean cancels.
+LEVELS = [(1e3, 0.1), (1e3, 5.0), (30.0, 1.0), (-4.0, 1.0)]
+
+
+def make_pointwise(block):
+    """No padding in sight of any kernel, so that nothing but the input's spread is left of the variance."""
+    with torch.no_grad():
+        for conv in block.convs().values():
+            rows, columns = (taps // 2 for taps in conv.weight.shape[2:])
+            centre = conv.weight[:, :, rows, columns].clone()
+            conv.weight.zero_()
+            conv.weight[:, :, rows, columns] = centre
+
+
+def check_levels(block, dtype, mean, std, pointwise):
+    """As good as eager in this dtype, for inputs, and for gradients, whose mean is far above their spread."""
+    if pointwise:
+        make_pointwise(block)
+    block.to(dtype)
+    x = (torch.randn(8, 8, 9, 7) * std + mean).to(dtype)
+    noise = torch.randn(block(x).shape)
+    for grad in (0.7 * as_eager(block).float()(x.float()).detach() + 0.5 * noise + 0.3, 0.1 * noise + 5):
+        grad = grad.to(dtype)
+        eager, true = oracle.run(as_eager(block), x, grad), oracle.truth(block, x, grad)
+        oracle.assert_as_good_as(oracle.run(block, x, grad), eager, true)
+
+
 GEOMETRIES = [
     {"kernel_size": 3, "padding": 1},
     {"kernel_size": 3, "padding": 0},

@@ -6,7 +6,16 @@ import oracle
 import pytest
 import torch
 from oracle import rel, scramble
-from steps import GEOMETRIES, VARIANTS, as_eager, check, check_convolution_biases, check_on_average
+from steps import (
+    GEOMETRIES,
+    LEVELS,
+    VARIANTS,
+    as_eager,
+    check,
+    check_convolution_biases,
+    check_levels,
+    check_on_average,
+)
 from torch import nn
 
 from acnet_kernels import ACBlock
@@ -79,6 +88,14 @@ def test_the_output_may_be_changed_in_place(dtype):
         got = torch.relu_(b(x))  # as nn.ReLU(inplace=True) does in most networks
     assert torch.equal(got, want)
     got.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("mean", "std"), LEVELS)
+@pytest.mark.parametrize("pointwise", [False, True])
+@pytest.mark.usefixtures("native_half")
+def test_a_mean_far_above_the_spread_does_not_cancel_in_half_precision_convolutions(dtype, mean, std, pointwise):
+    check_levels(block(8, 8, 3, padding=1), dtype, mean, std, pointwise)
 
 
 def test_convolution_biases():

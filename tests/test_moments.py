@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from oracle import assert_as_good_as, rel, run, scramble, truth
-from steps import check_chain, saved_by
+from steps import LEVELS, check_chain, check_levels, saved_by
 from torch import nn
 
 import acnet_kernels
@@ -38,10 +38,12 @@ def check(block, x):
     assert_as_good_as(run(block, x, grad), run(as_eager(block), x, grad), truth(block, x, grad))
 
 
-@pytest.fixture(params=["by composite", "by branch"])
+@pytest.fixture(params=["by composite", "by branch", "centred"])
 def gradient(request, monkeypatch):
-    """Both ways to the gradient of x, whatever the number of channels."""
+    """Both ways to the gradient of x, whatever the number of channels; the first also as where the level rounds."""
     monkeypatch.setattr(moments, "LEAST_CHANNELS_BY_BRANCH", 1 if request.param == "by branch" else 1 << 30)
+    if request.param == "centred":
+        monkeypatch.setattr(moments, "_rounds_by_the_level", lambda dtype, x: x.dtype == dtype)
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
@@ -93,18 +95,44 @@ def test_as_good_as_eager(dtype, channels_last, c, k, size, groups, h, w):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("mean", "std"), [(1e3, 0.1), (1e3, 5.0), (30.0, 1.0), (-4.0, 1.0)])
+@pytest.mark.parametrize(("mean", "std"), LEVELS)
 @pytest.mark.parametrize("pointwise", [False, True])
 @pytest.mark.usefixtures("gradient")
 def test_a_mean_far_above_the_spread_does_not_cancel(dtype, mean, std, pointwise):
-    block = block_of(8, 8)
-    if pointwise:  # no padding in sight, so nothing but the spread is left of the variance
-        with torch.no_grad():
-            for conv in block.convs().values():
-                centre = conv.weight[:, :, conv.weight.shape[2] // 2, conv.weight.shape[3] // 2].clone()
-                conv.weight.zero_()
-                conv.weight[:, :, conv.weight.shape[2] // 2, conv.weight.shape[3] // 2] = centre
-    check(block.to(dtype), (torch.randn(8, 8, 9, 7) * std + mean).to(dtype))
+    check_levels(block_of(8, 8), dtype, mean, std, pointwise)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("mean", "std"), LEVELS)
+@pytest.mark.parametrize("pointwise", [False, True])
+@pytest.mark.usefixtures("gradient", "native_half")
+def test_nor_does_it_in_half_precision_convolutions(dtype, mean, std, pointwise):
+    check_levels(block_of(8, 8), dtype, mean, std, pointwise)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("c", "k", "size", "groups", "h", "w"), [(16, 19, 3, 1, 11, 13), (8, 8, 5, 2, 9, 4), (6, 5, 3, 1, 2, 1)]
+)
+@pytest.mark.usefixtures("gradient", "native_half")
+def test_half_precision_convolutions_are_as_good_as_eagers(dtype, channels_last, c, k, size, groups, h, w):
+    test_as_good_as_eager(dtype, channels_last, c, k, size, groups, h, w)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("gamma", [1e-4, 1.0])
+@pytest.mark.usefixtures("gradient", "native_half")
+def test_kernels_beyond_float16s_exponents(scale, gamma):
+    block = block_of(16, 16)
+    for bn in block.norms().values():
+        nn.init.constant_(bn.weight, gamma)
+        nn.init.zeros_(bn.bias)
+    block, x = block.half(), (torch.randn(8, 16, 9, 7) * 3e3).half()
+    with torch.no_grad():
+        grad = (as_eager(block)(x).float() / gamma + 0.5 * torch.randn(8, 16, 9, 7)) * scale
+    eager, true = run(as_eager(block), x, grad), truth(block, x, grad)
+    assert_as_good_as(run(block, x, grad), eager, true)
 
 
 def test_the_mean_cancels_exactly_where_nothing_is_padded():

@@ -8,18 +8,20 @@ import torch
 from oracle import rel, scramble
 from steps import (
     GEOMETRIES,
+    LEVELS,
     VARIANTS,
     as_eager,
     check,
     check_chain,
     check_convolution_biases,
+    check_levels,
     check_on_average,
     saved_by,
 )
 
 import acnet_kernels
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import branches, convolution, eager, moments, recompute
+from acnet_kernels.backends import branches, eager, moments, recompute
 from acnet_kernels.geometry import Geometry
 from acnet_kernels.ops import recompute as ops
 
@@ -65,15 +67,23 @@ def test_whole_module_in_a_dtype(dtype):
 
 
 @pytest.mark.parametrize("mean", [0.0, 20.0])
-def test_rounded_kernels_shift_no_mean(mean, monkeypatch):
+@pytest.mark.usefixtures("native_half")
+def test_rounded_kernels_shift_no_mean(mean):
     """Convolutions in bfloat16 itself: the folded kernel's rounding, times the input's mean, must not reach out."""
-    monkeypatch.setattr(convolution, "_SLOW_HALF_TYPES", frozenset())
     b, x = block(8, 16, 3, stride=2).bfloat16(), (torch.randn(4, 8, 13, 11) + mean).bfloat16()
     grad = torch.randn(b(x).shape).bfloat16()
     got, true = oracle.run(b, x, grad), oracle.truth(b, x, grad)
     oracle.assert_as_good_as(got, oracle.run(as_eager(b), x, grad), true)
     offset = (got["out"].double() - true["out"]).mean((0, 2, 3))
     assert offset.norm() / true["out"].std() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("mean", "std"), LEVELS)
+@pytest.mark.parametrize("pointwise", [False, True])
+@pytest.mark.usefixtures("native_half")
+def test_a_mean_far_above_the_spread_does_not_cancel_in_half_precision_convolutions(dtype, mean, std, pointwise):
+    check_levels(block(8, 8, 3, padding=1), dtype, mean, std, pointwise)
 
 
 def test_convolution_biases():

@@ -18,21 +18,28 @@ def batch_norm(y: Tensor, norm: Norm) -> Tensor:
     """nn.BatchNorm2d's forward on y (N×K×H×W): running statistics and the batch counter are updated in place."""
     if not norm.batch_stats:
         return F.batch_norm(y, norm.running_mean, norm.running_var, norm.gamma, norm.beta, False, 0.0, norm.eps)
+    # F.batch_norm less its checks, of the size, which the step has passed, and, in newer releases, of an ε of 0.
+    affine, cudnn = (norm.gamma, norm.beta), torch.backends.cudnn.enabled
     if norm.running_mean is None or norm.running_var is None:
-        return F.batch_norm(y, None, None, norm.gamma, norm.beta, True, 0.0, norm.eps)
+        return torch.batch_norm(y, *affine, None, None, True, 0.0, norm.eps, cudnn)
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    if norm.momentum is not None:  # F.batch_norm less its check of the size, which the step has passed
-        buffers, cudnn = (norm.running_mean, norm.running_var), torch.backends.cudnn.enabled
-        return torch.batch_norm(y, norm.gamma, norm.beta, *buffers, True, norm.momentum, norm.eps, cudnn)
+    if norm.momentum is not None:
+        buffers = norm.running_mean, norm.running_var
+        return torch.batch_norm(y, *affine, *buffers, True, norm.momentum, norm.eps, cudnn)
     # momentum=None is the cumulative average: its factor 1/n stays a tensor, so nothing waits for it.
     assert norm.num_batches_tracked is not None
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
-    out = F.batch_norm(y, mean, var, norm.gamma, norm.beta, True, 1.0, norm.eps)
+    out = torch.batch_norm(y, *affine, mean, var, True, 1.0, norm.eps, cudnn)
     factor = norm.num_batches_tracked.to(mean.dtype).reciprocal()
-    norm.running_mean.lerp_(mean, factor)
-    norm.running_var.lerp_(var, factor)
+    move(norm.running_mean, mean, factor)
+    move(norm.running_var, var, factor)
     return out
+
+
+def move(running: Tensor, value: Tensor, factor: float | Tensor) -> None:
+    """running ← (1 − factor)·running + factor·value, in place: as nn.BatchNorm2d does, an infinite one stays so."""
+    running.mul_(1 - factor).add_(factor * value)
 
 
 def update_running(
@@ -98,10 +105,11 @@ def _update_running(
     if momenta[0] is None:  # 1/n stays a tensor, so nothing waits for it
         factor = counters[0].to(means.dtype).reciprocal()
         for target, value in zip(targets, values, strict=True):
-            target.lerp_(value, factor.to(target.dtype))
-    elif all(momentum == momenta[0] for momentum in momenta):
-        torch._foreach_lerp_(targets, values, momenta[0])
+            move(target, value, factor.to(target.dtype))
+    elif all(momentum == momenta[0] for momentum in momenta):  # as `move` does, in two calls
+        torch._foreach_mul_(targets, 1 - momenta[0])
+        torch._foreach_add_(targets, values, alpha=momenta[0])
     else:
         for target, value, momentum in zip(targets, values, momenta * 2, strict=True):
             assert momentum is not None
-            target.lerp_(value, momentum)
+            move(target, value, momentum)

@@ -32,7 +32,7 @@ from ..geometry import BRANCHES, Geometry, Placement
 from ..kernels.window import Window
 from ..ops import bn_sum
 from ..spec import Norm, Problem, Step, autocast_dtype
-from .batchnorm import update_running
+from .batchnorm import batch_norm, update_running
 from .convolution import (
     add_input_gradient,
     column_weight_gradient,
@@ -269,7 +269,8 @@ def _differentiable_gradients(
     weights, gammas, _ = plan.split(inputs[1:])
     out = torch.zeros((), dtype=plan.conv_dtype, device=grad.device)
     for b, y in enumerate(plan.maps(inputs[0], weights)):
-        out = out + F.batch_norm(y, None, None, gammas[b] if gammas else None, None, True, 0.0, plan.eps[b])
+        norm = Norm(gammas[b] if gammas else None, None, None, None, None, plan.eps[b], None, True)
+        out = out + batch_norm(y, norm)
     wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
     found = iter(torch.autograd.grad(out, wanted, grad.to(plan.conv_dtype), create_graph=True) if wanted else ())
     return [next(found) if need else None for _, need in zip(inputs, needs, strict=False)]

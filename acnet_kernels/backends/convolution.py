@@ -62,10 +62,16 @@ def _vendor_accumulates() -> bool:
     return has_operator and platform.machine() in ("x86_64", "AMD64")
 
 
+@functools.cache
+def _vendor_has_float16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
 def _in_one_pass(out: Tensor) -> bool:
     dense = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
     fits = out.is_cpu and out.dtype in _DTYPES and out.numel() > 0 and dense
-    return fits and _vendor_accumulates() and torch._C._get_mkldnn_enabled()
+    usable = fits and _vendor_accumulates() and torch._C._get_mkldnn_enabled()
+    return usable and (out.dtype != torch.float16 or _vendor_has_float16())
 
 
 def add_convolution(out: Tensor, x: Tensor, weight: Tensor, padding: Pair, dilation: Pair, groups: int) -> None:

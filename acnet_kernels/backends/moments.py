@@ -24,6 +24,7 @@ from torch import Tensor
 from ..geometry import Geometry, Pair
 from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
+from ..ops.bn_sum import mean_and_variance, rstds_of
 from ..spec import Problem, Step, autocast_dtype, prefers_channels_last
 from . import moments_algebra as algebra
 from .batchnorm import update_running
@@ -35,6 +36,7 @@ PIVOT_SAMPLES = 2048
 # Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
 HALF_PRECISION_RATIO = 16.0
 LEAST_CHANNELS_BY_BRANCH = 64  # a group: from here on a CPU's dx goes through the branches' maps
+LEAST_SLOPE = 1e-25  # below it products of slopes and two kernels are beyond float32's exponents
 # Pixels of a channel below which float32 products lose digits for good: their rounding does not average away, and a
 # variance much smaller than its terms, got from their squares, loses twice the digits that a map's own would.
 FEW_PIXELS = 256
@@ -193,12 +195,43 @@ def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMo
     if x.numel() < FEW_PIXELS * x.shape[1]:
         x, pivot = x.double(), pivot.double()
     half, total = autocorrelation(x, pivot, k - 1, k - 1, groups)
+    # No other sum is beyond those of its channels' squares. A GPU, on which eager overflows too, is not waited for.
+    squares = half[0].diagonal(dim1=1, dim2=2)
+    if x.device.type == "cpu" and half.dtype != torch.float64 and not squares.isfinite().all():
+        return moments_of(x.double(), pivot.double(), k, groups)
     strips = algebra.edge_strips(x, pivot, k, groups)
     if k == 1:  # no edges
         return algebra.patch_moments(half, half.new_empty(0), strips, total, pivot, x.shape[0], k)
     lines = strips.flatten(2).unsqueeze(1).permute(0, 3, 1, 2)  # N×(4·g·r·Cg)×1×L
     edges, _ = autocorrelation(lines, pivot.new_zeros(lines.shape[1]), 0, k - 1, algebra.SIDES * groups)
     return algebra.patch_moments(half, edges, strips, total, pivot, x.shape[0], k)
+
+
+def _without_rounding(
+    variance: Tensor, moments: algebra.PatchMoments, branches: list[_Branch], pivot: Tensor, eps: list[float]
+) -> Tensor:
+    # The variances, 0 where ε is 0 and rounding alone may have made them: of float32 maps, and of a constant pivot.
+    groups, taps = moments.gram.shape[:2]
+    deviation = (moments.gram.diagonal(dim1=1, dim2=2) / max(moments.pixels, 1)).clamp_min(0).sqrt()
+    level = pivot.double().abs().view(groups, -1).tile(taps * groups // len(pivot))
+    noise = (1e-7 * deviation + 1e-13 * level).unsqueeze(2)
+    bounds = torch.stack([(branch.weight.abs() @ branch.pick(noise, 1)).flatten() for branch in branches])
+    exact = variance.new_tensor([e == 0 for e in eps], dtype=torch.bool)[:, None]
+    return variance.masked_fill(exact & (variance <= bounds.square()), 0)
+
+
+def _statistics_of_maps(
+    x: Tensor, weights: list[Tensor], origins: list[int], k: int, groups: int
+) -> tuple[Tensor, Tensor]:
+    # (mean, variance), B×K float64, by the definition, for an x that is not finite: of what a branch does not see,
+    # and of which means are infinite and which NaN, sums over all patches know nothing.
+    found = []
+    for weight, row, column in zip(weights, origins[::2], origins[1::2], strict=True):
+        rows, columns, r = *weight.shape[2:], k // 2
+        sides = r - column, column + columns - 1 - r, r - row, row + rows - 1 - r
+        found.append(mean_and_variance(F.conv2d(F.pad(x.double(), sides), weight.double(), groups=groups)))
+    means, variances = zip(*found, strict=True)
+    return torch.stack(means), torch.stack(variances)
 
 
 def statistics(moments: algebra.PatchMoments, branches: list[_Branch]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -230,29 +263,63 @@ def _step(
     with torch.autocast(x.device.type, enabled=False):
         branches = _branches(weights, origins, kernel, groups)
         pivot = pivot_of(x)
-        moments = moments_of(x, pivot, kernel, groups)
+        if 0.0 in eps:  # which hides no rounding
+            moments = moments_of(x.double(), pivot.double(), kernel, groups)
+        else:
+            moments = moments_of(x, pivot, kernel, groups)
         mean, variance, products = statistics(moments, branches)
-        rstd = (variance + variance.new_tensor(eps)[:, None]).rsqrt()
+        if 0.0 in eps:
+            variance = _without_rounding(variance, moments, branches, pivot, eps)
+        if x.device.type == "cpu" and not mean.isfinite().all():  # a GPU would have to be waited for
+            mean, variance = _statistics_of_maps(x, weights, origins, kernel, groups)
+        rstd = rstds_of(variance, eps)
         scale = gamma.double() * rstd
-        centred = [branch.to_weight(product) for branch, product in zip(branches, products, strict=True)]
-        fused = _fuse(branches, scale, kernel)
-        dtype = convolution_dtype(x.dtype, x.device.type)
+        # With one rstd at once: the other may be as large, and the product beyond float32.
+        centred = [
+            branch.to_weight(product) * row[:, None]
+            for branch, product, row in zip(branches, products, rstd, strict=True)
+        ]
+        rounded, unit = _in_range(_fuse(branches, scale, kernel), convolution_dtype(x.dtype, x.device.type))
+        exact = rounded.double() if unit is None else rounded.double() * unit
         # The mean of what the rounded weights give, not of what the exact ones would: it cancels exactly.
-        rounded = fused.to(dtype)
-        level = (rounded.double() @ moments.sums.unsqueeze(2)).flatten() / max(moments.pixels, 1)
-        bias = (beta.double() - level).to(dtype)
+        level = (exact @ moments.sums.unsqueeze(2)).flatten() / max(moments.pixels, 1)
+        bias = beta.double() - level
         weight = _as_conv(rounded, kernel)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        if x.dtype == dtype:
-            out = F.conv2d(x, weight, bias, 1, kernel // 2, 1, groups).contiguous(memory_format=layout)
+        if _rounds_by_the_level(weight.dtype, x):
+            out = _centred_convolution(x, weight, unit, _as_conv(exact, kernel), bias, pivot, layout, groups)
+        elif x.dtype == weight.dtype:
+            out = F.conv2d(x, weight, bias.to(x.dtype), 1, kernel // 2, 1, groups).contiguous(memory_format=layout)
         else:
             shape = (x.shape[0], gamma.shape[1], *x.shape[2:])
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
             images = _images_at_a_time(x, out)
-            wide = torch.empty_like(x[:images], dtype=dtype)
+            wide, bias = torch.empty_like(x[:images], dtype=weight.dtype), bias.to(weight.dtype)
             for part, target in _chunks(images, x, out):
                 target.copy_(F.conv2d(_converted(part, wide), weight, bias, 1, kernel // 2, 1, groups))
         return out, mean.clone(), variance, pivot, moments.sums, torch.cat(centred, 1).to(pivot.dtype)
+
+
+def _centred_convolution(
+    x: Tensor,
+    weight: Tensor,
+    unit: Tensor | None,
+    exact: Tensor,
+    bias: Tensor,
+    pivot: Tensor,
+    layout: torch.memory_format,
+    groups: int,
+) -> Tensor:
+    # conv2d(x, weight)·unit + bias, the convolution one of x − pivot: what the pivot and the bias leave, one image,
+    # cancels in float64 and is added in float32.
+    image, k = bias[:, None, None], weight.shape[-1]
+    if x.device.type != "cpu" or pivot.any():  # a GPU would have to be waited for
+        image = image + algebra.pivot_image(exact, pivot, x.shape[2], x.shape[3], groups)
+        x = torch.sub(x, _whole_image(pivot, x), out=torch.empty_like(x))
+    z = F.conv2d(x, weight, None, 1, k // 2, 1, groups)
+    image = image[None].to(pivot.dtype).contiguous(memory_format=layout)
+    z = torch.add(z, image, out=z) if unit is None else torch.addcmul(image, z, unit, out=z)
+    return z.contiguous(memory_format=layout)
 
 
 @torch.library.impl("acnet_kernels::moments_step_backward", ("CPU", "CUDA"))
@@ -291,12 +358,12 @@ def _step_backward(
             parts = centred.split([weight[0].numel() for weight in weights], 1)
             for i, (branch, own, part) in enumerate(zip(branches, owns, parts, strict=True)):
                 own = own - offset.view(groups, -1, 1) * branch.pick(sums, 1)[:, None]
-                dweight = branch.to_weight(own) - (slope[i] * rstd[i])[:, None] * part
+                dweight = branch.to_weight(own) - slope[i][:, None] * part
                 dweights.append(scale[i][:, None] * dweight)
         dx = x.new_empty(0)
         if need_x:
             slope = slope * rstd
-            dx = _input_gradient(grad, x, pivot, branches, scale, slope, slope * mean - offset, kernel, groups)
+            dx = _input_gradient(grad, x, pivot, branches, scale, slope, mean, offset, kernel, groups)
         return (
             dx,
             torch.cat(dweights, 1).to(centred.dtype) if need_weights else centred.new_empty(0),
@@ -323,35 +390,33 @@ def _input_gradient(
     branches: list[_Branch],
     scale: Tensor,
     slope: Tensor,
-    level: Tensor,
+    mean: Tensor,
+    offset: Tensor,
     k: int,
     groups: int,
 ) -> Tensor:
-    # Σ_b of W̃ᵀ_b * (scale_b·(g + level_b − slope_b·(W̃_b * x))), the convolutions on image pixels only.
+    # Σ_b of W̃ᵀ_b * (scale_b·(g − offset − slope_b·(W̃_b * x − mean_b))), the convolutions on image pixels only.
     # x is centred here too: its mean's share, one image for the batch, cancels the levels in float64.
     dtype = convolution_dtype(x.dtype, x.device.type)
-    kernels = torch.cat([branch.embed(branch.weight, k) for branch in branches], 1)  # g×(B·K/g)×(k²·Cg)
-    slopes, levels = (
-        t.view(len(branches), groups, -1).transpose(0, 1).reshape(-1, 1, 1) for t in (scale * slope, scale * level)
-    )
-    constant = algebra.constant_image(_as_conv(kernels, k), pivot, slopes, levels, x.shape[2], x.shape[3], groups)
-    # Whole images in x's layout: broadcasting along one dimension is slower than reading them from cache.
-    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    constant = constant[None].to(dtype).contiguous(memory_format=layout)
+    images, level = _images_at_a_time(x, grad), slope * mean - offset
+    wide_grad = grad if grad.dtype == dtype else torch.empty_like(grad[:images], dtype=dtype)
+    grad_centre = None
+    if x.device.type == "cpu" and (
+        branches[0].channels >= LEAST_CHANNELS_BY_BRANCH or (scale * slope).abs().amax() < LEAST_SLOPE
+    ):
+        convolve = _by_branch(branches, scale, slope, level, pivot, dtype, x[:images], grad[:images], k, groups)
+    else:
+        if _rounds_by_the_level(dtype, x):
+            grad_centre, level = offset.to(pivot.dtype).view(-1, 1, 1), slope * mean
+            wide_grad = torch.empty_like(grad[:images], dtype=dtype)
+        convolve = _by_composite(x, pivot, branches, scale, slope, level, dtype, k, groups)
     centre = None
     if x.device.type != "cpu" or pivot.any():  # a GPU would have to be waited for
-        centre = pivot.view(-1, 1, 1).expand_as(constant).contiguous(memory_format=layout)
-    images = _images_at_a_time(x, grad)
+        centre = _whole_image(pivot, x)
     wide_x = x if x.dtype == dtype and centre is None else torch.empty_like(x[:images], dtype=dtype)
-    wide_grad = grad if grad.dtype == dtype else torch.empty_like(grad[:images], dtype=dtype)
-    if x.device.type == "cpu" and branches[0].channels >= LEAST_CHANNELS_BY_BRANCH:
-        convolve = _by_branch(branches, scale, slope, constant, x[:images], grad[:images], k, groups)
-    else:
-        convolve = _by_composite(x, pivot, branches, scale, kernels, slopes, constant, k, groups)
     dx = torch.empty_like(x)
     for i, (part, own, target) in enumerate(_chunks(images, x, grad, dx)):
-        part = _converted(part, wide_x) if centre is None else torch.sub(part, centre, out=wide_x[: len(part)])
-        convolve(target, part, _converted(own, wide_grad), i * images)
+        convolve(target, _converted(part, wide_x, centre), _converted(own, wide_grad, grad_centre), i * images)
     return dx
 
 
@@ -363,29 +428,38 @@ def _by_branch(
     branches: list[_Branch],
     scale: Tensor,
     slope: Tensor,
-    constant: Tensor,
+    level: Tensor,
+    pivot: Tensor,
+    dtype: torch.dtype,
     x: Tensor,
     grad: Tensor,
     k: int,
     groups: int,
 ) -> _Convolutions:
     # Each branch's own map once more, and back: 30 taps for k = 3, no algebra. For parts as large as x and grad.
-    wide, scratch = (torch.empty_like(t, dtype=constant.dtype) for t in (x, grad))
+    total = _sum_dtype(dtype)
+    wide, scratch = torch.empty_like(x, dtype=total), torch.empty_like(grad, dtype=total)
     convolutions = []
-    for branch, factor, back in zip(branches, -slope, scale, strict=True):
-        forth, back = (
-            branch.own_kernel(branch.weight * t.view(groups, -1, 1), k).to(scratch.dtype) for t in (factor, back)
+    for branch, *factors in zip(branches, scale, -slope, level, strict=True):
+        kernel = branch.own_kernel(branch.weight, k)
+        back, forth, levels = (t.view(-1, 1, 1, 1) for t in factors)
+        image = algebra.pivot_image(kernel * forth, pivot, x.shape[2], x.shape[3], groups) + levels[:, 0]
+        convolutions.append(
+            (
+                image[None].to(pivot.dtype).contiguous(memory_format=_layout(grad)),
+                *_in_range(kernel * forth, dtype),
+                *_in_range(turned(kernel * back, groups), dtype),
+            )
         )
-        padding = (forth.shape[2] // 2, forth.shape[3] // 2)
-        convolutions.append((forth, turned(back, groups), padding))
 
     def convolve(target: Tensor, x: Tensor, grad: Tensor, first: int) -> None:
         value = target if target.dtype == wide.dtype else wide[: len(target)]
-        value.copy_(constant.expand_as(value))
-        for forth, back, padding in convolutions:
-            gradient = scratch[: len(grad)].copy_(grad)
-            add_convolution(gradient, x, forth, padding, (1, 1), groups)
-            add_convolution(value, gradient, back, padding, (1, 1), groups)
+        value.zero_()
+        for image, forth, forth_unit, back, back_unit in convolutions:
+            padding = (forth.shape[2] // 2, forth.shape[3] // 2)
+            gradient = torch.add(grad, image, out=scratch[: len(grad)])
+            _add(gradient, x, forth, forth_unit, padding, groups)
+            _add(value, gradient.to(dtype), back, back_unit, padding, groups)
         if value is not target:
             target.copy_(value)
 
@@ -397,24 +471,31 @@ def _by_composite(
     pivot: Tensor,
     branches: list[_Branch],
     scale: Tensor,
-    kernels: Tensor,
-    slopes: Tensor,
-    constant: Tensor,
+    slope: Tensor,
+    level: Tensor,
+    dtype: torch.dtype,
     k: int,
     groups: int,
 ) -> _Convolutions:
     # There and back in one convolution of (2k−1)² taps, besides that of g, and what it owes at the borders.
+    kernels = torch.cat([branch.embed(branch.weight, k) for branch in branches], 1)  # g×(B·K/g)×(k²·Cg)
+    slopes, levels = (
+        t.view(len(branches), groups, -1).transpose(0, 1).reshape(-1, 1, 1) for t in (scale * slope, scale * level)
+    )
+    constant = algebra.constant_image(_as_conv(kernels, k), pivot, slopes, levels, x.shape[2], x.shape[3], groups)
+    constant = constant[None].to(_sum_dtype(dtype)).contiguous(memory_format=_layout(x))
     small = torch.promote_types(x.dtype, torch.float32)
     composite = kernels.to(small).mT @ (kernels * -slopes.view(groups, -1, 1)).to(small)
     algebra.zero_unseen_(composite, x.shape[2], x.shape[3], k)
     plane, strips, corners = algebra.scatter_composite(composite, k)
-    weight = turned(_as_conv(_fuse(branches, scale, k), k), groups).to(constant.dtype)
-    plane = plane.to(constant.dtype)
+    plane, plane_unit = _in_range(plane, dtype)
+    weight, unit = _in_range(turned(_as_conv(_fuse(branches, scale, k), k), groups), dtype)
     edges = _edge_terms(x, pivot, strips, corners, k, groups)
 
     def convolve(target: Tensor, x: Tensor, grad: Tensor, first: int) -> None:
         value = F.conv2d(grad, weight, None, 1, k // 2, 1, groups)
-        add_convolution(value, x, plane, (k - 1, k - 1), (1, 1), groups)
+        value = value if unit is None else value * unit
+        _add(value, x, plane, plane_unit, (k - 1, k - 1), groups)
         algebra.add_edges(target, value, constant, edges[first : first + len(value)])
 
     return convolve
@@ -454,6 +535,44 @@ def _as_conv(matrix: Tensor, k: int) -> Tensor:
     return matrix.unflatten(2, (k * k, -1)).transpose(2, 3).flatten(0, 1).unflatten(2, (k, k))
 
 
+def _rounds_by_the_level(dtype: torch.dtype, x: Tensor) -> bool:
+    # Whether the vendor's convolutions, in half precision or TF32, round so coarsely that nothing but the maps'
+    # spread may go through them.
+    return dtype.itemsize == 2 or (x.device.type != "cpu" and dtype == torch.float32)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    # What convolutions of this dtype are added up in: float32 where they have units (`_in_range`).
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _in_range(kernel: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    # (kernel of dtype, None); for float16 (kernel/unit, unit), unit a power of two, 1 in float32: kernels times
+    # scales and slopes may lie outside of what float16 has exponents for.
+    if dtype != torch.float16:
+        return kernel.to(dtype), None
+    exponent = torch.frexp(kernel.abs().nan_to_num(0, 0).amax()).exponent
+    unit = torch.ldexp(kernel.new_ones(1, dtype=torch.float32), exponent - exponent.clamp(-6, 6))
+    return (kernel / unit).to(dtype), unit
+
+
+def _add(out: Tensor, x: Tensor, weight: Tensor, unit: Tensor | None, padding: Pair, groups: int) -> None:
+    # out += conv2d(x, weight·unit).
+    if unit is None:
+        add_convolution(out, x, weight, padding, (1, 1), groups)
+    else:
+        out.addcmul_(F.conv2d(x, weight, None, 1, padding, 1, groups), unit)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
+def _whole_image(pivot: Tensor, x: Tensor) -> Tensor:
+    # 1×C×H×W in x's layout: broadcasting along one dimension is slower than reading a whole image from cache.
+    return pivot.view(1, -1, 1, 1).expand(1, *x.shape[1:]).contiguous(memory_format=_layout(x))
+
+
 def _images_at_a_time(*maps: Tensor) -> int:
     # A CPU converts and adds a few images at a time, in cache; a GPU takes the batch whole.
     images = max(maps[0].shape[0], 1)
@@ -466,5 +585,8 @@ def _chunks(images: int, *maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(images) for t in maps), strict=True)
 
 
-def _converted(part: Tensor, scratch: Tensor) -> Tensor:
+def _converted(part: Tensor, scratch: Tensor, centre: Tensor | None = None) -> Tensor:
+    # part − centre in scratch's dtype.
+    if centre is not None:
+        return torch.sub(part, centre, out=scratch[: len(part)])
     return part if part.dtype == scratch.dtype else scratch[: len(part)].copy_(part)

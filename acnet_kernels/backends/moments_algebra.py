@@ -329,6 +329,19 @@ def constant_image(
     return out[:, rows[:, None], columns]
 
 
+def pivot_image(kernels: Tensor, pivot: Tensor, height: int, width: int, groups: int) -> Tensor:
+    """W * x where x is the pivot at every pixel, "same" padding: K×H×W, in kernels' dtype.
+
+    Args:
+        kernels: W, K×(C/groups)×rows×columns, both odd; pivot: C.
+    """
+    size, near = (height, width), [taps // 2 for taps in kernels.shape[2:]]  # further inside, all pixels are alike
+    rows, columns = (_representatives(s, r, kernels.device) for s, r in zip(size, near, strict=True))
+    small = [min(s, 2 * r + 1) for s, r in zip(size, near, strict=True)]
+    x = pivot.to(kernels.dtype)[:, None, None].expand(-1, *small)
+    return F.conv2d(x, kernels, None, 1, near, 1, groups)[:, rows[:, None], columns]
+
+
 @functools.lru_cache(maxsize=64)
 def _representatives(size: int, near: int, device: torch.device) -> Tensor:
     # For every pixel of an axis, the one in a small image that is as far from the borders, as far as that matters.

@@ -106,7 +106,7 @@ def _without_maps(
     z = F.conv2d(x, folded, None, geometry.stride, place.padding, place.dilation, geometry.groups)
     # The mean that this convolution's own rounding gives: as in a batch norm, a level much larger than the spread
     # cancels exactly.
-    level = bn_sum.bn_sum_forward([z], [], [], [0.0], None)[1][0]
+    level = _statistics_of([z], [1.0])[0][0]
     centre = level.to(wide)
     shift = top * (centre - level)
     for beta in betas:
@@ -131,6 +131,18 @@ def _triton_statistics(x: Tensor, kernels: dict[str, Tensor], plan: branches.Pla
         _, moments = triton_conv.conv_forward(x, weights, triton_conv.Window.of(plan.geometry), store=False)
         norms = merge_statistics(moments, [], [], plan.eps)
     return norms.means, norms.variances, norms.rstds
+
+
+def _statistics_of(ys: list[Tensor], eps: list[float]) -> tuple[Tensor, Tensor]:
+    """(means, rstds) of CUDA maps, B×K float64."""
+    if not all(y.is_contiguous(memory_format=torch.channels_last) for y in ys):
+        _, means, _, rstds = bn_sum.bn_sum_forward(ys, [], [], eps, None)
+        return means, rstds
+    from ..ops import triton_bn_sum  # Triton is slow to import, and only CUDA needs it
+
+    with torch.cuda.device_of(ys[0]):  # Triton launches on the current device
+        norms = triton_bn_sum.merge_statistics(triton_bn_sum.statistics(ys), [], [], eps)
+    return norms.means, norms.rstds
 
 
 def _folded(kernels: dict[str, Tensor], scale: Tensor, geometry: Geometry) -> Tensor:
@@ -167,6 +179,8 @@ def _step_backward(
     needs_dy = plan.needs_dy(need_x, need_weights)
     with torch.autocast(x.device.type, enabled=False):
         ys = plan.maps(x, tuple(weights))
+        if _has_triton(x):  # forward's are of another kernel's maps: what that rounds otherwise, times Σg, is no dγ
+            means, rstds = _statistics_of(ys, eps)
         like = bn_sum.like(grad, ys[0])
         dgammas, dbeta = bn_sum.bn_sum_backward_(like, ys, means, rstds, gammas, needs_dy)
         dys = [y for y, need in zip(ys, needs_dy, strict=True) if need]

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops.bn_sum import mean_and_variance, rstds_of
 from ..spec import Norm, Problem, Step
-from .batchnorm import batch_norm
+from .batchnorm import batch_norm, move
 from .eager import convolve
 
 NAME = "synced"
@@ -68,7 +69,7 @@ def _normalised_sum(maps: list[Tensor], norms: list[Norm]) -> Tensor:
             factor: Any = norm.momentum
             if factor is None:  # the cumulative average
                 factor = norm.num_batches_tracked.to(running.dtype).reciprocal()
-            running.lerp_(batch.to(running.dtype), factor)
+            move(running, batch.to(running.dtype), factor)
     return out
 
 
@@ -80,7 +81,7 @@ def _moments(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(mean, M2 = Σ(y − mean)²) per channel, both (K,) of dtype; zeros for an empty map."""
     if y.numel() == 0:
         return y.new_zeros(y.shape[1], dtype=dtype), y.new_zeros(y.shape[1], dtype=dtype)
-    var, mean = torch.var_mean(y.to(dtype), (0, 2, 3), correction=0)
+    mean, var = mean_and_variance(y.to(dtype))
     return mean, var * (y.numel() // y.shape[1])
 
 
@@ -113,7 +114,7 @@ class _SyncedSum(torch.autograd.Function):
         rows = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
         dist.all_gather(rows, packed, group=group)
         total, mean, m2 = _merge(torch.stack(rows), n)
-        rstd = (m2 / total.clamp_min(1) + m2.new_tensor(eps)[:, None]).rsqrt()
+        rstd = rstds_of(m2 / total.clamp_min(1), eps)
         saved_mean, saved_rstd = mean.to(dtype), rstd.to(dtype)
         out = None
         for y, gamma, beta, mean_b, rstd_b in zip(maps, gammas, betas, saved_mean, saved_rstd, strict=True):

@@ -70,6 +70,26 @@ def _check_outer(y: Tensor, dtype: torch.dtype) -> None:
         )
 
 
+def rstds_of(variances: Tensor, eps: Sequence[float]) -> Tensor:
+    """1/√(σ²+ε), B×K, and 0 where that is 1/0, as in nn.BatchNorm2d; eps: B floats."""
+    spread = variances + variances.new_tensor(eps)[:, None]
+    return spread.rsqrt().masked_fill(spread == 0, 0) if 0.0 in eps else spread.rsqrt()
+
+
+def mean_and_variance(y: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, biased variance) of each channel of a map, (K,) each.
+
+    Of y's dtype; on the CPU float64 where that overflows or y is not finite: only a plain sum says whether the mean
+    is infinite or NaN, as in nn.BatchNorm2d. A GPU would have to be waited for, and a graph would depend on it.
+    """
+    variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+    if not y.is_cpu or torch.compiler.is_compiling() or variance.isfinite().all():
+        return mean, variance
+    y = y.double()
+    mean = y.mean((0, 2, 3))
+    return mean, (y - _per_channel(mean)).square().mean((0, 2, 3))
+
+
 def _per_channel(values: Tensor) -> Tensor:
     return values[:, None, None]
 
@@ -89,16 +109,16 @@ def _forward(
     total = torch.zeros_like(ys[0], dtype=dtype)
     for b, (y, e) in enumerate(zip(ys, eps, strict=True)):
         y = y.to(dtype)
-        var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
-        rstd = (var + e).rsqrt()
-        total.addcmul_(y - _per_channel(mean), _per_channel(rstd * gammas[b] if gammas else rstd))
+        mean, var = mean_and_variance(y)
+        rstd = rstds_of(var[None], [e])[0]
+        scale = (rstd * gammas[b] if gammas else rstd).to(dtype)
+        total.addcmul_(y - _per_channel(mean.to(dtype)), _per_channel(scale))
         if betas:
             total += _per_channel(betas[b])
-        means.append(mean)
-        variances.append(var)
-        rstds.append(rstd)
-    statistics = (torch.stack(found).double() for found in (means, variances, rstds))
-    return total.to(out_dtype), next(statistics), next(statistics), next(statistics)
+        means.append(mean.double())
+        variances.append(var.double())
+        rstds.append(rstd.double())
+    return total.to(out_dtype), torch.stack(means), torch.stack(variances), torch.stack(rstds)
 
 
 def _backward_into(

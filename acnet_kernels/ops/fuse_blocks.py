@@ -14,8 +14,8 @@ absent γ as 1. So a batch norm after the sum of the branches is its four tensor
 for hor and ver.
 
 CPU and CUDA kernels are C++ where the extension is built. Everywhere else, and on other devices, the operators are
-the PyTorch code below. Variances are checked on the CPU; elsewhere reading them would wait for the device, so a
-negative one makes NaN.
+the PyTorch code below. Variances are checked on the CPU, but for those of entries with ANY_VARIANCE; elsewhere
+reading them would wait for the device, so a negative one makes NaN.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ SCHEMAS = (  # as in csrc/fuse_cpu.cpp
 )
 SLOTS = ("square", "hor", "ver")
 PARAMS = ("gamma", "beta", "mean", "var", "conv_bias")
-BRANCH, GAMMA, BETA, MEAN, CONV_BIAS = 1, 2, 4, 8, 16  # in `present`; BRANCH stands for weight and var
+# In `present`; BRANCH stands for weight and var.
+BRANCH, GAMMA, BETA, MEAN, CONV_BIAS, ANY_VARIANCE = 1, 2, 4, 8, 16, 32
 _BITS = {"gamma": GAMMA, "beta": BETA, "mean": MEAN, "var": BRANCH, "conv_bias": CONV_BIAS}
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -69,6 +70,7 @@ class _Branch(NamedTuple):
     """One branch of one block. `region` is the rows and columns of the k×k kernel that it covers.
 
     `tensors` and `positions` are by name (slot or parameter): the tensor, and its place in the schema's list.
+    `any_variance` says that the variance is taken as it is.
     """
 
     block: int
@@ -77,6 +79,7 @@ class _Branch(NamedTuple):
     eps: float
     tensors: dict[str, Tensor]
     positions: dict[str, int]
+    any_variance: bool
 
 
 def _weight(branch: _Branch) -> Tensor:
@@ -118,7 +121,7 @@ def _branches(a: Arguments) -> list[list[_Branch]]:
             for name in names:
                 used[name] += 1
             tensors = {name: lists[name][at] for name, at in positions.items()}
-            block.append(_Branch(i, slot, region, a.eps[entry], tensors, positions))
+            block.append(_Branch(i, slot, region, a.eps[entry], tensors, positions, bool(present & ANY_VARIANCE)))
         blocks.append(block)
     return blocks
 
@@ -176,7 +179,7 @@ def _check_lengths(
     length("eps", a.eps, 3 * count)
     length("place", a.place, 2 * count)
     for entry, present in enumerate(a.present):
-        if not 0 <= present < 32 or not (present & BRANCH or (present == 0 and entry % 3)):
+        if not 0 <= present < 64 or not (present & BRANCH or (present == 0 and entry % 3)):
             raise ValueError(f"block {entry // 3}: present of {SLOTS[entry % 3]} cannot be {present}")
     for slot, name in enumerate(SLOTS[1:], 1):
         length(name, getattr(a, name), sum(present & BRANCH for present in a.present[slot::3]))
@@ -252,7 +255,7 @@ def _check_out(i: int, square: Tensor, weight: Tensor, bias: Tensor) -> None:
 def _check_variances(blocks: list[list[_Branch]]) -> None:
     for branch in (branch for branches in blocks for branch in branches):
         var = branch.tensors["var"]
-        if var.device.type != "cpu":
+        if var.device.type != "cpu" or branch.any_variance:
             continue
         good = torch.isfinite(var) & (var >= 0) & (var + branch.eps > 0)
         if not bool(good.all()):

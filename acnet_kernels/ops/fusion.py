@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Step
-from .fuse_blocks import BETA, BRANCH, CONV_BIAS, ERROR, GAMMA, MEAN, Arguments, decomposed
+from .fuse_blocks import ANY_VARIANCE, BETA, BRANCH, CONV_BIAS, ERROR, GAMMA, MEAN, Arguments, decomposed
 
 _fuse_blocks = torch.ops.acnet_kernels.fuse_blocks.default
 _fuse_blocks_out = torch.ops.acnet_kernels.fuse_blocks_out.default
@@ -18,6 +18,14 @@ _fuse_blocks_out = torch.ops.acnet_kernels.fuse_blocks_out.default
 def fold(step: Step) -> tuple[Tensor, Tensor]:
     """(weight K×C/groups×k×k, bias K) of the one convolution that equals the block in eval; as `fold_steps`."""
     return fold_steps([step])[0]
+
+
+def fold_as_it_is(step: Step) -> tuple[Tensor, Tensor]:
+    """`fold` whatever the running variances are: a negative or non-finite one makes of its channel what it makes of
+    nn.BatchNorm2d's."""
+    arguments = Arguments.empty()
+    append_step(arguments, step)
+    return fold_arguments(arguments._replace(present=[p and p | ANY_VARIANCE for p in arguments.present]))[0]
 
 
 def fold_steps(

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .bn_sum import rstds_of
+
 LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 LIBRARY.define(
     "moments_step(Tensor x, Tensor[] weights, Tensor gamma, Tensor beta, int[] origins, float[] eps, int kernel,"
@@ -105,7 +107,7 @@ def _backward_fake(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weights, gamma, beta, origins, eps, kernel, groups, _ = inputs
     _, mean, variance, pivot, sums, centred = output
-    rstd = (variance + torch.tensor(eps, dtype=torch.float64, device=x.device)[:, None]).rsqrt()
+    rstd = rstds_of(variance, eps)
     ctx.mark_non_differentiable(mean, variance, pivot, sums, centred)
     ctx.save_for_backward(x, gamma, mean, rstd, pivot, sums, centred, *weights)
     ctx.beta_dtype, ctx.origins, ctx.kernel, ctx.groups = beta.dtype, origins, kernel, groups

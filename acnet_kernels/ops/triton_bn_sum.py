@@ -97,6 +97,9 @@ def merge_statistics(
         B=B,
         BLOCK_T=BLOCK_T,
     )
+    if 0.0 in eps:  # 1/0 is 0 there, as in nn.BatchNorm2d
+        constant = (variances + variances.new_tensor(list(eps))[:, None]) == 0
+        rstds.masked_fill_(constant, 0), scale.masked_fill_(constant, 0)
     return Norms(means, variances, rstds, scale, bias)
 
 

@@ -97,3 +97,18 @@ def test_maps_that_do_not_fit_are_named(layout: str, device: torch.device) -> No
     second = second.contiguous() if layout == "contiguous" else maps(1, (2, 4, 5, 3), torch.float32, device)[0]
     with pytest.raises(ValueError, match=r"ys\[1\] must"):
         triton_bn_sum.bn_sum_forward([first, second], [], [], [1e-5] * 2, None)
+
+
+def test_a_channel_without_variance_where_epsilon_is_zero(device: torch.device) -> None:
+    ys = maps(2, (2, 7, 5, 3), torch.float32, device)
+    for y in ys:
+        y[:, 2] = 3
+    gammas, eps = [torch.randn(7, device=device) for _ in ys], [0.0, 1e-5]
+    out, means, _, rstds = triton_bn_sum.bn_sum_forward(ys, gammas, [], eps, None)
+    assert not out[:, 2].any()
+    assert rstds[0, 2] == 0
+    assert rel(rstds[1, 2], torch.tensor(1e-5**-0.5)) < 1e-6
+    dys, dgammas, _ = triton_bn_sum.bn_sum_backward(torch.randn_like(ys[0]), ys, means, rstds, gammas, [True, True])
+    assert not dys[0][:, 2].any()
+    assert not dgammas[:, 2].any()
+    assert all(t.isfinite().all() for t in (out, *dys, dgammas))

@@ -31,3 +31,22 @@ def test_step(problem: Problem, dtype: torch.dtype, device: torch.device, monkey
         assert rel(means[i], true[f"y_{b}"].mean((0, 2, 3))) < 1e-5
         assert rel(variances[i], var) < 1e-5
         assert rel(rstds[i], (var + t.eps[i]).rsqrt()) < 1e-5
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_what_the_forwards_statistics_round_does_not_reach_the_gradient(
+    layout: torch.memory_format, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's products are not the vendor's, TF32 above all; the mean's difference times Σg must not be in dγ."""
+    monkeypatch.setattr(recompute, "_has_triton", lambda x: True)
+    t = Tensors(CHOSEN[0], torch.float32, device)
+    constants = (t.eps, list(t.branches), ops.pack(t.geometry))
+    x, weights = t.x.contiguous(memory_format=layout), list(t.weights.values())
+    out, means, _, rstds = ops.recompute_step(x, weights, t.gammas, t.betas, *constants, torch.float32, True)
+    grad, needs = torch.rand_like(out) + 1, (True, [True] * len(weights), True)
+    found = [
+        ops.recompute_step_backward(grad, x, weights, t.gammas, m, r, *constants, *needs)
+        for m, r in ((means, rstds), (means + 1e-2, rstds * 1.01))
+    ]
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
