@@ -24,6 +24,7 @@ from torch import Tensor
 from ..geometry import Geometry, Pair
 from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
+from ..ops.check import checked
 from ..spec import Problem, Step, prefers_channels_last
 from . import moments_algebra as algebra
 from .batchnorm import update_running
@@ -220,6 +221,7 @@ def statistics(moments: algebra.PatchMoments, branches: list[_Branch]) -> tuple[
 
 
 @torch.library.impl("acnet_kernels::moments_step", ("CPU", "CUDA"))
+@checked(ops.check_step)
 def _step(
     x: Tensor,
     weights: list[Tensor],
@@ -260,6 +262,7 @@ def _step(
 
 
 @torch.library.impl("acnet_kernels::moments_step_backward", ("CPU", "CUDA"))
+@checked(ops.check_backward)
 def _step_backward(
     grad: Tensor,
     x: Tensor,
