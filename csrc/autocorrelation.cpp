@@ -14,11 +14,10 @@
 #include <tuple>
 #include <vector>
 
+#include "check.h"
+
 namespace acnet::autocorrelation {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kBlockElements = 32 << 10;  // of x and y each, packed: both stay in the second-level cache
 constexpr int64_t kMostTasks = 32;
@@ -120,25 +119,39 @@ void sum_images(const Tensor& y, const Tensor& pivot, Tensor& total) {
   });
 }
 
-void check(const Tensor& map, const Tensor& pivot, const char* name, ScalarType type, ScalarType sums, int64_t groups) {
-  STD_TORCH_CHECK(map.dim() == 4 && is_channels_last(map), name, " must be N×C×H×W in channels_last layout");
-  STD_TORCH_CHECK(map.scalar_type() == type, "x and y must have one dtype");
-  STD_TORCH_CHECK(map.size(1) > 0 && map.size(1) % groups == 0, name, " must have a multiple of groups=", groups,
-                  " channels, got ", map.size(1));
-  STD_TORCH_CHECK(pivot.scalar_type() == sums && pivot.is_contiguous() && pivot.numel() == map.size(1), name,
-                  "_pivot must be one contiguous number a channel in the dtype sums are kept in");
+constexpr Check check("cross_correlation");
+
+void check_map(const View& map, const View& pivot, const char* name, const char* pivot_name, const View& x) {
+  check.map(map, name);
+  check(map.dense(true), name, " must be in channels_last layout");
+  check.type(map, name, x.type(), "x's dtype");
+  check.readable(pivot, pivot_name);
+  check.shape(pivot, pivot_name, {map.sizes[1]});
+  check.type(pivot, pivot_name, sums_of(x.type()), "the dtype sums are kept in");
+  check.contiguous(pivot, pivot_name);
+}
+
+// A shift beyond the image sees nothing, as one of the image's size: however far, nothing is packed for it.
+std::vector<int64_t> within(std::vector<int64_t> shifts, int64_t size) {
+  for (int64_t& shift : shifts) shift = std::clamp(shift, -size, size);
+  return shifts;
 }
 
 std::tuple<Tensor, Tensor> cross_correlation(Tensor x, Tensor x_pivot, Tensor y, Tensor y_pivot,
                                              std::vector<int64_t> rows, std::vector<int64_t> columns, int64_t groups) {
-  const ScalarType type = x.scalar_type(), sums = type == ScalarType::Double ? type : ScalarType::Float;
-  STD_TORCH_CHECK(groups >= 1, "groups must be at least 1, got ", groups);
-  STD_TORCH_CHECK(!rows.empty() && rows.size() == columns.size(), "rows and columns must be as long as each other, got ",
-                  rows.size(), " and ", columns.size());
-  check(x, x_pivot, "x", type, sums, groups);
-  check(y, y_pivot, "y", type, sums, groups);
+  const View first(x), second(y);
+  check_map(first, View(x_pivot), "x", "x_pivot", first);
+  check_map(second, View(y_pivot), "y", "y_pivot", first);
   for (const int d : {0, 2, 3})
-    STD_TORCH_CHECK(x.size(d) == y.size(d), "x and y must have the same images and pixels");
+    check(first.sizes[d] == second.sizes[d], "x and y must have the same images and pixels, got ", first.shape(), " and ",
+          second.shape());
+  check.groups(groups, first.sizes[1], "x's");
+  check.groups(groups, second.sizes[1], "y's");
+  check(!rows.empty() && rows.size() == columns.size(), "rows and columns must be as long as each other, got ", rows.size(),
+        " and ", columns.size());
+  rows = within(std::move(rows), first.sizes[2]);
+  columns = within(std::move(columns), first.sizes[3]);
+  const ScalarType type = first.type();
   Tensor products = torch::stable::new_empty(
       y_pivot, {static_cast<int64_t>(rows.size()), groups, y.size(1) / groups, x.size(1) / groups});
   Tensor total = torch::stable::new_empty(y_pivot, {y.size(2), y.size(3), y.size(1)});
@@ -151,8 +164,7 @@ std::tuple<Tensor, Tensor> cross_correlation(Tensor x, Tensor x_pivot, Tensor y,
   if (type == ScalarType::Float) run(float{}, float{});
   else if (type == ScalarType::Double) run(double{}, double{});
   else if (type == ScalarType::BFloat16) run(c10::BFloat16{}, float{});
-  else if (type == ScalarType::Half) run(c10::Half{}, float{});
-  else STD_TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16");
+  else run(c10::Half{}, float{});
   return {products, torch::stable::transpose(torch::stable::transpose(total, 1, 2), 0, 1)};
 }
 

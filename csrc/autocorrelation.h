@@ -2,8 +2,6 @@
 // documented in acnet_kernels/ops/autocorrelation.py; threads, blocks and merging are in autocorrelation.cpp.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 
 namespace acnet::autocorrelation {
@@ -91,15 +89,6 @@ const Passes<T, A>& passes() {
     return generic::passes<T, A>();
   }();
   return chosen;
-}
-
-inline bool is_channels_last(const torch::stable::Tensor& t) {
-  int64_t expected = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
 }
 
 }  // namespace acnet::autocorrelation

@@ -18,12 +18,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "check.h"
+
 namespace acnet::bn_sum {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kSlabElements = 16 << 10;  // a slab is worth a task of its own from here on
 constexpr int64_t kMostSlabs = 64;
@@ -48,7 +46,7 @@ const Passes<A>& passes() {
   return chosen;
 }
 
-// body(T{}, A{}) for the maps' type T and the type A of statistics and coefficients.
+// body(T{}, A{}) for the maps' type T, a float, and the type A of statistics and coefficients.
 template <class Body>
 auto dispatch(ScalarType type, const Body& body) {
   switch (type) {
@@ -58,10 +56,8 @@ auto dispatch(ScalarType type, const Body& body) {
       return body(double{}, double{});
     case ScalarType::BFloat16:
       return body(c10::BFloat16{}, float{});
-    case ScalarType::Half:
-      return body(c10::Half{}, float{});
     default:
-      STD_TORCH_CHECK(false, "ys must be float32, float64, bfloat16 or float16");
+      return body(c10::Half{}, float{});
   }
 }
 
@@ -69,39 +65,35 @@ auto dispatch(ScalarType type, const Body& body) {
 template <class Body>
 auto dispatch(ScalarType maps, ScalarType outer, const Body& body) {
   if (maps == outer) return dispatch(maps, [&](auto element, auto accumulator) { return body(element, element, accumulator); });
-  STD_TORCH_CHECK(maps == ScalarType::Float && (outer == ScalarType::BFloat16 || outer == ScalarType::Half),
-                  "out and grad must have the dtype of ys, or bfloat16 or float16 where ys are float32");
   return outer == ScalarType::BFloat16 ? body(float{}, c10::BFloat16{}, float{}) : body(float{}, c10::Half{}, float{});
 }
 
-bool is_channels_last(const Tensor& t) {
-  int64_t expected = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
+// The maps, checked but for their layout.
+std::vector<View> maps_of(const Check& check, const Tensors& ys) {
+  check(!ys.empty() && ys.size() <= kMaxBranches, "ys must hold 1 to ", kMaxBranches, " maps, got ", ys.size());
+  std::vector<View> views(ys.begin(), ys.end());
+  const View& y = views[0];
+  check(y.dim == 4 && !y.empty(), "ys must be non-empty N×K×H×W maps, got ", y.shape());
+  check.floats(y, "ys");
+  for (size_t b = 0; b < views.size(); ++b) {
+    check.readable(views[b], Entry{"ys", b});
+    check(views[b].type() == y.type() && views[b].has_shape({y.sizes[0], y.sizes[1], y.sizes[2], y.sizes[3]}),
+          "ys must agree in shape and dtype, got ", y.dtype->name, " of ", y.shape(), " and ", views[b].dtype->name, " of ",
+          views[b].shape());
   }
-  return true;
+  return views;
 }
 
-Plan plan_of(const Tensors& ys) {
-  STD_TORCH_CHECK(!ys.empty() && ys.size() <= kMaxBranches, "ys must hold 1 to ", kMaxBranches, " maps, got ",
-                  ys.size());
-  const Tensor& y = ys[0];
-  STD_TORCH_CHECK(y.dim() == 4 && y.numel() > 0, "ys must be non-empty N×K×H×W maps");
+Plan plan_of(const Check& check, const std::vector<View>& ys) {
+  const View& y = ys[0];
   Plan plan{};
   plan.branches = static_cast<int>(ys.size());
-  plan.images = y.size(0);
-  plan.channels = y.size(1);
-  plan.pixels = y.size(2) * y.size(3);
+  plan.images = y.sizes[0];
+  plan.channels = y.sizes[1];
+  plan.pixels = y.sizes[2] * y.sizes[3];
   // Where both layouts describe the memory, the one with the longer runs.
-  plan.channels_last = is_channels_last(y) && !(y.is_contiguous() && plan.pixels >= plan.channels);
-  for (const Tensor& other : ys) {
-    bool same = other.scalar_type() == y.scalar_type() && other.dim() == 4;
-    for (int d = 0; same && d < 4; ++d) same = other.size(d) == y.size(d);
-    STD_TORCH_CHECK(same, "ys must agree in shape and dtype");
-    STD_TORCH_CHECK(plan.channels_last ? is_channels_last(other) : other.is_contiguous(),
-                    "ys must all be contiguous or all channels_last");
-  }
+  plan.channels_last = y.dense(true) && !(y.dense(false) && plan.pixels >= plan.channels);
+  for (const View& other : ys) check(other.dense(plan.channels_last), "ys must all be contiguous or all channels_last");
   if (plan.channels_last) {
     // Rows of whole 64-byte vectors of float, not narrower than four of them, unless that takes too many pixels.
     const int64_t whole = std::lcm(plan.channels, int64_t{16}) / plan.channels;
@@ -128,28 +120,39 @@ void run(const Plan& plan, const F& pass) {
   torch::stable::parallel_for(0, plan.tasks(), grain, pass);
 }
 
-std::vector<const void*> pointers(const Tensors& maps) {
+std::vector<const void*> pointers(const std::vector<View>& maps) {
   std::vector<const void*> p;
-  for (const Tensor& map : maps) p.push_back(map.const_data_ptr());
+  for (const View& map : maps) p.push_back(map.data);
   return p;
 }
 
-void check_affine(const char* name, const Tensors& values, size_t branches) {
-  STD_TORCH_CHECK(values.empty() || values.size() == branches, name, " must have one entry per map, or none");
+// γ or β of every map, of any strides: one vector of K channels each, or none at all.
+std::vector<View> affine_of(const Check& check, const char* name, const Tensors& values, const Plan& plan) {
+  check(values.empty() || values.size() == static_cast<size_t>(plan.branches), name, " must have one entry per map, ",
+        plan.branches, " here, or none, got ", values.size());
+  std::vector<View> views(values.begin(), values.end());
+  for (size_t b = 0; b < views.size(); ++b) {
+    check.readable(views[b], Entry{name, b});
+    check.shape(views[b], Entry{name, b}, {plan.channels});
+    check.floats(views[b], Entry{name, b});
+  }
+  return views;
+}
+
+void check_outer(const Check& check, const View& y, ScalarType outer) {
+  check(outer == y.type() || (y.type() == ScalarType::Float && (outer == ScalarType::BFloat16 || outer == ScalarType::Half)),
+        "out and grad must have the dtype of ys, ", y.dtype->name, ", or bfloat16 or float16 where ys are float32");
 }
 
 // The K values of branch b as A; `missing` where there are none at all.
 template <class A>
-std::vector<A> channel_values(const char* name, const Tensors& all, size_t b, int64_t channels, A missing) {
+std::vector<A> channel_values(const std::vector<View>& all, size_t b, int64_t channels, A missing) {
   std::vector<A> values(channels, missing);
   if (all.empty()) return values;
-  const Tensor& t = all[b];
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == channels && t.is_contiguous(), name,
-                  " must be contiguous CPU vectors of ", channels, " channels");
-  dispatch(t.scalar_type(), [&](auto element, auto) {
-    using E = decltype(element);
-    const E* p = static_cast<const E*>(t.const_data_ptr());
-    for (int64_t k = 0; k < channels; ++k) values[k] = static_cast<A>(p[k]);
+  const View& v = all[b];
+  dispatch(v.type(), [&](auto element, auto) {
+    const auto* p = static_cast<const decltype(element)*>(v.data);
+    for (int64_t k = 0; k < channels; ++k) values[k] = static_cast<A>(p[k * v.strides[0]]);
     return 0;
   });
   return values;
@@ -197,24 +200,26 @@ double plain_mean(const Tensor& y, int64_t channel) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
                                                    std::optional<ScalarType> dtype) {
-  const Plan plan = plan_of(ys);
+  constexpr Check check("bn_sum_forward");
+  const std::vector<View> maps = maps_of(check, ys);
+  const Plan plan = plan_of(check, maps);
   const size_t branches = ys.size();
-  check_affine("gammas", gammas, branches);
-  check_affine("betas", betas, branches);
-  STD_TORCH_CHECK(eps.size() == branches, "eps must have one entry per map");
-  const ScalarType type = ys[0].scalar_type();
+  const std::vector<View> scales = affine_of(check, "gammas", gammas, plan), shifts = affine_of(check, "betas", betas, plan);
+  check(eps.size() == branches, "eps must have one entry per map, ", branches, " here, got ", eps.size());
+  const ScalarType type = maps[0].type();
+  check_outer(check, maps[0], dtype.value_or(type));
   return dispatch(type, dtype.value_or(type), [&](auto element, auto outer, auto accumulator) {
     using E = decltype(element);
     using A = decltype(accumulator);
     const Passes<A>& pass = passes<E, decltype(outer), A>();
     Tensor out = empty_map(ys[0], dtype.value_or(type));
-    const std::vector<const void*> y = pointers(ys);
+    const std::vector<const void*> y = pointers(maps);
     const int64_t channels = plan.channels, per_slab = plan.branches * channels;
     std::vector<double> slab_mean(plan.slabs * per_slab), slab_m2(plan.slabs * per_slab);
     std::vector<A> pivot(per_slab);
     for (size_t b = 0; b < branches; ++b)
       for (int64_t k = 0; k < channels; ++k)
-        pivot[b * channels + k] = static_cast<A>(static_cast<const E*>(y[b])[k * ys[b].stride(1)]);
+        pivot[b * channels + k] = static_cast<A>(static_cast<const E*>(y[b])[k * maps[b].strides[1]]);
     const std::vector<A> wide_pivot = widen(plan, pivot);
     run(plan, [&](int64_t begin, int64_t end) {
       pass.statistics(plan, y.data(), wide_pivot.data(), slab_mean.data(), slab_m2.data(), begin, end);
@@ -240,8 +245,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
     std::vector<A> center(mean.begin(), mean.end()), scale(per_slab);
     std::vector<double> variance(per_slab), rstd(per_slab), sum(channels);
     for (size_t b = 0; b < branches; ++b) {
-      const std::vector<A> gamma = channel_values<A>("gammas", gammas, b, channels, 1);
-      const std::vector<A> beta = channel_values<A>("betas", betas, b, channels, 0);
+      const std::vector<A> gamma = channel_values<A>(scales, b, channels, 1);
+      const std::vector<A> beta = channel_values<A>(shifts, b, channels, 0);
       for (int64_t k = 0; k < channels; ++k) {
         const int64_t c = b * channels + k;
         variance[c] = m2[c] / count;
@@ -265,31 +270,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
   });
 }
 
+// What a gradient is computed from, checked.
+struct Gradient {
+  std::vector<View> maps, scales;
+  Plan plan;
+  View grad, means, rstds;
+
+  Gradient(const Check& check, const Tensor& out_grad, const Tensors& ys, const Tensor& mean, const Tensor& rstd,
+           const Tensors& gammas, const std::vector<bool>& needs_dy)
+      : maps(maps_of(check, ys)), plan(plan_of(check, maps)), grad(out_grad), means(mean), rstds(rstd) {
+    const View& y = maps[0];
+    check(needs_dy.size() == ys.size(), "needs_dy must have one entry per map, ", ys.size(), " here, got ", needs_dy.size());
+    check.readable(grad, "grad");
+    check(grad.has_shape({y.sizes[0], y.sizes[1], y.sizes[2], y.sizes[3]}) && grad.dense(plan.channels_last),
+          "grad must agree with ys in shape and layout, got ", grad.shape(), ", ys have ", y.shape());
+    check_outer(check, y, grad.type());
+    scales = affine_of(check, "gammas", gammas, plan);
+    for (const auto& [v, name] : {std::pair<const View&, const char*>{means, "means"}, {rstds, "rstds"}}) {
+      check.readable(v, name);
+      check.shape(v, name, {plan.branches, plan.channels});
+      check.type(v, name, ScalarType::Double, "dtype float64");
+      check.contiguous(v, name);
+    }
+  }
+};
+
 // dγ (branches×K) and dβ (K); dy_b into dys[b] wherever that is not null.
-std::tuple<Tensor, Tensor> backward_into(const Tensor& grad, const Tensors& ys, const Tensor& means,
-                                         const Tensor& rstds, const Tensors& gammas,
-                                         const std::vector<void*>& dys) {
-  const Plan plan = plan_of(ys);
-  bool same = grad.dim() == 4;
-  for (int d = 0; same && d < 4; ++d) same = grad.size(d) == ys[0].size(d);
-  STD_TORCH_CHECK(same && (plan.channels_last ? is_channels_last(grad) : grad.is_contiguous()),
-                  "grad must agree with ys in shape and layout");
-  check_affine("gammas", gammas, ys.size());
-  for (const Tensor* t : {&means, &rstds})
-    STD_TORCH_CHECK(t->numel() == plan.branches * plan.channels && t->is_contiguous() &&
-                        t->scalar_type() == ScalarType::Double,
-                    "means and rstds must be what bn_sum_forward returned");
-  return dispatch(ys[0].scalar_type(), grad.scalar_type(), [&](auto element, auto outer, auto accumulator) {
+std::tuple<Tensor, Tensor> backward_into(const Gradient& from, const Tensor& grad, const std::vector<void*>& dys) {
+  const Plan& plan = from.plan;
+  return dispatch(from.maps[0].type(), from.grad.type(), [&](auto element, auto outer, auto accumulator) {
     using A = decltype(accumulator);
     const Passes<A>& pass = passes<decltype(element), decltype(outer), A>();
-    const std::vector<const void*> y = pointers(ys);
+    const std::vector<const void*> y = pointers(from.maps);
     const int64_t channels = plan.channels, per_slab = (plan.branches + 1) * channels;
-    const double* mean = static_cast<const double*>(means.const_data_ptr());
-    const double* rstd = static_cast<const double*>(rstds.const_data_ptr());
+    const double* mean = static_cast<const double*>(from.means.data);
+    const double* rstd = static_cast<const double*>(from.rstds.data);
     const std::vector<A> rounded(mean, mean + plan.branches * channels), center = widen(plan, rounded);
     std::vector<A> slab_sums(plan.slabs * per_slab);
     run(plan, [&](int64_t begin, int64_t end) {
-      pass.reduce(plan, grad.const_data_ptr(), y.data(), center.data(), slab_sums.data(), begin, end);
+      pass.reduce(plan, from.grad.data, y.data(), center.data(), slab_sums.data(), begin, end);
     });
     std::vector<double> sums(per_slab);
     for (int64_t i = 0; i < plan.slabs; ++i)
@@ -299,7 +318,7 @@ std::tuple<Tensor, Tensor> backward_into(const Tensor& grad, const Tensors& ys, 
     std::vector<A> dgamma(plan.branches * channels), scale(dgamma.size()), slope(dgamma.size()), offset(dgamma.size());
     const std::vector<A> dbeta(total, total + channels);
     for (int b = 0; b < plan.branches; ++b) {
-      const std::vector<A> gamma = channel_values<A>("gammas", gammas, b, channels, 1);
+      const std::vector<A> gamma = channel_values<A>(from.scales, b, channels, 1);
       for (int64_t k = 0; k < channels; ++k) {
         const int64_t c = b * channels + k;
         const double left = mean[c] - rounded[c], d = (sums[c] - left * total[k]) * rstd[c];
@@ -316,7 +335,7 @@ std::tuple<Tensor, Tensor> backward_into(const Tensor& grad, const Tensors& ys, 
       slope = widen(plan, slope);
       offset = widen(plan, offset);
       run(plan, [&](int64_t begin, int64_t end) {
-        pass.gradient(plan, grad.const_data_ptr(), y.data(), center.data(), scale.data(), slope.data(),
+        pass.gradient(plan, from.grad.data, y.data(), center.data(), scale.data(), slope.data(),
                       offset.data(), dys.data(), begin, end);
       });
     }
@@ -326,7 +345,7 @@ std::tuple<Tensor, Tensor> backward_into(const Tensor& grad, const Tensors& ys, 
 
 std::tuple<Tensors, Tensor, Tensor> backward(Tensor grad, Tensors ys, Tensor means, Tensor rstds,
                                              Tensors gammas, std::vector<bool> needs_dy) {
-  STD_TORCH_CHECK(needs_dy.size() == ys.size(), "needs_dy must have one entry per map");
+  const Gradient from(Check("bn_sum_backward"), grad, ys, means, rstds, gammas, needs_dy);
   Tensors dys;
   std::vector<void*> targets(ys.size(), nullptr);
   for (size_t b = 0; b < ys.size(); ++b)
@@ -334,17 +353,24 @@ std::tuple<Tensors, Tensor, Tensor> backward(Tensor grad, Tensors ys, Tensor mea
       dys.push_back(torch::stable::empty_like(ys[b]));
       targets[b] = dys.back().mutable_data_ptr();
     }
-  auto [dgammas, dbeta] = backward_into(grad, ys, means, rstds, gammas, targets);
+  auto [dgammas, dbeta] = backward_into(from, grad, targets);
   return {std::move(dys), std::move(dgammas), std::move(dbeta)};
 }
 
 std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tensor rstds, Tensors gammas,
                                      std::vector<bool> needs_dy) {
-  STD_TORCH_CHECK(needs_dy.size() == ys.size(), "needs_dy must have one entry per map");
+  constexpr Check check("bn_sum_backward_");
+  const Gradient from(check, grad, ys, means, rstds, gammas, needs_dy);
   std::vector<void*> targets(ys.size(), nullptr);
-  for (size_t b = 0; b < ys.size(); ++b)
-    if (needs_dy[b]) targets[b] = ys[b].mutable_data_ptr();
-  return backward_into(grad, ys, means, rstds, gammas, targets);
+  for (size_t b = 0; b < ys.size(); ++b) {
+    if (!needs_dy[b]) continue;
+    const View& y = from.maps[b];
+    check.apart(y, Entry{"ys", b}, from.grad, "grad");
+    for (size_t other = 0; other < ys.size(); ++other)
+      if (other != b) check.apart(y, Entry{"ys", b}, from.maps[other], Entry{"ys", other});
+    targets[b] = ys[b].mutable_data_ptr();
+  }
+  return backward_into(from, grad, targets);
 }
 
 }  // namespace

@@ -6,18 +6,15 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <limits>
-#include <sstream>
-#include <stdexcept>
-#include <string>
+#include <utility>
 #include <vector>
 
+#include "check.h"
 #include "fuse_math.h"
 
 namespace acnet {
-
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
 
 // As the schema names them; L blocks, branch order square, hor, ver. The lists of tensors hold those that are present.
 struct FuseArguments {
@@ -65,75 +62,22 @@ inline std::ostream& operator<<(std::ostream& out, const Label& label) {
   return out << At{label.block, kParamNames[label.param]} << " of " << kSlotNames[label.slot];
 }
 
-struct View {  // a tensor's properties, read once
-  void* data;
-  const int64_t* sizes;
-  const int64_t* strides;
-  int64_t dim;
-  int32_t dtype, device_type, device_index;
-
-  explicit View(const Tensor& t) {
-    AtenTensorHandle const handle = t.get();
-    int64_t *size, *stride;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &size));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &stride));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
-    sizes = size;
-    strides = stride;
-  }
-
-  // Dense in (0, 1, 2, 3) or, channels_last, in (0, 2, 3, 1); strides of dimensions of size 1 do not matter.
-  bool dense(bool channels_last) const {
-    constexpr int orders[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};
-    int64_t expected = 1;
-    for (int i : orders[channels_last]) {
-      if (sizes[i] != 1 && strides[i] != expected) return false;
-      expected *= sizes[i];
-    }
-    return true;
-  }
-
-  bool aligned() const { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-};
-
-inline std::ostream& operator<<(std::ostream& out, const View& v) {  // its shape: "(4, 3)"
-  out << "(";
-  for (int64_t i = 0; i < v.dim; ++i) out << (i ? ", " : "") << v.sizes[i];
-  return out << (v.dim == 1 ? ",)" : ")");
-}
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream out;
-  out << "acnet_kernels::fuse_blocks: ";
-  (out << ... << parts);
-  throw std::runtime_error(out.str());
-}
-
-template <class... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (!condition) fail(parts...);
-}
-
-inline const int32_t* float_dtypes() {  // torch's number of each Dtype
-  static int32_t const dtypes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(), aoti_torch_dtype_float16(),
-                                   aoti_torch_dtype_bfloat16()};
-  return dtypes;
-}
+constexpr Check require("fuse_blocks");
 
 inline uint32_t dtype_of(const View& v, size_t block, const char* argument) {
-  for (uint32_t dtype : {kFloat, kBFloat16, kHalf, kDouble})
-    if (float_dtypes()[dtype] == v.dtype) return dtype;
-  fail(At{block, argument}, " must be float32, float64, float16 or bfloat16");
+  require.floats(v, At{block, argument});
+  switch (v.type()) {
+    case ScalarType::Float: return kFloat;
+    case ScalarType::Double: return kDouble;
+    case ScalarType::Half: return kHalf;
+    default: return kBFloat16;
+  }
 }
 
 inline void check_device(const View& v, const View& first, size_t block, const char* argument) {
   require(v.device_type == first.device_type && v.device_index == first.device_index, At{block, argument},
           " must be on the device of block 0's square");
+  require(v.data != nullptr || v.empty(), At{block, argument}, " has no memory behind its shape ", v.shape());
 }
 
 inline void check_lengths(const FuseArguments& a, const Tensors* weight_out, const Tensors* bias_out) {
@@ -174,7 +118,7 @@ inline void describe_branch(Block& block, Slot slot, const View& v, const View& 
   require(v.dim == 4 && v.sizes[0] == square.sizes[0] && v.sizes[1] == square.sizes[1] && v.sizes[2] == rows &&
               v.sizes[3] == columns,
           At{i, name}, " must have shape (", square.sizes[0], ", ", square.sizes[1], ", ", rows, ", ", columns,
-          ") to go with square, got ", v);
+          ") to go with square, got ", v.shape());
   require(v.dtype == square.dtype, At{i, name}, " must have square's dtype");
   check_device(v, first, i, name);
   block.kernels[slot] = v.data;
@@ -199,7 +143,7 @@ inline void describe_norm(Block& block, int slot, const FuseArguments& a, const 
     const Tensor& given = (*lists[param])[next[param]++];
     View v(given);
     require(v.dim == 1 && v.sizes[0] == block.channels, Label{i, slot, param}, " must have shape (", block.channels,
-            ",), got ", v);
+            ",), got ", v.shape());
     check_device(v, first, i, kParamNames[param]);
     uint32_t const dtype = dtype_of(v, i, kParamNames[param]);
     if (v.strides[0] != 1 && v.sizes[0] > 1) {
@@ -218,7 +162,7 @@ inline Tensor empty(const View& like, std::vector<int64_t> sizes, bool channels_
     strides = channels_last ? std::vector<int64_t>{h * w * c, 1, w * c, c} : std::vector<int64_t>{c * h * w, h * w, w, 1};
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), like.dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), like.dtype->number,
                                                   like.device_type, like.device_index, &handle));
   return Tensor(handle);
 }
@@ -226,9 +170,9 @@ inline Tensor empty(const View& like, std::vector<int64_t> sizes, bool channels_
 inline void describe_output(Block& block, const View& square, const View& weight, const View& bias, const View& first, size_t i) {
   bool same = weight.dim == 4;
   for (int d = 0; same && d < 4; ++d) same = weight.sizes[d] == square.sizes[d];
-  require(same, At{i, "weight_out"}, " must have square's shape ", square, ", got ", weight);
+  require(same, At{i, "weight_out"}, " must have square's shape ", square.shape(), ", got ", weight.shape());
   require(bias.dim == 1 && bias.sizes[0] == block.channels, At{i, "bias_out"}, " must have shape (", block.channels,
-          ",), got ", bias);
+          ",), got ", bias.shape());
   require(weight.dtype == square.dtype, At{i, "weight_out"}, " must have square's dtype");
   require(bias.dtype == square.dtype, At{i, "bias_out"}, " must have square's dtype");
   check_device(weight, first, i, "weight_out");
@@ -240,6 +184,29 @@ inline void describe_output(Block& block, const View& square, const View& weight
   block.bias = bias.data;
   block.same_order = square.dense(block.channels_last);
   block.aligned = block.same_order && square.aligned() && weight.aligned();
+}
+
+inline void check_apart(const FuseArguments& a, const Tensors& weight_out, const Tensors& bias_out) {
+  std::vector<std::pair<Extent, Entry>> written;
+  written.reserve(2 * weight_out.size());
+  for (size_t i = 0; i < weight_out.size(); ++i) {
+    written.emplace_back(View(weight_out[i]), Entry{"weight_out", i});
+    written.emplace_back(View(bias_out[i]), Entry{"bias_out", i});
+  }
+  std::sort(written.begin(), written.end(), [](auto& x, auto& y) { return x.first.begin < y.first.begin; });
+  for (size_t i = 1; i < written.size(); ++i)
+    require(written[i - 1].first.end <= written[i].first.begin, written[i - 1].second, " must share no memory with ",
+            written[i].second, ": both are written");
+  const std::pair<const char*, const Tensors&> lists[] = {
+      {"square", a.square}, {"hor", a.hor},   {"ver", a.ver}, {"gamma", a.gamma},
+      {"beta", a.beta},     {"mean", a.mean}, {"var", a.var}, {"conv_bias", a.conv_bias}};
+  for (const auto& [name, tensors] : lists)
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      Extent const read{View(tensors[i])};  // may overlap the first output that ends behind its begin, if any
+      auto const at = std::partition_point(written.begin(), written.end(), [&](auto& w) { return w.first.end <= read.begin; });
+      require(at == written.end() || !at->first.overlaps(read), at->second, " must share no memory with ",
+              Entry{name, i}, ": it is written");
+    }
 }
 
 // Checks everything that can be told without reading data, and describes the blocks. Outputs are those given, or new
@@ -257,7 +224,7 @@ inline Fusion describe_blocks(const FuseArguments& a, const Tensors* weight_out,
     View const square(a.square[i]);
     require(square.dim == 4 && square.sizes[0] > 0 && square.sizes[1] > 0 && square.sizes[2] == square.sizes[3] &&
                 square.sizes[2] % 2 == 1 && square.sizes[2] < 256,
-            At{i, "square"}, " must have shape (K, C, k, k) with K, C > 0 and odd k < 256, got ", square);
+            At{i, "square"}, " must have shape (K, C, k, k) with K, C > 0 and odd k < 256, got ", square.shape());
     block.dtype = dtype_of(square, i, "square") & 3;
     block.channels = narrow32(square.sizes[0], i, "square");
     block.inputs = narrow32(square.sizes[1], i, "square");
@@ -277,7 +244,10 @@ inline Fusion describe_blocks(const FuseArguments& a, const Tensors* weight_out,
       describe_output(block, square, View((*weight_out)[i]), View((*bias_out)[i]), first, i);
     }
   }
-  if (weight_out) return fusion;
+  if (weight_out) {
+    check_apart(a, *weight_out, *bias_out);
+    return fusion;
+  }
   for (size_t i = 0; i < count; ++i) {  // after all checks: an error allocates nothing
     View const square(a.square[i]);
     bool const channels_last = square.dense(true) && !square.dense(false);

@@ -167,7 +167,7 @@ void check_variances(const std::vector<Block>& blocks, const std::vector<int64_t
       for (int64_t o = 0; o < blocks[i].channels; ++o) {
         double const var = load_param<double>(data, dtype, o);
         if (var >= 0 && var + blocks[i].eps[slot] > 0 && std::isfinite(var)) continue;
-        fail(Label{i, slot, kVar}, " must be finite, not negative, and positive with eps added, got ", var,
+        require.fail(Label{i, slot, kVar}, " must be finite, not negative, and positive with eps added, got ", var,
              " in channel ", o);
       }
     }

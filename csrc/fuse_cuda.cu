@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, 4) fuse_blocks_kernel(const __grid_c
 }
 
 void check(cudaError_t error) {
-  if (error != cudaSuccess) fail(std::string("CUDA: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess) require.fail("CUDA: ", cudaGetErrorString(error));
 }
 
 void run(const Fusion& fusion, const Tensors& square) {
@@ -50,7 +50,7 @@ void run(const Fusion& fusion, const Tensors& square) {
       Block& block = launch.blocks[launch.count++] = fusion.blocks[i];
       block.first_tile = int32_t(tiles);
       tiles += tile_count(block);
-      if (tiles > std::numeric_limits<int32_t>::max()) fail("the blocks have more than 2^31 - 1 tiles");
+      if (tiles > std::numeric_limits<int32_t>::max()) require.fail("the blocks have more than 2^31 - 1 tiles");
     }
     fuse_blocks_kernel<<<dim3(unsigned(tiles)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
     check(cudaGetLastError());

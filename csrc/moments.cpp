@@ -7,26 +7,25 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
+#include <utility>
 #include <vector>
 
 #include "autocorrelation.h"
+#include "check.h"
 
 namespace acnet::moments {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kSides = 4;  // top, bottom, left, right
 
-// body(T{}, A{}) for the maps' type T and the type A of sums.
+// body(T{}, A{}) for the maps' type T, a float, and the type A of sums.
 template <class Body>
 void dispatch(ScalarType type, const Body& body) {
   if (type == ScalarType::Float) body(float{}, float{});
   else if (type == ScalarType::Double) body(double{}, double{});
   else if (type == ScalarType::BFloat16) body(c10::BFloat16{}, float{});
-  else if (type == ScalarType::Half) body(c10::Half{}, float{});
-  else STD_TORCH_CHECK(false, "maps must be float32, float64, bfloat16 or float16");
+  else body(c10::Half{}, float{});
 }
 
 template <class T>
@@ -35,8 +34,17 @@ const T* data(const Tensor& t) {
 }
 
 Tensor edge_strips(Tensor x, Tensor pivot, int64_t kernel, int64_t groups) {
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), r = kernel / 2, length = std::max(h, w) + r;
-  STD_TORCH_CHECK(pivot.is_contiguous() && pivot.numel() == c && c % groups == 0, "pivot must be one number a channel");
+  constexpr Check check("edge_strips");
+  const View map(x), level_of(pivot);
+  check.map(map, "x");
+  check.kernel(kernel);
+  const int64_t n = map.sizes[0], c = map.sizes[1], h = map.sizes[2], w = map.sizes[3];
+  const int64_t r = kernel / 2, length = std::max(h, w) + r;
+  check.groups(groups, c, "x's");
+  check.readable(level_of, "pivot");
+  check.shape(level_of, "pivot", {c});
+  check.type(level_of, "pivot", sums_of(map.type()), "the dtype sums are kept in");
+  check.contiguous(level_of, "pivot");
   Tensor strips = torch::stable::new_empty(pivot, {n, length, kSides, groups, r, c / groups});
   dispatch(x.scalar_type(), [&](auto t, auto a) {
     using T = decltype(t);
@@ -173,22 +181,35 @@ void assemble(const Tensor& half, const Tensor& edges, const Tensor& strips, con
 
 Tensor patch_gram(Tensor half, Tensor edges, Tensor strips, Tensor sums, Tensor cross, Tensor level, Tensor seen,
                   int64_t kernel, int64_t width, double count) {
-  const int64_t groups = half.size(1), thin = half.size(2), taps = kernel * kernel;
-  const auto shaped = [&](const Tensor& t, ScalarType type, int64_t numel, const char* name) {
-    STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == type && t.numel() == numel, name, " does not fit half");
+  constexpr Check check("patch_gram");
+  check.kernel(kernel);
+  const View first(half), lines(strips);
+  check(first.dim == 4, "half must have shape (shifts, groups, channels, channels), got ", first.shape());
+  const int64_t groups = first.sizes[1], thin = first.sizes[2], taps = kernel * kernel, r = kernel / 2, rc = r * thin;
+  check(groups > 0 && thin > 0, "half must have groups and channels, got ", first.shape());
+  const ScalarType type = first.type();
+  check(type == ScalarType::Float || type == ScalarType::Double, "half must be float32 or float64, got ", first.dtype->name);
+  const auto fits = [&](const View& v, const char* name, ScalarType wanted, std::initializer_list<int64_t> sizes) {
+    check.readable(v, name);
+    check.shape(v, name, sizes);
+    check.type(v, name, wanted, wanted == type ? "half's dtype" : "dtype float64");
+    check.contiguous(v, name);
   };
-  const int64_t rc = kernel / 2 * thin;
-  shaped(half, half.scalar_type(), (taps * 4 - kernel * 4 + 2) / 2 * groups * thin * thin, "half");
-  shaped(edges, half.scalar_type(), kernel * kSides * groups * rc * rc, "edges");
-  STD_TORCH_CHECK(strips.dim() == 6 && strips.size(3) == groups && strips.size(5) == thin, "strips do not fit half");
-  shaped(strips, half.scalar_type(), strips.numel(), "strips");
-  shaped(sums, ScalarType::Double, groups * taps * thin, "sums");
-  shaped(cross, ScalarType::Double, groups * taps * taps * thin, "cross");
-  shaped(level, ScalarType::Double, groups * thin, "level");
-  shaped(seen, ScalarType::Double, taps * taps, "seen");
+  fits(first, "half", type, {2 * taps - 2 * kernel + 1, groups, thin, thin});
+  // Without edges, for a kernel of one tap, they may be empty of any shape.
+  if (r > 0) fits(View(edges), "edges", type, {kernel, kSides * groups, rc, rc});
+  check(lines.dim == 6, "strips must have six dimensions, got ", lines.shape());
+  fits(lines, "strips", type, {lines.sizes[0], lines.sizes[1], kSides, groups, r, thin});
+  fits(View(sums), "sums", ScalarType::Double, {groups, taps * thin});
+  fits(View(cross), "cross", ScalarType::Double, {groups, taps, taps, thin});
+  fits(View(level), "level", ScalarType::Double, {groups, thin});
+  fits(View(seen), "seen", ScalarType::Double, {taps, taps});
+  check(width >= 1 && width + r <= lines.sizes[1], "width must be from 1 to the strips' ", lines.sizes[1], " less ", r,
+        ", got ", width);
+  check(count > 0 && std::isfinite(count), "count must be positive, got ", count);
   Tensor gram = torch::stable::new_empty(sums, {groups, taps * thin, taps * thin});
   double* to = static_cast<double*>(gram.mutable_data_ptr());
-  if (half.scalar_type() == ScalarType::Double)
+  if (type == ScalarType::Double)
     assemble<double>(half, edges, strips, sums, cross, level, seen, kernel, width, count, to);
   else
     assemble<float>(half, edges, strips, sums, cross, level, seen, kernel, width, count, to);
@@ -197,19 +218,32 @@ Tensor patch_gram(Tensor half, Tensor edges, Tensor strips, Tensor sums, Tensor 
 
 // out = value + constant + edges; value is overwritten.
 void add_edges(Tensor out, Tensor value, Tensor constant, Tensor edges) {
-  const int64_t n = value.size(0), c = value.size(1), h = value.size(2), w = value.size(3), row = w * c;
-  const int64_t length = edges.size(1), groups = edges.size(3), r = edges.size(4), thin = edges.size(5);
-  dispatch(out.scalar_type(), [&](auto t, auto a) {
+  constexpr Check check("add_edges");
+  const View target(out), maps(value), level(constant), lines(edges);
+  check.map(target, "out");
+  check.map(maps, "value");
+  const int64_t n = maps.sizes[0], c = maps.sizes[1], h = maps.sizes[2], w = maps.sizes[3], row = w * c;
+  check.shape(target, "out", {n, c, h, w});
+  check.readable(level, "constant");
+  check.shape(level, "constant", {1, c, h, w});
+  check.readable(lines, "edges");
+  check(lines.dim == 6, "edges must have six dimensions, got ", lines.shape());
+  const int64_t length = lines.sizes[1], groups = lines.sizes[3], r = lines.sizes[4], thin = lines.sizes[5];
+  check(length >= std::max(h, w), "edges must hold lines of at least ", std::max(h, w), " places, got ", lines.shape());
+  check.groups(groups, c, "value's");
+  check.shape(lines, "edges", {n, length, kSides, groups, r, c / groups});
+  check.contiguous(lines, "edges");
+  check(target.dense(true), "out must be in channels_last layout");
+  check(maps.dense(true) && level.dense(true), "value and constant must be in channels_last layout");
+  const std::pair<const View&, const char*> read[] = {{maps, "value"}, {level, "constant"}, {lines, "edges"}};
+  for (const auto& [v, name] : read) {
+    check.type(v, name, sums_of(target.type()), "the dtype that sums over out are kept in");
+    check.apart(target, "out", v, name);
+    if (&v != &maps) check.apart(maps, "value", v, name);
+  }
+  dispatch(target.type(), [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);
-    const ScalarType sums = out.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    for (const Tensor* map : {&value, &constant})
-      STD_TORCH_CHECK(autocorrelation::is_channels_last(*map) && map->scalar_type() == sums,
-                      "value and constant must be in channels_last layout, in the dtype sums are kept in");
-    STD_TORCH_CHECK(autocorrelation::is_channels_last(out) && out.numel() == value.numel() &&
-                        constant.numel() == h * row && edges.is_contiguous() && edges.scalar_type() == sums &&
-                        edges.size(0) == n && groups * thin == c && length >= std::max(h, w),
-                    "out, constant and edges must fit value");
     torch::stable::parallel_for(0, n * h, std::max<int64_t>(1, 4096 / std::max<int64_t>(row, 1)),
                                 [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

@@ -7,70 +7,118 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 #include <vector>
+
+#include "check.h"
 
 namespace acnet::running {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
+constexpr Check check("update_running_");
 
-template <class T>
-void move_as(Tensor& target, const double* value, double scale, double factor) {
-  T* t = static_cast<T*>(target.mutable_data_ptr());
-  const int64_t channels = target.numel(), stride = target.stride(0);
-  for (int64_t k = 0; k < channels; ++k) {
-    // Not before + factor·(value − before): a factor of 1 must leave nothing of what was before.
-    t[k * stride] = static_cast<T>((1 - factor) * static_cast<double>(t[k * stride]) + factor * (value[k] * scale));
+// body(T{}) for a tensor of type T, a real number's.
+template <class Body>
+auto dispatch(ScalarType type, const Body& body) {
+  switch (type) {
+    case ScalarType::Long: return body(int64_t{});
+    case ScalarType::Float: return body(float{});
+    case ScalarType::Double: return body(double{});
+    case ScalarType::BFloat16: return body(c10::BFloat16{});
+    case ScalarType::Half: return body(c10::Half{});
+    case ScalarType::Int: return body(int32_t{});
+    case ScalarType::Short: return body(int16_t{});
+    case ScalarType::Char: return body(int8_t{});
+    default: return body(uint8_t{});
   }
 }
 
 // target moves towards value·scale by the factor, in double.
-void move(Tensor& target, const double* value, double scale, double factor, int64_t channels) {
-  STD_TORCH_CHECK(target.is_cpu() && target.dim() == 1 && target.size(0) == channels,
-                  "running statistics must be CPU vectors of ", channels, " channels");
-  switch (target.scalar_type()) {
-    case ScalarType::Float:
-      return move_as<float>(target, value, scale, factor);
-    case ScalarType::Double:
-      return move_as<double>(target, value, scale, factor);
-    case ScalarType::BFloat16:
-      return move_as<c10::BFloat16>(target, value, scale, factor);
-    case ScalarType::Half:
-      return move_as<c10::Half>(target, value, scale, factor);
-    default:
-      STD_TORCH_CHECK(false, "running statistics must be float32, float64, bfloat16 or float16");
+void move(const View& target, const double* value, double scale, double factor) {
+  dispatch(target.type(), [&](auto element) {
+    using T = decltype(element);
+    T* t = static_cast<T*>(target.data);
+    const int64_t channels = target.sizes[0], stride = target.strides[0];
+    for (int64_t k = 0; k < channels; ++k) {
+      // Not before + factor·(value − before): a factor of 1 must leave nothing of what was before.
+      t[k * stride] = static_cast<T>((1 - factor) * static_cast<double>(t[k * stride]) + factor * (value[k] * scale));
+    }
+  });
+}
+
+// One more, as the dtype rounds or wraps it.
+template <class T>
+T next(T n) {
+  if constexpr (std::is_integral_v<T>) return static_cast<T>(static_cast<uint64_t>(n) + 1);
+  else return static_cast<T>(n + T(1));
+}
+
+// A counter's value after this batch.
+double after(const View& counter) {
+  return dispatch(counter.type(), [&](auto element) {
+    return static_cast<double>(next(*static_cast<const decltype(element)*>(counter.data)));
+  });
+}
+
+std::vector<View> statistics_of(const Tensors& tensors, const char* name, const View& means, const View& variances) {
+  std::vector<View> views(tensors.begin(), tensors.end());
+  check(static_cast<int64_t>(views.size()) == means.sizes[0], name, " must have one entry a norm, ", means.sizes[0],
+        " here, got ", views.size());
+  for (size_t b = 0; b < views.size(); ++b) {
+    const View& v = views[b];
+    check.readable(v, Entry{name, b});
+    check(v.has_shape({means.sizes[1]}), "running statistics must be vectors of ", means.sizes[1], " channels, got ",
+          v.shape(), " for ", Entry{name, b});
+    check.floats(v, Entry{name, b});
+    check(v.sizes[0] <= 1 || v.strides[0] > 0, Entry{name, b}, " must have an element of its own for every channel");
+    check.apart(v, Entry{name, b}, means, "means");
+    check.apart(v, Entry{name, b}, variances, "variances");
   }
+  return views;
 }
 
 void update_running_(Tensors running_means, Tensors running_vars, Tensors counters, Tensor means, Tensor variances,
                      std::vector<double> momenta, int64_t count) {
-  const size_t norms = momenta.size();
-  for (Tensor& counter : counters) {
-    STD_TORCH_CHECK(counter.is_cpu() && counter.numel() == 1 && counter.scalar_type() == ScalarType::Long,
-                    "counters must be int64 CPU tensors of one element");
-    ++*static_cast<int64_t*>(counter.mutable_data_ptr());
+  const int64_t norms = static_cast<int64_t>(momenta.size());
+  const View mean(means), variance(variances);
+  check(mean.dim == 2 && mean.sizes[0] == norms, "means must have shape (norms, channels) of ", norms,
+        " norms, as momenta, got ", mean.shape());
+  check.shape(variance, "variances", {norms, mean.sizes[1]});
+  for (const auto& [v, name] : {std::pair<const View&, const char*>{mean, "means"}, {variance, "variances"}}) {
+    check.readable(v, name);
+    check.type(v, name, ScalarType::Double, "dtype float64");
+    check.contiguous(v, name);
   }
-  if (norms == 0 || count == 0) return;
-  const int64_t channels = means.size(1);
-  for (const Tensor* t : {&means, &variances})
-    STD_TORCH_CHECK(t->is_cpu() && t->dim() == 2 && t->size(0) == static_cast<int64_t>(norms) &&
-                        t->size(1) == channels && t->is_contiguous() && t->scalar_type() == ScalarType::Double,
-                    "means and variances must be contiguous float64 CPU tensors, norms×channels");
-  STD_TORCH_CHECK(running_means.size() == norms && running_vars.size() == norms && count > 1,
-                  "running_means, running_vars and momenta must have one entry a norm, count must be above 1");
-  const double* mean = static_cast<const double*>(means.const_data_ptr());
-  const double* variance = static_cast<const double*>(variances.const_data_ptr());
+  const std::vector<View> kept_means = statistics_of(running_means, "running_means", mean, variance);
+  const std::vector<View> kept_vars = statistics_of(running_vars, "running_vars", mean, variance);
+  const std::vector<View> seen(counters.begin(), counters.end());
+  for (size_t i = 0; i < seen.size(); ++i) {
+    const View& v = seen[i];
+    check.readable(v, Entry{"counters", i});
+    check(v.type() != ScalarType::Undefined && v.numel() == 1, Entry{"counters", i},
+          " must be one number, of a float dtype or an integer one, got ", v.dtype->name, " of shape ", v.shape());
+  }
+  check(count == 0 || count > 1, "count must be 0 or more than 1, got ", count);
+  for (double& factor : momenta) {
+    if (!std::isnan(factor)) continue;
+    check(norms == 1 && seen.size() == 1, "a cumulative average (momentum NaN) is moved alone, with its counter, got ", norms,
+          " norms and ", seen.size(), " counters");
+    const double batches = after(seen[0]);
+    check(batches != 0, "a cumulative average needs a counter that is not 0 after this batch");
+    factor = 1 / batches;
+  }
+  for (const View& v : seen)
+    dispatch(v.type(), [&](auto element) {
+      auto* n = static_cast<decltype(element)*>(v.data);
+      *n = next(*n);
+    });
+  if (count == 0) return;
   const double unbiased = static_cast<double>(count) / static_cast<double>(count - 1);
-  for (size_t b = 0; b < norms; ++b) {
-    double factor = momenta[b];
-    if (std::isnan(factor)) {
-      STD_TORCH_CHECK(norms == 1 && counters.size() == 1, "a cumulative average is moved alone, with its counter");
-      factor = 1 / static_cast<double>(*static_cast<const int64_t*>(counters[0].const_data_ptr()));
-    }
-    move(running_means[b], mean + b * channels, 1, factor, channels);
-    move(running_vars[b], variance + b * channels, unbiased, factor, channels);
+  for (int64_t b = 0; b < norms; ++b) {
+    const int64_t at = b * mean.sizes[1];
+    move(kept_means[b], static_cast<const double*>(mean.data) + at, 1, momenta[b]);
+    move(kept_vars[b], static_cast<const double*>(variance.data) + at, unbiased, momenta[b]);
   }
 }
 

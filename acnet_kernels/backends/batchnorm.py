@@ -80,7 +80,8 @@ def update_running(
         means = torch.stack(moved)
     if MISSING is None and means.is_cpu and not torch.compiler.is_compiling():
         factors = [math.nan if momentum is None else momentum for momentum in momenta]
-        running.update_running_(running_means, running_vars, counters, means, variances, factors, count)
+        with torch._C._AutoDispatchBelowAutograd():  # nothing here is differentiated
+            running.update_running_(running_means, running_vars, counters, means, variances, factors, count)
     else:
         _update_running(running_means, running_vars, counters, means, variances, momenta, count)
 
@@ -95,6 +96,12 @@ def _update_running(
     count: int,
 ) -> None:
     """ops/running.py's operator in PyTorch, with None for NaN; nothing waits for the device."""
+    for counter in counters:
+        if counter.dtype not in running.COUNTERS or counter.numel() != 1:
+            raise TypeError(
+                f"num_batches_tracked must be one number of a dtype in {running.COUNTERS}, got {counter.dtype} of "
+                f"shape {tuple(counter.shape)}"
+            )
     if counters:
         torch._foreach_add_(counters, 1)
     if not momenta or count == 0:

@@ -186,11 +186,12 @@ class _Step(torch.autograd.Function):
             needs_x, needs_w = needs[1], plan.split(needs[2:])[0]
             needs_dy = plan.needs_dy(needs_x, needs_w)
             grad = bn_sum.like(grad, ys[0])
-            if ctx.owns_maps and not torch._C._autograd._get_current_graph_task_keep_graph():
-                dgammas, dbeta = bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy)
-                dys = [y for y, need in zip(ys, needs_dy, strict=True) if need]
-            else:
-                dys, dgammas, dbeta = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy)
+            with torch._C._AutoDispatchBelowAutograd():
+                if ctx.owns_maps and not torch._C._autograd._get_current_graph_task_keep_graph():
+                    dgammas, dbeta = bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy)
+                    dys = [y for y, need in zip(ys, needs_dy, strict=True) if need]
+                else:
+                    dys, dgammas, dbeta = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy)
             dx, dws = convolution_gradients(plan, dys, x, weights, needs_x, needs_w)
         dgammas = dgammas.unbind() if plan.affine else ()
         return None, dx, *dws, *dgammas, *[dbeta] * (len(needs) - 2 - len(weights) - plan.affine)

@@ -25,6 +25,7 @@ from ..geometry import Geometry, Pair
 from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
 from ..ops.bn_sum import mean_and_variance, rstds_of
+from ..ops.check import checked
 from ..spec import Problem, Step, autocast_dtype, prefers_channels_last
 from . import moments_algebra as algebra
 from .batchnorm import update_running
@@ -249,6 +250,7 @@ def statistics(moments: algebra.PatchMoments, branches: list[_Branch]) -> tuple[
 
 
 @torch.library.impl("acnet_kernels::moments_step", ("CPU", "CUDA"))
+@checked(ops.check_step)
 def _step(
     x: Tensor,
     weights: list[Tensor],
@@ -323,6 +325,7 @@ def _centred_convolution(
 
 
 @torch.library.impl("acnet_kernels::moments_step_backward", ("CPU", "CUDA"))
+@checked(ops.check_backward)
 def _step_backward(
     grad: Tensor,
     x: Tensor,

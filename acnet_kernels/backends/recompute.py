@@ -21,6 +21,7 @@ from ..geometry import BRANCHES, Geometry
 from ..ops import bn_sum
 from ..ops import recompute as ops
 from ..ops._extension import TRITON
+from ..ops.check import checked
 from ..spec import Problem, Step, prefers_channels_last
 from . import branches
 from .batchnorm import update_running
@@ -65,6 +66,7 @@ def forward(x: Tensor, step: Step) -> Tensor:
 
 
 @torch.library.impl("acnet_kernels::recompute_step", ("CPU", "CUDA"))
+@checked(ops.check_step)
 def _step(
     x: Tensor,
     weights: list[Tensor],
@@ -157,6 +159,7 @@ def _folded(kernels: dict[str, Tensor], scale: Tensor, geometry: Geometry) -> Te
 
 
 @torch.library.impl("acnet_kernels::recompute_step_backward", ("CPU", "CUDA"))
+@checked(ops.check_backward)
 def _step_backward(
     grad: Tensor,
     x: Tensor,

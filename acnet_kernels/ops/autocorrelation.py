@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import check
 from ._extension import MISSING, TRITON
 
 SCHEMA = (
@@ -40,23 +41,32 @@ def cross_correlation(
     Raises:
         ValueError: an argument does not fit the others; the message names it.
     """
+    _check(x, x_pivot, y, y_pivot, rows, columns, groups)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = x if y is x else y.contiguous(memory_format=torch.channels_last)
+    return torch.ops.acnet_kernels.cross_correlation(x, x_pivot, y, y_pivot, rows, columns, groups)
+
+
+def _check(
+    x: Tensor, x_pivot: Tensor, y: Tensor, y_pivot: Tensor, rows: list[int], columns: list[int], groups: int
+) -> None:
+    check.one_device(x=x, x_pivot=x_pivot, y=y, y_pivot=y_pivot)
+    check.maps(x=x, y=y)
     if x.shape[0] != y.shape[0] or x.shape[2:] != y.shape[2:]:
         raise ValueError(f"x and y must have the same images and pixels, got {tuple(x.shape)} and {tuple(y.shape)}")
     if x.dtype != y.dtype:
         raise ValueError(f"x and y must have one dtype, got {x.dtype} and {y.dtype}")
     if groups < 1 or x.shape[1] % groups or y.shape[1] % groups:
         raise ValueError(f"groups={groups} must divide the channels, {x.shape[1]} and {y.shape[1]}")
-    if len(rows) != len(columns):
+    if not rows or len(rows) != len(columns):
         raise ValueError(f"rows and columns must be as long as each other, got {len(rows)} and {len(columns)}")
     dtype = torch.promote_types(x.dtype, torch.float32)
     for name, pivot, channels in (("x_pivot", x_pivot, x.shape[1]), ("y_pivot", y_pivot, y.shape[1])):
-        if pivot.dtype != dtype or pivot.shape != (channels,):
+        if pivot.dtype != dtype or pivot.shape != (channels,) or not pivot.is_contiguous():
             raise ValueError(
-                f"{name} must be one {dtype} a channel, {channels} here, got {pivot.dtype} of {tuple(pivot.shape)}"
+                f"{name} must be one {dtype} a channel, {channels} here, contiguous, got {pivot.dtype} of "
+                f"{tuple(pivot.shape)} with strides {pivot.stride()}"
             )
-    x = x.contiguous(memory_format=torch.channels_last)
-    y = x if y is x else y.contiguous(memory_format=torch.channels_last)
-    return torch.ops.acnet_kernels.cross_correlation(x, x_pivot, y, y_pivot, rows, columns, groups)
 
 
 def autocorrelation(x: Tensor, pivot: Tensor, rows: int, columns: int, groups: int) -> tuple[Tensor, Tensor]:
@@ -68,6 +78,7 @@ def autocorrelation(x: Tensor, pivot: Tensor, rows: int, columns: int, groups: i
     return cross_correlation(x, pivot, x, pivot, [i for i, _ in shifts], [j for _, j in shifts], groups)
 
 
+@check.checked(_check)
 def _plain(
     x: Tensor, x_pivot: Tensor, y: Tensor, y_pivot: Tensor, rows: list[int], columns: list[int], groups: int
 ) -> tuple[Tensor, Tensor]:
@@ -85,10 +96,14 @@ def _plain(
     return products, centred_y.sum(0).permute(2, 0, 1)
 
 
+@check.checked(_check)
 def on_cuda(
     x: Tensor, x_pivot: Tensor, y: Tensor, y_pivot: Tensor, rows: list[int], columns: list[int], groups: int
 ) -> tuple[Tensor, Tensor]:
     """`cross_correlation` of channels_last maps by the Triton kernels, or in plain PyTorch where they decline."""
+    for name, t in (("x", x), ("y", y)):
+        if not t.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(f"{name} must be in channels_last layout, got strides {t.stride()}")
     if not TRITON:
         return _plain(x, x_pivot, y, y_pivot, rows, columns, groups)
     from . import triton_autocorrelation  # Triton is slow to import, and only CUDA needs it
@@ -99,6 +114,7 @@ def on_cuda(
         return triton_autocorrelation.cross_correlation(x, x_pivot, y, y_pivot, rows, columns, groups)
 
 
+@check.checked(_check)
 def _fake(
     x: Tensor, x_pivot: Tensor, y: Tensor, y_pivot: Tensor, rows: list[int], columns: list[int], groups: int
 ) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import check
 from ._extension import MISSING, TRITON
 
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
@@ -60,6 +61,7 @@ def _check(ys: Sequence[Tensor]) -> None:
         raise ValueError(f"ys must be non-empty N×K×H×W maps, got shape {tuple(ys[0].shape)}")
     if any(y.shape != ys[0].shape or y.dtype != ys[0].dtype for y in ys):
         raise ValueError(f"ys must agree in shape and dtype, got {[(tuple(y.shape), y.dtype) for y in ys]}")
+    check.floats(ys=ys[:1])
 
 
 def _check_outer(y: Tensor, dtype: torch.dtype) -> None:
@@ -90,10 +92,56 @@ def mean_and_variance(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (y - _per_channel(mean)).square().mean((0, 2, 3))
 
 
+def _check_affine(ys: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
+    for name, values in lists.items():
+        if values:
+            check.length(len(ys), "one a map, or none", **{name: values})
+    check.shape(ys[0].shape[1:2], **lists)
+    check.floats(**lists)
+
+
+def _check_forward(
+    ys: list[Tensor], gammas: list[Tensor], betas: list[Tensor], eps: list[float], dtype: torch.dtype | None
+) -> None:
+    check.one_device(ys=ys, gammas=gammas, betas=betas)
+    _check(ys)
+    _check_outer(ys[0], ys[0].dtype if dtype is None else dtype)
+    _check_affine(ys, gammas=gammas, betas=betas)
+    check.length(len(ys), "one a map", eps=eps)
+
+
+def _check_backward(
+    grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, gammas: list[Tensor], needs_dy: list[bool]
+) -> None:
+    check.one_device(ys=ys, grad=grad, means=means, rstds=rstds, gammas=gammas)
+    _check(ys)
+    if grad.shape != ys[0].shape:
+        raise ValueError(f"grad must agree with ys in shape, got {tuple(grad.shape)}, ys have {tuple(ys[0].shape)}")
+    _check_outer(ys[0], grad.dtype)
+    _check_affine(ys, gammas=gammas)
+    check.length(len(ys), "one a map", needs_dy=needs_dy)
+    check.shape((len(ys), ys[0].shape[1]), means=means, rstds=rstds)
+    check.dtype(torch.float64, "as bn_sum_forward returns them", means=means, rstds=rstds)
+    check.contiguous(means=means, rstds=rstds)
+
+
+def _check_written(
+    grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, gammas: list[Tensor], needs_dy: list[bool]
+) -> None:
+    _check_backward(grad, ys, means, rstds, gammas, needs_dy)
+    named = [(f"ys[{b}]", y) for b, y in enumerate(ys)]
+    written = [pair for pair, need in zip(named, needs_dy, strict=True) if need]
+    for name, y in written:
+        if not (y.is_contiguous() or is_channels_last(y)):
+            raise ValueError(f"{name} must be contiguous or channels_last, got strides {y.stride()}")
+    check.apart(written, [("grad", grad), *(pair for pair, need in zip(named, needs_dy, strict=True) if not need)])
+
+
 def _per_channel(values: Tensor) -> Tensor:
     return values[:, None, None]
 
 
+@check.checked(_check_forward)
 def _forward(
     ys: list[Tensor],
     gammas: list[Tensor],
@@ -101,9 +149,7 @@ def _forward(
     eps: list[float],
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(ys)
     out_dtype = ys[0].dtype if dtype is None else dtype
-    _check_outer(ys[0], out_dtype)
     dtype = accumulation_dtype(ys[0].dtype)
     means, variances, rstds = [], [], []
     total = torch.zeros_like(ys[0], dtype=dtype)
@@ -129,10 +175,6 @@ def _backward_into(
     gammas: list[Tensor],
     targets: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
-    _check(ys)
-    if grad.shape != ys[0].shape:
-        raise ValueError(f"grad must agree with ys in shape, got {tuple(grad.shape)}, ys have {tuple(ys[0].shape)}")
-    _check_outer(ys[0], grad.dtype)
     dtype = accumulation_dtype(grad.dtype)
     means, rstds, g = means.to(dtype), rstds.to(dtype), grad.to(dtype)
     count = grad.numel() // grad.shape[1]
@@ -149,6 +191,7 @@ def _backward_into(
     return torch.stack(dgammas), dbeta
 
 
+@check.checked(_check_backward)
 def _backward(
     grad: Tensor,
     ys: list[Tensor],
@@ -162,6 +205,7 @@ def _backward(
     return [target for target in targets if target is not None], dgammas, dbeta
 
 
+@check.checked(_check_written)
 def _backward_(
     grad: Tensor,
     ys: list[Tensor],
@@ -174,23 +218,12 @@ def _backward_(
     return _backward_into(grad, ys, means, rstds, gammas, targets)
 
 
-def _forward_maps(ys: list[Tensor], gammas: Any, betas: Any, eps: Any, dtype: torch.dtype | None) -> list[Tensor]:
-    _check(ys)
-    _check_outer(ys[0], ys[0].dtype if dtype is None else dtype)
-    return ys
-
-
-def _backward_maps(grad: Tensor, ys: list[Tensor], *_: Any) -> list[Tensor]:
-    _check(ys)
-    _check_outer(ys[0], grad.dtype)
-    return [grad, *ys]
-
-
-def _on_cuda(name: str, plain: Callable[..., Any], maps_of: Callable[..., list[Tensor]]) -> Callable[..., Any]:
+def _on_cuda(name: str, plain: Callable[..., Any], checks: Callable[..., None]) -> Callable[..., Any]:
     """An operator's CUDA kernel: Triton's where it takes the maps, else the one in PyTorch."""
 
+    @check.checked(checks)
     def kernel(*args: Any) -> Any:
-        maps = maps_of(*args)
+        maps = [*args[0]] if name == "bn_sum_forward" else [args[0], *args[1]]
         layout = all(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
         if not TRITON or not layout or maps[0].dtype == torch.float64:
             return plain(*args)
@@ -203,9 +236,9 @@ def _on_cuda(name: str, plain: Callable[..., Any], maps_of: Callable[..., list[T
 
 
 on_cuda = {
-    "bn_sum_forward": _on_cuda("bn_sum_forward", _forward, _forward_maps),
-    "bn_sum_backward": _on_cuda("bn_sum_backward", _backward, _backward_maps),
-    "bn_sum_backward_": _on_cuda("bn_sum_backward_", _backward_, _backward_maps),
+    "bn_sum_forward": _on_cuda("bn_sum_forward", _forward, _check_forward),
+    "bn_sum_backward": _on_cuda("bn_sum_backward", _backward, _check_backward),
+    "bn_sum_backward_": _on_cuda("bn_sum_backward_", _backward_, _check_written),
 }
 for _name, _kernel in on_cuda.items():
     _LIBRARY.impl(_name, _kernel, "CUDA")
@@ -216,6 +249,7 @@ if MISSING is not None:
 
 
 @torch.library.register_fake("acnet_kernels::bn_sum_forward")
+@check.checked(_check_forward)
 def _(
     ys: list[Tensor], gammas: Any, betas: Any, eps: Any, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -229,6 +263,7 @@ def _fake_parameters(grad: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("acnet_kernels::bn_sum_backward")
+@check.checked(_check_backward)
 def _(
     grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, gammas: Any, needs_dy: list[bool]
 ) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -237,6 +272,7 @@ def _(
 
 
 @torch.library.register_fake("acnet_kernels::bn_sum_backward_")
+@check.checked(_check_backward)
 def _(
     grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, gammas: Any, needs_dy: list[bool]
 ) -> tuple[Tensor, Tensor]:
@@ -287,3 +323,4 @@ def _refuse(ctx: Any, *grads: Any) -> None:
 
 torch.library.register_autograd("acnet_kernels::bn_sum_forward", _autograd, setup_context=_setup_context)
 torch.library.register_autograd("acnet_kernels::bn_sum_backward", _refuse)
+check.refuse_leaves(_LIBRARY, bn_sum_backward_)

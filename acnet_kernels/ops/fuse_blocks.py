@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import check as checks
 from ._extension import MISSING
 
 ERROR = "acnet_kernels::fuse_blocks: "  # what the C++ operators' messages begin with
@@ -42,7 +43,6 @@ PARAMS = ("gamma", "beta", "mean", "var", "conv_bias")
 # In `present`; BRANCH stands for weight and var.
 BRANCH, GAMMA, BETA, MEAN, CONV_BIAS, ANY_VARIANCE = 1, 2, 4, 8, 16, 32
 _BITS = {"gamma": GAMMA, "beta": BETA, "mean": MEAN, "var": BRANCH, "conv_bias": CONV_BIAS}
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Arguments(NamedTuple):
@@ -196,7 +196,7 @@ def _check_square(first: Tensor, i: int, square: Tensor, place: Sequence[int]) -
         raise ValueError(
             f"block {i}: square must have shape (K, C, k, k) with K, C > 0 and odd k < 256, got {shape}"
         )
-    if square.dtype not in _DTYPES:
+    if square.dtype not in checks.FLOATS:
         raise ValueError(f"block {i}: square must be float32, float64, float16 or bfloat16")
     _check_device(first, square, f"block {i}: square")
     row, column = place
@@ -226,7 +226,7 @@ def _check_branch(first: Tensor, square: Tensor, branch: _Branch) -> None:
                 f"block {i}: {name} of {slot} must have shape ({channels},), got {tuple(tensor.shape)}"
             )
         _check_device(first, tensor, f"block {i}: {name}")
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in checks.FLOATS:
             raise ValueError(f"block {i}: {name} must be float32, float64, float16 or bfloat16")
 
 
@@ -250,6 +250,14 @@ def _check_out(i: int, square: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError(f"block {i}: weight_out must be contiguous or channels_last")
     if not bias.is_contiguous():
         raise ValueError(f"block {i}: bias_out must be contiguous")
+
+
+def _check_apart(a: Arguments, weight_out: Sequence[Tensor], bias_out: Sequence[Tensor]) -> None:
+    def named(**lists: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        return [(f"{name}[{i}]", t) for name, tensors in lists.items() for i, t in enumerate(tensors)]
+
+    read = dict(zip(Arguments._fields[:8], a[:8], strict=True))
+    checks.apart(named(weight_out=weight_out, bias_out=bias_out), named(**read))
 
 
 def _check_variances(blocks: list[list[_Branch]]) -> None:
@@ -285,6 +293,7 @@ def fuse_blocks_out(*inputs: Any) -> None:
     """The writing operator in PyTorch."""
     a, weight_out, bias_out = Arguments(*inputs[:-2]), inputs[-2], inputs[-1]
     check(a, weight_out, bias_out)
+    _check_apart(a, weight_out, bias_out)
     blocks = _branches(a)
     _check_variances(blocks)
     for branches, weight, bias in zip(blocks, weight_out, bias_out, strict=True):
@@ -362,3 +371,4 @@ _library.impl("fuse_blocks_out", fuse_blocks_out, "CompositeExplicitAutograd")
 torch.library.register_fake("acnet_kernels::fuse_blocks", _fake, lib=_library)
 torch.library.register_fake("acnet_kernels::fuse_blocks_out", _fake_out, lib=_library)
 torch.library.register_autograd("acnet_kernels::fuse_blocks", _backward, setup_context=_setup_context, lib=_library)
+checks.refuse_leaves(_library, torch.ops.acnet_kernels.fuse_blocks_out.default)

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from . import check
 from .bn_sum import rstds_of
 
 LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
@@ -48,11 +49,92 @@ def moments_step(
     )[:3]
 
 
+def check_step(
+    x: Tensor,
+    weights: list[Tensor],
+    gamma: Tensor,
+    beta: Tensor,
+    origins: list[int],
+    eps: list[float],
+    kernel: int,
+    groups: int,
+    channels_last: bool,
+) -> None:
+    """ValueError where an argument of moments_step does not fit the others; the message names it."""
+    check.one_device(x=x, weights=weights, gamma=gamma, beta=beta)
+    _check_problem(x, weights, gamma, origins, kernel, groups)
+    check.shape(gamma.shape[1:], beta=beta)
+    check.floats(beta=beta)
+    check.length(len(weights), "one a branch", eps=eps)
+
+
+def _check_problem(
+    x: Tensor, weights: list[Tensor], gamma: Tensor, origins: list[int], kernel: int, groups: int
+) -> None:
+    check.maps(x=x)
+    check.kernel_size(kernel)
+    if not weights or weights[0].dim() != 4:
+        raise ValueError(f"weights must be K×C/groups×rows×columns, got {[tuple(w.shape) for w in weights]}")
+    K, C = weights[0].shape[0], x.shape[1]
+    check.group_count(groups, x=C, out=K)
+    check.floats(weights=weights, gamma=gamma)
+    check.shape((len(weights), K), gamma=gamma)
+    check.length(2 * len(weights), "row and column of each kernel", origins=origins)
+    for i, (weight, row, column) in enumerate(zip(weights, origins[::2], origins[1::2], strict=True)):
+        if weight.dim() != 4 or min(weight.shape) < 1 or weight.shape[:2] != (K, C // groups):
+            raise ValueError(
+                f"weights[{i}] must have shape ({K}, {C // groups}, rows, columns), got {tuple(weight.shape)}"
+            )
+        rows, columns = weight.shape[2:]
+        if not (0 <= row <= kernel - rows and 0 <= column <= kernel - columns):
+            raise ValueError(
+                f"weights[{i}] of {rows}×{columns} taps at {(row, column)} must lie inside a {kernel}×{kernel} kernel"
+            )
+
+
+def check_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    gamma: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    pivot: Tensor,
+    sums: Tensor,
+    centred: Tensor,
+    origins: list[int],
+    kernel: int,
+    groups: int,
+    need_x: bool,
+    need_weights: bool,
+    need_gamma: bool,
+) -> None:
+    """ValueError where an argument of moments_step_backward does not fit the others; the message names it."""
+    check.one_device(
+        x=x, grad=grad, weights=weights, gamma=gamma, mean=mean, rstd=rstd, pivot=pivot, sums=sums, centred=centred
+    )
+    _check_problem(x, weights, gamma, origins, kernel, groups)
+    (n, c, h, w), dtype = x.shape, _accumulation(x)
+    check.shape((n, gamma.shape[1], h, w), grad=grad)
+    check.dtype(x.dtype, "as x", grad=grad)
+    check.shape(gamma.shape, mean=mean, rstd=rstd)
+    check.shape((c,), pivot=pivot)
+    check.shape((groups, kernel * kernel * c // groups), sums=sums)
+    check.shape((gamma.shape[1], _taps(weights)), centred=centred)
+    check.dtype(torch.float64, "as moments_step returns it", mean=mean, rstd=rstd, sums=sums)
+    check.dtype(dtype, "as moments_step returns it", pivot=pivot, centred=centred)
+
+
+def _taps(weights: list[Tensor]) -> int:
+    return sum(weight.shape[1] * weight.shape[2] * weight.shape[3] for weight in weights)
+
+
 def _accumulation(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
 @torch.library.register_fake("acnet_kernels::moments_step")
+@check.checked(check_step)
 def _step_fake(
     x: Tensor,
     weights: list[Tensor],
@@ -67,18 +149,18 @@ def _step_fake(
     n, c, h, w = x.shape
     k, dtype = weights[0].shape[0], _accumulation(x)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    taps = sum(weight.shape[1] * weight.shape[2] * weight.shape[3] for weight in weights)
     return (
         torch.empty(n, k, h, w, dtype=x.dtype, device=x.device, memory_format=layout),
         x.new_empty(len(weights), k, dtype=torch.float64),
         x.new_empty(len(weights), k, dtype=torch.float64),
         x.new_empty(c, dtype=dtype),
         x.new_empty(groups, kernel * kernel * c // groups, dtype=torch.float64),
-        x.new_empty(k, taps, dtype=dtype),
+        x.new_empty(k, _taps(weights), dtype=dtype),
     )
 
 
 @torch.library.register_fake("acnet_kernels::moments_step_backward")
+@check.checked(check_backward)
 def _backward_fake(
     grad: Tensor,
     x: Tensor,

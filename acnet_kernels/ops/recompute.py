@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..geometry import Geometry
+from ..geometry import BRANCHES, Geometry
+from . import check
 from .bn_sum import accumulation_dtype
 
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
@@ -50,7 +51,92 @@ def unpack(numbers: list[int]) -> Geometry:
     return Geometry(kernel, *pairs, groups, "zeros", (down, right))
 
 
+def check_step(
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    eps: list[float],
+    branches: list[str],
+    geometry: list[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> None:
+    """ValueError where an argument of recompute_step does not fit the others; the message names it."""
+    check.one_device(x=x, weights=weights, gammas=gammas, betas=betas)
+    _check_problem(x, weights, gammas, eps, branches, geometry)
+    _check_affine(weights, eps, betas=betas)
+    if dtype not in check.FLOATS:
+        raise ValueError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype}")
+
+
+def _check_affine(weights: list[Tensor], eps: list[float], **lists: list[Tensor]) -> None:
+    for name, values in lists.items():
+        if values:
+            check.length(len(eps), "as eps, or none", **{name: values})
+    check.shape(weights[0].shape[:1], **lists)
+    check.floats(**lists)
+
+
+def _check_problem(
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    eps: list[float],
+    branches: list[str],
+    geometry: list[int],
+) -> tuple[int, ...]:
+    """The shape of the output."""
+    check.maps(x=x)
+    if x.shape[0] < 1:
+        raise ValueError(f"x must hold an image, got shape {tuple(x.shape)}")
+    if not branches or branches[0] != "square" or branches != [name for name in BRANCHES if name in branches]:
+        raise ValueError(f"branches must be 'square' and then any of 'hor', 'ver', in this order, got {branches}")
+    check.length(len(branches), "one a branch", weights=weights)
+    if len(eps) not in (1, len(branches)):
+        raise ValueError(f"eps must have {len(branches)} entries, one a branch, or 1, got {len(eps)}")
+    check.length(10, "as pack() makes them", geometry=geometry)
+    kernel, *rest, groups, down, right = geometry
+    check.kernel_size(kernel)
+    known = Geometry.make(kernel, rest[:2], rest[2:4], rest[4:], groups, "zeros", (down, right))
+    if weights[0].dim() != 4 or weights[0].shape[0] < 1:
+        raise ValueError(f"weights[0] must be K×C/groups×k×k, got {tuple(weights[0].shape)}")
+    K, C = weights[0].shape[0], x.shape[1]
+    check.group_count(groups, x=C, out=K)
+    for i, (name, weight) in enumerate(zip(branches, weights, strict=True)):
+        check.shape((K, C // groups, *known.placement(name).kernel), **{f"weights[{i}]": weight})
+    check.floats(weights=weights)
+    _check_affine(weights, eps, gammas=gammas)
+    return (x.shape[0], K, *known.output_size(x.shape[2], x.shape[3]))
+
+
+def check_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    eps: list[float],
+    branches: list[str],
+    geometry: list[int],
+    need_x: bool,
+    need_weights: list[bool],
+    need_gammas: bool,
+) -> None:
+    """ValueError where an argument of recompute_step_backward does not fit the others; the message names it."""
+    check.one_device(x=x, grad=grad, weights=weights, gammas=gammas, means=means, rstds=rstds)
+    shape = _check_problem(x, weights, gammas, eps, branches, geometry)
+    check.shape(shape, grad=grad)
+    check.floats(grad=grad)
+    check.length(len(weights), "one a weight", need_weights=need_weights)
+    check.shape((len(eps), shape[1]), means=means, rstds=rstds)
+    check.dtype(torch.float64, "as recompute_step returns it", means=means, rstds=rstds)
+    check.contiguous(means=means, rstds=rstds)
+
+
 @torch.library.register_fake("acnet_kernels::recompute_step")
+@check.checked(check_step)
 def _(
     x: Tensor,
     weights: list[Tensor],
@@ -71,6 +157,7 @@ def _(
 
 
 @torch.library.register_fake("acnet_kernels::recompute_step_backward")
+@check.checked(check_backward)
 def _(
     grad: Tensor,
     x: Tensor,

@@ -6,9 +6,9 @@ Every counter grows by one; with count > 0, r ← (1 − f)·r + f·v in float64
 of `means`, and running variance, v = variance·count/(count − 1), the unbiased one. f is the norm's momentum, or
 where that is NaN one over its counter: the cumulative average, one norm a call.
 
-Arguments: `running_means` and `running_vars`, a (K,) tensor a norm, any float dtype; `counters`, int64 tensors of
-one element, of any number of norms; `means`, `variances` (biased), (norms, K) float64; `momenta`, a float a norm;
-`count`, elements a channel, 0 or more than 1.
+Arguments: `running_means` and `running_vars`, a (K,) tensor a norm, any float dtype; `counters`, tensors of one
+element, of a dtype in COUNTERS, of any number of norms; `means`, `variances` (biased), (norms, K) float64;
+`momenta`, a float a norm; `count`, elements a channel, 0 or more than 1. Running statistics may be strided.
 There is no such operator without the extension, nor on other devices: backends/batchnorm.py does the same there.
 """
 
@@ -18,11 +18,23 @@ from typing import Any
 
 import torch
 
+from . import check
 from ._extension import MISSING
+
+COUNTERS = (*check.FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 if MISSING is None:
     update_running_ = torch.ops.acnet_kernels.update_running_.default
+    _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 
     @torch.library.register_fake("acnet_kernels::update_running_")
-    def _(*_: Any) -> None:
-        return None
+    def _(running_means: Any, running_vars: Any, counters: Any, means: Any, variances: Any, *_: Any) -> None:
+        check.one_device(
+            means=means,
+            variances=variances,
+            running_means=running_means,
+            running_vars=running_vars,
+            counters=counters,
+        )
+
+    check.refuse_leaves(_LIBRARY, update_running_)

@@ -13,6 +13,7 @@ from ..kernels.autocorrelation import centred_total
 from ..kernels.autocorrelation import cross_correlation as kernel
 from ..kernels.configs import cdiv
 from ..kernels.wgrad import sum_splits
+from .check import MOST_TAPS
 
 INTERPRETED = triton.knobs.runtime.interpret
 _BLOCK = 1024  # of elements, where a kernel adds whole maps or partial results
@@ -46,6 +47,8 @@ def declines(x: Tensor, rows: list[int], columns: list[int]) -> str | None:
     """Why the kernels do not take these maps or shifts, or None."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{x.dtype} has no kernel"
+    if max(map(abs, (*rows, *columns)), default=0) > MOST_TAPS:
+        return f"a shift is beyond {MOST_TAPS} pixels"
     if raster(rows, columns) is None:
         return "the shifts are not neighbours in raster order"
     return None
