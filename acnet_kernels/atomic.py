@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes path's place at the end: whatever happens, path is the old one or the new one.
+    """A file to write and read, which takes path's place at the end: at any moment path is the old one or the new.
 
     Its permissions follow the umask. It is written as .NAME.tmp; where a killed process left that, the next to
     write path removes it.
@@ -22,7 +22,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as file:
+        with temporary.open("x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

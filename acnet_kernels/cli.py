@@ -55,7 +55,10 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 2 with one sentence where the user can mend what is wrong."""
+    """Runs the command and returns its exit code.
+
+    2 with one sentence where the user can mend what is wrong, 1 with one where the system refuses.
+    """
     arguments = parser().parse_args(argv)
     try:
         code = COMMANDS[arguments.command].main(arguments)
@@ -68,4 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader (head, less) has gone: keep the interpreter's last flush quiet
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, a directory without permission: no fault of the program's
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{PROGRAM} {arguments.command}: {where}{error.strerror or error}", file=sys.stderr)
         return 1

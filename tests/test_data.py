@@ -2,7 +2,12 @@
 
 import gzip
 import hashlib
+import io
+import random
 import struct
+import tracemalloc
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from acnet_kernels import cli
 from acnet_kernels.errors import UserError
 from acnet_kernels.training import data, files
 from acnet_kernels.training.data import MemoryData, open_data
 from acnet_kernels.training.files import Split
+from acnet_kernels.training.folder import _Seeded
 
 CPU = torch.device("cpu")
 
@@ -99,6 +106,42 @@ def test_a_broken_gzip_file_is_named(fashion, how, said):
         files.fashion_mnist(fashion[0])
 
 
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_idx_headers_that_lie_are_named(fashion, name):
+    folder, arrays = fashion
+    (folder / f"{name}.gz").unlink(missing_ok=True)
+    header, body = idx(arrays[name])[: 4 + 4 * arrays[name].ndim], arrays[name].tobytes()
+    rng = random.Random(3)
+    lies = [bytes(4), b"\xff" * 4, b"\x80\0\0\0", b"\0\0\0\x01", bytes(rng.choices(range(256), k=4))]
+    count = arrays[name].ndim
+    for sizes in [rng.choices(lies, k=count) for _ in range(40)] + [[bytes(4), *[b"\xff" * 4] * (count - 1)]]:
+        for content in (body, b"", body * 2):
+            (folder / name).write_bytes(header[:4] + b"".join(sizes) + content)
+            with pytest.raises(UserError, match=f"{name} is (truncated or wrong|not Fashion-MNIST's|wrong): "):
+                files.fashion_mnist(folder)
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_a_gzip_bomb_is_not_unpacked(fashion, name):
+    folder, _ = fashion
+    path = folder / f"{name}.gz"
+    (folder / name).unlink(missing_ok=True)
+    chunk = bytes(1 << 20)
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    path.write_bytes(b"".join(packer.compress(chunk) for _ in range(200)) + packer.flush())
+    tracemalloc.start()
+    with pytest.raises(
+        UserError, match=rf"{name}.gz is wrong: it has more than the \d+ bytes of the published file"
+    ):
+        files.fashion_mnist(folder)
+    assert tracemalloc.get_traced_memory()[1] < 150 << 20
+    tracemalloc.stop()
+    for endless in (gzip.compress(b"") * 10_000, gzip.compress(b"") + bytes(300_000)):
+        path.write_bytes(endless if "labels" in name else endless * 250)
+        with pytest.raises(UserError, match=f"{name}.gz is wrong: it has more than"):
+            files.fashion_mnist(folder)
+
+
 def test_a_missing_one_of_four_is_named(fashion):
     (fashion[0] / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(UserError, match="but neither t10k-labels-idx1-ubyte nor"):
@@ -166,6 +209,22 @@ def test_a_wrong_cifar_file_is_named(small_cifar):
         open_data(name, CPU, folder=root)
     path.unlink()
     with pytest.raises(UserError, match=f"{path.name} is missing; https"):
+        open_data(name, CPU, folder=root)
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_a_file_of_any_size_is_read_no_further_than_it_may_go(fashion, small_cifar, end):
+    path = fashion[0] / "train-labels-idx1-ubyte"
+    path.unlink()
+    name, root, folder, _ = small_cifar
+    for path in (fashion[0] / f"train-labels-idx1-ubyte{end}", folder / files.CIFAR[name].test[0]):
+        with path.open("wb") as file:
+            file.truncate(1 << 38)  # takes no room
+    with pytest.raises(
+        UserError, match=f"ubyte{end} is wrong: it has more than the 60008 bytes of the published file"
+    ):
+        files.fashion_mnist(fashion[0])
+    with pytest.raises(UserError, match=rf"{path.name} is wrong: it has more than the \d+ bytes"):
         open_data(name, CPU, folder=root)
 
 
@@ -300,6 +359,79 @@ def test_a_broken_picture_is_named(folder, workers):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match=r"cat/3\.png cannot be read as an image"):
         list(open_data(str(folder), CPU, image_size=16, workers=workers).train_batches(0, 0, 4))
+
+
+FORMATS = {"png": {}, "jpeg": {}, "bmp": {}, "tiff": {"compression": "tiff_lzw"}, "webp": {}, "ppm": {}}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_damaged_picture_is_read_or_named_whatever_its_format(folder, kind):
+    rng = random.Random(5)
+    path = folder / "train" / "cat" / f"other.{kind}"
+    Image.open(folder / "train" / "cat" / "0.png").save(path, **FORMATS[kind])
+    whole = path.read_bytes()
+    opened = open_data(str(folder), CPU, image_size=16)
+    index = [sample[0] for sample in opened._train.samples].index(str(path))
+    named = 0
+    for _ in range(150):
+        content = bytearray(whole[: rng.randrange(len(whole))] if rng.random() < 0.3 else whole)
+        for _ in range(rng.randrange(1, 6)):
+            if content:
+                content[rng.randrange(min(len(content), rng.choice((40, 4000))))] = rng.randrange(256)
+        path.write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about what it mends
+            got = _Seeded(opened._train, torch.tensor([[index, 0]]))[0]
+        if isinstance(got, UserError):
+            assert str(got).startswith(f"{path} cannot be read as an image: ")
+            named += 1
+        else:
+            assert got[0].shape == (3, 16, 16)
+    assert named
+
+
+def png(width, height):
+    """A black picture of any size, in few bytes."""
+    image = Image.new("1", (1, 1))
+    with io.BytesIO() as file:
+        image.save(file, "png")
+        content = file.getvalue()
+    rows = zlib.compressobj(9)
+    packed = b"".join(rows.compress(bytes(1 + (width + 7) // 8)) for _ in range(height)) + rows.flush()
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return content[:8] + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ((30_000, 30_000), "decompression bomb"),
+        ((100_000, 1), "100000×1 pixels: one side must be at most 500 times the other"),
+        ((1, 60_000), "1×60000 pixels: one side must be at most 500 times the other"),
+    ],
+)
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_would_take_gigabytes_is_named(folder, part, size, said, workers):
+    path = folder / part / "dog" / "1.png"
+    path.write_bytes(png(*size))
+    opened = open_data(str(folder), CPU, image_size=16, workers=workers)
+    batches = opened.train_batches(0, 0, 4) if part == "train" else opened.test_batches(4)
+    with pytest.raises(UserError, match=rf"{part}/dog/1\.png cannot be read as an image: .*{said}"):
+        list(batches)
+
+
+def test_train_answers_a_broken_picture_with_one_sentence(folder, tmp_path, capsys):
+    (folder / "val" / "dog" / "1.png").write_bytes(png(30_000, 30_000))
+    options = ["--net=resnet18", "--image-size=32", "--epochs=1", "--workers=0", "--out", str(tmp_path / "out")]
+    assert cli.main(["train", "--data", str(folder), *options]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert "val/dog/1.png cannot be read as an image" in errors
 
 
 def test_a_directory_of_another_layout_is_explained(folder):

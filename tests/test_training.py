@@ -1,5 +1,7 @@
 """The training loop: the recipe, exact resumption, checkpoints, and what is measured and drawn afterwards."""
 
+import copy
+import errno
 import os
 import random
 import signal
@@ -255,6 +257,230 @@ def test_a_broken_checkpoint_is_named(tmp_path, content):
     path.write_bytes(path.read_bytes()[:2000] if content is None else content)
     with pytest.raises(UserError, match=r"last\.pt is no intact checkpoint"):
         checkpoints.load(path)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The checkpoint of a run that was stopped within its second epoch: its state and its bytes."""
+    out = tmp_path_factory.mktemp("stopped")
+    counter = StopAfter(4)
+    trainer().run(out, counter, counter.reached)
+    return checkpoints.load(out / LAST), (out / LAST).read_bytes()
+
+
+def damage(content, rng):
+    """The bytes with one thing done to them that disks, networks and people do."""
+    size = len(content)
+    at, end = sorted(rng.sample(range(size), 2))
+    near = [rng.randrange(min(size, 2000)), size - 1 - rng.randrange(min(size, 20_000)), at]  # the headers, too
+    spot = rng.choice(near)
+    return rng.choice(
+        (
+            content[:at],
+            content[at:],
+            content[:at] + content[end:],
+            content[:at] + bytes(end - at) + content[end:],
+            content[:end] + content[at:],
+            *(content[:spot] + bytes((content[spot] ^ 1 << rng.randrange(8),)) + content[spot + 1 :],) * 5,
+            content[:spot] + rng.randbytes(16) + content[spot + 16 :],
+        )
+    )
+
+
+def what_is_said(call, *arguments):
+    """The message of the UserError that the call raises, or None."""
+    try:
+        call(*arguments)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_a_damaged_file_is_refused(tmp_path, stopped):
+    rng, path = random.Random(7), tmp_path / LAST
+    for _ in range(200):
+        path.write_bytes(damage(stopped[1], rng))
+        with pytest.raises(UserError, match=f"^{path} is no intact checkpoint: [^\n]*$"):
+            checkpoints.load(path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_bit_counts(tmp_path, seed):
+    path, rng = tmp_path / "x.pt", random.Random(seed)
+    checkpoints.save({"a": {"b": torch.ones(3), "c": torch.zeros(2)}}, path)
+    whole = path.read_bytes()
+    for at in rng.sample(range(len(whole)), 500):
+        path.write_bytes(whole[:at] + bytes((whole[at] ^ 1 << rng.randrange(8),)) + whole[at + 1 :])
+        with pytest.raises(UserError, match=r"x\.pt is no intact checkpoint"):
+            checkpoints.load(path)
+    path.write_bytes(whole)
+    assert torch.equal(torch.load(path, weights_only=True)["a"]["b"], torch.ones(3))
+
+
+def places(state, path=()):
+    """The keys that lead to each thing in a state; a few of a list's."""
+    yield path
+    if isinstance(state, dict):
+        items = list(state.items())
+    elif isinstance(state, (list, tuple)):
+        items = list(enumerate(state))[:3]
+    else:
+        return
+    for key, value in items:
+        yield from places(value, (*path, key))
+
+
+def with_another(state, path, make):
+    """The state with the thing at path replaced; what is not on the path is shared."""
+    if not path:
+        return make(state)
+    key, *rest = path
+    inner = with_another(state[key], rest, make)
+    if isinstance(state, dict):
+        return {**state, key: inner}
+    return type(state)(inner if i == key else value for i, value in enumerate(state))
+
+
+WRONG = {
+    "nothing": lambda value: None,
+    "a string": lambda value: "17",
+    "an empty list": lambda value: [],
+    "an empty dict": lambda value: {},
+    "a dict of other keys": lambda value: {"a": 1, 0: 2},
+    "a number": lambda value: -3,
+    "another number": lambda value: float("nan"),
+    "a tensor": lambda value: torch.zeros(2, 7, 1),
+    "another dtype": lambda value: value.to(torch.complex64) if isinstance(value, torch.Tensor) else None,
+    "a tensor without values": lambda value: value.to("meta") if isinstance(value, torch.Tensor) else None,
+    "a sparse tensor": lambda value: value.to_sparse() if isinstance(value, torch.Tensor) else None,
+    "one more": lambda value: {**value, "more": 1} if isinstance(value, dict) else [value],
+    "itself": lambda value: (loop := {"inner": value}).update(outer=loop) or loop,
+}
+# What is not read, and numbers of which any other is as good.
+FREE = {"param_groups", "history", "best", "random", "cuda"}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_checkpoint_of_wrong_types_is_refused_and_changes_nothing(tmp_path, stopped, wrong):
+    state, _ = stopped
+    rng, run = random.Random(11), trainer()
+    before, draws = copy.deepcopy(run.state_dict()), checkpoints.random_state()
+    every = list(places(state))[1:]
+    for place in [*(p for p in every if len(p) == 1), *rng.sample(every, 40)]:
+        spoilt = with_another(state, place, WRONG[wrong])
+        said = what_is_said(run.load_state_dict, spoilt)
+        if said is None:
+            same = (place, wrong) == (("scaler",), "an empty dict")
+            assert same or FREE & set(place), f"{place} may not be {wrong}"
+            random.gauss(0, 1), np.random.randn(3), torch.rand(3)
+            run.load_state_dict(before)
+        else:
+            assert "\n" not in said
+            assert_equal(run.state_dict(), before)
+            assert_equal(checkpoints.random_state(), draws)
+    checkpoints.save(with_another(state, ("model",), WRONG[wrong]), tmp_path / LAST)
+    with pytest.raises(UserError, match=f"^{tmp_path / LAST} (cannot be resumed: its model is|is no)"):
+        run.resume(tmp_path / LAST)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK", b"not a checkpoint", "half", "flipped", "of another program", "a list", "code"]
+)
+def test_train_answers_a_damaged_checkpoint_with_one_sentence(tmp_path, stopped, content, capsys):
+    state, whole = stopped
+    path = tmp_path / LAST
+    if content == "a list":
+        checkpoints.save([state], path)
+    elif content == "of another program":
+        checkpoints.save({"model": state["model"], "epoch": 3}, path)
+    elif content == "code":
+        checkpoints.save({"model": interrupt.StopRequest()}, path)
+    else:
+        flipped = whole[:50_000] + bytes((whole[50_000] ^ 64,)) + whole[50_001:]
+        path.write_bytes({"half": whole[: len(whole) // 2], "flipped": flipped}.get(content, content))
+    before = path.read_bytes()
+    arguments = ["--net=resnet8", "--limit=100", "--batch-size=40", "--epochs=2", "--seed=3", "--resume"]
+    assert cli.main(["train", *arguments, "--out", str(tmp_path)]) == 2
+    printed, errors = capsys.readouterr()
+    assert (printed, errors.count("\n")) == ("", 1)
+    assert str(path) in errors
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [LAST]
+
+
+LIMITED = """
+import resource, signal, sys
+from acnet_kernels import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("room", [0, 300_000])
+def test_a_file_that_cannot_be_written_costs_nothing_of_the_old_one(tmp_path, stopped, room):
+    (tmp_path / LAST).write_bytes(stopped[1])
+    arguments = ["--net=resnet8", "--limit=100", "--batch-size=40", "--epochs=2", "--seed=3", "--resume"]
+    command = [sys.executable, "-c", LIMITED, str(room), "train", *arguments, "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    # Above it may be warnings of packages that wanted a file, too.
+    assert done.stderr.splitlines()[-1] == f"python -m acnet_kernels train: {tmp_path / LAST}: File too large"
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / LAST).read_bytes() == stopped[1]
+    assert os.listdir(tmp_path) == [LAST]
+
+
+@pytest.mark.parametrize("full", [BEST, "folded.pt", "report.json", "curves.png", "kernels.png"])
+def test_a_full_disk_is_one_sentence_whatever_is_being_written(tmp_path, monkeypatch, capsys, full):
+    arguments = ["train", "--net=resnet8", "--limit=32", "--batch-size=32", "--epochs=1", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / LAST).unlink()
+    fsync = os.fsync
+
+    def fail(handle):
+        if full in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    capsys.readouterr()
+    assert cli.main(arguments) == 1
+    assert capsys.readouterr().err == f"python -m acnet_kernels train: {tmp_path / full}: No space left on device\n"
+    assert (tmp_path / full).read_bytes() == before[full]
+    assert not [path for path in os.listdir(tmp_path) if path.startswith(".")]
+
+
+def test_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        checkpoints.save({"a": torch.ones(3)}, tmp_path / "a.pt")
+        report.write_json({}, tmp_path / "a.json")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from acnet_kernels.training import checkpoints
+os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
+checkpoints.save({"a": torch.zeros(9)}, Path(sys.argv[1]))
+"""
+
+
+def test_what_a_killed_process_leaves_is_gone_after_the_next_write(tmp_path):
+    path = tmp_path / "x.pt"
+    checkpoints.save({"a": torch.ones(3)}, path)
+    command = [sys.executable, "-c", KILLED, str(path)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == 2
+    assert torch.equal(checkpoints.load(path)["a"], torch.ones(3))
+    checkpoints.save({"a": torch.ones(3)}, path)
+    assert os.listdir(tmp_path) == ["x.pt"]
 
 
 def test_random_states_come_back():

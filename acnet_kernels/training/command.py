@@ -138,14 +138,14 @@ def resume(trainer: Trainer, out: Path, wanted: bool) -> str:
     """Puts the trainer where out's last checkpoint left off, if wanted, and says where that is.
 
     Raises:
-        UserError: out holds a run that was not asked to be resumed, or one that is not this one.
+        UserError: out holds a run that was not asked to be resumed, or a damaged one, or another than this.
     """
     path = out / LAST
     if not path.exists():
         return "no checkpoint to resume yet, starting" if wanted else "starting"
     if not wanted:
         raise UserError(f"{out} already holds a run: continue it with --resume, or give another --out")
-    trainer.load_state_dict(checkpoints.load(path))
+    trainer.resume(path)
     return f"resuming at epoch {trainer.epoch + 1}, step {trainer.step}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import math
 import zlib
 from pathlib import Path
@@ -22,6 +23,7 @@ FASHION_MNIST = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+FASHION_IMAGES, FASHION_PIXELS = {"train": 60_000, "t10k": 10_000}, 28 * 28
 
 
 class Cifar(NamedTuple):
@@ -52,17 +54,28 @@ class Split(NamedTuple):
     labels: Tensor
 
 
-def read_bytes(path: Path) -> bytes:
-    """The file's content, decompressed where its name ends in .gz."""
+def read_bytes(path: Path, most: int) -> bytes:
+    """The file's content, decompressed where its name ends in .gz.
+
+    Raises:
+        UserError: the file is damaged, cannot be read, or has more than `most` bytes, which are neither read nor
+            unpacked then.
+    """
+    packed = path.suffix == ".gz"
+    limit = most + most // 64 + 4096 if packed else most  # what deflate and its header add at worst
     try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+        content = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(most + 1) if packed and len(raw) <= limit else raw
     except EOFError:
         raise UserError(f"{path} is truncated: its gzip stream ends after {len(raw)} bytes") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is no intact gzip file: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if len(raw) > limit or len(content) > most:
+        raise UserError(f"{path} is wrong: it has more than the {most} bytes of the published file")
+    return content
 
 
 def parse_idx(content: bytes, path: Path, dimensions: int) -> Tensor:
@@ -76,7 +89,7 @@ def parse_idx(content: bytes, path: Path, dimensions: int) -> Tensor:
         )
     shape = [int(size) for size in np.frombuffer(content, ">u4", dimensions, 4)]
     expected = math.prod(shape)
-    if len(content) - header != expected:
+    if len(content) - header != expected or not expected:
         raise UserError(
             f"{path} is truncated or wrong: its header announces {'×'.join(map(str, shape))} = {expected} bytes, "
             f"found {len(content) - header}"
@@ -88,7 +101,8 @@ def _idx(folder: Path, name: str, dimensions: int) -> Tensor:
     path = next((folder / n for n in (name, f"{name}.gz") if (folder / n).is_file()), None)
     if path is None:
         raise UserError(f"{folder} holds other files of Fashion-MNIST, but neither {name} nor {name}.gz")
-    content = read_bytes(path)
+    images = FASHION_IMAGES[name.partition("-")[0]]
+    content = read_bytes(path, 4 + 4 * dimensions + images * (FASHION_PIXELS if dimensions == 3 else 1))
     tensor = parse_idx(content, path, dimensions)
     found = hashlib.sha256(content).hexdigest()
     if found != FASHION_MNIST[name]:
@@ -125,7 +139,7 @@ def _cifar_split(folder: Path, files: tuple[str, ...], layout: Cifar, records: i
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path} is missing; {layout.page} has the set's binary version")
-        content = read_bytes(path)
+        content = read_bytes(path, expected)
         if len(content) != expected:
             raise UserError(
                 f"{path} is truncated or wrong: found {len(content)} bytes, expected {expected} "

@@ -18,6 +18,7 @@ from .data import WHOLE, Batch, Part, epoch_generator, subset, used_images
 # ImageNet's, as everyone uses for photographs.
 _NORMALISE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 TEST_FOLDERS = ("val", "test")
+LONGEST = 500  # times its width that a picture may be high, or its height wide
 
 
 class FolderData:
@@ -95,7 +96,7 @@ def _open(folder: Path, geometric: list) -> ImageFolder:
     steps = transforms.Compose([*geometric, transforms.ToTensor(), _NORMALISE])
     try:
         return ImageFolder(str(folder), steps)
-    except FileNotFoundError as error:
+    except OSError as error:
         raise UserError(f"{folder} must hold one directory of images a class: {error}") from None
 
 
@@ -112,10 +113,19 @@ class _Seeded(Dataset):
         index, seed = self.items[i].tolist()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            path, label = self.images.samples[index]
             try:
-                return self.images[index]
-            except (OSError, SyntaxError) as error:  # Pillow's for a broken PNG is a SyntaxError
-                return UserError(f"{self.images.samples[index][0]} cannot be read as an image: {error}")
+                picture = self.images.loader(path)
+                _refuse_thin(*picture.size)
+            except Exception as error:  # there is nothing that a broken picture cannot make Pillow raise
+                return UserError(f"{path} cannot be read as an image: {error or type(error).__name__}")
+            return self.images.transform(picture), label
+
+
+def _refuse_thin(width: int, height: int) -> None:
+    # Its shorter side is made as long as the crop's: one of a single row would then take gigabytes.
+    if max(width, height) > LONGEST * min(width, height):
+        raise ValueError(f"{width}×{height} pixels: one side must be at most {LONGEST} times the other")
 
 
 def _collate(items: list) -> Batch | UserError:

@@ -23,6 +23,10 @@ from .distributed import ALONE, World
 
 AMP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAST, BEST = "last.pt", "best.pt"
+# How a row of the history is made.
+ROW = {"epoch": 0} | dict.fromkeys(
+    ("lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "images_per_second"), 0.0
+)
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,7 @@ class Trainer:
 
         Raises:
             UserError: the training loss of an epoch is not finite.
+            OSError: a checkpoint cannot be written; the last one is still there.
         """
         self._save(out)
         observer.start(self.recipe.epochs, self.steps, self.epoch, self.step)
@@ -245,26 +250,84 @@ class Trainer:
             "best": self.best,
         }
 
+    def resume(self, path: Path) -> None:
+        """Goes on from the checkpoint at path.
+
+        Raises:
+            UserError: it is damaged, or of another run; names path.
+        """
+        state = checkpoints.load(path)
+        try:
+            self.load_state_dict(state)
+        except UserError as error:
+            raise UserError(f"{path} cannot be resumed: {error}") from None
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to where `state_dict` was taken.
 
         Raises:
-            UserError: the state belongs to a run with another recipe or other data; nothing is changed then.
+            UserError: the state belongs to a run with another recipe or other data, or to none; nothing is changed
+                then.
         """
-        if "recipe" not in state or "place" not in state:
-            raise UserError("the checkpoint is not one of a training run")
-        mine = {**asdict(self.recipe), "train_images": self.data.train_images}
-        theirs = {**state["recipe"], "train_images": state["train_images"]}
-        for name, value in mine.items():
-            if theirs.get(name) != value:
-                raise UserError(
-                    f"the run to resume has {name} {theirs.get(name)}, got {value}: give the same, or another --out"
-                )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self._check(state)
         checkpoints.set_random_state(state["random"])
+        self.model.load_state_dict(state["model"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        rates = [group["lr"] for group in state["optimizer"]["param_groups"]]
+        self.optimizer.load_state_dict(
+            {
+                "state": state["optimizer"]["state"],
+                "param_groups": [{**group, "lr": rate} for group, rate in zip(groups, rates, strict=True)],
+            }
+        )
+        self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.seconds = state["place"]
         # The sum over all processes so far: one of them carries it on.
         self._totals = state["totals"].to(self.device) if self.world.is_main else self._zero_totals()
         self.history, self.best = state["history"], state["best"]
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """UserError unless state is one that this run could have left."""
+        parts = ("recipe", "train_images", "optimizer", "random", "history")
+        mine = {
+            "model": self.model.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "place": (0, 0, 0.0),
+            "totals": self._totals,
+            "best": self.best,
+        }
+        dicts = all(isinstance(state.get(name), dict) for name in ("recipe", "random"))
+        if not dicts or state.keys() != {*parts, *mine}:
+            raise UserError("the checkpoint is not one of a training run")
+        settings = {**asdict(self.recipe), "train_images": self.data.train_images}
+        theirs = {**state["recipe"], "train_images": state["train_images"]}
+        for name in {**settings, **theirs}:
+            found, value = theirs.get(name), settings.get(name)
+            if type(found) is not type(value) or found != value:
+                shown = repr(found) if isinstance(found, (int, float, str, type(None))) else type(found).__name__
+                raise UserError(
+                    f"the run to resume has {name} {shown}, got {value!r}: give the same, or another --out"
+                )
+        for name, value in mine.items():
+            checkpoints.require_alike(state[name], value, name)
+        epoch, step, seconds = state["place"]
+        if not (0 <= epoch <= self.recipe.epochs and 0 <= step < self.steps and seconds >= 0):
+            raise UserError(
+                f"it is at epoch {epoch}, step {step} of {self.recipe.epochs} epochs of {self.steps} steps"
+            )
+        checkpoints.require_alike(state["history"], [ROW] * epoch, "history")
+        self._check_optimizer(state["optimizer"])
+
+    def _check_optimizer(self, state: Any) -> None:
+        # Of the groups only the rates count: the rest is the recipe's, and not the same in all versions of PyTorch.
+        if not isinstance(state, dict) or state.keys() != {"state", "param_groups"}:
+            raise UserError("its optimizer is not one of a training run")
+        momenta, rates = state["state"], state["param_groups"]
+        if isinstance(rates, list):
+            rates = [group.get("lr") if isinstance(group, dict) else None for group in rates]
+        checkpoints.require_alike(rates, [0.0] * len(self.optimizer.param_groups), "optimizer's rates")
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        known = [i for i in range(len(parameters)) if not isinstance(momenta, dict) or i in momenta]
+        checkpoints.require_alike(
+            momenta, {i: {"momentum_buffer": parameters[i]} for i in known}, "optimizer's state"
+        )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..atomic import replacing
 from .folding import FoldCheck
 from .loop import Trainer
 
@@ -99,7 +100,8 @@ def run_report(trainer: Trainer, folded: nn.Module, check: FoldCheck | None) -> 
 
 def write_json(content: Any, path: Path) -> None:
     """content as indented JSON."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with replacing(path) as file:
+        file.write(f"{json.dumps(content, indent=2, ensure_ascii=False)}\n".encode())
 
 
 def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], title: str, path: Path) -> None:
@@ -138,7 +140,8 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], title: s
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     figure.suptitle(title)
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def plot_kernels(matrices: Mapping[str, Tensor], title: str, path: Path) -> None:
@@ -161,7 +164,8 @@ def plot_kernels(matrices: Mapping[str, Tensor], title: str, path: Path) -> None
         axis.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, shrink=0.85, label="mean of max-normalised Σ|F|")
     figure.suptitle(title)
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _positions(matrix: Tensor) -> list[tuple[int, int]]:
