@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import io
+import os
+import pickle
 import random
 import struct
 import tracemalloc
@@ -226,6 +228,99 @@ def test_a_file_of_any_size_is_read_no_further_than_it_may_go(fashion, small_cif
         files.fashion_mnist(fashion[0])
     with pytest.raises(UserError, match=rf"{path.name} is wrong: it has more than the \d+ bytes"):
         open_data(name, CPU, folder=root)
+
+
+@pytest.fixture(params=["cifar10", "cifar100"])
+def pickled_cifar(request, tmp_path, monkeypatch):
+    """(name, folder, images N×3×32×32, labels) as torchvision keeps a set, of twenty training and three test images."""
+    name = request.param
+    monkeypatch.setattr(files, "CIFAR_RECORDS", {"train": 20, "test": 3})
+    folder, train, test, key = data.CIFAR_PICKLES[name]
+    rng = np.random.default_rng()
+    images = rng.integers(0, 256, (23, 3, 32, 32), np.uint8)
+    labels = rng.integers(0, files.CIFAR[name].classes, 23).tolist()
+    (tmp_path / folder).mkdir()
+    first = 0
+    for file, count in [*((file, 20 // len(train)) for file in train), (test, 3)]:
+        some = slice(first, first + count)
+        batch = {b"data": images[some].reshape(count, 3072), key: labels[some], b"batch_label": b"of 5"}
+        if name == "cifar100":
+            batch[b"coarse_labels"] = [0] * count
+        # Protocol 2 is what the published files have.
+        (tmp_path / folder / file).write_bytes(pickle.dumps(batch, protocol=2))
+        first += count
+    return name, tmp_path / folder, images, labels
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_torchvisions_cifar_is_read(pickled_cifar, inside):
+    name, folder, images, labels = pickled_cifar
+    opened = open_data(name, CPU, folder=folder if inside else folder.parent)
+    assert (opened.train_images, opened.test_images, opened.channels, opened.size) == (20, 3, 3, (32, 32))
+    assert opened.source == str(folder)
+    assert opened.classes == files.CIFAR[name].classes
+    (tested, found), *_ = list(opened.test_batches(3))
+    assert found.tolist() == labels[20:]
+    restored = (tested.permute(0, 2, 3, 1) * opened._std + opened._mean).round().to(torch.uint8)
+    assert torch.equal(restored, torch.from_numpy(images[20:]).permute(0, 2, 3, 1))
+    (train, found), *_ = list(open_data(name, CPU, folder=folder).train_batches(0, 0, 20))
+    assert sorted(found.tolist()) == sorted(labels[:20])
+    assert train.shape == (20, 3, 32, 32)
+
+
+def test_the_binary_version_comes_first(pickled_cifar):
+    name, folder, *_ = pickled_cifar
+    (folder.parent / files.CIFAR[name].folder).mkdir()
+    with pytest.raises(UserError, match=r"\.bin is missing"):
+        open_data(name, CPU, folder=folder.parent)
+
+
+class Evil:
+    """Unpickled carelessly, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_runs_no_code(pickled_cifar, tmp_path):
+    name, folder, *_ = pickled_cifar
+    path = folder / data.CIFAR_PICKLES[name][1][0]
+    path.write_bytes(pickle.dumps({b"data": Evil(tmp_path / "evil"), b"labels": []}, protocol=2))
+    with pytest.raises(UserError, match=f"{path.name} is no pickled batch of {name}: it asks for .*mkdir"):
+        open_data(name, CPU, folder=folder)
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda batch: batch[b"data"], "is no pickled batch of"),
+        (lambda batch: {**batch, b"data": batch[b"data"][:-1]}, "its data must be .*×3072 bytes, found"),
+        (lambda batch: {**batch, b"data": batch[b"data"].astype(np.int8)}, "found .* of .*i1"),
+        (lambda batch: {**batch, b"data": np.asfortranarray(batch[b"data"])}, "its data must be"),
+        (lambda batch: {**batch, b"labels": [0], b"fine_labels": [0]}, "labels from 0 to"),
+        (lambda batch: {**batch, b"labels": [-1] * 20, b"fine_labels": [-1] * 20}, "labels from 0 to"),
+        (lambda batch: {b"data": batch[b"data"]}, "is no pickled batch of"),
+    ],
+)
+def test_a_wrong_pickle_is_named(pickled_cifar, change, said):
+    name, folder, *_ = pickled_cifar
+    path = folder / data.CIFAR_PICKLES[name][1][0]
+    path.write_bytes(pickle.dumps(change(pickle.loads(path.read_bytes(), encoding="bytes")), protocol=2))
+    with pytest.raises(UserError, match=f"{path.name} .*{said}"):
+        open_data(name, CPU, folder=folder)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.999])
+def test_a_truncated_pickle_is_named(pickled_cifar, part):
+    name, folder, *_ = pickled_cifar
+    path = folder / data.CIFAR_PICKLES[name][1][0]
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+    with pytest.raises(UserError, match=f"{path.name} is no pickled batch of {name}: "):
+        open_data(name, CPU, folder=folder)
 
 
 def numbered(n=23, height=6, width=5, channels=2, *, pad=2, flip=True, limit=None, test_limit=None):

@@ -150,7 +150,7 @@ def test_poisoned_running_statistics_speak_in_eval_and_are_refused_by_the_fold(b
     block, x = scramble(ACBlock(4, 6, 3, padding=1, backend=backend)).eval(), torch.randn(3, 4, 8, 7)
     getattr(block.hor_bn, buffer)[2] = value
     expected = "eager" if backend == "eager" else "folded"
-    assert block.plan(x)[1].backend.NAME == expected
+    assert expected == block.plan(x)[1].backend.NAME
     grad = torch.randn(3, 6, 8, 7)
     want = step(block, x, grad, plain)
     for name, t in step(block, x, grad, lambda b, t: b(t)).items():

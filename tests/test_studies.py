@@ -2,10 +2,12 @@
 
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import os
 import re
+import shutil
 import signal
 from fractions import Fraction
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import matplotlib.text
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import nn
 
 from acnet_kernels import ACBlock, cli
@@ -35,7 +38,7 @@ from acnet_kernels.studies.evaluate import ORIENTATIONS, accuracies
 from acnet_kernels.studies.lab import Lab
 from acnet_kernels.studies.pruning import prune, prune_weight
 from acnet_kernels.studies.regions import kernel_of, regions
-from acnet_kernels.studies.store import Store, read, write_csv
+from acnet_kernels.studies.store import Store, merged, read, write_csv
 from acnet_kernels.studies.study import (
     Measured,
     Network,
@@ -46,6 +49,8 @@ from acnet_kernels.studies.study import (
     subject,
     training_cells,
 )
+from acnet_kernels.studies.watch import Forecast, duration
+from acnet_kernels.training import checkpoints
 from acnet_kernels.training.data import NAMES
 from acnet_kernels.training.loop import Recipe
 
@@ -69,6 +74,14 @@ TINY = [
 SEED_0 = {"data": "d", "net": "n", "recipe": "1 epoch", "backend": "auto", "block": "acb", "seed": 0}
 
 
+ROW = {
+    "epoch": 1,
+    "train_loss": 1.0,
+    "train_accuracy": 0.5,
+    "test_loss": 1.0,
+    "test_accuracy": 0.5,
+    "images_per_second": 1.0,
+}
 QUICK_CELLS = training_cells(plan.QUICK, ["plain"])
 
 
@@ -788,7 +801,7 @@ def test_results_are_kept_unless_resumed(everything, capsys):
     assert (everything / "shifted.json").read_bytes() == before
     code, printed, _ = run(capsys, "shifted", *TINY, "--out", everything, "--resume")
     assert code == 0
-    assert "0 of 6 cells were to be measured" in printed
+    assert "0 of 6 cells are to be measured" in printed
 
 
 def test_networks_trained_otherwise_stay_apart(tmp_path, capsys):
@@ -875,7 +888,7 @@ def test_an_interrupted_study_goes_on_and_gives_the_same_numbers(everything, tmp
     assert re.findall('h2 id="(.*?)"', (tmp_path / "report.html").read_text()) == ["magnitudes"]
     code, printed, _ = run(capsys, "shifted", *TINY, "--out", tmp_path, "--resume")
     assert code == 0
-    assert "3 of 6 cells were to be measured" in printed
+    assert "3 of 6 cells are to be measured" in printed
     assert len(calls) == 6
     again, before = read(tmp_path / "shifted.json"), read(everything / "shifted.json")
     assert [(r.cell, r.values) for r in again] == [(r.cell, r.values) for r in before]
@@ -948,6 +961,159 @@ def test_every_name_is_checked_before_the_first_training(tmp_path, capsys, argum
 
 def test_names_that_a_study_does_not_use_do_not_stop_it(tmp_path, capsys):
     assert run(capsys, "shifted", *TINY, "--seeds", 1, "--nets", "nosuch", "--out", tmp_path)[0] == 0
+
+
+# Shards.
+
+
+def outcome(folder, name):
+    """Cell → values of a study's results, in no order."""
+    return {json.dumps(r.cell, sort_keys=True): r.values for r in merged(sorted(folder.glob(f"{name}*.json")))}
+
+
+def test_shards_share_the_work_and_merge_into_what_one_run_gives(everything, tmp_path, capsys):
+    """In one directory, as of several sessions; one shard trains a network, and uses it for all studies."""
+    for part in (1, 2, 3):
+        code, printed, _ = run(capsys, "all", *TINY, "--shard", f"{part}/3", "--out", tmp_path)
+        assert code == 0
+        assert f"part {part} of 3 is done; --resume without --shard merges the parts" in printed
+        assert len(list((tmp_path / "networks").iterdir())) == 4 * part
+    assert not list(tmp_path.glob("*.png"))
+    assert not (tmp_path / "ablation.json").exists()
+    code, printed, _ = run(capsys, "all", *TINY, "--resume", "--out", tmp_path)
+    assert code == 0
+    assert "networks done" not in printed
+    for name in command.STUDIES:
+        assert f"{name}: 0 of " in printed
+        results = read(tmp_path / f"{name}.json")
+        assert (
+            outcome(tmp_path, name)
+            == outcome(everything, name)
+            == {json.dumps(r.cell, sort_keys=True): r.values for r in results}
+        )
+        # Each cell keeps the command of its shard; the tables are those of one run.
+        assert {re.search(r"--shard ./3", r.run["command"])[0] for r in results} == {
+            f"--shard {i}/3" for i in (1, 2, 3)
+        }
+        assert (tmp_path / f"{name}.csv").exists()
+        tables = [
+            [part.table for part in command.parts(command.STUDIES[name], folder)]
+            for folder in (tmp_path, everything)
+        ]
+        assert tables[0] == tables[1]
+
+
+def test_a_missing_shard_is_made_up_for_and_copied_ones_are_shown(tmp_path, capsys):
+    one, other = tmp_path / "one machine", tmp_path / "another"
+    assert run(capsys, "shifted", *TINY, "--shard", "1/2", "--out", one)[0] == 0
+    assert run(capsys, "shifted", *TINY, "--shard", "2/2", "--out", other)[0] == 0
+    shutil.copy(one / "shifted.shard-1-of-2.json", other)
+    # Without measuring: what is there, merged.
+    code, printed, _ = run(capsys, "shifted", "--plot-only", "--out", other)
+    assert code == 0
+    assert [row[1] for part in command.parts(command.STUDIES["shifted"], other) for row in part.table.rows] == [
+        "2"
+    ] * 3
+    code, printed, _ = run(capsys, "shifted", *TINY, "--resume", "--out", one)
+    assert code == 0
+    assert "3 of 6 cells are to be measured" in printed
+    assert outcome(one, "shifted") == outcome(other, "shifted")
+
+
+def test_a_shard_goes_on_alone_and_is_not_begun_twice(tmp_path, capsys):
+    shard = ["shifted", *TINY, "--shard", "1/2", "--out", tmp_path]
+    assert run(capsys, *shard)[0] == 0
+    code, _, errors = run(capsys, *shard)
+    assert code == 2
+    assert "shifted.shard-1-of-2.json already holds results: go on with --resume" in errors
+    code, _, errors = run(capsys, "shifted", *TINY, "--out", tmp_path)
+    assert code == 2
+    assert "already holds results" in errors
+    code, printed, _ = run(capsys, *shard, "--resume")
+    assert code == 0
+    assert "0 of 3 cells are to be measured" in printed
+
+
+def test_shards_are_balanced_and_the_same_for_every_study():
+    full = plan.make(False)
+    parts = [command._networks(full, (i, 4)) for i in (1, 2, 3, 4)]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == len(command._networks(full, None))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for study in command.STUDIES.values():
+        networks = {Network.of(cell) for cell in study.cells(full)}
+        assert networks <= set().union(*parts)
+        shares = [len(networks & part) for part in parts]
+        assert max(shares) - min(shares) <= 2, study.name
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "a/b", "1/2/3", "-1/2"])
+def test_a_shard_that_is_none_is_refused(capsys, text):
+    code, _, errors = run(capsys, "shifted", f"--shard={text}")
+    assert code == 2
+    assert f"argument --shard: must be I/N with I from 1 to N, as 1/4, got {text!r}" in errors
+
+
+def test_a_shard_measures_and_a_plot_does_not(capsys):
+    code, _, errors = run(capsys, "shifted", "--shard", "1/2", "--plot-only")
+    assert code == 2
+    assert "give one of them" in errors
+
+
+# What else decides a training, and how long it takes.
+
+
+def test_backend_and_weight_decay_reach_the_training_and_its_record(tmp_path, capsys):
+    options = ["--backend", "eager", "--weight-decay", "0"]
+    assert run(capsys, "shifted", *TINY, *options, "--seeds", 1, "--out", tmp_path)[0] == 0
+    for result in read(tmp_path / "shifted.json"):
+        assert result.cell["backend"] == "eager"
+        assert "weight decay 0.0" in result.cell["recipe"]
+        assert " --weight-decay 0.0 --backend eager " in result.run["command"]
+    saved = checkpoints.load(next((tmp_path / "networks").glob("*-acb-seed0-*")) / "last.pt")
+    assert (saved["recipe"]["backend"], saved["recipe"]["weight_decay"]) == ("eager", 0.0)
+    assert "backend eager" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_forecast_is_of_the_whole_study():
+    """Two networks of 10 epochs, one of 4 of another kind: by their own epochs, else by the mean; and measuring."""
+    small, again, large = (
+        Network.of({**SEED_0, "seed": s, "net": net}) for s, net in ((0, "a"), (1, "a"), (0, "b"))
+    )
+    now, text = [0.0], io.StringIO()
+    forecast = Forecast({small: 10, again: 10, large: 4}, Console(file=text, width=200), clock=lambda: now[0])
+    assert forecast.seconds() == 0  # nothing is known yet
+    with forecast.training(small, "small") as observer:
+        observer.start(10, 5, 0, 0)
+        now[0] += 60
+        observer.epoch(ROW)
+        assert forecast.seconds() == 60 * (9 + 10 + 4)
+        for _ in range(9):
+            now[0] += 60
+            observer.epoch(ROW)
+    with forecast.measuring(small, "small", 1):
+        now[0] += 30
+    assert forecast.seconds() == 60 * (10 + 4) + 2 * 30
+    with forecast.training(large, "large") as observer:
+        observer.start(4, 5, 3, 2)  # resumed: three of its epochs were done before
+        now[0] += 600
+        observer.epoch(ROW)
+    assert forecast.seconds() == 60 * 10 + 2 * 30
+    with forecast.measuring(large, "large", 1):
+        now[0] += 30
+    lines = [line for line in text.getvalue().splitlines() if "networks done" in line]
+    assert lines == [
+        "0 of 3 networks done, about 23 min left for the rest",
+        "1 of 3 networks done, about 15 min left for the rest",
+        "2 of 3 networks done, about 10 min left for the rest",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (99, "99 s"), (125, "2 min"), (5940, "99 min"), (6000, "1 h 40 min"), (86400, "24 h 0 min")],
+)
+def test_durations_are_told_as_people_do(seconds, text):
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..backends import planner
 from ..errors import UserError, require
 from ..training import interrupt, report
 from ..training.command import add_machine_arguments, choose_device, make_directory, number
@@ -16,8 +18,8 @@ from ..training.loop import AMP_DTYPES
 from . import ablation, accuracy, magnitudes, page, pruning, rotation, shifted
 from .lab import Lab
 from .plan import Plan, make
-from .store import Store, read, write_csv
-from .study import Study, setting
+from .store import Store, merged, write_csv
+from .study import Cell, Network, Study, setting, training_cells
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +29,7 @@ STUDIES = {
     module.STUDY.name: module.STUDY for module in (ablation, rotation, pruning, magnitudes, shifted, accuracy)
 }
 PLANNING = (
-    *("data", "net", "nets", "epochs", "lr", "batch_size", "amp", "image_size"),
+    *("data", "net", "nets", "epochs", "lr", "batch_size", "weight_decay", "amp", "backend", "image_size"),
     *("limit", "test_limit", "seeds", "prunings"),
 )
 NETWORKS = "networks"
@@ -46,19 +48,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=number(int), metavar="N", help="train all networks for so long")
     add("--lr", type=number(float), help="train all networks with this first learning rate")
     add("--batch-size", type=number(int), metavar="N", help="train all networks with it")
+    add("--weight-decay", type=number(float, zero=True), metavar="WD", help="train all networks with it")
     add("--limit", type=number(int), metavar="N", help="train on N images only")
     add("--test-limit", type=number(int), metavar="N", help="test on N images only")
     add("--seeds", type=number(int), metavar="N", help="trainings a row of a table")
     add("--prunings", type=number(int), metavar="N", help="random prunings a point of a curve")
     add("--amp", choices=tuple(AMP_DTYPES), help="mixed precision in training")
+    add("--backend", choices=planner.CHOICES, help="how ACBlocks compute a training step (auto)")
     add("--image-size", type=number(int), metavar="N", help="of a directory of images (224)")
     readers = "processes that read a directory of images (%(default)s)"
     add("--workers", type=number(int, zero=True), default=2, metavar="N", help=readers)
     out = Path("runs/study")
     add("--out", type=Path, default=out, metavar="DIR", help="for networks, results and the page (%(default)s)")
     add("--resume", action="store_true", help="go on with the results in --out")
+    shards = "do the I-th of N parts of the work; --resume without --shard merges them"
+    add("--shard", type=shard, metavar="I/N", help=shards)
     add("--plot-only", action="store_true", help="tables, figures and page anew from the results in --out")
     add_machine_arguments(parser)
+
+
+def shard(text: str) -> tuple[int, int]:
+    """An argparse type: 'I/N' with 1 ≤ I ≤ N."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, of = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= part <= of:
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, as 1/4, got {text!r}")
+    return part, of
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -72,15 +87,17 @@ def main(arguments: argparse.Namespace) -> int:
         console.width = 200
     out = arguments.out
     studies = list(STUDIES.values()) if arguments.study == "all" else [STUDIES[arguments.study]]
+    if arguments.plot_only and arguments.shard:
+        raise UserError("--shard is a part of the work and --plot-only does none: give one of them")
     if not arguments.plot_only:
         code = _measure(studies, plan_of(arguments), arguments, console)
-        if code:
+        if code or arguments.shard:
             return code
     for study in studies:
         show(study, out, console)
     # A study without its figures is unfinished.
-    sections = [(study, parts(study, out)) for study in STUDIES.values() if _results(out, study).exists()]
-    sections = [(study, found) for study, found in sections if all(f.exists() for p in found for f in p.figures)]
+    sections = [(study, parts(study, out)) for study in STUDIES.values()]
+    sections = [(study, p) for study, p in sections if p and all(f.exists() for part in p for f in part.figures)]
     page.write_page(sections, out / PAGE)
     console.print(f"\n{out / PAGE}: {', '.join(study.name for study, _ in sections)}")
     return 0
@@ -92,20 +109,21 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 
 def command_line(arguments: argparse.Namespace) -> str:
-    """The command that makes these results, without what only says where to compute or that it was resumed."""
+    """The command that made these results, without what only says where to compute or that it was resumed."""
     words = [arguments.study, *(["--quick"] if arguments.quick else [])]
     for name in PLANNING:
         value = getattr(arguments, name)
         if value is not None:
             option = "--" + name.replace("_", "-")
             words += [option, *map(str, value if isinstance(value, list) else [value])]
+    if arguments.shard:
+        words += ["--shard", "{}/{}".format(*arguments.shard)]
     return f"{PROGRAM} {shlex.join([*words, '--out', str(arguments.out)])}"
 
 
 def _measure(studies: list[Study], plan: Plan, arguments: argparse.Namespace, console: Console) -> int:
     """Trains what is missing, then measures what is missing; 0, or the exit code of an interruption."""
-    from ..training.progress import ConsoleObserver
-    from .watch import cell_bar
+    from .watch import Forecast
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -116,31 +134,63 @@ def _measure(studies: list[Study], plan: Plan, arguments: argparse.Namespace, co
         for recipe in plan.accuracy if study.compares_networks else (plan.recipe,):
             lab.check(recipe)
     make_directory(out)
-    stores = {}
+    stores = {study.name: _store(study, run, arguments) for study in studies}
+    mine = _networks(plan, arguments.shard)
+    work: dict[Network, list[tuple[Study, Cell]]] = {}
     for study in studies:
-        path = _results(out, study)
-        if path.exists() and not arguments.resume:
-            raise UserError(f"{path} already holds results: go on with --resume, or give another --out")
-        stores[study.name] = Store(path, run)
-    cells = {study.name: study.cells(plan) for study in studies}
-    missing = {name: [cell for cell in cells[name] if cell not in stores[name]] for name in cells}
+        cells = [cell for cell in study.cells(plan) if Network.of(cell) in mine]
+        missing = [cell for cell in cells if cell not in stores[study.name]]
+        console.print(f"{study.name}: {len(missing)} of {len(cells)} cells are to be measured")
+        for cell in missing:
+            work.setdefault(Network.of(cell), []).append((study, cell))
+    forecast = Forecast({network: lab.epochs(network) for network in work}, console)
     with interrupt.catching() as stopping:
-        complete = lab.train(
-            [cell for name in cells for cell in missing[name]],
-            lambda label: ConsoleObserver(console, label),
-            stopping,
-        )
-        for study in studies if complete else ():
-            name = study.name
-            with cell_bar(console, name, len(cells[name]), len(missing[name])) as advance:
-                for cell in missing[name]:
+        for place, (network, todo) in enumerate(work.items(), 1):
+            label = f"{place:>2}/{len(work)} {network.net} {report.LABELS[network.block]:<21} seed {network.seed}"
+            if not lab.train(network, forecast.training(network, label), stopping):
+                break
+            with forecast.measuring(network, f"{label}  measuring", len(todo)) as advance:
+                for study, cell in todo:
                     if not stopping():
-                        stores[name].add(cell, study.measure(lab, cell))
+                        stores[study.name].add(cell, study.measure(lab, cell))
                         advance()
+            if stopping():
+                break
     if stopping():
         console.print("stopped; the same command with --resume goes on from there")
         return stopping.exit_code
+    if arguments.shard:
+        part, of = arguments.shard
+        console.print(f"part {part} of {of} is done; --resume without --shard merges the parts that are in {out}")
     return 0
+
+
+def _networks(plan: Plan, shard: tuple[int, int] | None) -> set[Network]:
+    """The shard's networks of a plan: the same for all of its studies, which share them."""
+    cells = training_cells(plan, report.LABELS)
+    for recipe in plan.accuracy:
+        cells += training_cells(plan, accuracy.BLOCKS, recipe)
+    part, of = shard or (1, 1)
+    return set(list(dict.fromkeys(map(Network.of, cells)))[part - 1 :: of])
+
+
+def _store(study: Study, run: dict[str, Any], arguments: argparse.Namespace) -> Store:
+    """Where the study's results go: a file for the whole, which takes over shards', or one for a shard."""
+    out = arguments.out
+    if arguments.shard:
+        path = out / "{}.shard-{}-of-{}.json".format(study.name, *arguments.shard)
+        others = [_results(out, study)]
+    else:
+        path, *others = _files(out, study)
+    present = [file for file in (path, *others) if file.exists()]
+    if present and not arguments.resume:
+        raise UserError(f"{present[0]} already holds results: go on with --resume, or give another --out")
+    return Store(path, run, present)
+
+
+def _files(out: Path, study: Study) -> list[Path]:
+    """Where the study's results are: its file, which may be missing, and its shards'."""
+    return [_results(out, study), *sorted(out.glob(f"{study.name}.shard-*-of-*.json"))]
 
 
 def _results(out: Path, study: Study) -> Path:
@@ -150,7 +200,7 @@ def _results(out: Path, study: Study) -> Path:
 def parts(study: Study, out: Path) -> list[page.Part]:
     """The study's results in out, one part a group that belongs into one table, with the figures' paths."""
     found = []
-    for place, results in enumerate(study.groups(read(_results(out, study))), 1):
+    for place, results in enumerate(study.groups(merged(_files(out, study))), 1):
         names = [Path(name) for name in study.plots]
         figures = [out / (name if place == 1 else f"{name.stem}-{place}{name.suffix}") for name in names]
         found.append(page.Part(setting(results), study.finding(results), study.table(results), figures, results))
@@ -162,10 +212,10 @@ def show(study: Study, out: Path, console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    path = _results(out, study)
-    if not path.exists():
-        raise UserError(f"{path} is missing: run the study before --plot-only")
-    write_csv(study.records(read(path)), out / f"{study.name}.csv")
+    results = merged(_files(out, study))
+    if not results:
+        raise UserError(f"{_results(out, study)} is missing: run the study before --plot-only")
+    write_csv(study.records(results), out / f"{study.name}.csv")
     for part in parts(study, out):
         for figure, plot in zip(part.figures, study.plots.values(), strict=True):
             plot(part.results, figure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -21,15 +21,11 @@ from ..training import checkpoints
 from ..training.command import make_directory
 from ..training.data import Data, open_data
 from ..training.loop import LAST, Observer, Recipe, Trainer
-from ..training.report import LABELS
 from .plan import Plan
 from .study import Cell, Network
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
-
-# A training's label → the context in which it is watched.
-Watch = Callable[[str], "AbstractContextManager[Observer]"]
 
 CALIBRATION = 50  # batches that give an untrained network its running statistics
 
@@ -82,28 +78,29 @@ class Lab:
         update_bn((images for images, _ in islice(batches, CALIBRATION)), trainer.model)
         return fuse(trainer.model.eval())
 
-    def train(self, cells: Iterable[Cell], watch: Watch, stopping: Callable[[], bool]) -> bool:
-        """Trains the cells' networks that are not yet trained, from where an earlier call was stopped.
+    def epochs(self, network: Network) -> int:
+        """How many its training has."""
+        return self._recipe(network).epochs
+
+    def train(
+        self, network: Network, watch: AbstractContextManager[Observer], stopping: Callable[[], bool]
+    ) -> bool:
+        """Trains the network where it is not yet, from where an earlier call was stopped.
 
         Args:
-            cells: whose networks.
-            watch: makes the observer of one training from its label.
+            network: which one.
+            watch: around a training; gives its observer.
             stopping: asked after every step.
 
         Returns:
-            Whether all of them are trained.
+            Whether it is trained.
         """
-        networks = dict.fromkeys(map(Network.of, cells))
-        for number, network in enumerate(networks, 1):
-            trainer = self._trainer(network)
-            if trainer.epoch == trainer.recipe.epochs:
-                continue
-            out = make_directory(self._place(network))
-            label = f"{number:>2}/{len(networks)} {network.net} {LABELS[network.block]:<21} seed {network.seed}"
-            with watch(label) as observer:
-                if not trainer.run(out, observer, stopping) or stopping():
-                    return False
-        return True
+        trainer = self._trainer(network)
+        if trainer.epoch == trainer.recipe.epochs:
+            return True
+        out = make_directory(self._place(network))
+        with watch as observer:
+            return trainer.run(out, observer, stopping)
 
     def _place(self, network: Network) -> Path:
         of = network._replace(net="", block="", seed=0)
@@ -118,9 +115,12 @@ class Lab:
         return trainer
 
     def _new_trainer(self, network: Network) -> Trainer:
-        recipe = self.plan.find(network.data, network.net, network.recipe, network.backend)
-        recipe = replace(recipe, block=network.block, seed=network.seed)
+        recipe = self._recipe(network)
         return Trainer(recipe, self._open(recipe.data), self.device)
+
+    def _recipe(self, network: Network) -> Recipe:
+        recipe = self.plan.find(network.data, network.net, network.recipe, network.backend)
+        return replace(recipe, block=network.block, seed=network.seed)
 
     def _open_data(self, name: str) -> Data:
         return open_data(

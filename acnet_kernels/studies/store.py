@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ class Store:
 
     Args:
         path: of the JSON file; read if it is there.
+        merge: other files of the study, whose cells are taken over where this one has none such.
         run: the command and machine of what will be added; kept beside it, as every earlier run's is.
 
     Raises:
         UserError: the file is no study's.
     """
 
-    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+    def __init__(self, path: Path, run: dict[str, Any], merge: Sequence[Path] = ()) -> None:
         self.path, self._run = path, run
-        self._values = {_key(result.cell): result for result in (read(path) if path.exists() else ())}
+        self._values = {_key(result.cell): result for result in merged([path, *merge])}
+        if merge and self._values:
+            self._write()
 
     def __contains__(self, cell: Cell) -> bool:
         return _key(cell) in self._values
@@ -34,6 +37,9 @@ class Store:
     def add(self, cell: Cell, values: dict[str, Any]) -> None:
         """Keeps what was measured; on disk when this returns, whole even if the process is killed meanwhile."""
         self._values[_key(cell)] = Measured(cell, values, self._run)
+        self._write()
+
+    def _write(self) -> None:
         runs: list[Any] = []
         lines = []
         for result in self._values.values():
@@ -59,6 +65,14 @@ def read(path: Path) -> list[Measured]:
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no results of a study: {type(error).__name__}: {error}") from None
     return results
+
+
+def merged(paths: Iterable[Path]) -> list[Measured]:
+    """The results of those files that exist, each cell from the first that has it."""
+    found: dict[str, Measured] = {}
+    for result in (result for path in paths if path.exists() for result in read(path)):
+        found.setdefault(_key(result.cell), result)
+    return list(found.values())
 
 
 def write_csv(records: Sequence[dict[str, Any]], path: Path) -> None:

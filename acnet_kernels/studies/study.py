@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..training.report import LABELS
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -95,9 +96,11 @@ class Study:
     compares_networks: bool = False
 
     def groups(self, results: Sequence[Measured]) -> list[list[Measured]]:
-        """The cells that belong into one table, in order of appearance."""
+        """The cells that belong into one table, by block and seed, however many shards measured them."""
+        order = list(LABELS)
+        results = sorted(results, key=lambda result: (order.index(str(result.cell["block"])), result.cell["seed"]))
         if self.compares_networks:
-            return [list(results)]
+            return [results] if results else []
         found: dict[Network, list[Measured]] = {}
         for result in results:
             found.setdefault(Network.of(result.cell)._replace(block="", seed=0), []).append(result)

@@ -6,10 +6,13 @@ start from (s, e), so a run can be resumed before any batch and goes on as if it
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,6 +179,71 @@ def _download_fashion_mnist(folder: Path) -> Path:
     return folder / "FashionMNIST/raw"
 
 
+# Name → what torchvision keeps of the set: folder, training files, test file, the labels' key.
+CIFAR_PICKLES = {
+    "cifar10": ("cifar-10-batches-py", tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", b"labels"),
+    "cifar100": ("cifar-100-python", ("train",), "test", b"fine_labels"),
+}
+
+
+def find_cifar_pickles(name: str, place: Path) -> Path | None:
+    """The directory with the set as torchvision keeps it: in `place` or that itself; None where there is none."""
+    folder, train, _, _ = CIFAR_PICKLES[name]
+    return next((p for p in (place / folder, place) if (p / train[0]).is_file()), None)
+
+
+def cifar_pickles(name: str, place: Path) -> tuple[Split, Split]:
+    """(train, test) of 'cifar10' or 'cifar100' from the pickles that torchvision unpacks; no code in them runs.
+
+    Raises:
+        UserError: a file is missing or not one of the set's.
+    """
+    _, train, test, key = CIFAR_PICKLES[name]
+    classes = files.CIFAR[name].classes
+
+    class Plain:
+        # Stands for NumPy's array and dtype: keeps what they are made of, and does nothing.
+        def __init__(self, *arguments: object) -> None:
+            self.arguments = arguments
+
+        def __setstate__(self, state: tuple) -> None:
+            self.state = state
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if module.partition(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+                return Plain
+            if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+                return str.encode
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def read(file: str, images: int) -> tuple[np.ndarray, list[int]]:
+        path = place / file
+        try:
+            # Pixels, which Python 3 writes for Python 2 as text of up to two bytes each, labels and file names.
+            most = images * (2 * 3072 + 128) + (64 << 10)
+            content = Unpickler(io.BytesIO(files.read_bytes(path, most)), encoding="bytes").load()
+            _, shape, kind, by_columns, pixels = content[b"data"].state
+            labels = [int(label) for label in content[key]]
+            kind = kind.arguments[0]
+        except UserError:
+            raise
+        except Exception as error:  # a damaged pickle raises anything
+            raise UserError(f"{path} is no pickled batch of {name}: {error or type(error).__name__}") from None
+        if shape != (images, 3072) or by_columns or kind not in ("u1", b"u1") or len(pixels) != images * 3072:
+            raise UserError(f"{path} is wrong: its data must be {images}×3072 bytes, found {shape} of {kind}")
+        if len(labels) != images or not all(0 <= label < classes for label in labels):
+            raise UserError(f"{path} is wrong: it must have {images} labels from 0 to {classes - 1}")
+        return np.frombuffer(pixels, np.uint8).reshape(images, 3, 32, 32), labels
+
+    def split(names: tuple[str, ...], images: int) -> Split:
+        parts = [read(file, images // len(names)) for file in names]
+        pixels = torch.from_numpy(np.concatenate([part for part, _ in parts]))
+        return Split(pixels.permute(0, 2, 3, 1).contiguous(), torch.tensor([n for _, some in parts for n in some]))
+
+    return split(train, files.CIFAR_RECORDS["train"]), split((test,), files.CIFAR_RECORDS["test"])
+
+
 def open_data(
     name: str,
     device: torch.device,
@@ -211,8 +279,9 @@ def open_data(
     if name in files.CIFAR:
         layout, place = files.CIFAR[name], folder or DEFAULT_FOLDER
         place = place / layout.folder if (place / layout.folder).is_dir() else place
-        train, test = files.cifar(name, place)
-        classes = layout.classes
+        pickles = find_cifar_pickles(name, place)
+        train, test = cifar_pickles(name, pickles) if pickles else files.cifar(name, place)
+        place, classes = pickles or place, layout.classes
         return MemoryData(name, str(place), train, test, classes, pad=4, flip=True, **limits, device=device)
     if not Path(name).is_dir():
         raise UserError(f"--data must be one of {', '.join(NAMES)} or a directory of images, got {name!r}")
