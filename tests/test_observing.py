@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from oracle import rel, scramble
 from torch import nn
 from torch.nn import BatchNorm2d, Conv2d
+from torchvision.ops import FrozenBatchNorm2d
 
 import acnet_kernels as ak
 from acnet_kernels import ACBlock
@@ -376,6 +377,22 @@ def test_what_a_traced_module_does_with_a_map_in_training_counts_too():
     acnet = ak.convert(net, init="from_conv", example=X)
     assert notes(acnet) == {"w.w": "its batch norm w.n stays after the block: its output goes elsewhere too"}
     assert_same_eval(net, acnet, X)
+
+
+def test_batch_norms_of_other_classes():
+    class Activated(BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    for norm, note in (
+        (FrozenBatchNorm2d, "with its frozen batch norm"),
+        (Activated, "its consumer is a Activated, which stays after the block"),
+    ):
+        net = network(Direct)
+        net.n = norm(4).double()
+        acnet = ak.convert(net, init="from_conv", example=X)
+        assert notes(acnet) == {"w": note}
+        assert_same_eval(net, acnet, X)
 
 
 def test_a_sequential_with_a_forward_of_its_own_says_nothing_by_its_order():
