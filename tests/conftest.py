@@ -1,6 +1,7 @@
-"""Every test starts from the same random state and without the user's tuned times."""
+"""Every test starts from the same random state, without the user's tuned times, and with float32 in full."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,18 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _without_tf32() -> Iterator[None]:
+    """The bounds are float32's; CUDA's convolutions are TF32 by default. The old API alone: torch refuses a mix."""
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, was in zip(switches, before, strict=True):
+        switch.allow_tf32 = was
 
 
 @pytest.fixture(autouse=True, scope="session")
