@@ -24,7 +24,7 @@ test: lint
 # network, and its python3 the torch that fits the device.
 GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 test-gpu:
-	OMP_NUM_THREADS=1 $(GPU_PY) -m pytest -n 12 tests/triton tests/gpu
+	OMP_NUM_THREADS=1 $(GPU_PY) -m pytest -n 12 tests/triton tests/gpu tests/test_fusion.py
 
 # Blocks, networks, folding and memory, with a report: about ten minutes on two cores.
 bench: $(STAMP)

@@ -1,6 +1,7 @@
-"""Every test starts from the same random state and without the user's tuned times."""
+"""Every test starts from the same random state, without the user's tuned times, and with float32 in full."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,6 +22,18 @@ def _seeded() -> None:
 def native_half(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half-precision convolutions by the vendor's own, as on a GPU or a CPU with AMX, wherever the tests run."""
     monkeypatch.setattr(convolution, "_SLOW_HALF_TYPES", frozenset())
+
+
+@pytest.fixture(autouse=True)
+def _without_tf32() -> Iterator[None]:
+    """The bounds are float32's; CUDA's convolutions are TF32 by default. The old API alone: torch refuses a mix."""
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, was in zip(switches, before, strict=True):
+        switch.allow_tf32 = was
 
 
 @pytest.fixture(autouse=True, scope="session")

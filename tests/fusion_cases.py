@@ -50,7 +50,7 @@ def random_block(dtype=torch.float32, norm_dtype=None, conv_bias=False, **config
 
 def truth(block: ak.ACBlock) -> tuple[torch.Tensor, torch.Tensor]:
     """The fold in float64, from the definition."""
-    step = copy.deepcopy(block).double().step()
+    step = copy.deepcopy(block).double().cpu().step()
     k, shift = step.geometry.kernel, step.geometry.shift
     weight, bias = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for branch in step.branches.values():
@@ -68,7 +68,7 @@ def truth(block: ak.ACBlock) -> tuple[torch.Tensor, torch.Tensor]:
 def assert_close(got, expected, dtype) -> None:
     floor = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     for g, e, what in zip(got, expected, ("weight", "bias"), strict=True):
-        g = g.detach()
+        g = g.detach().cpu()
         assert g.dtype == dtype
         # A bias is a sum of terms around 1 that may cancel: its error is measured against them.
         size = e.norm() if what == "weight" else max(e.norm().item(), len(e) ** 0.5)
@@ -79,7 +79,7 @@ def assert_close(got, expected, dtype) -> None:
 
 def strided(t: torch.Tensor) -> torch.Tensor:
     """The same values at every second place of a larger tensor, every dimension."""
-    larger = torch.full([2 * n + 1 for n in t.shape], float("nan"), dtype=t.dtype)
+    larger = torch.full([2 * n + 1 for n in t.shape], float("nan"), dtype=t.dtype, device=t.device)
     view = larger[tuple(slice(1, None, 2) for _ in t.shape)]
     return view.copy_(t)
 

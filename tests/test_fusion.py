@@ -13,6 +13,13 @@ from acnet_kernels.ops.fusion import fold_steps
 OP, OUT_OP = torch.ops.acnet_kernels.fuse_blocks.default, torch.ops.acnet_kernels.fuse_blocks_out.default
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch sees none")
+    return request.param
+
+
 @pytest.fixture(params=["operator", "pytorch"])
 def run(request):
     """fuse_blocks as dispatched (C++ where it is built), and in PyTorch."""
@@ -22,8 +29,8 @@ def run(request):
 @pytest.mark.parametrize("conv_bias", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_against_float64(run, dtype, channels_last, conv_bias):
-    blocks = [random_block(dtype, conv_bias=conv_bias, **config) for config in CONFIGS]
+def test_against_float64(run, dtype, channels_last, conv_bias, device):
+    blocks = [random_block(dtype, conv_bias=conv_bias, **config).to(device) for config in CONFIGS]
     if channels_last:
         blocks = [block.to(memory_format=torch.channels_last) for block in blocks]
     with torch.no_grad():
@@ -36,39 +43,41 @@ def test_against_float64(run, dtype, channels_last, conv_bias):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_norms_of_another_dtype(run, dtype):
-    blocks = [random_block(dtype, norm, **CONFIGS[0]) for norm in (torch.float32, torch.float64, torch.bfloat16)]
+def test_norms_of_another_dtype(run, dtype, device):
+    norms = (torch.float32, torch.float64, torch.bfloat16)
+    blocks = [random_block(dtype, norm, **CONFIGS[0]).to(device) for norm in norms]
     with torch.no_grad():
         weights, biases = run(*arguments(blocks))
     for block, *got in zip(blocks, weights, biases, strict=True):
         assert_close(got, truth(block), dtype)
 
 
-def test_any_strides(run):
-    blocks = [random_block(**config) for config in CONFIGS]
+def test_any_strides(run, device):
+    blocks = [random_block(**config).to(device) for config in CONFIGS]
     args = arguments(blocks)
     args = [[strided(t.detach()) for t in tensors] for tensors in args[:8]] + list(args[8:])
     for block, *got in zip(blocks, *run(*args), strict=True):
         assert_close(got, truth(block), torch.float32)
 
 
-def test_unaligned_weights(run):
-    block = random_block(**CONFIGS[0])
+def test_unaligned_weights(run, device):
+    block = random_block(**CONFIGS[0]).to(device)
     args = arguments([block])
-    shifted = [torch.empty(t.numel() + 1).narrow(0, 1, t.numel()).view_as(t).copy_(t.detach()) for t in args.square]
+    (square,) = (t.detach() for t in args.square)
+    shifted = [square.new_empty(square.numel() + 1).narrow(0, 1, square.numel()).view_as(square).copy_(square)]
     assert_close([t[0] for t in run(shifted, *args[1:])], truth(block), torch.float32)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_out_is_filled_and_its_version_counted(channels_last):
-    blocks = [random_block(**config) for config in CONFIGS]
+def test_out_is_filled_and_its_version_counted(channels_last, device):
+    blocks = [random_block(**config).to(device) for config in CONFIGS]
     steps = [block.step() for block in blocks]
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = [
         (torch.full_like(w, float("nan"), memory_format=layout), torch.full_like(b, float("nan")))
         for w, b in map(truth, blocks)
     ]
-    out = [(w.float(), b.float()) for w, b in out]
+    out = [(w.float().to(device), b.float().to(device)) for w, b in out]
     versions = [t._version for pair in out for t in pair]
     result = fold_steps(steps, out)
     assert all(r is o for pair, given in zip(result, out, strict=True) for r, o in zip(pair, given, strict=True))
@@ -257,7 +266,8 @@ def test_fold_steps_raises_value_error():
         fold_steps([block.step()])
 
 
-def test_the_extension_is_what_runs():
-    if _extension.MISSING is not None:
-        pytest.skip(f"only the PyTorch form can be tested here: {_extension.MISSING}")
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("acnet_kernels::fuse_blocks", "CPU")
+def test_the_extension_is_what_runs(device):
+    missing = _extension.MISSING if device == "cpu" else _extension.MISSING_CUDA
+    if missing is not None:
+        pytest.skip(f"only the PyTorch form can be tested here: {missing}")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("acnet_kernels::fuse_blocks", device.upper())

@@ -42,3 +42,4 @@ def test_the_command_for_a_device_finds_every_test_and_installs_nothing() -> Non
     assert run.returncode == 0, run.stdout[-8000:]
     for file in (*FILES, *(HERE / "gpu").glob("test_*.py")):
         assert f"{file.relative_to(HERE.parent)}::" in run.stdout
+    assert "tests/test_fusion.py::test_any_strides[cuda-operator]" in run.stdout  # the C++ operator with a kernel

@@ -126,7 +126,7 @@ def _extent(t: Tensor) -> tuple[int, int]:
 
 
 def refuse_leaves(library: torch.library.Library, operator: torch._ops.OpOverload) -> None:
-    """Has a writing operator raise ValueError, as PyTorch's own do, for a leaf that requires a gradient, or its view."""
+    """Has a writing operator raise ValueError, as PyTorch's do, for a leaf that requires a gradient, or its view."""
     arguments = operator._schema.arguments
     written = [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
@@ -136,7 +136,7 @@ def refuse_leaves(library: torch.library.Library, operator: torch._ops.OpOverloa
                 base = t._base if t._is_view() else t
                 if base is not None and base.requires_grad and base.is_leaf:
                     raise ValueError(
-                        f"{name} is a leaf that requires a gradient, or its view, and would be changed in place: call "
+                        f"{name} is a leaf that requires a gradient, or its view, and would change in place: call "
                         f"{operator.name()} under torch.no_grad()"
                     )
         with torch._C._AutoDispatchBelowAutograd():

@@ -7,6 +7,7 @@ process of its own with TRITON_INTERPRET=1. A process with neither collects noth
 import os
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +19,30 @@ collect_ignore_glob = [] if _INTERPRETED or torch.cuda.is_available() else ["tes
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cpu" if _INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _tf32_as_on_the_device() -> None:
+    """The interpreter, which ignores "tf32", takes 10 bits of a dot's fp32 operands, as tensor cores do."""
+    if not _INTERPRETED:
+        return
+    from triton._C.libtriton import ir
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    exact = InterpreterBuilder.create_dot
+
+    def truncated(handle: TensorHandle) -> TensorHandle:
+        if handle.data.dtype != np.float32:
+            return handle
+        bits = np.ascontiguousarray(handle.data).view(np.uint32) & np.uint32(0xFFFFE000)
+        return TensorHandle(bits.view(np.float32), handle.dtype)
+
+    def create_dot(builder, a, b, d, input_precision, *rest):
+        if input_precision == ir.INPUT_PRECISION.TF32:
+            a, b = truncated(a), truncated(b)
+        return exact(builder, a, b, d, input_precision, *rest)
+
+    InterpreterBuilder.create_dot = create_dot
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,8 @@ from acnet_kernels.ops.triton_conv import Window
 
 BRANCHES = ("square", "hor", "ver")
 SMALL = Config(32, 16, 16, 4, 1)  # several tiles along every axis of a small problem
+# Relative error a float32 tensor may have where products are TF32's: each operand is cut to 10 bits of mantissa.
+TF32_FLOOR = 2.0**-9
 
 
 @dataclass(frozen=True)

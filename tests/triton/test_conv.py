@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle import FLOORS, assert_as_good_as, border, rel
-from problems import BRANCHES, DEPTHWISE, PROBLEMS, SMALL, Problem, Tensors, step
+from problems import BRANCHES, DEPTHWISE, PROBLEMS, SMALL, TF32_FLOOR, Problem, Tensors, step
 
 from acnet_kernels.geometry import Geometry
 from acnet_kernels.ops import triton_bn_sum, triton_conv
@@ -21,6 +21,18 @@ def test_step_is_as_exact_as_eager(problem: Problem, dtype: torch.dtype, device:
     assert_as_good_as(got, eager, true)
     for name in got.keys() & {f"y_{b}" for b in BRANCHES}:
         assert rel(border(got[name]), border(true[name])) <= FLOORS[dtype]
+
+
+@pytest.mark.parametrize("name", ["primes", "stride", "kernel_5", "groups", "no_hor"])
+def test_tf32_is_taken_where_it_is_allowed_and_has_its_own_bound(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    t = Tensors(next(p for p in PROBLEMS if p.name == name), torch.float32, device)
+    got, true = step(t), t.truth()
+    errors = {key: rel(got[key], true[key]) for key in true}
+    assert max(errors.values()) <= TF32_FLOOR, errors
+    assert min(errors[f"y_{b}"] for b in t.branches) > FLOORS[torch.float32], errors
 
 
 @BOTH_KINDS
