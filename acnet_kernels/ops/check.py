@@ -126,7 +126,7 @@ def _extent(t: Tensor) -> tuple[int, int]:
 
 
 def refuse_leaves(library: torch.library.Library, operator: torch._ops.OpOverload) -> None:
-    """Has a writing operator raise ValueError, as PyTorch's do, for a leaf that requires a gradient, or its view."""
+    """Has a writing operator raise ValueError, as PyTorch's do, for a leaf that needs a gradient, or its view."""
     arguments = operator._schema.arguments
     written = [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
