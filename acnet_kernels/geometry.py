@@ -8,6 +8,7 @@ A shift moves hor down and ver right of the centre (paper Fig. 6c, the border-sh
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -114,14 +115,17 @@ class Geometry:
     shift: Pair
 
     def __post_init__(self) -> None:
-        # Every step looks something up by its geometry. A string's hash would differ in another process.
-        mode = PADDING_MODES.index(self.padding_mode)
-        sizes = (self.kernel, self.stride, self.padding, self.dilation, self.groups, mode, self.shift)
-        object.__setattr__(self, "_hash", hash(sizes))
         object.__setattr__(self, "_placements", {branch: self._place(branch) for branch in BRANCHES})
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        # Kept, as every step looks something up by its geometry; not made with the geometry, as Dynamo traces that
+        # but no hash before torch 2.12. A string's hash would differ in another process.
+        mode = PADDING_MODES.index(self.padding_mode)
+        return hash((self.kernel, self.stride, self.padding, self.dilation, self.groups, mode, self.shift))
+
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined]
+        return self._hash
 
     @classmethod
     def make(

@@ -8,10 +8,11 @@ convolutions that sit as the branches of one block do. `speaks_for` is the one p
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -28,7 +29,9 @@ Modules = Mapping[str, nn.Module]
 # What every instance of these has; anything more may shadow what the class's forward reads.
 _CONV_ATTRIBUTES = frozenset(nn.Conv2d(1, 1, 1).__dict__)
 _NORM_ATTRIBUTES = frozenset(nn.BatchNorm2d(1).__dict__)
-_CONV_SIZE, _NORM_SIZE = len(_CONV_ATTRIBUTES), len(_NORM_ATTRIBUTES)
+# What a traced forward may call or read under a name that an instance can shadow.
+_CALLED = ("forward", "_conv_forward", "_check_input_dim")
+_READ = (*_CALLED, "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # What a class may define and still be the batch norm that it derives from.
 _HARMLESS = {"__init__", "_check_input_dim", "extra_repr", "__constants__"}
 _HARMLESS |= {"__doc__", "__module__", "__annotations__", "__annotate_func__", "__annotations_cache__"}
@@ -107,24 +110,18 @@ def refresh(module: nn.Module) -> None:
 
 
 def _is_plain_conv(conv: nn.Module) -> bool:
-    own = conv.__dict__
     return (
         type(conv) is nn.Conv2d
         and not (conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks)
-        and "forward" not in own
-        and "_conv_forward" not in own
-        and (len(own) == _CONV_SIZE or not _shadows(conv, _CONV_ATTRIBUTES))
+        and not _shadows(conv, _CONV_ATTRIBUTES)
     )
 
 
 def _is_plain_norm(norm: nn.Module) -> bool:
-    own = norm.__dict__
     return (
         _is_known_norm(norm)
         and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
-        and "forward" not in own
-        and "_check_input_dim" not in own
-        and (len(own) == _NORM_SIZE or not _shadows(norm, _NORM_ATTRIBUTES))
+        and not _shadows(norm, _NORM_ATTRIBUTES)
     )
 
 
@@ -162,7 +159,14 @@ def _is_parametrized(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _shadows(module: nn.Module, usual: frozenset[str]) -> str | None:
     """An attribute set on the instance, besides the usual ones, that its class or its tensors have by that name."""
-    for name in module.__dict__:
+    own = module.__dict__
+    if torch.compiler.is_compiling():  # Dynamo lists no instance's attributes before torch 2.12, but knows each
+        names: Iterable[str] = [name for name in _READ if name in own]
+    elif len(own) == len(usual):
+        return None
+    else:
+        names = own
+    for name in names:
         if name not in usual and (
             hasattr(type(module), name) or name in module._parameters or name in module._buffers
         ):
@@ -176,7 +180,7 @@ def _changes_values(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or any(not isinstance(hook, computing) for hook in module._forward_pre_hooks.values())
-        or {"forward", "_conv_forward", "_check_input_dim"} & module.__dict__.keys()
+        or any(name in module.__dict__ for name in _CALLED)
         or (not parametrize.is_parametrized(module) and _shadows(module, _CONV_ATTRIBUTES | _NORM_ATTRIBUTES))
     )
 
@@ -185,8 +189,7 @@ def _why_special(module: nn.Module, expected: type[nn.Module], usual: frozenset[
     kind = type(module)
     if kind is not expected and not (expected is nn.BatchNorm2d and _is_known_norm(module)):
         return f"is a {kind.__name__}, not a plain nn.{expected.__name__}"
-    called = ("forward", "_conv_forward", "_check_input_dim")
-    own = next((name for name in called if name in module.__dict__), _shadows(module, usual))
+    own = next((name for name in _CALLED if name in module.__dict__), _shadows(module, usual))
     return f"has a {own} of its own" if own else "has hooks"
 
 
