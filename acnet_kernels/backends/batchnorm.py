@@ -28,11 +28,12 @@ def batch_norm(y: Tensor, norm: Norm) -> Tensor:
     # momentum=None is the cumulative average: its factor 1/n stays a tensor, so nothing waits for it.
     assert norm.num_batches_tracked is not None
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
-    out = F.batch_norm(y, mean, var, norm.gamma, norm.beta, True, 1.0, norm.eps)
-    factor = norm.num_batches_tracked.to(mean.dtype).reciprocal()
-    norm.running_mean.lerp_(mean, factor)
-    norm.running_var.lerp_(var, factor)
-    return out
+    try:
+        return F.batch_norm(y, mean, var, norm.gamma, norm.beta, True, 1.0, norm.eps)
+    finally:  # a recomputation may end with what is saved for backward, which comes after the statistics
+        factor = norm.num_batches_tracked.to(mean.dtype).reciprocal()
+        norm.running_mean.lerp_(mean, factor)
+        norm.running_var.lerp_(var, factor)
 
 
 def update_running(
