@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .backends import planner
 from .geometry import Geometry
-from .spec import TENSORS, Branch, Norm, Problem, Step, autocast_dtype, problem_of
+from .spec import TENSORS, TORCH_FUNC, Branch, Norm, Problem, Step, autocast_dtype, problem_of
 
 
 def acblock(
@@ -82,8 +82,8 @@ def describe(x: Tensor, step: Step) -> Problem:
         dtype = branch.weight.dtype
         if dtype != x.dtype and autocast_dtype(dtype, problem.device) != problem.dtype:
             raise TypeError(f"input must have the weights' dtype {dtype}, got {x.dtype}")
-    if problem.transformed:
-        _check_transform(step, x)
+    if problem.transform:
+        _check_transform(step, x, problem.transform)
     return problem
 
 
@@ -100,13 +100,13 @@ def _check_devices(x: Tensor, step: Step) -> None:
                 )
 
 
-def _check_transform(step: Step, x: Tensor) -> None:
-    """Refuses what a torch.func transform cannot do, before a counter or a statistic has changed."""
+def _check_transform(step: Step, x: Tensor, transform: str) -> None:
+    """Refuses what a transform cannot do, before a counter or a statistic has changed."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for norm in step.norms:
         if norm.group is not None:
-            raise ValueError("SyncBatchNorm has no rule for torch.func transforms: call eval() on it first")
-        if not norm.batch_stats or norm.running_mean is None:
+            raise ValueError(f"SyncBatchNorm has no rule for {transform}: call eval() on it first")
+        if transform != TORCH_FUNC or not norm.batch_stats or norm.running_mean is None:
             continue
         if torch._C._functorch.is_batchedtensor(x) and not torch._C._functorch.is_batchedtensor(norm.running_mean):
             raise ValueError(

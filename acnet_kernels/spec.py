@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
 
 from .geometry import Geometry, Pair
+
+TORCH_FUNC = "a torch.func transform"  # grad, vmap, jvp …
 
 
 class Norm(NamedTuple):
@@ -81,7 +84,8 @@ class Problem:
 
     `dtype` is what the convolutions compute in (autocast taken into account), `input_dtype` what the input
     came in; `batch_stats` has one entry a batch norm; `grad` says whether anything needs a gradient, `synced`
-    whether statistics span processes, `transformed` whether a torch.func transform (grad, vmap …) is active.
+    whether statistics span processes; `transform` names what is at work that has rules for PyTorch's own operators
+    alone ('' for nothing).
     """
 
     shape: tuple[int, int, int, int]
@@ -96,7 +100,7 @@ class Problem:
     channels_last: bool
     grad: bool
     synced: bool = False
-    transformed: bool = False
+    transform: str = ""
 
     @property
     def output_size(self) -> Pair:
@@ -128,8 +132,7 @@ class Problem:
 def problem_of(step: Step, x: Tensor) -> Problem:
     """Describes step on input x (any tensor with a shape: meta and fake ones too)."""
     device, square, norms = x.device.type, step.branches["square"].weight, step.norms
-    # Dynamo traces transforms in its own way, and cannot read the stack.
-    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    transform = _transform(step, x)
     return Problem(
         shape=(*x.shape,),
         out_channels=square.shape[0],
@@ -140,11 +143,28 @@ def problem_of(step: Step, x: Tensor) -> Problem:
         dtype=autocast_dtype(x.dtype, device),
         input_dtype=x.dtype,
         device=device,
-        channels_last=not transformed and prefers_channels_last(x, square),  # vmap knows no layouts
+        channels_last=not transform and prefers_channels_last(x, square),  # vmap knows no layouts
         grad=torch.is_grad_enabled() and (x.requires_grad or _has_gradients(step)),
         synced=any(norm.group is not None for norm in norms),
-        transformed=transformed,
+        transform=transform,
     )
+
+
+def _transform(step: Step, x: Tensor) -> str:
+    if torch.compiler.is_compiling():  # Dynamo traces transforms in its own way, and cannot read the stack
+        return ""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return TORCH_FUNC
+    if forward_ad._current_level >= 0 and any(
+        map(has_tangent, (x, *(t for _, own in step.tensors() for t in own)))
+    ):
+        return "forward-mode differentiation"
+    return ""
+
+
+def has_tangent(t: Tensor | None) -> bool:
+    """Whether forward-mode differentiation goes through t."""
+    return t is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
 def autocast_dtype(dtype: torch.dtype, device: str) -> torch.dtype:

@@ -11,12 +11,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from oracle import rel, scramble
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from acnet_kernels import ACBlock, explain
 
@@ -163,7 +165,7 @@ def test_synced_norms_equal_one_process_with_the_whole_batch(world):
 
 
 def sync_rest(rank, world, b, x, grad, sizes):
-    """Compiled, in a subgroup, over two groups, in eval, differentiated twice."""
+    """Compiled, in a subgroup, over two groups, in eval, recomputed, differentiated twice and in batches."""
     found = {}
     compiled = synced(copy.deepcopy(b))
     xc = part(x, rank, sizes).detach().requires_grad_()
@@ -184,6 +186,9 @@ def sync_rest(rank, world, b, x, grad, sizes):
     with Collectives() as counted:
         found["eval"] = evaluated(x).detach()
     found["eval collectives"] = len(counted.names)
+    recomputed = synced(copy.deepcopy(b))
+    checkpoint(recomputed, x.detach().requires_grad_(), use_reentrant=False).sum().backward()
+    found["updates"] = [int(bn.num_batches_tracked) for bn in recomputed.norms().values()]
     again = synced(copy.deepcopy(b))
     again.backend = "eager"
     found["reason"] = again.plan(x)[1].reason
@@ -193,6 +198,16 @@ def sync_rest(rank, world, b, x, grad, sizes):
         g.sum().backward()
     except RuntimeError as error:
         found["twice"] = str(error)
+    out = synced(copy.deepcopy(b))(xd)
+    try:
+        torch.autograd.grad(out, xd, torch.stack([grad, grad]), is_grads_batched=True)
+    except RuntimeError as error:
+        found["batched"] = str(error)
+    with forward_ad.dual_level():
+        try:
+            again(forward_ad.make_dual(x, x))
+        except ValueError as error:
+            found["forward mode"] = str(error)
     return found
 
 
@@ -207,7 +222,10 @@ def test_synced_norms_compiled_in_groups_and_in_eval():
         assert r["eval collectives"] == 0
         assert rel(r["eval"], copy.deepcopy(b).eval()(x)) < 1e-6
         assert r["reason"].startswith("eager was requested but SyncBatchNorm's statistics span processes")
+        assert r["updates"] == [2, 2, 2]  # as nn.SyncBatchNorm's own: once more in the recomputation
         assert "once_differentiable" in r["twice"]
+        assert "one gradient at a time" in r["batched"]
+        assert "SyncBatchNorm has no rule for forward-mode differentiation" in r["forward mode"]
 
 
 def test_without_processes_a_synced_block_runs_as_any_other():

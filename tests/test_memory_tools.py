@@ -34,12 +34,28 @@ def test_checkpoint(backend, training, reentrant):
     def recomputed(m, t):
         return m.head(checkpoint(lambda u: m.second(m.first(u)), t, use_reentrant=reentrant).mean((2, 3)))
 
-    with set_checkpoint_early_stop(False):  # early, it would spare whichever norm comes last its second update
-        got, want = gradients(net, x, recomputed), gradients(twin, x, recomputed)
+    got, want = gradients(net, x, recomputed), gradients(twin, x, recomputed)
     assert_all_close(got, want)
     assert_same_state(net, twin)  # the second forward moves the statistics again, as nn.BatchNorm2d's
     plain = gradients(through_modules(net), x, lambda m, t: m.head(m.second(m.first(t)).mean((2, 3))))
     assert_all_close(got, plain)
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"norm": "sum"}, {"momentum": None}], ids=str)
+@pytest.mark.parametrize("backend", TRAINING)
+def test_recomputed_statistics_move_as_often_as_batch_norms_own(backend, options, blocks, early):
+    made = [scramble(ACBlock(4, 4, 3, padding=1, backend=backend, **options)) for _ in range(blocks)]
+    chain = torch.nn.Sequential(*made)
+    twin = through_modules(chain)
+    with set_checkpoint_early_stop(early):
+        for _ in range(2):  # momentum=None weighs the batches by how many there were
+            x = torch.randn(2, 4, 8, 8)
+            for m in (chain, twin):
+                gradients(m, x, lambda m, t: checkpoint(m, t, use_reentrant=False))
+    assert int(twin.get_buffer(f"{blocks - 1}.{'bn' if 'norm' in options else 'hor_bn'}.num_batches_tracked")) == 4
+    assert_same_state(chain, twin)
 
 
 @pytest.mark.parametrize("backend", TRAINING)

@@ -293,11 +293,11 @@ def test_two_runs_agree_to_the_bit():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_double_backward_says_that_there_is_none():
-    x = torch.randn(2, 4, 3, 3, requires_grad=True)
-    (grad,) = torch.autograd.grad(block_of()(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no double backward.*backend='eager'"):
-        grad.sum().backward()
+@pytest.mark.parametrize("norm", ["branch", "sum"])
+def test_differentiable_twice(norm):
+    block = block_of(2, 2, norm=norm, shift=(1, -1)).double()
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *_: block(x), (x, *block.parameters()))
 
 
 def test_compiles_whole_and_agrees():

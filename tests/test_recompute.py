@@ -177,11 +177,11 @@ def test_memory_saver_takes_it_where_moments_declines():
 # --- transforms -----------------------------------------------------------------------------------------
 
 
-def test_double_backward_says_that_there_is_none():
-    x = torch.randn(2, 4, 3, 3, requires_grad=True)
-    (grad,) = torch.autograd.grad(block(4, 4, 3, padding=1)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no double backward.*backend='branches' or 'eager'"):
-        grad.sum().backward()
+@pytest.mark.parametrize("norm", ["branch", "sum"])
+def test_differentiable_twice(norm):
+    b = block(2, 2, 3, stride=2, padding=1, norm=norm).double()
+    x = torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *_: b(x), (x, *b.parameters()))
 
 
 def test_gradcheck():

@@ -30,11 +30,12 @@ def batch_norm(y: Tensor, norm: Norm) -> Tensor:
     # momentum=None is the cumulative average: its factor 1/n stays a tensor, so nothing waits for it.
     assert norm.num_batches_tracked is not None
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
-    out = torch.batch_norm(y, *affine, mean, var, True, 1.0, norm.eps, cudnn)
-    factor = norm.num_batches_tracked.to(mean.dtype).reciprocal()
-    move(norm.running_mean, mean, factor)
-    move(norm.running_var, var, factor)
-    return out
+    try:
+        return torch.batch_norm(y, *affine, mean, var, True, 1.0, norm.eps, cudnn)
+    finally:  # a recomputation may end with what is saved for backward, which comes after the statistics
+        factor = norm.num_batches_tracked.to(mean.dtype).reciprocal()
+        move(norm.running_mean, mean, factor)
+        move(norm.running_var, var, factor)
 
 
 def move(running: Tensor, value: Tensor, factor: float | Tensor) -> None:

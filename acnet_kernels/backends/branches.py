@@ -14,12 +14,11 @@ as in eager (one convolution by the summed kernel would round larger terms), and
 
 A convolution's bias cancels against the batch mean: it moves the running mean alone, and its gradient is zero
 (eager's is rounding noise around zero). The step is differentiable twice: a backward with create_graph=True
-recomputes it by eager formulas.
+recomputes it by eager formulas, as does one for a batch of gradients at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from ..geometry import BRANCHES, Geometry, Placement
 from ..kernels.window import Window
 from ..ops import bn_sum
 from ..spec import Norm, Problem, Step, autocast_dtype
+from . import nodes
 from .batchnorm import batch_norm, update_running
 from .convolution import (
     add_input_gradient,
@@ -113,6 +113,15 @@ class Plan(NamedTuple):
         out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, self.dtype)
         return out, ys, means, variances, rstds
 
+    def definition(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        """out but for the βs, of x, the weights and the γs, by eager formulas."""
+        weights, gammas, _ = self.split(tensors)
+        out = torch.zeros((), dtype=self.conv_dtype, device=x.device)
+        for b, y in enumerate(self.maps(x, weights)):
+            norm = Norm(gammas[b] if gammas else None, None, None, None, None, self.eps[b], None, True)
+            out = out + batch_norm(y, norm)
+        return out
+
     def needs_dy(self, needs_x: bool, needs_w: Sequence[bool]) -> list[bool]:
         """Which of the maps have a gradient that something needs."""
         return (
@@ -125,17 +134,11 @@ class Plan(NamedTuple):
         return tensors[:n], list(tensors[n : n + self.affine]), list(tensors[n + self.affine :])
 
 
-def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    # The casts are made by hand: autocast would undo the wider convolution.
-    casts = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if casts else contextlib.nullcontext()
-
-
 def _composed(plan: Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(out, means, variances) from operators that torch.compile can trace and differentiate."""
     if plan.phases != ALL_TRITON:  # the gradient of its operator is by Triton too
         plan = plan._replace(phases=ALL_VENDOR)
-    with _without_autocast(x.device.type):
+    with nodes.without_autocast(x.device.type):
         out, _, means, variances, _ = plan.forward(x, *plan.split(tensors))
     return out, means, variances
 
@@ -155,13 +158,16 @@ class _Step(torch.autograd.Function):
     """The same in one node, which knows that nobody else needs the y_b."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, plan: Plan, update: nodes.Update, x: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         weights, gammas, betas = plan.split(tensors)
         if x.device.type == "cpu":
             _keep_freed_memory()
         # Nothing here is differentiated: calls need not pass the dispatcher's autograd layer.
-        with _without_autocast(x.device.type), torch._C._AutoDispatchBelowAutograd():
+        with nodes.without_autocast(x.device.type), torch._C._AutoDispatchBelowAutograd():
             out, ys, means, variances, rstds = plan.forward(x, weights, gammas, betas)
+        update(means, variances)
         ctx.plan = plan
         # A hook on saved tensors may keep what it was given.
         ctx.owns_maps = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
@@ -179,11 +185,12 @@ class _Step(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         weights, gammas, (means, rstds, *ys) = plan.split(saved)
         # Autograd casts what is returned to the inputs' dtypes.
-        with _without_autocast(x.device.type):
-            if torch.is_grad_enabled():
-                found = _differentiable_gradients(plan, grad, (x, *weights, *gammas), needs[1:])
-                return None, *found, *[_sum(grad) if need else None for need in plan.split(needs[2:])[2]]
-            needs_x, needs_w = needs[1], plan.split(needs[2:])[0]
+        with nodes.without_autocast(x.device.type):
+            if nodes.wants_definition(grad):
+                inputs = (x, *weights, *gammas)
+                definition = functools.partial(plan.definition, *inputs)
+                return None, None, *nodes.gradients(definition, inputs, needs[2:], grad)
+            needs_x, needs_w = needs[2], plan.split(needs[3:])[0]
             needs_dy = plan.needs_dy(needs_x, needs_w)
             grad = bn_sum.like(grad, ys[0])
             with torch._C._AutoDispatchBelowAutograd():
@@ -194,7 +201,7 @@ class _Step(torch.autograd.Function):
                     dys, dgammas, dbeta = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy)
             dx, dws = convolution_gradients(plan, dys, x, weights, needs_x, needs_w)
         dgammas = dgammas.unbind() if plan.affine else ()
-        return None, dx, *dws, *dgammas, *[dbeta] * (len(needs) - 2 - len(weights) - plan.affine)
+        return None, None, dx, *dws, *dgammas, *[dbeta] * (len(needs) - 3 - len(weights) - plan.affine)
 
 
 def convolution_gradients(
@@ -261,24 +268,6 @@ def _gradients_of_the_sum(
         return dx, [None] * len(weights)
     found = [dw, *(own_taps(dw, name, plan.geometry).clone() for name in plan.names[1:])]
     return dx, [t if need else None for t, need in zip(found, needs_w, strict=True)]
-
-
-def _differentiable_gradients(
-    plan: Plan, grad: Tensor, inputs: tuple[Tensor, ...], needs: tuple[bool, ...]
-) -> list[Tensor | None]:
-    """Gradients of x, weights and γs by eager formulas, themselves differentiable."""
-    weights, gammas, _ = plan.split(inputs[1:])
-    out = torch.zeros((), dtype=plan.conv_dtype, device=grad.device)
-    for b, y in enumerate(plan.maps(inputs[0], weights)):
-        norm = Norm(gammas[b] if gammas else None, None, None, None, None, plan.eps[b], None, True)
-        out = out + batch_norm(y, norm)
-    wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
-    found = iter(torch.autograd.grad(out, wanted, grad.to(plan.conv_dtype), create_graph=True) if wanted else ())
-    return [next(found) if need else None for _, need in zip(inputs, needs, strict=False)]
-
-
-def _sum(grad: Tensor) -> Tensor:
-    return grad.to(bn_sum.accumulation_dtype(grad.dtype)).sum((0, 2, 3))
 
 
 class Inputs(NamedTuple):
@@ -367,10 +356,13 @@ def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
     count = x.shape[0] * size[0] * size[1]
     inputs = inputs_of(x, step)
     plan = plan_of(geometry, inputs.names, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type, phases)
-    compute = _composed if torch.compiler.is_compiling() else _Step.apply
-    out, means, variances = compute(plan, x, *inputs.weights, *inputs.gammas, *inputs.betas)
+    update = functools.partial(update_running, inputs.norms, count=count, biases=inputs.biases)
+    tensors = (x, *inputs.weights, *inputs.gammas, *inputs.betas)
+    if not torch.compiler.is_compiling():
+        return _Step.apply(plan, update, *tensors)[0]
+    out, means, variances = _composed(plan, *tensors)
     with torch.no_grad():
-        update_running(inputs.norms, means, variances, count, inputs.biases)
+        update(means, variances)
     return out
 
 

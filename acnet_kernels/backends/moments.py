@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,10 @@ from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
 from ..ops.bn_sum import mean_and_variance, rstds_of
 from ..ops.check import checked
-from ..spec import Problem, Step, autocast_dtype, prefers_channels_last
+from ..spec import Norm, Problem, Step, autocast_dtype, prefers_channels_last
 from . import moments_algebra as algebra
-from .batchnorm import update_running
+from . import nodes
+from .batchnorm import batch_norm, update_running
 from .convolution import add_convolution, convolution_dtype, summed_kernel, turned
 
 NAME = "moments"
@@ -98,7 +99,7 @@ def forward(x: Tensor, step: Step) -> Tensor:
     betas += [torch.zeros_like(bias) * bias for bias in biases]
     # Not stack().sum(): its backward gives every β a view of one gradient, and accumulation adds into it thrice.
     beta = functools.reduce(torch.add, betas) if betas else square.new_zeros(shape, dtype=dtype)
-    out, mean, variance = ops.moments_step(
+    arguments = (
         x,
         weights,
         gamma,
@@ -112,9 +113,28 @@ def forward(x: Tensor, step: Step) -> Tensor:
     offsets: list[Tensor | None] = [branch.bias for branch in step.branches.values()]
     if step.norm is not None:
         offsets = [torch.stack(biases).sum(0) if biases else None]
-    with torch.no_grad():
-        update_running(norms, mean, variance, count, offsets)
-    return out
+    update = functools.partial(update_running, norms, count=count, biases=offsets)
+    return nodes.run(_RECORDED, arguments, update)
+
+
+def _definition(ctx: Any) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    x, gamma, _, _, _, _, _, *weights = ctx.saved_tensors
+    half, dtype = ctx.kernel // 2, convolution_dtype(x.dtype, x.device.type)
+
+    def definition() -> Tensor:
+        out, wide = torch.zeros((), dtype=dtype, device=x.device), x.to(dtype)
+        places = zip(ctx.origins[::2], ctx.origins[1::2], strict=True)
+        for weight, own, eps, (row, column) in zip(weights, gamma, ctx.eps, places, strict=True):
+            top, left = half - row, half - column
+            edges = (left, weight.shape[3] - 1 - left, top, weight.shape[2] - 1 - top)
+            y = F.conv2d(F.pad(wide, edges), weight.to(dtype), groups=ctx.groups)
+            out = out + batch_norm(y, Norm(own, None, None, None, None, eps, None, True))
+        return out
+
+    return definition, [x, *weights, gamma]
+
+
+_RECORDED = nodes.Recorded(ops.moments_step, ops.setup, ops.backward, _definition)
 
 
 def _origin(geometry: Geometry, branch: str) -> tuple[int, int]:

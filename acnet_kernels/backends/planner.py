@@ -211,8 +211,8 @@ def _saving_plan(problem: Problem) -> Plan | None:
 
 def _forced(problem: Problem) -> Plan | None:
     """The plan of the steps that one way alone computes, whatever is requested."""
-    if problem.transformed:
-        return Plan(eager, "inside a torch.func transform only the definition has the rules that are needed")
+    if problem.transform:
+        return Plan(eager, f"under {problem.transform} only the definition has the rules that are needed")
     if problem.synced:
         return Plan(synced, "SyncBatchNorm's statistics span processes: one collective forward, one backward")
     return None

@@ -6,12 +6,15 @@ s·(z − its mean) + Σ_b β_b. Of one branch alone z is y_b, bit for bit. Exac
 everywhere.
 
 Three more convolutions a step, on CUDA four: this runs on request, and under the memory saver where `moments`,
-whose identities need stride 1, dilation 1 and "same" padding, declines. Without a double backward.
+whose identities need stride 1, dilation 1 and "same" padding, declines.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,7 @@ from ..ops import recompute as ops
 from ..ops._extension import TRITON
 from ..ops.check import checked
 from ..spec import Problem, Step, prefers_channels_last
-from . import branches
+from . import branches, nodes
 from .batchnorm import update_running
 from .convolution import summed_kernel
 
@@ -49,7 +52,7 @@ def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
     size = step.geometry.output_size(x.shape[2], x.shape[3])
     inputs = branches.inputs_of(x, step)
-    out, means, variances, _ = ops.recompute_step(
+    arguments = (
         x,
         inputs.weights,
         inputs.gammas,
@@ -60,9 +63,20 @@ def forward(x: Tensor, step: Step) -> Tensor:
         inputs.dtype,
         prefers_channels_last(x, inputs.weights[0]),
     )
-    with torch.no_grad():
-        update_running(inputs.norms, means, variances, x.shape[0] * size[0] * size[1], inputs.biases)
-    return out
+    count = x.shape[0] * size[0] * size[1]
+    update = functools.partial(update_running, inputs.norms, count=count, biases=inputs.biases)
+    return nodes.run(_RECORDED, arguments, update)
+
+
+def _definition(ctx: Any) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    x, _, _, *tensors = ctx.saved_tensors
+    eps, names, geometry = ctx.constants
+    affine = len(tensors) - len(names)
+    plan = branches.plan_of(ops.unpack(geometry), names, eps, affine, ctx.dtype, x.device.type)
+    return functools.partial(plan.definition, x, *tensors), [x, *tensors]
+
+
+_RECORDED = nodes.Recorded(ops.recompute_step, ops.setup, ops.backward, _definition)
 
 
 @torch.library.impl("acnet_kernels::recompute_step", ("CPU", "CUDA"))

@@ -8,6 +8,7 @@ backend: it runs where norms are synchronised.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..ops.bn_sum import mean_and_variance, rstds_of
 from ..spec import Norm, Problem, Step
 from .batchnorm import batch_norm, move
 from .eager import convolve
+from .nodes import Update, wants_definition
 
 NAME = "synced"
 
@@ -59,7 +61,15 @@ def _normalised_sum(maps: list[Tensor], norms: list[Norm]) -> Tensor:
     """Σ_b BN_b(y_b) by the statistics of all processes; running statistics and counters are updated."""
     eps = [norm.eps for norm in norms]
     affine = [*(norm.gamma for norm in norms), *(norm.beta for norm in norms)]
-    out, mean, var = _SyncedSum.apply(norms[0].group, eps, *maps, *affine)
+    update = functools.partial(_update_running, norms)
+    if not torch.compiler.is_compiling():  # which keeps statistics out of a node of autograd's graph
+        return _SyncedSum.apply(norms[0].group, eps, update, *maps, *affine)[0]
+    out, mean, var = _SyncedSum.apply(norms[0].group, eps, None, *maps, *affine)
+    update(mean, var)
+    return out
+
+
+def _update_running(norms: list[Norm], mean: Tensor, var: Tensor) -> None:
     for norm, mean_b, var_b in zip(norms, mean, var, strict=True):
         if norm.running_mean is None or norm.running_var is None:
             continue
@@ -70,7 +80,6 @@ def _normalised_sum(maps: list[Tensor], norms: list[Norm]) -> Tensor:
             if factor is None:  # the cumulative average
                 factor = norm.num_batches_tracked.to(running.dtype).reciprocal()
             move(running, batch.to(running.dtype), factor)
-    return out
 
 
 def _per_channel(t: Tensor) -> Tensor:
@@ -96,13 +105,16 @@ def _merge(packed: Tensor, branches: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _SyncedSum(torch.autograd.Function):
-    """(group, ε a branch, *y_b, *γ_b, *β_b) → (Σ_b BN_b(y_b), batch means B×K, unbiased variances B×K).
+    """(group, ε a branch, update, *y_b, *γ_b, *β_b) → (Σ_b BN_b(y_b), batch means B×K, unbiased variances B×K).
 
-    Statistics are accumulated in float32 or better, sent and merged in float64 (counts stay exact).
+    Statistics are accumulated in float32 or better, sent and merged in float64 (counts stay exact). update moves
+    the running ones by them before anything is saved for backward, as in nodes.py.
     """
 
     @staticmethod
-    def forward(ctx: Any, group: Any, eps: list[float], *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, group: Any, eps: list[float], update: Update | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         n = len(eps)
         maps, gammas, betas = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         first = maps[0]
@@ -125,6 +137,8 @@ class _SyncedSum(torch.autograd.Function):
             out = part if out is None else out + part
         assert out is not None
         var = m2 / (total - 1).clamp_min(1)
+        if update is not None:
+            update(mean, var)
         ctx.group, ctx.branches = group, n
         ctx.save_for_backward(total.to(dtype), saved_mean, saved_rstd, *maps, *gammas, *betas)
         ctx.mark_non_differentiable(mean, var)
@@ -133,6 +147,11 @@ class _SyncedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, _mean: Tensor, _var: Tensor) -> tuple[Any, ...]:
+        if wants_definition(g):
+            raise RuntimeError(
+                "SyncBatchNorm's processes exchange the sums of one gradient at a time: neither a batch of them "
+                "(is_grads_batched, vectorize) nor a forward-mode one has a rule"
+            )
         total, mean, rstd, *tensors = ctx.saved_tensors
         n, dtype = ctx.branches, mean.dtype
         maps, gammas, betas = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
@@ -152,4 +171,4 @@ class _SyncedSum(torch.autograd.Function):
             d_maps.append(dy.to(y.dtype))
             d_gammas.append(None if gamma is None else (local[1 + b] * rstd[b]).to(gamma.dtype))
             d_betas.append(None if beta is None else local[0].to(beta.dtype))
-        return None, None, *d_maps, *d_gammas, *d_betas
+        return None, None, None, *d_maps, *d_gammas, *d_betas

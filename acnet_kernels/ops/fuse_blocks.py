@@ -337,8 +337,9 @@ def _backward(ctx: Any, weight_grads: Sequence[Tensor], bias_grads: Sequence[Ten
         dw, db = weight_grads[i].to(dtype), bias_grads[i].to(dtype)
         for branch in branches:
             rows, columns = branch.region
+            own = dw if branch.slot == "square" else dw[:, :, rows, columns]  # batched grads have no rule for [:]
             wanted = {name for name, at in branch.positions.items() if needs[name][at]}
-            for name, grad in _branch_backward(branch, wanted, dw[:, :, rows, columns], db):
+            for name, grad in _branch_backward(branch, wanted, own, db):
                 grads[name][branch.positions[name]] = grad.to(branch.tensors[name].dtype)
     return (*grads.values(), None, None, None)
 

@@ -1,4 +1,14 @@
-"""The operators of the `moments` backend: schema, fake, autograd. backends/moments.py registers their kernels."""
+"""The operators of the `moments` backend: schema, fake, autograd. backends/moments.py registers their kernels.
+
+    moments_step(x, weights, gamma, beta, origins, eps, kernel, groups, channels_last)
+        -> (out, mean, variance, pivot, sums, centred)
+        out = Σ_b BN_b(W_b * x), "same" padding, stride 1, in x's dtype; differentiable in the tensors. mean and
+        (biased) variance are B×K in float64; what follows is for the gradient alone.
+
+Arguments: `x`, N×C×H×W; `weights`, B kernels K×C/groups×rows×columns that lie inside a kernel×kernel one; `gamma`,
+B×K; `beta`, K, summed over the branches; `origins`, 2·B ints, the row and column of each kernel's first tap; `eps`,
+B floats; `channels_last`, the layout of out.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +31,7 @@ LIBRARY.define(
     " bool need_weights, bool need_gamma) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
-
-def moments_step(
-    x: Tensor,
-    weights: list[Tensor],
-    gamma: Tensor,
-    beta: Tensor,
-    origins: list[int],
-    eps: list[float],
-    kernel: int,
-    groups: int,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, mean, variance) of Σ_b BN_b(W_b * x), "same" padding, stride 1; differentiable in the tensors.
-
-    Args:
-        x: N×C×H×W.
-        weights: B kernels K×C/groups×rows×columns that lie inside a kernel×kernel one.
-        gamma: B×K; beta: K, summed over the branches.
-        origins: 2·B ints, the row and column of each kernel's first tap.
-        eps: B floats.
-        channels_last: the layout of out, N×K×H×W of x's dtype. mean and (biased) variance are B×K in float64
-            and not differentiable.
-    """
-    return torch.ops.acnet_kernels.moments_step(
-        x, weights, gamma, beta, origins, eps, kernel, groups, channels_last
-    )[:3]
+moments_step = torch.ops.acnet_kernels.moments_step.default
 
 
 def check_step(
@@ -186,17 +171,17 @@ def _backward_fake(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weights, gamma, beta, origins, eps, kernel, groups, _ = inputs
     _, mean, variance, pivot, sums, centred = output
     rstd = rstds_of(variance, eps)
     ctx.mark_non_differentiable(mean, variance, pivot, sums, centred)
     ctx.save_for_backward(x, gamma, mean, rstd, pivot, sums, centred, *weights)
-    ctx.beta_dtype, ctx.origins, ctx.kernel, ctx.groups = beta.dtype, origins, kernel, groups
+    ctx.beta_dtype, ctx.origins, ctx.eps, ctx.kernel, ctx.groups = beta.dtype, origins, eps, kernel, groups
     ctx.need = x.requires_grad, any(weight.requires_grad for weight in weights), gamma.requires_grad
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     x, gamma, mean, rstd, pivot, sums, centred, *weights = ctx.saved_tensors
     need_x, need_weights, need_gamma = ctx.need
     dx, dweights, dgamma, dbeta = torch.ops.acnet_kernels.moments_step_backward(
@@ -220,11 +205,8 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> NoReturn:
-    raise RuntimeError(
-        "the moments backend has no double backward: its gradient is computed without a graph; use "
-        "backend='eager' where create_graph=True is wanted"
-    )
+    raise RuntimeError("moments_step_backward has no derivative; acblock() has one of every order")
 
 
-torch.library.register_autograd("acnet_kernels::moments_step", _backward, setup_context=_setup)
+torch.library.register_autograd("acnet_kernels::moments_step", backward, setup_context=setup)
 torch.library.register_autograd("acnet_kernels::moments_step_backward", _no_double_backward)

@@ -181,8 +181,8 @@ def _(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, weights, gammas, betas, eps, branches, geometry, _, _ = inputs
+def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    x, weights, gammas, betas, eps, branches, geometry, ctx.dtype, _ = inputs
     _, means, variances, rstds = output
     ctx.mark_non_differentiable(means, variances, rstds)
     ctx.save_for_backward(x, means, rstds, *weights, *gammas)
@@ -192,7 +192,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.need_gammas = any(gamma.requires_grad for gamma in gammas)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     x, means, rstds, *rest = ctx.saved_tensors
     count = len(ctx.need_weights)
     weights, gammas = rest[:count], rest[count:]
@@ -211,11 +211,8 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> NoReturn:
-    raise RuntimeError(
-        "the recompute backend has no double backward: its gradient is computed without a graph; use "
-        "backend='branches' or 'eager' where create_graph=True is wanted"
-    )
+    raise RuntimeError("recompute_step_backward has no derivative; acblock() has one of every order")
 
 
-torch.library.register_autograd("acnet_kernels::recompute_step", _backward, setup_context=_setup)
+torch.library.register_autograd("acnet_kernels::recompute_step", backward, setup_context=setup)
 torch.library.register_autograd("acnet_kernels::recompute_step_backward", _no_double_backward)

@@ -1,0 +1,116 @@
+"""A step by an operator as one node of autograd's graph; the definition's gradients where the step's will not do.
+
+The running statistics move within the node, as within nn.BatchNorm2d's: a recomputation that stops as soon as all
+that backward needs is there again (torch.utils.checkpoint) has moved them by then. torch.library's own nodes cannot
+do that, and take ten times as long to make; torch.compile, which needs them, gets them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.bn_sum import accumulation_dtype
+from ..spec import has_tangent
+
+# Moves the running statistics, given the batch's means and biased variances.
+Update = Callable[[Tensor, Tensor], None]
+
+
+class Recorded(NamedTuple):
+    """An operator (x, weights, γs, βs, constants …) → (out, means, variances, …), and what autograd needs of it.
+
+    `setup` and `backward` are as torch.library.register_autograd takes them. `definition` gives, of the context,
+    a function that computes out but for the βs by PyTorch's operators, and its inputs: x, the weights and the γs.
+    """
+
+    operator: Callable[..., tuple[Tensor, ...]]
+    setup: Callable[..., None]
+    backward: Callable[..., tuple[Any, ...]]
+    definition: Callable[[Any], tuple[Callable[[], Tensor], Sequence[Tensor]]]
+
+
+def run(recorded: Recorded, arguments: tuple[Any, ...], update: Update) -> Tensor:
+    """out of the operator on these arguments, differentiable in the first four."""
+    if not torch.compiler.is_compiling():
+        return _Node.apply(recorded, arguments, update, *_flat(arguments))[0]
+    out, means, variances, *_ = recorded.operator(*arguments)
+    with torch.no_grad():
+        update(means, variances)
+    return out
+
+
+def _flat(arguments: tuple[Any, ...]) -> list[Any]:
+    flat: list[Any] = []
+    for argument in arguments[:4]:
+        flat.extend(argument if isinstance(argument, list) else (argument,))
+    return flat
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, recorded: Recorded, arguments: tuple[Any, ...], update: Update, *_: Tensor
+    ) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = recorded.operator(*arguments)
+        update(output[1], output[2])
+        recorded.setup(ctx, arguments, output)
+        ctx.recorded = recorded
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        if grad is None:
+            return (None,) * len(needs)
+        if wants_definition(grad):
+            definition, inputs = ctx.recorded.definition(ctx)
+            return None, None, None, *gradients(definition, inputs, needs[3:], grad)
+        return None, None, None, *_flat(ctx.recorded.backward(ctx, grad))
+
+
+def wants_definition(grad: Tensor) -> bool:
+    """Whether only the definition's gradients will do: differentiable ones, or of a batch of grads at once.
+
+    Raises:
+        RuntimeError: a torch.func transform differentiates the gradient of a step taken outside it.
+    """
+    if torch.compiler.is_compiling():  # Dynamo knows what grad is, and cannot ask
+        return torch.is_grad_enabled()
+    functorch = torch._C._functorch
+    if functorch.is_gradtrackingtensor(grad):
+        raise RuntimeError(
+            "a torch.func transform cannot differentiate the gradient of a block's step taken outside it: call the "
+            "block inside the transform, or use backend='eager'"
+        )
+    batched = functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
+    return batched or has_tangent(grad) or torch.is_grad_enabled()
+
+
+def gradients(
+    definition: Callable[[], Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """The gradients of x, the weights and the γs, the inputs of definition, and of as many βs as needs has left."""
+    wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
+    with without_autocast(grad.device.type):
+        found: Iterator[Tensor] = iter(())
+        if wanted:
+            with torch.enable_grad():
+                out = definition()
+            create = torch.is_grad_enabled()
+            found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=create))
+        dbeta = grad.to(accumulation_dtype(grad.dtype)).sum((0, 2, 3))
+    own, of_betas = needs[: len(inputs)], needs[len(inputs) :]
+    return [*(next(found) if need else None for need in own), *(dbeta if need else None for need in of_betas)]
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Autocast off: the casts are made by hand, and it would undo the wider convolution."""
+    casts = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if casts else contextlib.nullcontext()
