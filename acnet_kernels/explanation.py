@@ -21,7 +21,8 @@ from .surgery import RECORD, Conversion, blocks_of
 class BlockReport:
     """One call of one block: its input and output shapes (None if not known), the path taken and why.
 
-    `saved_bytes` counts the maps the path keeps for backward (0 where nothing needs a gradient). `predicted` and
+    `saved_bytes` counts the maps the path keeps for backward (0 where nothing needs a gradient), `transient_bytes`
+    what a step holds at most besides, its output and gradients included (None where not known). `predicted` and
     `measured` are backend → milliseconds of a step, as far as known, where the planner chooses by time.
     """
 
@@ -32,6 +33,7 @@ class BlockReport:
     reason: str
     parameters: int
     saved_bytes: int | None
+    transient_bytes: int | None = None
     predicted: Mapping[str, float] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
 
@@ -59,6 +61,7 @@ class Explanation:
                 "backend",
                 "parameters",
                 "saved",
+                "besides",
                 "predicted",
                 "measured",
                 "reason",
@@ -137,32 +140,33 @@ def _report(name: str, block: ACBlock, x: Tensor) -> BlockReport:
     try:
         rows, columns = block.geometry.output_size(x.shape[2], x.shape[3])
         shape = (x.shape[0], block.out_channels, rows, columns)
-        backend, reason, saved, times = _path(block, x)
+        backend, reason, memory, times = _path(block, x)
     except Exception as error:  # a table of what is wrong must not be what goes wrong
         return BlockReport(name, tuple(x.shape), None, "?", _failure(error), _parameters(block), None)
-    return BlockReport(name, tuple(x.shape), shape, backend, reason, _parameters(block), saved, *times)
+    return BlockReport(name, tuple(x.shape), shape, backend, reason, _parameters(block), *memory, *times)
 
 
 def _failure(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
-def _path(block: ACBlock, x: Tensor) -> tuple[str, str, int | None, planner.Times]:
+def _path(block: ACBlock, x: Tensor) -> tuple[str, str, tuple[int | None, int | None], planner.Times]:
     unknown = planner.Times({}, {})
     if block.deploy:
         conv = block.fused_conv
         needed = x.requires_grad or any(p.requires_grad for p in conv.parameters())
         saved = x.numel() * x.element_size() if needed else 0
-        return "deployed", "folded for good: one convolution", saved, unknown
+        return "deployed", "folded for good: one convolution", (saved, None), unknown
     forced = block.module_path_reason()
     if forced is not None:  # what the submodules keep is theirs to know
-        return eager.NAME, f"through the submodules: {forced}", None, unknown
+        return eager.NAME, f"through the submodules: {forced}", (None, None), unknown
     problem, plan = block.plan(x)
     times = planner.times(problem) if plan.backend.NAME in planner.candidates(problem) else unknown
     reason = plan.reason
     if plan.backend is branches and problem.device == phases.DEVICE:
         reason += f"; {phases.chosen(problem.explicit())}"
-    return plan.backend.NAME, reason, plan.backend.saved_bytes(problem), times
+    memory = plan.backend.saved_bytes(problem), plan.backend.transient_bytes(problem)
+    return plan.backend.NAME, reason, memory, times
 
 
 def _without_shape(name: str, block: ACBlock) -> BlockReport:
@@ -198,13 +202,13 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _cells(block: BlockReport) -> tuple[str, ...]:
-    saved = "?" if block.saved_bytes is None else _size(block.saved_bytes)
+    memory = ("?" if count is None else _size(count) for count in (block.saved_bytes, block.transient_bytes))
     shapes = _shape(block.input_shape), _shape(block.output_shape)
     times = (
         f"{known[block.backend]:.3g}" if block.backend in known else ""
         for known in (block.predicted, block.measured)
     )
-    return block.name, *shapes, block.backend, f"{block.parameters:,}", saved, *times, block.reason
+    return block.name, *shapes, block.backend, f"{block.parameters:,}", *memory, *times, block.reason
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

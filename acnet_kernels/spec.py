@@ -110,14 +110,24 @@ class Problem:
     @property
     def input_bytes(self) -> int:
         """Bytes of the input map in the compute dtype."""
-        n, c, h, w = self.shape
-        return n * c * h * w * self.dtype.itemsize
+        return self.map_bytes(self.dtype)[0]
 
     @property
     def output_bytes(self) -> int:
         """Bytes of one output-sized map in the compute dtype."""
-        rows, columns = self.output_size
-        return self.shape[0] * self.out_channels * rows * columns * self.dtype.itemsize
+        return self.map_bytes(self.dtype)[1]
+
+    def map_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Bytes of the input map and of one output-sized map in this dtype."""
+        (n, c, h, w), (rows, columns) = self.shape, self.output_size
+        return n * c * h * w * dtype.itemsize, n * self.out_channels * rows * columns * dtype.itemsize
+
+    @property
+    def weights(self) -> int:
+        """Elements of all branches' kernels."""
+        k = self.geometry.kernel
+        taps = sum(k * k if name == "square" else k for name in self.branches)
+        return self.out_channels * self.shape[1] // self.geometry.groups * taps
 
     def explicit(self) -> Problem:
         """The same with its input padded already where the padding mode is not zeros: what a backend is given."""

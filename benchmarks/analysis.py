@@ -39,11 +39,11 @@ def ratio(other: Row, this: Row) -> Ratio:
 Steps = dict[str, dict[str, Row]]  # shape or network → contender → its step's time, in its better layout
 
 
-def steps(rows: Iterable[Row], metric: str = "time_ms") -> Steps:
-    """The step's rows of this metric, the better layout of each contender."""
+def steps(rows: Iterable[Row], metric: str = "time_ms", mode: str = "step") -> Steps:
+    """The step's (or this mode's) rows of this metric, the better layout of each contender."""
     found: Steps = {}
     for row in rows:
-        if row.mode == "step" and row.metric == metric:
+        if row.mode == mode and row.metric == metric:
             of_shape = found.setdefault(row.shape, {})
             if row.contender not in of_shape or row.p50 < of_shape[row.contender].p50:
                 of_shape[row.contender] = row

@@ -23,10 +23,11 @@ STYLES: dict[str, tuple[str, str]] = {
     "checkpoint": ("#999999", "X"),
     "moments": ("#CC79A7", "D"),
     "branches": ("#56B4E9", "s"),
+    "recompute": ("#F0E442", "p"),
     "auto": ("#0072B2", "o"),
     "memory_saver": ("#CC79A7", "D"),
 }
-SPARE = ("#F0E442", "p")
+SPARE = ("#BBBBBB", "d")
 
 
 def present(rows: Iterable[Iterable[str]]) -> list[str]:

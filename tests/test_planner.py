@@ -1,6 +1,7 @@
 """The planner's rule: what is known about times decides, and eager where it does not."""
 
 import copy
+import threading
 import warnings
 from dataclasses import replace
 
@@ -151,6 +152,157 @@ def test_a_missing_extension_is_said_once(monkeypatch):
         warnings.simplefilter("error")
         planner.choose(replace(p, grad=False))
     planner._warn_without_extension.cache_clear()
+
+
+# --- where memory is to be saved --------------------------------------------------------------------------
+
+
+def held(call):
+    """(the most bytes that call() held at once of what it allocated, those it holds on to, its result)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most, now, result
+
+
+STEPS = [
+    ((128, 16, 32, 32), {"out_channels": 16}, {}),
+    ((16, 3, 64, 64), {"out_channels": 32}, {}),
+    ((16, 64, 28, 28), {"out_channels": 64}, {}),
+    ((8, 64, 28, 28), {"out_channels": 64}, {"dtype": torch.bfloat16}),
+    ((32, 16, 32, 32), {"out_channels": 16}, {"dtype": torch.bfloat16}),
+    ((32, 16, 32, 32), {"out_channels": 16}, {"layout": torch.contiguous_format}),
+    ((8, 192, 14, 14), {"out_channels": 192}, {}),
+    ((8, 32, 32, 32), {"out_channels": 32, "kernel_size": 5, "padding": 2, "groups": 4}, {}),
+    ((16, 64, 28, 28), {"out_channels": 64, "stride": 2}, {}),
+    ((16, 64, 28, 28), {"out_channels": 64, "norm": "sum"}, {}),
+]
+
+
+@pytest.mark.parametrize("backend", ["eager", "branches", "moments", "recompute"])
+@pytest.mark.parametrize(("shape", "options", "how"), STEPS, ids=str)
+def test_transient_bytes_are_about_what_a_step_holds_besides(backend, shape, options, how):
+    layout = how.get("layout", torch.channels_last)
+    block = ACBlock(shape[1], **{"kernel_size": 3, "padding": 1, "backend": backend, **options})
+    block.to(memory_format=layout)
+    x = torch.randn(shape).to(memory_format=layout).requires_grad_()
+    module = planner.BACKENDS[backend]
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16, enabled="dtype" in how):
+            return block(x)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled="dtype" in how):
+        problem, plan = block.plan(x)
+    if plan.backend is not module:
+        assert "stride (2, 2) is not (1, 1)" in plan.reason
+        return
+    out = forward()
+    grad = torch.randn_like(out)
+    out.backward(grad)  # what is computed once for all is there
+    block.zero_grad()
+    x.grad = out = None
+    most, kept, out = held(forward)
+    backward, _, _ = held(lambda: out.backward(grad))
+    besides = max(most - kept + out.nbytes, backward)
+    assert 0.6 < module.transient_bytes(problem) / besides < 1.6
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "name"),
+    [
+        (
+            (128, 3, 32, 32),
+            {"out_channels": 16},
+            "moments",
+        ),  # one small map is kept where a step has three large ones
+        ((128, 16, 32, 32), {"out_channels": 16}, "recompute"),
+        ((8, 1024, 28, 28), {"out_channels": 1024}, "recompute"),  # a Gram matrix of 9216² against maps of 24 MiB
+        ((4, 32, 32, 32), {"out_channels": 32, "kernel_size": 31, "padding": 15, "groups": 32}, "recompute"),
+        ((1, 64, 2, 2), {"out_channels": 64}, "eager"),  # the kernels are more than the maps, whoever computes
+    ],
+    ids=str,
+)
+def test_memory_is_saved_by_what_a_network_would_hold(shape, options, name):
+    block = ACBlock(
+        shape[1], **{"kernel_size": 3, "padding": 1, "backend": "memory_saver", **options}, device="meta"
+    )
+    p = problem(*shape, block=block, channels_last=True)
+    plan = planner.choose(p, "memory_saver")
+    assert plan.backend is planner.BACKENDS[name]
+    if name != "eager":
+        assert f"{plan.backend.transient_bytes(p):,} besides" in plan.reason
+        least = min(planner.network_bytes(module, p) for module in planner.SAVERS)
+        assert least >= planner.SURELY_LESS * planner.network_bytes(plan.backend, p)
+    assert planner.choose(replace(p, grad=False), "memory_saver") == planner.choose(replace(p, grad=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("c", [8, 64])
+def test_a_network_of_blocks_holds_less(c, dtype):
+    def most(backend):
+        network = torch.nn.Sequential(*(ACBlock(c, c, 3, padding=1, backend=backend) for _ in range(8)))
+        network.to(memory_format=torch.channels_last)
+        x = torch.randn(8, c, 16, 16).to(memory_format=torch.channels_last)
+
+        def step():
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                out = network(x)
+            out.sum().backward()
+
+        step()
+        return held(step)[0]
+
+    assert most("memory_saver") < 0.75 * most("eager")
+
+
+def test_overlapping_requests_of_threads_are_each_kept():
+    first, second, off = planner.memory_saver(), planner.memory_saver(), planner.memory_saver(False)
+    p = problem(128, 16, 32, 32)
+
+    def saving():
+        return planner.choose(p).reason.startswith("memory saver")
+
+    def elsewhere(call):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    first.__enter__()
+    elsewhere(second.__enter__)
+    assert saving()
+    first.__exit__(None, None, None)
+    assert saving()  # the other thread's
+    elsewhere(off.__enter__)
+    assert not saving()  # the last one entered decides
+    second.__exit__(None, None, None)
+    assert not saving()
+    off.__exit__(None, None, None)
+    assert not saving()
+
+
+def test_requests_of_many_threads_leave_nothing_behind():
+    lost = []
+
+    def work():
+        for _ in range(500):
+            with planner.memory_saver():
+                lost.append(not planner._saving)
+            with pytest.raises(ZeroDivisionError), planner.memory_saver():
+                _ = 1 // 0
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(lost)
+    assert not planner._saving
+    assert not planner._requests
 
 
 # --- under torch.compile ----------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from .convolution import (
     add_input_gradient,
     column_weight_gradient,
     convolution_dtype,
+    gradient_bytes,
     own_taps,
     summed_kernel,
 )
@@ -72,6 +73,17 @@ def saved_bytes(problem: Problem) -> int:
     widened = convolution_dtype(problem.dtype, problem.device).itemsize / problem.dtype.itemsize
     inputs = problem.input_bytes // problem.dtype.itemsize * problem.input_dtype.itemsize
     return inputs + int(len(problem.batch_stats) * problem.output_bytes * widened)
+
+
+def transient_bytes(problem: Problem) -> int:
+    """Bytes of maps that a step holds at most besides what it keeps, its output and its gradients among them."""
+    dtype = convolution_dtype(problem.dtype, problem.device)
+    forward = problem.output_bytes
+    if len(problem.branches) > len(problem.batch_stats):  # a branch's map on its way into their sum
+        forward += problem.map_bytes(dtype)[1]
+    # The y_b become their own gradients.
+    backward = gradient_bytes(problem, dtype) if problem.grad else 0
+    return max(forward, backward) + (problem.map_bytes(dtype)[0] if problem.input_dtype != dtype else 0)
 
 
 class Plan(NamedTuple):

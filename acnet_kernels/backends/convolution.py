@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import Geometry, Pair, Placement
+from ..spec import Problem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The least map (elements) whose passes cost more than turning a kernel round, and how many kernels it must be.
@@ -37,6 +38,24 @@ _SLOW_HALF_TYPES = _slow_half_types()
 def convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """What the vendor's convolutions of a step of this dtype compute in: one cast in, one out."""
     return torch.float32 if device == "cpu" and dtype in _SLOW_HALF_TYPES else dtype
+
+
+def gradient_bytes(problem: Problem, dtype: torch.dtype) -> int:
+    """Bytes that the gradients of all branches' convolutions take at most, computed in this dtype.
+
+    dx, and each dW twice, the second time in the vendor's order. A dx of several branches that cannot be summed
+    within their convolutions has the next one's beside it, and a map that the vendor reorders.
+    """
+    x, _ = problem.map_bytes(dtype)
+    in_one_pass = (
+        problem.device == "cpu"
+        and problem.channels_last
+        and problem.geometry.stride == (1, 1)
+        and x // dtype.itemsize >= LEAST_MAP
+        and _vendor_accumulates()
+    )
+    convolutions = len(problem.batch_stats)  # a sum of the branches is differentiated as one
+    return (1 if convolutions == 1 or in_one_pass else 3) * x + 2 * problem.weights * dtype.itemsize
 
 
 def summed_kernel(kernels: Mapping[str, Tensor], geometry: Geometry) -> Tensor:

@@ -29,6 +29,17 @@ def saved_bytes(problem: Problem) -> int:
     return problem.input_bytes + len(problem.batch_stats) * problem.output_bytes
 
 
+def transient_bytes(problem: Problem) -> int:
+    """Bytes of maps that a step holds at most besides what it keeps, its output and its gradients among them."""
+    x, y = problem.map_bytes(problem.dtype)
+    # A branch's normalised map, the sum it is added to, and the new sum; or a branch's map beside a new sum.
+    forward = y if len(problem.branches) == 1 else 3 * y if problem.norm == "branch" else 2 * y
+    if not problem.grad:
+        return forward
+    copied = 0 if problem.channels_last else y  # by the vendor, which reorders
+    return max(forward, x + y + copied + 2 * problem.weights * problem.dtype.itemsize)
+
+
 def convolve(x: Tensor, branch: Branch, geometry: Geometry, name: str) -> Tensor:
     """The branch's convolution of x, before its batch norm."""
     place = geometry.placement(name)

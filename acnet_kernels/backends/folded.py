@@ -27,6 +27,12 @@ def saved_bytes(problem: Problem) -> int:
     return problem.input_bytes if problem.grad else 0
 
 
+def transient_bytes(problem: Problem) -> int:
+    """Bytes of maps that a step holds at most besides what it keeps, its output and its gradients among them."""
+    x, y = problem.map_bytes(problem.dtype)
+    return max(y, x) if problem.grad else y
+
+
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros); differentiable."""
     geometry = step.geometry

@@ -73,11 +73,42 @@ def saved_bytes(problem: Problem) -> int:
     """Bytes kept for backward: x, and one number a weight."""
     if not problem.grad:
         return 0
-    k = problem.geometry.kernel
-    branches = problem.branches if problem.norm == "branch" else ("square",)
-    taps = sum(k * k if name == "square" else k for name in branches)
-    weights = problem.out_channels * problem.shape[1] // problem.geometry.groups * taps
+    taps = problem.geometry.kernel**2
+    square = problem.out_channels * problem.shape[1] // problem.geometry.groups * taps
+    weights = problem.weights if problem.norm == "branch" else square
     return problem.input_bytes + weights * torch.promote_types(problem.dtype, torch.float32).itemsize
+
+
+def transient_bytes(problem: Problem) -> int:
+    """Bytes that a step holds at most besides what it keeps, its output and its gradients among them.
+
+    Its matrices are as large as the maps, and where there are many channels or taps they are far larger.
+    """
+    n, c, h, w = problem.shape
+    k, groups, cpu = problem.geometry.kernel, problem.geometry.groups, problem.device == "cpu"
+    thin, small = c // groups, torch.promote_types(problem.dtype, torch.float32)
+    x, y = problem.map_bytes(problem.dtype)
+    part = max(x, y)  # of a batch, the images whose maps are converted or centred at a time
+    if cpu:
+        whole = max(problem.map_bytes(small))
+        part = min(whole, max(CHUNK_BYTES, whole // max(n, 1)))
+    copies = 0 if cpu and problem.dtype == small else 2 * part
+    kernels = 8 * problem.out_channels * thin * k * k  # float64, as the Gram matrix is
+    gram = 8 * groups * (k * k * thin) ** 2
+    parts_of_gram = gram + gram // k + gram // k**2 if cpu and algebra.MISSING is None else 3 * gram
+    statistics = (
+        parts_of_gram + 3 * 8 * c * k**4 + 4 * kernels
+    )  # and the sums with the pivot, a channel and taps' pair
+    forward = max(statistics, y + 8 * kernels + copies)
+    if not problem.grad:
+        return forward
+    if cpu and thin >= LEAST_CHANNELS_BY_BRANCH:
+        parts = 3 * part
+    else:
+        composite = 3 * groups * (k * k * thin) ** 2 * small.itemsize
+        lines = 2 * n * (max(h, w) + k // 2) * algebra.SIDES * (k // 2) * c * small.itemsize
+        parts = composite + lines + (2 if problem.channels_last else 4) * part
+    return max(forward, x + 10 * kernels + parts + copies)
 
 
 def forward(x: Tensor, step: Step) -> Tensor:
@@ -301,10 +332,12 @@ def _step(
             branch.to_weight(product) * row[:, None]
             for branch, product, row in zip(branches, products, rstd, strict=True)
         ]
+        sums, pixels = moments.sums, max(moments.pixels, 1)
+        del moments, products  # as large as weights squared, and not needed beside maps
         rounded, unit = _in_range(_fuse(branches, scale, kernel), convolution_dtype(x.dtype, x.device.type))
         exact = rounded.double() if unit is None else rounded.double() * unit
         # The mean of what the rounded weights give, not of what the exact ones would: it cancels exactly.
-        level = (exact @ moments.sums.unsqueeze(2)).flatten() / max(moments.pixels, 1)
+        level = (exact @ sums.unsqueeze(2)).flatten() / pixels
         bias = beta.double() - level
         weight = _as_conv(rounded, kernel)
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -319,7 +352,7 @@ def _step(
             wide, bias = torch.empty_like(x[:images], dtype=weight.dtype), bias.to(weight.dtype)
             for part, target in _chunks(images, x, out):
                 target.copy_(F.conv2d(_converted(part, wide), weight, bias, 1, kernel // 2, 1, groups))
-        return out, mean.clone(), variance, pivot, moments.sums, torch.cat(centred, 1).to(pivot.dtype)
+        return out, mean.clone(), variance, pivot, sums, torch.cat(centred, 1).to(pivot.dtype)
 
 
 def _centred_convolution(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
@@ -22,6 +23,8 @@ BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (folded, ea
 CHOICES = ("auto", "memory_saver", *BACKENDS)
 
 _saving = False
+_requests: dict[object, bool] = {}  # of every open memory_saver(), in the order they were entered
+_lock = threading.Lock()
 
 
 class Plan(NamedTuple):
@@ -40,16 +43,34 @@ def check_choice(backend: str) -> str:
 
 @contextlib.contextmanager
 def memory_saver(enabled: bool = True) -> Iterator[None]:
-    """Within it, blocks of backend 'auto' use `moments`, or else `recompute`, where that keeps fewer bytes.
+    """Within it, blocks of backend 'auto' use the backend whose training steps need the least memory.
 
-    Process-wide, so that replicas in other threads follow. The same for one block: backend='memory_saver'.
+    That is what a network of eight such blocks would hold at most: eight times what one keeps for backward, and
+    once what a step needs besides. `explain()` shows both. The same for one block: backend='memory_saver'.
+
+    Process-wide, so that replicas in other threads follow: of all that are open, in whichever threads, the one
+    entered last decides, and leaving one changes nothing about the others.
+
+    Args:
+        enabled: False switches it off within.
     """
-    global _saving
-    before, _saving = _saving, enabled
+    request = object()
+    _request(request, enabled)
     try:
         yield
     finally:
-        _saving = before
+        _request(request, None)
+
+
+def _request(request: object, enabled: bool | None) -> None:
+    """Enters a request, or with None withdraws it."""
+    global _saving
+    with _lock:
+        if enabled is None:
+            del _requests[request]
+        else:
+            _requests[request] = enabled
+        _saving = next(reversed(_requests.values()), False)
 
 
 def choose(problem: Problem, requested: str = "auto") -> Plan:
@@ -196,17 +217,41 @@ def _warn_without_extension(why: str) -> None:
     warnings.warn(f"training steps run on the eager backend, which is slower: {why}", stacklevel=2)
 
 
+BLOCKS_ALIKE = 8  # that a network is taken to have, where memory is to be saved
+# The faster first: a later one is taken where it needs less than this share of the memory, beyond estimates' error.
+SAVERS, SURELY_LESS = (eager, branches, recompute, moments), 0.8
+
+
+def network_bytes(module: ModuleType, problem: Problem) -> int:
+    """What a network of BLOCKS_ALIKE blocks with this problem would hold at most in a step."""
+    return BLOCKS_ALIKE * module.saved_bytes(problem) + module.transient_bytes(problem)
+
+
 def _saving_plan(problem: Problem) -> Plan | None:
-    for module in (moments, recompute):
-        if module.unavailable() or module.declines(problem):
-            continue
-        kept, usual = module.saved_bytes(problem), eager.saved_bytes(problem)
-        if kept >= usual:
-            continue
-        if torch.compiler.is_compiling():  # a number in the text would tie the graph to one batch size
-            return Plan(module, "memory saver")
-        return Plan(module, f"memory saver: keeps {kept:,} bytes for backward, {usual - kept:,} fewer than eager")
-    return None
+    """The plan that needs the least memory; None where nothing is kept, or nothing but one convolution is done."""
+    if not problem.grad or folded.declines(problem) is None:
+        return None
+    least = _traced_saver(*pieces(problem)) if torch.compiler.is_compiling() else _least(problem)
+    return Plan(BACKENDS[least[0]], least[1])
+
+
+@torch.compiler.assume_constant_result
+def _traced_saver(*parts: Any) -> tuple[str, str]:
+    return _least(whole(*parts))
+
+
+@functools.lru_cache(4096)
+def _least(problem: Problem) -> tuple[str, str]:
+    names, module = candidates(problem), eager
+    for other in SAVERS:
+        if other.NAME in names and network_bytes(other, problem) < SURELY_LESS * network_bytes(module, problem):
+            module = other
+    if module is eager:
+        return eager.NAME, "memory saver: no other backend surely needs less memory"
+    kept = module.saved_bytes(problem)
+    fewer = f"{eager.saved_bytes(problem) - kept:,} fewer than eager"
+    besides = f"{module.transient_bytes(problem):,} besides while it runs"
+    return module.NAME, f"memory saver: keeps {kept:,} bytes for backward, {fewer}, and {besides}"
 
 
 def _forced(problem: Problem) -> Plan | None:

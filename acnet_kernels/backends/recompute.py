@@ -5,8 +5,8 @@ convolution with the kernels folded by them, z = Σ_b (s_b/s)·W_b * x, s the la
 s·(z − its mean) + Σ_b β_b. Of one branch alone z is y_b, bit for bit. Exactly three batch norms' training semantics
 everywhere.
 
-Three more convolutions a step, on CUDA four: this runs on request, and under the memory saver where `moments`,
-whose identities need stride 1, dilation 1 and "same" padding, declines.
+Three more convolutions a step, on CUDA four: this runs on request, and under the memory saver where `moments` does
+not surely need less.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..ops.check import checked
 from ..spec import Problem, Step, prefers_channels_last
 from . import branches, nodes
 from .batchnorm import update_running
-from .convolution import summed_kernel
+from .convolution import convolution_dtype, summed_kernel
 
 NAME = "recompute"
 
@@ -46,6 +46,13 @@ def declines(problem: Problem) -> str | None:
 def saved_bytes(problem: Problem) -> int:
     """Bytes of maps kept for backward: x as it came."""
     return math.prod(problem.shape) * problem.input_dtype.itemsize if problem.grad else 0
+
+
+def transient_bytes(problem: Problem) -> int:
+    """Bytes of maps that a step holds at most besides what it keeps, its output and its gradients among them."""
+    dtype = convolution_dtype(problem.dtype, problem.device)
+    maps = len(problem.batch_stats) * problem.map_bytes(dtype)[1]
+    return maps + branches.transient_bytes(problem)
 
 
 def forward(x: Tensor, step: Step) -> Tensor:

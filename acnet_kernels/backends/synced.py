@@ -32,6 +32,13 @@ def saved_bytes(problem: Problem) -> int:
     return problem.input_bytes + len(problem.batch_stats) * problem.output_bytes
 
 
+def transient_bytes(problem: Problem) -> int:
+    """Bytes of maps that a step holds at most besides what it keeps, its output and its gradients among them."""
+    x, y = problem.map_bytes(problem.dtype)
+    _, wide = problem.map_bytes(torch.promote_types(problem.dtype, torch.float32))
+    return max(y + 4 * wide, x + len(problem.batch_stats) * y + 3 * wide)
+
+
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros).
 
