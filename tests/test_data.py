@@ -173,7 +173,7 @@ def test_a_wrong_cifar_file_is_named(small_cifar):
 
 @pytest.fixture(params=["cifar10", "cifar100"])
 def pickled_cifar(request, tmp_path, monkeypatch):
-    """(name, folder, images N×3×32×32, labels) as torchvision keeps a set, of twenty training and three test images."""
+    """(name, folder, images N×3×32×32, labels) as torchvision keeps a set, of 20 training and 3 test images."""
     name = request.param
     monkeypatch.setattr(files, "CIFAR_RECORDS", {"train": 20, "test": 3})
     folder, train, test, key = data.CIFAR_PICKLES[name]
