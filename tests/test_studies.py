@@ -886,6 +886,8 @@ def test_an_interrupted_study_goes_on_and_gives_the_same_numbers(everything, tmp
     code, printed, _ = run(capsys, "shifted", *TINY, "--out", tmp_path)
     assert code == 130
     assert "stopped; the same command with --resume goes on from there" in printed
+    assert "2 of 6 networks done" in printed
+    assert "3 of 6 networks done" not in printed
     assert len(read(tmp_path / "shifted.json")) == 3
     assert run(capsys, "magnitudes", *TINY, "--out", tmp_path)[0] == 0  # leaves the unfinished one out of the page
     assert re.findall('h2 id="(.*?)"', (tmp_path / "report.html").read_text()) == ["magnitudes"]
@@ -1161,16 +1163,18 @@ def test_the_forecast_is_of_the_whole_study():
         for _ in range(9):
             now[0] += 60
             observer.epoch(ROW)
-    with forecast.measuring(small, "small", 1):
+    with forecast.measuring("small", 1):
         now[0] += 30
+    forecast.done(small)
     assert forecast.seconds() == 60 * (10 + 4) + 2 * 30
     with forecast.training(large, "large") as observer:
         observer.start(4, 5, 3, 2)  # resumed: three of its epochs were done before
         now[0] += 600
         observer.epoch(ROW)
     assert forecast.seconds() == 60 * 10 + 2 * 30
-    with forecast.measuring(large, "large", 1):
+    with forecast.measuring("large", 1):
         now[0] += 30
+    forecast.done(large)
     lines = [line for line in text.getvalue().splitlines() if "networks done" in line]
     assert lines == [
         "0 of 3 networks done, about 23 min left for the rest",

@@ -146,13 +146,14 @@ def _measure(studies: list[Study], plan: Plan, arguments: argparse.Namespace, co
             label = f"{place:>2}/{len(work)} {network.net} {report.LABELS[network.block]:<21} seed {network.seed}"
             if not lab.train(network, forecast.training(network, label), stopping):
                 break
-            with forecast.measuring(network, f"{label}  measuring", len(todo)) as advance:
+            with forecast.measuring(f"{label}  measuring", len(todo)) as advance:
                 for study, cell in todo:
                     if not stopping():
                         stores[study.name].add(cell, study.measure(lab, cell))
                         advance()
             if stopping():
                 break
+            forecast.done(network)
     if stopping():
         console.print("stopped; the same command with --resume goes on from there")
         return stopping.exit_code
