@@ -49,6 +49,12 @@ def choice(*parts: Any) -> tuple[str, str]:
 
 
 @torch.compiler.assume_constant_result
+def saver(*parts: Any) -> tuple[str, str]:
+    """The name of the backend that needs the least memory for the problem in these pieces, and why."""
+    return planner.least(whole(*parts))
+
+
+@torch.compiler.assume_constant_result
 def phases_of(*parts: Any) -> tuple[str, ...]:
     """What runs each phase of the problem in these pieces."""
     return tuple(phases.chosen(whole(*parts)).phases)

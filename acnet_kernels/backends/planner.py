@@ -231,17 +231,18 @@ def _saving_plan(problem: Problem) -> Plan | None:
     """The plan that needs the least memory; None where nothing is kept, or nothing but one convolution is done."""
     if not problem.grad or folded.declines(problem) is None:
         return None
-    least = _traced_saver(*pieces(problem)) if torch.compiler.is_compiling() else _least(problem)
-    return Plan(BACKENDS[least[0]], least[1])
+    if torch.compiler.is_compiling():
+        from . import constants  # as in choose()
 
-
-@torch.compiler.assume_constant_result
-def _traced_saver(*parts: Any) -> tuple[str, str]:
-    return _least(whole(*parts))
+        name, why = constants.saver(*constants.pieces(problem))
+    else:
+        name, why = least(problem)
+    return Plan(BACKENDS[name], why)
 
 
 @functools.lru_cache(4096)
-def _least(problem: Problem) -> tuple[str, str]:
+def least(problem: Problem) -> tuple[str, str]:
+    """(backend, why) of the candidate that surely needs the least memory, the fastest of those."""
     names, module = candidates(problem), eager
     for other in SAVERS:
         if other.NAME in names and network_bytes(other, problem) < SURELY_LESS * network_bytes(module, problem):

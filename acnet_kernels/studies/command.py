@@ -18,7 +18,7 @@ from ..training.loop import AMP_DTYPES
 from . import ablation, accuracy, magnitudes, page, pruning, rotation, shifted
 from .lab import Lab
 from .plan import Plan, make
-from .store import Store, merged, write_csv
+from .store import Store, merged, write_csv, writing
 from .study import Cell, Network, Study, setting, training_cells
 
 if TYPE_CHECKING:
@@ -89,17 +89,14 @@ def main(arguments: argparse.Namespace) -> int:
     studies = list(STUDIES.values()) if arguments.study == "all" else [STUDIES[arguments.study]]
     if arguments.plot_only and arguments.shard:
         raise UserError("--shard is a part of the work and --plot-only does none: give one of them")
-    if not arguments.plot_only:
-        code = _measure(studies, plan_of(arguments), arguments, console)
-        if code or arguments.shard:
-            return code
-    for study in studies:
-        show(study, out, console)
-    # A study without its figures is unfinished.
-    sections = [(study, parts(study, out)) for study in STUDIES.values()]
-    sections = [(study, p) for study, p in sections if p and all(f.exists() for part in p for f in part.figures)]
-    page.write_page(sections, out / PAGE)
-    console.print(f"\n{out / PAGE}: {', '.join(study.name for study, _ in sections)}")
+    with writing(out):
+        if not arguments.plot_only:
+            code = _measure(studies, plan_of(arguments), arguments, console)
+            if code or arguments.shard:
+                return code
+        for study in studies:
+            show(study, out, console)
+        write_page(out, console)
     return 0
 
 
@@ -149,13 +146,14 @@ def _measure(studies: list[Study], plan: Plan, arguments: argparse.Namespace, co
             label = f"{place:>2}/{len(work)} {network.net} {report.LABELS[network.block]:<21} seed {network.seed}"
             if not lab.train(network, forecast.training(network, label), stopping):
                 break
-            with forecast.measuring(network, f"{label}  measuring", len(todo)) as advance:
+            with forecast.measuring(f"{label}  measuring", len(todo)) as advance:
                 for study, cell in todo:
                     if not stopping():
                         stores[study.name].add(cell, study.measure(lab, cell))
                         advance()
             if stopping():
                 break
+            forecast.done(network)
     if stopping():
         console.print("stopped; the same command with --resume goes on from there")
         return stopping.exit_code
@@ -205,6 +203,17 @@ def parts(study: Study, out: Path) -> list[page.Part]:
         figures = [out / (name if place == 1 else f"{name.stem}-{place}{name.suffix}") for name in names]
         found.append(page.Part(setting(results), study.finding(results), study.table(results), figures, results))
     return found
+
+
+def write_page(out: Path, console: Console) -> None:
+    """Writes the page of all studies in out that have their figures: one without is unfinished."""
+    sections = []
+    for study in STUDIES.values():
+        found = parts(study, out)
+        if found and all(figure.exists() for part in found for figure in part.figures):
+            sections.append((study, found))
+    page.write_page(sections, out / PAGE)
+    console.print(f"\n{out / PAGE}: {', '.join(study.name for study, _ in sections)}")
 
 
 def show(study: Study, out: Path, console: Console) -> None:

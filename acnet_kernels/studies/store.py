@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from .study import Cell, Measured, Network
+
+# What a disk answers that is full, read-only, over its quota, broken or not one's own.
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Makes one sentence of a disk's refusal, also where torch reports it as its own."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno in REFUSALS):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise UserError(
+            f"--out {out} cannot be written: {cause.strerror}; whatever was finished before is kept, and --resume "
+            "goes on from there"
+        ) from None
 
 
 class Store:
@@ -49,8 +71,12 @@ class Store:
             lines.append(json.dumps(entry, ensure_ascii=False))
         head = json.dumps({"runs": runs}, indent=2, ensure_ascii=False).removesuffix("\n}")
         temporary = self.path.with_suffix(".json.tmp")
-        temporary.write_text(head + ',\n  "results": [\n' + ",\n".join(lines) + "\n  ]\n}\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        try:
+            temporary.write_text(head + ',\n  "results": [\n' + ",\n".join(lines) + "\n  ]\n}\n", encoding="utf-8")
+            os.replace(temporary, self.path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def read(path: Path) -> list[Measured]:

@@ -47,12 +47,15 @@ class Forecast:
             yield _Timed(self, network, shown)
 
     @contextmanager
-    def measuring(self, network: Network, label: str, cells: int) -> Iterator[Callable[[], None]]:
-        """Around the network's measurements, the last that is done of it; yields what says that one is done."""
+    def measuring(self, label: str, cells: int) -> Iterator[Callable[[], None]]:
+        """Around a network's measurements; yields what says that one is done."""
         began = self._clock()
         with cell_bar(self._console, label, cells) as advance:
             yield advance
         self._measuring.append(self._clock() - began)
+
+    def done(self, network: Network) -> None:
+        """The network is trained and measured."""
         del self._left[network]
         self._console.print(self)
 
