@@ -130,7 +130,8 @@ def measure_on_cuda(
             graphs[c.label] = [harness.graphed(call) for call in c.calls("step")[:8]]
         except RuntimeError as error:
             print(f"{c.label} on {shape} is no CUDA graph: {str(error).splitlines()[0]}", flush=True)
-    samples = harness.measure(graphs, options.device, warm_up=0.02, seconds=options.seconds, least=options.least)
+    timing = {"seconds": options.seconds, "least": options.least, "clock": harness.DeviceClock()}
+    samples = harness.measure(graphs, options.device, warm_up=0.02, **timing)
     for c in built:
         if c.label in samples:
             _adder(report, c, "step", shape, dtype)("graph_ms", samples[c.label])

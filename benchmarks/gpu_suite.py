@@ -1,51 +1,87 @@
-"""What a first hour with a GPU must answer: `benchmarks/gpu_suite.sh`.
+"""What a quarter of an hour on a GPU must answer, a part a process: benchmarks/gpu_first_run.py runs them in order.
 
-Are the Triton phases right on the device; how long does each take beside the vendor's, shape by shape, and at what
-share of the ceilings measured in the same run; does a whole step win; which configuration is best. Writes
-gpu_suite.csv and gpu_suite.md. What matters most runs first; when the time is up, what was left out is said.
+Are the Triton phases right on the device; how long does each take beside the library's; does a whole block win, a
+whole network; is the fold as fast as a copy; which configuration is best. Every row is in gpu_suite.csv when it is
+measured: `graph_ms` is the device's time, of a replayed CUDA graph, and `time_ms` the host's clock, with launches
+from Python. A contender that fails leaves a row that says so. What the time does not reach is said, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
+import math
+import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+import triton
+from torch import Tensor, nn
 
-from acnet_kernels.backends import phases, planner, stopwatch
-from acnet_kernels.geometry import BRANCHES, Geometry
+from acnet_kernels import convert, doctor, tune
+from acnet_kernels.backends import branches, stopwatch
+from acnet_kernels.geometry import Geometry
 from acnet_kernels.kernels import configs
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
 from acnet_kernels.ops.triton_conv import Window
-from acnet_kernels.spec import Problem
 
-from . import harness, machine
+from . import ceilings, contenders, fusion, harness, network, stand_in
+from .shapes import Shape
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / part) for part in ("", "triton")]
 from oracle import FLOORS, rel  # noqa: E402 - the tests' own rule, not a second one
-from problems import DEPTHWISE, PROBLEMS, SMALL, Tensors, step  # noqa: E402
+from problems import DEPTHWISE, PROBLEMS, SMALL, TF32_FLOOR, Tensors, step  # noqa: E402
 
-# N, C = K, H = W: the CIFAR network's stages, ImageNet's, and a few in between.
+CSV = "gpu_suite.csv"
+DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def square(N: int, C: int, H: int, **options: int) -> Shape:
+    """A block that keeps its C channels, on N×C×H×H."""
+    return Shape("", N, C, C, H, H, **options)
+
+
+# ImageNet's stages, the CIFAR network's, and one of a small batch.
 SHAPES = (
-    (32, 256, 14),
-    (32, 64, 56),
-    (128, 16, 32),
-    (32, 128, 28),
-    (128, 32, 16),
-    (128, 64, 8),
-    (32, 512, 7),
-    (8, 64, 56),
+    square(32, 256, 14),
+    square(32, 64, 56),
+    square(128, 16, 32),
+    square(32, 128, 28),
+    square(128, 32, 16),
+    square(128, 64, 8),
+    square(32, 512, 7),
+    square(8, 64, 56),
 )
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# MobileOne-S0's depthwise layers, one a stage.
+DEPTHWISE_SHAPES = tuple(square(64, C, H, groups=C) for C, H in ((48, 56), (128, 28), (256, 14), (1024, 7)))
+# Between them they launch every kernel, with and without split sums.
+EQUIVALENT = ("primes", "several_tiles", "stride", "kernel_5", "no_hor", "depthwise", "depthwise_5", "one_channel")
 PADDINGS = ((1, 1), (0, 1), (1, 0))  # square, hor, ver as the vendor computes them
 SIZES = ((3, 3), (1, 3), (3, 1))
+# Contenders that no kernel of ours is part of.
+LIBRARY = ("vendor", "eager", "conv+bn", "3k", "compile", "plain")
+
+
+@contextlib.contextmanager
+def precision(kind: str) -> Iterator[torch.dtype]:
+    """The dtype that a name of DTYPES stands for, while TF32 is allowed for 'tf32' and for no other."""
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = kind == "tf32"
+    try:
+        yield DTYPES[kind]
+    finally:
+        for switch, was in zip(switches, before, strict=True):
+            switch.allow_tf32 = was
 
 
 class Inputs:
@@ -67,11 +103,6 @@ class Inputs:
         self.eps = [1e-5] * 3
         self.pivot = torch.zeros(C, device=device)
         self.window = Window.of(Geometry.make(3, padding=1, groups=groups))
-
-    @property
-    def map_bytes(self) -> int:
-        """Bytes of one map."""
-        return self.x.numel() * self.x.element_size()
 
 
 # The half plane of shifts that a 3×3 window's second moments need.
@@ -137,249 +168,366 @@ PHASES: dict[str, Contenders] = {
     },
 }
 
-# Maps that a memory-bound phase reads and writes at the least; the others are bound by multiply-adds.
-MAPS_MOVED = {"batch norms": 7, **{f"depthwise {phase}": 4 for phase in CONVOLUTIONS}}
+
+class Suite:
+    """One part's run: what to measure on, where the rows go, when to stop.
+
+    Args:
+        out: the directory of gpu_suite.csv.
+        shapes, dtypes: of SHAPES and DTYPES; what comes first is measured first.
+        until: seconds of the epoch after which no measurement begins.
+        share: (i, n): nothing is timed; of every n-th group of contenders, from the i-th on, ours run once, so that
+            all kernels are compiled.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        shapes: Sequence[Shape] = SHAPES,
+        dtypes: Sequence[str] = ("bf16", "tf32"),
+        until: float = math.inf,
+        share: tuple[int, int] | None = None,
+    ) -> None:
+        # On the stand-in a call is enough; on a device a group of contenders has this long, by each clock.
+        self.rehearsed = stand_in.mode() is not None
+        self.slice, self.rounds = (0.0, 1) if self.rehearsed else (0.25, 5)
+        self.device = torch.device("cpu" if self.rehearsed else "cuda")
+        self.shapes, self.dtypes, self.until, self.share = shapes, dtypes, until, share
+        self.groups = 0
+        out.mkdir(parents=True, exist_ok=True)
+        self.rows = harness.Report(self.device, out / CSV)
+
+    def late(self, what: str) -> bool:
+        """Whether the time is up, said for what is left out."""
+        if time.time() < self.until:
+            return False
+        print(f"out of time: left out {what} and what follows it", flush=True)
+        return True
+
+    def attempt(self, what: tuple[str, str, str, str], call: Callable[[], object]) -> bool:
+        """Whether the call returned. Otherwise a row says that `what` (contender, mode, shape, dtype) failed."""
+        try:
+            call()
+            torch.cuda.synchronize()
+        except Exception as error:
+            self.rows.add(*what, "channels_last", "failed", math.nan)
+            print("FAILED", *what, f"{type(error).__name__}: {str(error)[:500]}", flush=True)
+            torch.cuda.synchronize()  # an error that stays ends this part: nothing on the device would run any more
+            return False
+        return True
+
+    def measure(self, mode: str, shape: str, kind: str, calls: dict[str, list[Callable[[], object]]]) -> None:
+        """Rows of each contender's two times a call; the calls of one, on an input set each, run in turn."""
+        self.groups += 1
+        if self.share is not None:
+            mine = self.groups % self.share[1] == self.share[0]
+            for name in [name for name in calls if mine and name not in LIBRARY]:
+                self.attempt((name, mode, shape, kind), calls[name][0])
+            return
+        walls: dict[str, harness.Calls] = {}
+        graphs: dict[str, harness.Calls] = {}
+        for name, each in calls.items():
+
+            def all_sets(each: list[Callable[[], object]] = each) -> None:
+                for call in each:
+                    call()
+
+            if not self.attempt((name, mode, shape, kind), all_sets):
+                continue
+            walls[name] = [all_sets]
+
+            def capture(name: str = name, each: list[Callable[[], object]] = each) -> None:
+                graphs[name] = [harness.graphed(*each)]
+
+            self.attempt((f"{name}, graph", mode, shape, kind), capture)
+        for metric, ways, clock in (
+            ("graph_ms", graphs, harness.DeviceClock()),
+            ("time_ms", walls, harness.CudaClock()),
+        ):
+            timing = {"warm_up": self.slice / 10, "seconds": self.slice, "least": self.rounds, "clock": clock}
+
+            def timed(ways: dict[str, harness.Calls] = ways, metric: str = metric, timing: dict = timing) -> None:
+                for name, samples in harness.measure(ways, self.device, **timing).items():
+                    one = harness.Samples(tuple(t / len(calls[name]) for t in samples.values), samples.clock)
+                    self.rows.add(name, mode, shape, kind, "channels_last", metric, one)
+
+            self.attempt((f"all, {metric}", mode, shape, kind), timed)
+
+    def problems(self, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, str, torch.dtype, int]]:
+        """(shape, name of DTYPES, dtype, input sets that exceed the cache together), all within the precision."""
+        for kind, shape in itertools.product(self.dtypes, shapes):
+            with precision(kind) as dtype:
+                nbytes = 2 * sum(t.nbytes for t in shape.tensors(dtype, "meta"))
+                most = 1 if self.rehearsed else 8
+                yield shape, kind, dtype, harness.sets_beyond_cache(nbytes, self.device, most)
+
+    def first(self) -> None:
+        """The machine, every kernel against float64, and how many were in Triton's cache."""
+        found: Counter[bool] = Counter()
+        triton.knobs.compilation.listener = lambda *, cache_hit, **_: found.update([cache_hit])
+        doctor.main()
+        self.equivalence()
+        for hit, metric in ((True, "hits"), (False, "misses")):
+            print(f"Triton's cache: {found[hit]} {metric}", flush=True)
+            self.rows.add("triton cache", "first", "", "", "", metric, float(found[hit]))
+
+    def equivalence(self) -> None:
+        """A row a problem and dtype: the largest error over what the tests allow; above 1 is a fault."""
+        chosen = [problem for problem in (*PROBLEMS, *DEPTHWISE) if problem.name in EQUIVALENT]
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=torch.backends.cudnn.allow_tf32):
+            for problem, kind in itertools.product(chosen, DTYPES):
+                if self.late(f"equivalence from {problem} {kind}"):
+                    return
+
+                def check(problem: object = problem, kind: str = kind) -> None:
+                    with precision("fp32"):
+                        t = Tensors(problem, DTYPES[kind], self.device)
+                        true, eager = t.truth(), t.eager()
+                    with precision(kind):
+                        runs = [step(t, SMALL), step(t, None), passes(t)]
+                    floor = TF32_FLOOR if kind == "tf32" else FLOORS[DTYPES[kind]]
+                    worst = 0.0
+                    for key, got in itertools.chain.from_iterable(run.items() for run in runs):
+                        allowed = max(2 * rel(eager[key], true[key]), floor) if key in true else floor
+                        share = (rel(got, true[key]) if key in true else rel(got, moments_of(t))) / allowed
+                        worst = max(worst, share if share == share else math.inf)
+                    if worst > 1:
+                        print(f"FAULT {problem} {kind}: {worst:.1f} times the error allowed", flush=True)
+                    self.rows.add("triton", "equivalence", str(problem), kind, "", "error_over_allowed", worst)
+
+                self.attempt(("triton", "equivalence", str(problem), kind), check)
+
+    def phases(self, shapes: Sequence[Shape] | None = None, table: dict[str, Contenders] | None = None) -> None:
+        """The ceilings, then each phase by Triton and by the library."""
+        if shapes is None and self.share is None:
+            for kind in self.dtypes:
+                with precision(kind):
+                    self.ceiling(kind)
+        for shape, kind, dtype, sets in self.problems(shapes or self.shapes):
+            if self.late(f"phases from {shape} {kind}"):
+                return
+            depthwise = shape.groups > 1
+            inputs = [
+                Inputs(shape.batch, shape.channels, shape.height, dtype, self.device, depthwise)
+                for _ in range(sets)
+            ]
+            for phase, ways in (table or PHASES).items():
+                calls = {name: [functools.partial(way, i) for i in inputs] for name, way in ways.items()}
+                self.measure(f"depthwise {phase}" if depthwise else phase, str(shape), kind, calls)
+
+    def ceiling(self, kind: str) -> None:
+        """What a copy and a matrix product reach, in the same precision as what is compared with them."""
+        scratch = harness.Report(self.device)
+        if self.attempt(
+            ("ceilings", ceilings.MODE, "", kind),
+            lambda: ceilings.measure(scratch, DTYPES[kind], self.device, max(self.slice, 0.01)),
+        ):
+            for row in scratch.rows:
+                self.rows.add(row.contender, row.mode, row.shape, kind, row.layout, row.metric, row.p50)
+
+    def blocks(self, shapes: Sequence[Shape] | None = None) -> None:
+        """A block's step: eager, the library's peers, our backends, `branches` by assignment; compilations last."""
+        names = ("branches", "moments", "recompute", "eager", "conv+bn", "3k")
+        for chosen in (names, ("compile",)):
+            if "compile" in chosen and (self.share is not None or shapes is not None):
+                return
+            for shape, kind, dtype, sets in self.problems(shapes or self.shapes):
+                if self.late(f"{' '.join(chosen)} from {shape} {kind}"):
+                    return
+
+                def block(
+                    shape: Shape = shape,
+                    kind: str = kind,
+                    dtype: torch.dtype = dtype,
+                    sets: int = sets,
+                    chosen: Sequence[str] = chosen,
+                ) -> None:
+                    calls: dict[str, list[Callable[[], object]]] = {}
+                    for c in contenders.build(shape, dtype, self.device, sets, chosen):
+                        if c.layout == "channels_last":
+                            calls |= assigned(c) if c.name == "branches" else {c.name: c.calls("step")}
+                    self.measure("block step", str(shape), kind, calls)
+
+                self.attempt(("all", "block step", str(shape), kind), block)
+
+    def depthwise(self) -> None:
+        """Phases and steps of depthwise blocks."""
+        self.phases(DEPTHWISE_SHAPES, CONVOLUTIONS)
+        self.blocks(DEPTHWISE_SHAPES)
+
+    def networks(self) -> None:
+        """A training step of whole networks: eager, plain, and by the planner after tune()."""
+        if self.rehearsed or self.share is not None:
+            stopwatch.WARM_UP, stopwatch.ROUNDS, stopwatch.SECONDS = 0, 1, 0.0
+        for number, ((name, (batch, size)), kind) in enumerate(itertools.product(NETWORKS.items(), self.dtypes)):
+            if self.late(f"networks from {name} {kind}"):
+                return
+            batch = 2 if self.rehearsed and self.share is None else batch
+            what = f"{name} {batch}x3x{size}x{size}"
+            if self.share is not None and number % self.share[1] != self.share[0]:
+                continue
+            with precision(kind) as dtype:
+                calls: dict[str, list[Callable[[], object]]] = {}
+
+                def prepare(
+                    contender: str,
+                    name: str = name,
+                    dtype: torch.dtype = dtype,
+                    shape: tuple[int, ...] = (batch, 3, size, size),
+                    calls: dict[str, list[Callable[[], object]]] = calls,
+                ) -> None:
+                    model = network_of(name, contender, self.device)
+                    images = torch.randn(shape, device=self.device).to(memory_format=torch.channels_last)
+                    labels = torch.randint(network.CLASSES, shape[:1], device=self.device)
+                    if contender == "auto":
+                        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                            print(tune(model, images), flush=True)
+                    calls[contender] = [network.training_step(model, images, labels, dtype)]
+
+                for contender in ("auto", "eager", "plain") if self.share is None else ("auto",):
+                    self.attempt((contender, "tuning", what, kind), functools.partial(prepare, contender))
+                if self.share is None:
+                    self.measure("training step", what, kind, calls)
+
+    def fold(self) -> None:
+        """Folding all blocks of a network in one call of the CUDA operator, beside a copy."""
+        options = argparse.Namespace(
+            device=self.device, seconds=self.slice, least=self.rounds, contenders=[], quick=True
+        )
+        for name in list(fusion.NETWORKS)[: 1 if self.rehearsed else None]:
+            if self.late(f"folds from {name}"):
+                return
+            call = functools.partial(fusion.measure, name, options, self.rows)
+            self.attempt(("ours", "fold", name, "float32"), call)
+
+    def configurations(self) -> None:
+        """Every configuration of the table on every shape; the contender that `choose` takes is marked."""
+        family = configs.family(torch.cuda.get_device_capability())
+        for shape, kind, dtype, sets in self.problems(self.shapes):
+            mode = "half" if dtype != torch.float32 else {"tf32": "tf32", "fp32": "tf32x3"}[kind]
+            inputs = [Inputs(shape.batch, shape.channels, shape.height, dtype, self.device) for _ in range(sets)]
+            for phase, call in CONFIGURED.items():
+                if self.late(f"configurations from {shape} {kind} {phase}"):
+                    return
+                C, M = shape.channels, shape.batch * shape.height * shape.width
+                chosen = configs.choose(phase, family, mode, False, M, C, C, 1)
+                calls = {
+                    f"{tuple(config)}{' chosen' * (config == chosen)}": [
+                        functools.partial(call, i, config) for i in inputs
+                    ]
+                    for config in dict.fromkeys([chosen, *configs.variants(phase, family, mode)])
+                }
+                self.measure(f"{phase} configuration", str(shape), kind, calls)
+
+    def warm(self) -> None:
+        """Once each, every kernel that the other parts launch, so that none is left to compile."""
+        self.equivalence()
+        self.phases()
+        self.blocks()
+        self.depthwise()
+        self.networks()
+        self.configurations()
 
 
-def eager_step(i: Inputs, branches: int = 3) -> tuple[Tensor, ...]:
-    """The block's definition under autograd; branches=1 is the plain convolution and batch norm."""
-    x = i.x.detach().requires_grad_()
-    leaves = [t.detach().requires_grad_() for ts in (i.weights, i.gammas, i.betas) for t in ts[:branches]]
-    weights, gammas, betas = (leaves[n * branches : (n + 1) * branches] for n in range(3))
-    out: Tensor | None = None
-    for w, p, g, b, e in zip(weights, PADDINGS, gammas, betas, i.eps, strict=False):
-        y = F.batch_norm(F.conv2d(x, w, None, 1, p), None, None, g, b, True, 0.0, e)
-        out = y if out is None else out + y
-    assert out is not None
-    return torch.autograd.grad(out, [x, *leaves], i.grad)
-
-
-def triton_step(i: Inputs) -> object:
-    """Every phase by Triton: 3 launches forward, 6 backward at most."""
-    _, ys, norms = triton_conv.block_forward(i.x, i.weights, i.gammas, i.betas, i.eps, i.window)
-    triton_bn_sum.bn_sum_backward_(i.grad, ys, norms.means, norms.rstds, i.gammas, [True] * 3)
-    dx = triton_conv.input_grad(ys, i.weights, i.window, tuple(i.x.shape[2:]))
-    return dx, triton_conv.weight_grads(i.x, ys, i.weights, i.window)
-
-
-def mixed_step(i: Inputs) -> object:
-    """Vendor convolutions between the Triton batch-norm passes."""
-    ys = vendor_conv(i)
-    _, means, _, rstds = triton_bn_sum.bn_sum_forward(ys, i.gammas, i.betas, i.eps, None)
-    triton_bn_sum.bn_sum_backward_(i.grad, ys, means, rstds, i.gammas, [True] * 3)
-    return vendor_backward(i, ys, [True, True, False])
-
-
-STEPS: dict[str, Callable[[Inputs], object]] = {
-    "eager": eager_step,
-    "plain conv+bn": lambda i: eager_step(i, 1),
-    "triton": triton_step,
-    "vendor convs, triton bn": mixed_step,
+CONFIGURED: dict[str, Callable[[Inputs, configs.Config], object]] = {
+    "conv": lambda i, c: triton_conv.conv_forward(i.x, i.weights, i.window, config=c),
+    "dgrad": lambda i, c: triton_conv.input_grad(i.dys, i.weights, i.window, tuple(i.x.shape[2:]), config=c),
+    "wgrad": lambda i, c: triton_conv.weight_grads(i.x, i.dys, i.weights, i.window, config=c),
+}
+# Network → batch and image size.
+NETWORKS = {"resnet18": (128, 224), "resnet56": (128, 32), "mobileone_s0": (64, 224)}
+PARTS: dict[str, Callable[[Suite], None]] = {
+    part.__name__: part
+    for part in (
+        Suite.first,
+        Suite.phases,
+        Suite.blocks,
+        Suite.depthwise,
+        Suite.networks,
+        Suite.fold,
+        Suite.configurations,
+        Suite.warm,
+    )
 }
 
 
-class Suite:
-    """One run: what to measure on, what was found, when to stop."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.device, self.out = torch.device(args.device), args.out
-        self.shapes, self.dtypes = args.shapes, [DTYPES[name] for name in args.dtypes]
-        self.end, self.slice, self.rounds = time.monotonic() + args.seconds, args.slice, args.rounds
-        self.report, self.text = (
-            harness.Report(self.device),
-            [f"# GPU suite on {machine.device_name(self.device)}\n"],
-        )
-        self.out.mkdir(parents=True, exist_ok=True)
-
-    def say(self, *lines: str) -> None:
-        """Prints, and writes both files anew: an interrupted run leaves what it found."""
-        print(*lines, sep="\n", flush=True)
-        self.text += lines
-        (self.out / "gpu_suite.md").write_text("\n".join(self.text) + "\n")
-        self.report.write_csv(self.out / "gpu_suite.csv")
-
-    def late(self, what: str) -> bool:
-        """Whether the time is up, said once for what is left out."""
-        if time.monotonic() < self.end:
-            return False
-        self.say(f"\nOut of time: left out {what} and what follows it.")
-        return True
-
-    def problems(self, depthwise: bool = False) -> Iterator[tuple[str, torch.dtype, list[Inputs]]]:
-        """(name, dtype, input sets beyond the cache) of every shape; depthwise: with one channel a group."""
-        for dtype in self.dtypes:
-            for N, C, H in self.shapes:
-                nbytes = 4 * N * C * H * H * dtype.itemsize
-                sets = harness.sets_beyond_cache(nbytes, self.device, most=8 if self.device.type == "cuda" else 1)
-                yield (
-                    f"{N}x{C}x{H}x{H}",
-                    dtype,
-                    [Inputs(N, C, H, dtype, self.device, depthwise) for _ in range(sets)],
-                )
-
-    def measure(self, contenders: dict[str, Callable[[Inputs], object]], sets: list[Inputs]) -> dict[str, float]:
-        """Median milliseconds; rows go to the report by the caller."""
-        calls = {name: [lambda i=i, f=f: f(i) for i in sets] for name, f in contenders.items()}
-        return harness.measure(calls, self.device, warm_up=self.slice / 4, seconds=self.slice, least=self.rounds)
-
-    def equivalence(self) -> bool:
-        """Every problem of the tests, in every dtype, by the tests' rule; True when all pass."""
-        faults = []
-        problems = [*PROBLEMS, *DEPTHWISE]
-        for problem in problems:
-            for dtype in DTYPES.values():
-                t = Tensors(problem, dtype, self.device)
-                true, eager = t.truth(), t.eager()
-                for name, config in (("small tiles", SMALL), ("table", None)):
-                    for key, got in step(t, config).items():
-                        allowed = max(2 * rel(eager[key], true[key]), FLOORS[dtype])
-                        if not (error := rel(got, true[key])) <= allowed:
-                            faults.append((str(problem), str(dtype), name, key, error, allowed))
-        self.say(
-            "\n## Equivalence with float64\n",
-            f"{len(problems)} problems × {len(DTYPES)} dtypes: {len(faults)} faults",
-        )
-        if faults:
-            self.say(harness.table(("problem", "dtype", "tiles", "tensor", "error", "allowed"), faults))
-        return not faults
-
-    def ceilings(self) -> tuple[float, dict[torch.dtype, float]]:
-        """(GB/s of a copy, TFLOP/s of a square matrix product in each dtype), measured now."""
-        nbytes = 2**30 if self.device.type == "cuda" else 2**20
-        n = 8192 if self.device.type == "cuda" else 64
-        times = harness.measure({"copy": harness.copy_calls(nbytes, self.device)}, self.device, seconds=self.slice)
-        bandwidth = nbytes / times["copy"].p50 / 1e6
-        rates = {}
-        for dtype in self.dtypes:
-            a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
-            spent = harness.measure({"mm": [lambda a=a, b=b: a @ b]}, self.device, seconds=self.slice)["mm"].p50
-            rates[dtype] = 2 * n**3 / spent / 1e9
-        rows = [("copy", "GB/s", bandwidth), *((str(d), "TFLOP/s", r) for d, r in rates.items())]
-        self.say("\n## Ceilings, measured in this run\n", harness.table(("what", "unit", "rate"), rows))
-        return bandwidth, rates
-
-    def steps(self) -> None:
-        """Whole steps, forward and backward: ours against eager in channels_last and the plain network."""
-        self.say("\n## One step, ms (channels_last, cudnn.benchmark on)\n")
-        rows = []
-        for shape, dtype, sets in self.problems():
-            if self.late(f"steps from {shape} {dtype}"):
-                break
-            found = self.measure(STEPS, sets)
-            for name, samples in found.items():
-                self.report.add(name, "step", shape, dtype, "channels_last", "time_ms", samples)
-            best = min(found["triton"].p50, found["vendor convs, triton bn"].p50)
-            rows.append((shape, str(dtype), *(s.p50 for s in found.values()), found["eager"].p50 / best))
-        self.say(harness.table(("shape", "dtype", *STEPS, "eager / best of ours"), rows))
-
-    def assignments(self) -> None:
-        """A block's step by every backend, and by `branches` under every assignment of its phases."""
-        self.say("\n## A block's step by backend, `branches` by assignment (forward dgrad wgrad), ms\n")
-        rows = []
-        for (N, C, H), dtype in itertools.product(self.shapes, self.dtypes):
-            name = f"{N}x{C}x{H}x{H}"
-            if self.late(f"assignments from {name} {dtype}"):
-                break
-            norms, maps = (True,) * len(BRANCHES), (dtype, dtype, self.device.type, True, True)
-            problem = Problem((N, C, H, H), C, Geometry.make(3, padding=1), BRANCHES, "branch", norms, *maps)
-            scratch = stopwatch.Scratch(problem, False, self.device)
-            calls = {c.NAME: [functools.partial(scratch.run, c)] for c in planner.contenders(problem)}
-            found = harness.measure(
-                calls, self.device, warm_up=self.slice / 4, seconds=self.slice, least=self.rounds
-            )
-            for contender, samples in found.items():
-                self.report.add(contender, "block step", name, dtype, "channels_last", "time_ms", samples)
-            chosen = phases.label(phases.predicted_best(problem))
-            assigned = [phases.label(assignment) for assignment in phases.assignments(problem)]
-            best = min(assigned, key=lambda label: found[label].p50)
-            times = (found[label].p50 for label in (phases.label(phases.ALL_VENDOR), chosen, best))
-            rows.append((name, str(dtype), found["eager"].p50, chosen, best, *times))
-        header = ("shape", "dtype", "eager", "predicted best", "best", "all vendor's", "predicted's", "best's")
-        self.say(harness.table(header, rows))
-
-    def phases(self, bandwidth: float, rates: dict[torch.dtype, float]) -> None:
-        """Each phase by Triton and by the vendor, and the share of the ceiling it reaches."""
-        rows = []
-        for depthwise, contenders in ((False, PHASES), (True, CONVOLUTIONS)):
-            for shape, dtype, sets in self.problems(depthwise):
-                if self.late(f"phases from {shape} {dtype}{' depthwise' * depthwise}"):
-                    break
-                for phase, calls in contenders.items():
-                    name = f"depthwise {phase}" if depthwise else phase
-                    found = self.measure(calls, sets)
-                    for contender, samples in found.items():
-                        self.report.add(contender, name, shape, dtype, "channels_last", "time_ms", samples)
-                    vendor, spent = found["vendor"].p50, found["triton"].p50
-                    if maps := MAPS_MOVED.get(name):
-                        share = maps * sets[0].map_bytes / spent / 1e6 / bandwidth
-                    else:
-                        taps = len(SHIFTS) if phase == "second moments" else 15
-                        share = 2 * taps * sets[0].x.numel() * sets[0].x.shape[1] / spent / 1e9 / rates[dtype]
-                    rows.append((shape, str(dtype), name, vendor, spent, vendor / spent, share))
-        header = ("shape", "dtype", "phase", "vendor", "triton", "vendor / triton", "triton / ceiling")
-        self.say("\n## Phases, ms\n", harness.table(header, rows))
-
-    def tune(self) -> None:
-        """Every configuration of the table on every shape, against the one that `choose` takes."""
-        self.say(
-            "\n## Configurations: rows × output channels × input channels, warps, stages, registers at most; ms\n"
-        )
-        family = 90 if self.device.type == "cpu" else configs.family(torch.cuda.get_device_capability(self.device))
-        rows = []
-        for shape, dtype, sets in self.problems():
-            if self.late(f"configurations from {shape} {dtype}"):
-                break
-            x, mode = sets[0].x, "half" if dtype != torch.float32 else "tf32"
-            calls = {
-                "conv": lambda i, c: triton_conv.conv_forward(i.x, i.weights, i.window, config=c),
-                "dgrad": lambda i, c: triton_conv.input_grad(
-                    i.dys, i.weights, i.window, tuple(i.x.shape[2:]), config=c
-                ),
-                "wgrad": lambda i, c: triton_conv.weight_grads(i.x, i.dys, i.weights, i.window, config=c),
-            }
-            for kind, call in calls.items():
-                C, M = x.shape[1], x.numel() // x.shape[1]
-                chosen = configs.choose(kind, family, mode, False, M, C, C, 1)
-                tried = dict.fromkeys([chosen, *configs.variants(kind, family, mode)])
-                contenders = {str(tuple(c)): lambda i, c=c, call=call: call(i, c) for c in tried}
-                found = self.measure(contenders, sets)
-                for name, samples in found.items():
-                    self.report.add(
-                        name, f"{kind} configuration", shape, dtype, "channels_last", "time_ms", samples
-                    )
-                best = min(found, key=lambda name: found[name].p50)
-                times = (found[str(tuple(chosen))].p50, found[best].p50)
-                rows.append((shape, str(dtype), kind, str(tuple(chosen)), times[0], best, times[1]))
-        header = ("shape", "dtype", "kernel", "chosen", "chosen's", "best", "best's")
-        self.say(harness.table(header, rows))
+def passes(t: Tensors) -> dict[str, Tensor]:
+    """What `step` does not launch: the statistics of the library's maps, and second moments."""
+    ys = [y.contiguous(memory_format=torch.channels_last) for name, y in t.eager().items() if name[:2] == "y_"]
+    out = triton_bn_sum.bn_sum_forward(ys, t.gammas, t.betas, t.eps, None)[0]
+    zero = torch.zeros(t.x.shape[1], device=t.x.device)
+    products, _ = triton_autocorrelation.cross_correlation(t.x, zero, t.x, zero, [0, 0], [0, 1], t.geometry.groups)
+    return {"out": out, "moments": products}
 
 
-def shape(text: str) -> tuple[int, int, int]:
-    """NxCxH."""
-    N, C, H = map(int, text.split("x"))
-    return N, C, H
+def moments_of(t: Tensors) -> Tensor:
+    """The second moments of `passes` in float64."""
+    x, zero = t.x.double(), torch.zeros(t.x.shape[1], device=t.x.device, dtype=torch.float64)
+    return autocorrelation._plain(x, zero, x, zero, [0, 0], [0, 1], t.geometry.groups)[0]
+
+
+def assigned(contender: contenders.Contender) -> dict[str, list[Callable[[], object]]]:
+    """The step of a block of backend 'branches' under every assignment of its phases, by label."""
+
+    def under(phases: object, call: Callable[[], object]) -> object:
+        chosen, branches.phases_of = branches.phases_of, lambda *_: phases
+        try:
+            return call()
+        finally:
+            branches.phases_of = chosen
+
+    with contender.autocasting():
+        problem = contender.module.plan(contender.sets[0][0])[0]
+    return {
+        variant.NAME: [functools.partial(under, variant.phases, call) for call in contender.calls("step")]
+        for variant in branches.variants(problem)
+    }
+
+
+def network_of(name: str, contender: str, device: torch.device) -> nn.Module:
+    """A network of ours, or timm's with its 3×3 convolutions converted; 'plain' as it is without blocks."""
+    if name in network.NETWORKS:
+        return network.build(name, contender, device)
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=network.CLASSES)
+    if contender != "plain":
+        model = convert(model, backend=contender)
+    if contender == "eager":
+        model = network.with_blocks(model, contenders.Modules)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def warm_together(processes: int, rest: list[str]) -> int:
+    """Runs the part `warm` in so many processes, a share each; 0, or the exit status of one that failed."""
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "warm", *rest]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen([*command, "--share", str(i), str(processes)], env=environment) for i in range(processes)
+    ]
+    return max(process.wait() for process in running)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs one part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda", help="cpu serves to try the suite in Triton's interpreter")
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
-    parser.add_argument("--seconds", type=float, default=500, help="stop starting measurements after this long")
-    parser.add_argument("--slice", type=float, default=0.5, help="seconds a group of contenders is timed")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds timed even if they take longer than that")
-    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="NxCxH")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=("bf16", "fp32"))
+    parser.add_argument("--until", type=float, default=math.inf, help="begin no measurement later (epoch)")
+    parser.add_argument("--shapes", type=Shape.parse, nargs="+", default=SHAPES, metavar="NxCxHxW->K")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=("bf16", "tf32"))
+    parser.add_argument("--share", type=int, nargs=2, metavar=("I", "N"), help="of warm: every N-th group from I")
+    parser.add_argument("--processes", type=int, help="of warm: share the work among so many")
     args = parser.parse_args(argv)
-    torch.backends.cudnn.benchmark = True
-    suite = Suite(args)
-    right = suite.equivalence()
-    ceilings = suite.ceilings()
-    suite.steps()
-    suite.assignments()
-    suite.phases(*ceilings)
-    suite.tune()
-    suite.say(f"\nCSV: {suite.out / 'gpu_suite.csv'}")
-    return 0 if right else 1
+    if args.processes:
+        return warm_together(args.processes, ["--out", str(args.out), "--until", str(args.until)])
+    if (how := stand_in.mode()) is not None:
+        stand_in.install(how)
+    share = (args.share or [0, 1]) if args.part == "warm" else None
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+        PARTS[args.part](Suite(args.out, args.shapes, args.dtypes, args.until, share and tuple(share)))
+    return 0
 
 
 if __name__ == "__main__":

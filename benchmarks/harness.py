@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from acnet_kernels.backends import stopwatch
+
 from .machine import cache_bytes, clock_mhz, environment, machine_class
 
 Calls = Sequence[Callable[[], Any]]  # one contender: the same work on each input set in turn
@@ -103,17 +105,25 @@ class CpuClock:
 
 
 class CudaClock(CpuClock):
-    """Events on the current stream, recorded on an idle device: launches are part of the time."""
+    """The monotonic clock, from an idle device to an idle device: launches are part of the time."""
 
     def milliseconds(self, call: Callable[[], Any]) -> float:
         """Between the call's beginning and the end of what it launched."""
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+        def complete() -> None:
+            call()
+            torch.cuda.synchronize()
+
         torch.cuda.synchronize()
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
+        return super().milliseconds(complete)
+
+
+class DeviceClock(CpuClock):
+    """CUDA events around work that waits on the device already: no launch is part of the time."""
+
+    def milliseconds(self, call: Callable[[], Any]) -> float:
+        """Between the first kernel's beginning and the last one's end."""
+        return stopwatch.running(call, torch.device("cuda", torch.cuda.current_device()))
 
 
 def clock_of(device: torch.device | str) -> Clock:
@@ -137,14 +147,14 @@ def measure(
 
     Args:
         contenders: name → callables, one per input set; round i uses callable i modulo their number.
-        device: 'cpu' is timed by a monotonic clock, a CUDA device by events on its current stream.
+        device: timed by a monotonic clock, launches included.
         warm_up: seconds each contender runs first (autotuning, clocks), in one call at the least; 0 is not at all.
         seconds: length of the timed part, all contenders together, in shares: one that has used up its own is left
             out of further rounds, so a slow one takes no time from the others.
         least: calls of each that are timed even if they take longer than its share, unless they take longer than
             all of `seconds`.
         weights: contender → how many times another's share and least number of calls it gets; 1 where not named.
-        clock: None is the device's.
+        clock: None is the device's; DeviceClock for what is launched at once, as a graph.
     """
     clock = clock or clock_of(device)
     for calls in contenders.values():
@@ -174,22 +184,22 @@ def measure(
     return {name: Samples(tuple(values), at) for name, values in times.items()}
 
 
-def graphed(call: Callable[[], Any]) -> Callable[[], None]:
-    """The call's CUDA kernels as one graph: replaying it runs them without launching each from Python.
+def graphed(*calls: Callable[[], Any]) -> Callable[[], None]:
+    """The calls' CUDA kernels as one graph: replaying it runs them without launching each from Python.
 
-    Raises what the capture raises where the call cannot be captured (it synchronises, or is a graph itself).
+    Each call runs before the capture, in which no kernel may be loaded and no workspace allotted. Raises what the
+    capture raises where a call cannot be captured (it synchronises, or is a graph itself).
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(
-        side
-    ):  # capture wants workspaces and autotuning done, on another stream than the default
-        for _ in range(3):
+    with torch.cuda.stream(side):  # a capture is not on the default stream either
+        for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        for call in calls:
+            call()
     return graph.replay
 
 
@@ -238,8 +248,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device | str) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """'float32' of torch.float32."""
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """'float32' of torch.float32; a name as it is."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -253,18 +263,22 @@ class Report:
 
     Args:
         device: where the run is; its description goes into every row.
+        path: a CSV that every row is appended to when it is added, so that an interrupted run leaves them.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", path: Path | None = None) -> None:
         self.environment = environment(device)
         self.rows: list[Row] = []
+        self.path = path
+        if path is not None and not path.exists():
+            self.write_csv(path)
 
     def add(
         self,
         contender: str,
         mode: str,
         shape: str,
-        dtype: torch.dtype,
+        dtype: torch.dtype | str,
         layout: str,
         metric: str,
         value: Samples | float,
@@ -276,7 +290,11 @@ class Report:
             p20 = p50 = p80 = value
         what = (contender, mode, shape, dtype_name(dtype), layout, metric, p20, p50, p80)
         clock = value.clock if isinstance(value, Samples) else ""
-        self.rows.append(Row(*what, clock=clock, **self.environment))
+        row = Row(*what, clock=clock, **self.environment)
+        self.rows.append(row)
+        if self.path is not None:
+            with self.path.open("a", newline="") as file:
+                csv.writer(file).writerow(getattr(row, name) for name in COLUMNS)
 
     def write_csv(self, path: Path) -> None:
         """All rows, one header line."""

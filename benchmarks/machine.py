@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import functools
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton,
         "cudnn": str(torch.backends.cudnn.version() or "") if device.type == "cuda" else "",
-        "driver": _ask_nvidia("driver_version", device) if device.type == "cuda" else "",
+        "driver": _nvml(device).driver if device.type == "cuda" else "",
         "command": f"python {program} {shlex.join(sys.argv[1:])}".strip(),
         "date": datetime.date.today().isoformat(),
     }
@@ -61,7 +62,7 @@ def clock_mhz(device: torch.device | str = "cpu") -> str:
     """The clock now, in MHz: the fastest core's, or a GPU's multiprocessors'; '' where it cannot be known."""
     device = torch.device(device)
     if device.type == "cuda":
-        return _ask_nvidia("clocks.sm", device).partition(" ")[0]
+        return _nvml(device).clock()
     try:
         found = re.findall(r"^cpu MHz\s*: ([\d.]+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -69,11 +70,34 @@ def clock_mhz(device: torch.device | str = "cpu") -> str:
     return f"{max(map(float, found)):.0f}" if found else ""
 
 
-def _ask_nvidia(field: str, device: torch.device) -> str:
-    """What nvidia-smi says of the device, '' where there is no answer."""
-    uuid = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = ["nvidia-smi", uuid, f"--query-gpu={field}", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+class _Nvml:
+    """What NVIDIA's management library says of a device, '' where there is no answer.
+
+    It tells the clock after every measurement; nvidia-smi would be a process of a tenth of a second each time.
+    """
+
+    def __init__(self, uuid: str) -> None:
+        self.driver, self.handle = "", ctypes.c_void_p()
+        try:
+            self.library = ctypes.CDLL("libnvidia-ml.so.1")
+        except OSError:
+            return
+        text = ctypes.create_string_buffer(96)
+        if self.library.nvmlInit_v2() == 0 and self.library.nvmlSystemGetDriverVersion(text, len(text)) == 0:
+            self.driver = text.value.decode()
+            self.library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode(), ctypes.byref(self.handle))
+
+    def clock(self) -> str:
+        """The multiprocessors' clock now, in MHz."""
+        found = ctypes.c_uint()
+        if not self.handle or self.library.nvmlDeviceGetClockInfo(self.handle, _SM_CLOCK, ctypes.byref(found)) != 0:
+            return ""
+        return str(found.value)
+
+
+_SM_CLOCK = 1
+
+
+@functools.cache
+def _nvml(device: torch.device) -> _Nvml:
+    return _Nvml(str(torch.cuda.get_device_properties(device).uuid))

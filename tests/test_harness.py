@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
 
 from benchmarks import harness, machine
 
@@ -95,6 +96,14 @@ def test_the_cpu_clock_counts_what_the_call_takes(monkeypatch):
     assert harness.CpuClock().milliseconds(lambda: None) == 2.5
 
 
+def test_launches_are_part_of_the_cuda_clocks_time_and_not_of_the_devices(monkeypatch):
+    device = FakeCuda(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    call = device.kernels(10, 0.1, 0.01)
+    assert harness.CudaClock().milliseconds(call) == pytest.approx(1.01)
+    assert harness.DeviceClock().milliseconds(call) == pytest.approx(0.1)
+
+
 def test_sets_exceed_the_cache(monkeypatch):
     monkeypatch.setattr(harness, "cache_bytes", lambda device: 1000)
     assert harness.sets_beyond_cache(300) == 4
@@ -123,6 +132,45 @@ def test_rows_survive_their_file(tmp_path):
     first, second = report.rows
     assert (first.p20, first.p50, first.p80, first.clock) == (pytest.approx(1.4), 2.0, pytest.approx(3.2), "99")
     assert (second.p20, second.p50, second.p80, second.clock) == (12.0, 12.0, 12.0, "")
+
+
+def test_every_row_is_in_the_file_as_soon_as_it_is_added(tmp_path):
+    for run in range(2):  # a second process goes on where the first was killed
+        report = harness.Report(path=tmp_path / "a.csv")
+        for i in range(3):
+            report.add("ours", f"{run} {i}", "s", "tf32", "nchw", "time_ms", float("nan"))
+            assert [row.mode for row in harness.read_csv(report.path)][-1] == f"{run} {i}"
+    assert len(harness.read_csv(report.path)) == 6
+    assert {row.dtype for row in harness.read_csv(report.path)} == {"tf32"}
+
+
+def test_a_gpus_clock_and_driver_are_asked_for_in_process(monkeypatch):
+    class Library:
+        def nvmlInit_v2(self):  # noqa: N802 - NVML's name
+            return 0
+
+        def nvmlSystemGetDriverVersion(self, text, size):  # noqa: N802
+            text.value = b"580.1"
+            return 0
+
+        def nvmlDeviceGetHandleByUUID(self, uuid, handle):  # noqa: N802
+            handle._obj.value = {b"GPU-12-34": 7}[uuid]
+            return 0
+
+        def nvmlDeviceGetClockInfo(self, handle, domain, found):  # noqa: N802
+            found._obj.value = {(7, 1): 1980}[handle.value, domain]
+            return 0
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: Library())
+    found = machine._Nvml("12-34")
+    assert (found.driver, found.clock()) == ("580.1", "1980")
+
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", missing)
+    found = machine._Nvml("12-34")
+    assert (found.driver, found.clock()) == ("", "")
 
 
 def test_a_file_of_other_columns_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -83,16 +83,44 @@ def measure_apart(problem: Problem, backends: Sequence[Contender], autocast: boo
         return thread.submit(run).result()
 
 
-def milliseconds(call: Callable[[], None], device: torch.device) -> float:
-    """What one call takes: by events on a CUDA device's current stream, by a monotonic clock elsewhere."""
-    if device.type == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
+QUEUE = 4_000_000  # cycles, two milliseconds or so, that a CUDA device waits while launches queue up
+
+
+class Taken(NamedTuple):
+    """A call's milliseconds: until all is launched, and from its first kernel's begin to its last's end."""
+
+    launching: float
+    running: float
+
+
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """What one call takes in a stream of them, in which the device runs what the host has launched: the longer."""
+    return max(taken(call, device))
+
+
+def taken(call: Callable[[], object], device: torch.device) -> Taken:
+    """Both times of a call, which on CUDA is made twice; elsewhere launching is running."""
+    if device.type != "cuda":
+        spent = _host_milliseconds(call)
+        return Taken(spent, spent)
+    torch.cuda.synchronize(device)
+    launching = _host_milliseconds(call)
+    return Taken(launching, running(call, device))
+
+
+def running(call: Callable[[], object], device: torch.device) -> float:
+    """A CUDA device's time for what the call launches, without the gaps that launching leaves on an idle device."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(QUEUE)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def _host_milliseconds(call: Callable[[], object]) -> float:
     start = time.perf_counter_ns()
     call()
     return (time.perf_counter_ns() - start) / 1e6

@@ -1,7 +1,8 @@
 """These tests run where kernels can: on a GPU, or under Triton's interpreter on CPU tensors.
 
 The interpreter must be chosen before triton is imported, so tests/test_interpreter.py runs this directory in a
-process of its own with TRITON_INTERPRET=1. A process with neither collects nothing here.
+process of its own with TRITON_INTERPRET=1. A process with neither collects nothing here. With ACNET_STAND_IN the
+tests launch and fail, for Triton's cache: what they need on a GPU is then compiled (benchmarks/stand_in.py).
 """
 
 import os
@@ -13,12 +14,17 @@ import torch
 from torch import Tensor
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore_glob = [] if _INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
+_STANDS_IN = "ACNET_STAND_IN" in os.environ
+collect_ignore_glob = [] if _INTERPRETED or _STANDS_IN or torch.cuda.is_available() else ["test_*.py"]
+if _STANDS_IN:
+    from benchmarks import stand_in
+
+    stand_in.install(stand_in.mode())
 
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cpu" if _INTERPRETED else "cuda")
+    return torch.device("cpu" if _INTERPRETED or _STANDS_IN else "cuda")
 
 
 @pytest.fixture(autouse=True, scope="session")
