@@ -1,24 +1,36 @@
-# Everything runs in .venv, made on first use. Paths are relative, so a directory with spaces is fine.
+# Everything runs in .venv, made on first use; TORCH=2.10 makes it .venv-2.10, with that torch and whatever PYTHON
+# names. Paths are relative, so a directory with spaces is fine.
 PYTHON ?= python3
-PY := .venv/bin/python
-STAMP := .venv/.installed
+TORCH ?=
+VENV := .venv$(addprefix -,$(TORCH))
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PACKAGES := numpy "torch$(if $(TORCH),==$(TORCH).*)"
 
-.PHONY: all demo test test-gpu bench lint clean
+.PHONY: all demo test suite test-oldest test-newest test-gpu bench lint clean
 all: test
 
 # The extension builds against the torch it will be loaded by, so torch goes in first and isolation is off.
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
-	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install -q "setuptools>=77" wheel ninja numpy torch
-	$(PY) -m pip install -q --no-build-isolation -e ".[demo,export,test]"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q "setuptools>=77" wheel ninja $(PACKAGES)
+	$(PY) -m pip install -q --no-build-isolation -e ".[demo,export,test]" $(PACKAGES)
 	touch $(STAMP)
 
 demo: $(STAMP)
 	$(PY) -m acnet_kernels demo
 
+test: lint suite
+
 # One thread a process, one process a core.
-test: lint
+suite: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto
+
+# The two ends of what is promised, each in an environment of its own.
+test-oldest:
+	$(MAKE) suite TORCH=2.10
+test-newest:
+	$(MAKE) suite TORCH=2.14
 
 # What needs a CUDA device; everywhere else it is skipped, saying so. Nothing is installed: such a machine may have no
 # network, and its python3 the torch that fits the device.
@@ -36,4 +48,4 @@ lint: $(STAMP)
 	$(PY) -m mypy
 
 clean:
-	rm -rf .venv build *.egg-info acnet_kernels/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* build *.egg-info acnet_kernels/*.so .pytest_cache .mypy_cache .ruff_cache
