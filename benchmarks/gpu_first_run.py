@@ -2,8 +2,8 @@
 
 What matters most comes first, and a part that hangs or crashes takes no time from another. Beside gpu_suite.csv, to
 which the parts append, there is their output, gpu_first_run.log, and in the end gpu_suite.md. With
-runs/gpu-cache.tgz, made by `make gpu-cache`, nothing needs to be compiled: it is unpacked to CACHE, the path that its
-files hold. Where it does not serve, all processors compile first.
+runs/gpu-cache.tgz, made by `make gpu-cache`, nothing needs to be compiled: it is unpacked to CACHE, the path that
+its files hold. Where it does not serve, all processors compile first.
 """
 
 from __future__ import annotations

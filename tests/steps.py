@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import statistics
 
 import oracle
 import torch
@@ -36,22 +37,27 @@ def check(b, x, dtype=None):
         assert rel(a, e) < (1e-5 if dtype is None else 1e-2), name
 
 
-def check_on_average(make, shape, draws=20):
-    """Output and every gradient no further from the truth than eager's are, over fresh blocks and inputs.
+def check_on_the_whole(make, shape, draws=60):
+    """Output and every gradient no further from the truth than eager's are, by medians of fresh blocks and inputs.
 
     For steps so ill-conditioned that one draw's errors are chance: two values normalise to ±1 whatever they are,
-    and what is left of their gradients is rounding's.
+    and what is left of their gradients is rounding's. Now and then that is nearly nothing, and an error relative to
+    it huge: means of even 150 draws differ by a quarter.
     """
-    mine, eager = collections.Counter(), collections.Counter()
+    mine, eager = collections.defaultdict(list), collections.defaultdict(list)
     for _ in range(draws):
         b, x = make(), torch.randn(shape)
         grad = torch.randn(b(x).shape)
         true = oracle.truth(b, x, grad)
-        for total, step in ((mine, b), (eager, as_eager(b))):
+        for errors, step in ((mine, b), (eager, as_eager(b))):
             found = oracle.run(step, x, grad)
-            total.update({name: rel(found[name], t) / draws for name, t in true.items()})
-    for name, error in mine.items():
-        allowed = max(1.1 * eager[name], oracle.FLOORS[torch.float32])
+            for name, t in true.items():
+                errors[name].append(rel(found[name], t))
+    for name, errors in mine.items():
+        error, allowed = (
+            statistics.median(errors),
+            max(1.1 * statistics.median(eager[name]), oracle.FLOORS[torch.float32]),
+        )
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
