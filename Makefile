@@ -34,4 +34,4 @@ lint: $(STAMP)
 	$(PY) -m mypy
 
 clean:
-	rm -rf .venv build *.egg-info acnet_kernels/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build *.egg-info acnet_kernels/*.so acnet_kernels/*.failed.txt .pytest_cache .mypy_cache .ruff_cache
