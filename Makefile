@@ -48,4 +48,5 @@ lint: $(STAMP)
 	$(PY) -m mypy
 
 clean:
-	rm -rf .venv .venv-* build *.egg-info acnet_kernels/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* build *.egg-info acnet_kernels/*.so acnet_kernels/*.failed.txt
+	rm -rf .pytest_cache .mypy_cache .ruff_cache

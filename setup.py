@@ -1,8 +1,8 @@
 """Builds csrc/ into acnet_kernels/_C.abi3.so (and _C_cuda.abi3.so) where possible; the rest is in pyproject.toml.
 
 ACNET_KERNELS_BUILD=auto (default) builds where a C++ compiler and torch are found and installs without the
-extension where not; 1 makes a missing compiler an error; 0 never builds. The CUDA kernels are a library of their
-own, built where nvcc is found and torch has CUDA, so that the CPU part loads everywhere.
+extension where not, or where the compiler fails; 1 makes either an error; 0 never builds. The CUDA kernels are a
+library of their own, built where nvcc is found and torch has CUDA, so that the CPU part loads everywhere.
 """
 
 import glob
@@ -49,6 +49,14 @@ def why_not_cuda() -> str | None:
     return None
 
 
+def without_paths() -> list[str]:
+    """Flags by which messages name files by their place in this project or torch, not on the building machine."""
+    import torch
+
+    places = (Path(__file__).resolve().parent, Path(torch.__file__).parent / "include")
+    return [f"-fmacro-prefix-map={place}/=" for place in places]
+
+
 def cuda_module():  # type: ignore[no-untyped-def]
     """The extension with the CUDA kernels: the CUDA runtime linked in, so that only the driver must fit."""
     import torch
@@ -63,7 +71,10 @@ def cuda_module():  # type: ignore[no-untyped-def]
         include_dirs=[str(path) for path in wheels.glob("cu*/include")],
         library_dirs=[f"{CUDA_HOME}/lib64", *(str(path) for path in wheels.glob("cu*/lib"))],
         libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
-        extra_compile_args={"cxx": FLAGS + HOST_FLAGS, "nvcc": [*FLAGS, "-DUSE_CUDA"]},
+        extra_compile_args={
+            "cxx": FLAGS + HOST_FLAGS + without_paths(),
+            "nvcc": [*FLAGS, "-DUSE_CUDA", *(f"-Xcompiler={flag}" for flag in without_paths())],
+        },
         py_limited_api=True,
     )
 
@@ -80,12 +91,11 @@ def extension() -> dict:
             raise SystemExit(message + " (ACNET_KERNELS_BUILD=1 asked for it)")
         print(message, file=sys.stderr)
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CppExtension
 
     sources = sorted(glob.glob("csrc/*.cpp"))
-    modules = [
-        CppExtension("acnet_kernels._C", sources, extra_compile_args=FLAGS + HOST_FLAGS, py_limited_api=True)
-    ]
+    flags = {"cxx": FLAGS + HOST_FLAGS + without_paths()}
+    modules = [CppExtension("acnet_kernels._C", sources, extra_compile_args=flags, py_limited_api=True)]
     no_cuda = why_not_cuda()
     if no_cuda is None:
         modules.append(cuda_module())
@@ -93,9 +103,62 @@ def extension() -> dict:
         print(f"acnet_kernels: building without CUDA kernels: {no_cuda}", file=sys.stderr)
     return {
         "ext_modules": modules,
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": build_command(required=switch == "1")},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
+
+
+def tell(library: Path, reason: str | None) -> None:
+    """Leaves the reason where a library failed, for ops/_extension.py, in place of one of an earlier build."""
+    note = library.with_name(library.name.split(".")[0] + ".failed.txt")
+    note.unlink(missing_ok=True)
+    if reason is not None:
+        library.unlink(missing_ok=True)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(reason)
+
+
+def build_command(required: bool):  # type: ignore[no-untyped-def]
+    """The command that builds the extension: stripped unless with --debug, and without it where building fails.
+
+    required: a failure is an error.
+    """
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        def run(self) -> None:
+            self.in_source = self.inplace or self.editable_mode  # setuptools resets the former while it builds
+            super().run()
+
+        def build_extensions(self) -> None:
+            everything = self.extensions
+            for extension in everything:  # one by one: the CUDA kernels' failure is not the others'
+                self.extensions = [extension]
+                self.build_one(extension)
+            self.extensions = everything
+
+        def build_one(self, extension) -> None:  # type: ignore[no-untyped-def]
+            if not self.debug:  # symbols are nine tenths of the library
+                extension.extra_compile_args["cxx"].append("-g0")
+                extension.extra_link_args.append("-Wl,-s")
+            reason = None
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if required:
+                    raise
+                reason = f"its build failed: {error}"
+                line = "=" * 100
+                print(
+                    f"{line}\nacnet_kernels: INSTALLING WITHOUT {extension.name}: {reason}\n{line}", file=sys.stderr
+                )
+                extension.optional = True  # or setuptools looks for what is not there
+            built = Path(self.get_ext_fullpath(extension.name))
+            tell(built, reason)
+            if self.in_source:
+                tell(Path(__file__).parent / "acnet_kernels" / built.name, reason)
+
+    return Build
 
 
 setup(**extension())

@@ -204,7 +204,7 @@ Tensor patch_gram(Tensor half, Tensor edges, Tensor strips, Tensor sums, Tensor 
   fits(View(cross), "cross", ScalarType::Double, {groups, taps, taps, thin});
   fits(View(level), "level", ScalarType::Double, {groups, thin});
   fits(View(seen), "seen", ScalarType::Double, {taps, taps});
-  check(width >= 1 && width + r <= lines.sizes[1], "width must be from 1 to the strips' ", lines.sizes[1], " less ", r,
+  check(width >= 1 && width <= lines.sizes[1] - r, "width must be from 1 to the strips' ", lines.sizes[1], " less ", r,
         ", got ", width);
   check(count > 0 && std::isfinite(count), "count must be positive, got ", count);
   Tensor gram = torch::stable::new_empty(sums, {groups, taps * thin, taps * thin});

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,6 +61,8 @@ def test_another_value_is_an_error():
 
 MISSING = """
 from pathlib import Path
+
+import pytest
 exists = Path.exists
 Path.exists = lambda self: False if self.name.endswith('abi3.so') else exists(self)
 import torch, acnet_kernels as ak
@@ -77,3 +83,50 @@ assert str(op._schema) == str(torch._C.parse_schema('acnet_kernels::' + SCHEMAS[
 def test_without_the_extension_the_same_operator_runs_in_pytorch():
     result = subprocess.run([sys.executable, "-c", MISSING], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def sources(target: Path) -> Path:
+    """A copy of what is built from."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target / name)
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.failed.txt")
+    for name in ("csrc", "acnet_kernels"):
+        shutil.copytree(ROOT / name, target / name, ignore=ignored)
+    return target
+
+
+@pytest.mark.parametrize("switch", ["auto", "1"])
+def test_a_failing_compiler(tmp_path, switch):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *csrc*) exit 1;; *) exec /usr/bin/c++ "$@";; esac\n')
+    compiler.chmod(0o755)
+    place = tmp_path / "sources"
+    place.mkdir()
+    env = os.environ | {"CXX": str(compiler), "ACNET_KERNELS_BUILD": switch, "CUDA_HOME": "/nonexistent"}
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"])
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    result = subprocess.run(build, cwd=sources(place), env=env, capture_output=True, text=True, check=False)
+    note = place / "acnet_kernels" / "_C.failed.txt"
+    if switch == "1":
+        assert result.returncode != 0
+        assert not note.exists()
+        return
+    assert result.returncode == 0, result.stderr
+    assert "INSTALLING WITHOUT acnet_kernels._C: its build failed" in result.stderr
+    assert note.read_text() in result.stderr
+    told = "from acnet_kernels.ops._extension import MISSING; print(MISSING)"
+    asked = subprocess.run([sys.executable, "-c", told], cwd=place, capture_output=True, text=True, check=True)
+    assert "the C++ extension is not built: its build failed" in asked.stdout
+
+
+def test_the_source_distribution_holds_all_that_is_built_from(tmp_path):
+    env = os.environ | {"ACNET_KERNELS_BUILD": "0"}
+    place = tmp_path / "sources"
+    place.mkdir()
+    pack = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(pack, cwd=sources(place), env=env, capture_output=True, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    needed |= {"setup.py", "pyproject.toml", "LICENSE", "acnet_kernels/backends/cost.json"}
+    assert needed <= packed

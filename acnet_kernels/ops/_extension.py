@@ -15,7 +15,9 @@ _PACKAGE = Path(__file__).parent.parent
 
 def _load(library: Path, what: str, remedy: str) -> str | None:
     if not library.exists():
-        return f"{what} is not built ({remedy})"
+        note = library.with_name(library.name.split(".")[0] + ".failed.txt")  # which setup.py leaves
+        why = f": {note.read_text()}" if note.exists() else ""
+        return f"{what} is not built{why} ({remedy})"
     try:
         torch.ops.load_library(library)
     except OSError as error:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MOST_TAPS = 255  # of a kernel's side
@@ -44,13 +45,15 @@ def _named(given: dict[str, _Given]) -> list[tuple[str, Tensor]]:
 
 
 def one_device(**given: _Given) -> None:
-    """ValueError unless all tensors are on one device."""
+    """ValueError unless all tensors are on one device, and have memory there."""
     tensors = _named(given)
-    for name, t in tensors[1:]:
+    for name, t in tensors:
         if t.device != tensors[0][1].device:
             raise ValueError(
                 f"{name} must be on the device of {tensors[0][0]}, {tensors[0][1].device}, got {t.device}"
             )
+        if type(t) in (Tensor, Parameter) and not t.is_meta and t.data_ptr() == 0 and t.numel() > 0:
+            raise ValueError(f"{name} has no memory behind its shape {tuple(t.shape)}")
 
 
 def floats(**given: _Given) -> None:
@@ -102,6 +105,13 @@ def kernel_size(kernel: int) -> None:
         raise ValueError(f"kernel must be odd, from 1 to {MOST_TAPS}, got {kernel}")
 
 
+def addressable(**numbers: Sequence[int]) -> None:
+    """ValueError unless all numbers of a geometry are below 2³¹: nothing computed of them overflows then."""
+    for name, values in numbers.items():
+        if max(values) >= 2**31:
+            raise ValueError(f"{name} must hold numbers below 2³¹, got {tuple(values)}")
+
+
 def group_count(groups: int, **channels: int) -> None:
     """ValueError unless the groups divide every number of channels."""
     for name, count in channels.items():
@@ -126,7 +136,7 @@ def _extent(t: Tensor) -> tuple[int, int]:
 
 
 def refuse_leaves(library: torch.library.Library, operator: torch._ops.OpOverload) -> None:
-    """Has a writing operator raise ValueError, as PyTorch's do, for a leaf that needs a gradient, or its view."""
+    """Has a writing operator raise, as PyTorch's own do, for a leaf that requires a gradient, or its view."""
     arguments = operator._schema.arguments
     written = [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
@@ -136,8 +146,8 @@ def refuse_leaves(library: torch.library.Library, operator: torch._ops.OpOverloa
                 base = t._base if t._is_view() else t
                 if base is not None and base.requires_grad and base.is_leaf:
                     raise ValueError(
-                        f"{name} is a leaf that requires a gradient, or its view, and would change in place: call "
-                        f"{operator.name()} under torch.no_grad()"
+                        f"{name} is a leaf that requires a gradient, or its view, and would be changed in place: "
+                        f"call {operator.name()} under torch.no_grad()"
                     )
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)

@@ -73,7 +73,7 @@ def _check_problem(
         rows, columns = weight.shape[2:]
         if not (0 <= row <= kernel - rows and 0 <= column <= kernel - columns):
             raise ValueError(
-                f"weights[{i}] of {rows}×{columns} taps at {(row, column)} must lie in the {kernel}×{kernel} kernel"
+                f"weights[{i}] of {rows}×{columns} taps at {(row, column)} must lie inside a kernel of {kernel}"
             )
 
 

@@ -98,6 +98,7 @@ def _check_problem(
     check.length(10, "as pack() makes them", geometry=geometry)
     kernel, *rest, groups, down, right = geometry
     check.kernel_size(kernel)
+    check.addressable(geometry=geometry)
     known = Geometry.make(kernel, rest[:2], rest[2:4], rest[4:], groups, "zeros", (down, right))
     if weights[0].dim() != 4 or weights[0].shape[0] < 1:
         raise ValueError(f"weights[0] must be K×C/groups×k×k, got {tuple(weights[0].shape)}")

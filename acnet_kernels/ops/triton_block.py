@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import bn_sum, triton_conv
+from . import bn_sum, check, triton_conv
 from .triton_conv import Window
 
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
@@ -43,7 +43,75 @@ def _spread(present: Sequence[Tensor], weights: Sequence[Tensor | None]) -> list
     return [None if w is None else next(given) for w in weights]
 
 
+def _square_of(weights: Sequence[Tensor | None]) -> Tensor:
+    if len(weights) != 3 or (square := weights[0]) is None or square.dim() != 4 or min(square.shape) < 1:
+        raise ValueError("weights must be (square, hor or None, ver or None), square K×C/groups×k×k")
+    return square
+
+
+# Shape inference checks the weights itself; where a kernel runs, triton_conv does, and keeps what it worked out.
+def _output_shape(shape: Sequence[int], weights: Sequence[Tensor | None], numbers: list[int]) -> tuple[int, ...]:
+    square = _square_of(weights)
+    window = Window(*numbers)
+    size = triton_conv.checked_size(window, shape)
+    check.group_count(window.groups, x=shape[1], out=square.shape[0])
+    k = window.kernel
+    for i, lines in enumerate(((k, k), (1, k), (k, 1))):
+        check.shape((square.shape[0], shape[1] // window.groups, *lines), **{f"weights[{i}]": weights[i]})
+    return shape[0], square.shape[0], *size
+
+
+def _check_forward(
+    x: Tensor,
+    square: Tensor,
+    hor: Tensor | None,
+    ver: Tensor | None,
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    eps: list[float],
+    window: list[int],
+) -> None:
+    weights = (square, hor, ver)
+    check.one_device(x=x, weights=weights, gammas=gammas, betas=betas)
+    check.maps(x=x)
+    check.dtype(x.dtype, "as x", weights=weights)
+    check.length(len(Window._fields), "a Window's", window=window)
+    present = sum(w is not None for w in weights)
+    check.length(present, "one a branch", eps=eps)
+    for name, vectors in (("gammas", gammas), ("betas", betas)):
+        if vectors:
+            check.length(present, "one a branch, or none", **{name: vectors})
+        check.shape(square.shape[:1], **{name: vectors})
+    check.floats(gammas=gammas, betas=betas)
+
+
+def _check_grads(dys: list[Tensor], weights: list[Tensor | None], window: list[int]) -> None:
+    _square_of(weights)
+    _spread(dys, weights)
+    check.maps(dys=dys)
+    check.dtype(dys[0].dtype, "as dys[0]", dys=dys, weights=weights)
+    check.length(len(Window._fields), "a Window's", window=window)
+
+
+def _check_input_grad(
+    dys: list[Tensor], weights: list[Tensor | None], window: list[int], input_size: list[int]
+) -> None:
+    check.one_device(dys=dys, weights=weights)
+    _check_grads(dys, weights, window)
+    check.length(2, "rows and columns", input_size=input_size)
+    if min(input_size) < 1:
+        raise ValueError(f"input_size must be above 0, got {tuple(input_size)}")
+
+
+def _check_weight_grads(x: Tensor, dys: list[Tensor], weights: list[Tensor | None], window: list[int]) -> None:
+    check.one_device(x=x, dys=dys, weights=weights)
+    check.maps(x=x)
+    _check_grads(dys, weights, window)
+    check.dtype(x.dtype, "as x", dys=dys)
+
+
 @torch.library.impl(_LIBRARY, "triton_forward", _KEY)
+@check.checked(_check_forward)
 def _forward(
     x: Tensor,
     square: Tensor,
@@ -60,6 +128,7 @@ def _forward(
 
 
 @torch.library.impl(_LIBRARY, "triton_input_grad", _KEY)
+@check.checked(_check_input_grad)
 def _input_grad(
     dys: list[Tensor], weights: list[Tensor | None], window: list[int], input_size: list[int]
 ) -> Tensor:
@@ -69,6 +138,7 @@ def _input_grad(
 
 
 @torch.library.impl(_LIBRARY, "triton_weight_grads", _KEY)
+@check.checked(_check_weight_grads)
 def _weight_grads(x: Tensor, dys: list[Tensor], weights: list[Tensor | None], window: list[int]) -> list[Tensor]:
     with torch.cuda.device_of(x):
         dws = triton_conv.weight_grads(x, _spread(dys, weights), weights, Window(*window))
@@ -76,6 +146,7 @@ def _weight_grads(x: Tensor, dys: list[Tensor], weights: list[Tensor | None], wi
 
 
 @torch.library.register_fake("acnet_kernels::triton_forward")
+@check.checked(_check_forward)
 def _(
     x: Tensor,
     square: Tensor,
@@ -86,27 +157,27 @@ def _(
     eps: list[float],
     window: list[int],
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
-    present = [w for w in (square, hor, ver) if w is not None]
-    K, size = square.shape[0], Window(*window).output_size(x.shape[2], x.shape[3])
+    shape, present = _output_shape(x.shape, (square, hor, ver), window), len(eps)
 
     def empty() -> Tensor:
-        return torch.empty(
-            (x.shape[0], K, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-        )
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
-    means, variances, rstds = (x.new_empty((len(present), K), dtype=torch.float64) for _ in range(3))
-    return empty(), [empty() for _ in present], means, variances, rstds
+    means, variances, rstds = (x.new_empty((present, shape[1]), dtype=torch.float64) for _ in range(3))
+    return empty(), [empty() for _ in range(present)], means, variances, rstds
 
 
 @torch.library.register_fake("acnet_kernels::triton_input_grad")
+@check.checked(_check_input_grad)
 def _(dys: list[Tensor], weights: list[Tensor | None], window: list[int], input_size: list[int]) -> Tensor:
-    square = next(w for w in weights if w is not None)
-    shape = (dys[0].shape[0], square.shape[1] * Window(*window).groups, *input_size)
+    shape = (dys[0].shape[0], _square_of(weights).shape[1] * Window(*window).groups, *input_size)
+    check.shape(_output_shape(shape, weights, window), dys=dys)
     return torch.empty(shape, dtype=dys[0].dtype, device=dys[0].device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("acnet_kernels::triton_weight_grads")
+@check.checked(_check_weight_grads)
 def _(x: Tensor, dys: list[Tensor], weights: list[Tensor | None], window: list[int]) -> list[Tensor]:
+    check.shape(_output_shape(x.shape, weights, window), dys=dys)
     return [torch.empty_like(w) for w in weights if w is not None]
 
 

@@ -23,6 +23,7 @@ from ..kernels.depthwise import depthwise_branches, depthwise_dgrad, depthwise_w
 from ..kernels.dgrad import conv_dgrad
 from ..kernels.wgrad import conv_wgrad, sum_splits
 from ..kernels.window import Window
+from .check import addressable, kernel_size
 from .triton_bn_sum import Moments, Norms, apply, check_maps, merge_statistics
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -45,6 +46,21 @@ class _Plan(NamedTuple):
     config: Config
 
 
+def checked_size(window: Window, shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of the output of an N×C×H×W input; ValueError where there is none."""
+    k = window.kernel
+    kernel_size(k)
+    addressable(window=window)
+    sizes = (window.stride_h, window.stride_w, window.dil_h, window.dil_w, window.groups)
+    lines = (window.hor_row, window.ver_col)
+    if min(sizes) < 1 or min(window.pad_h, window.pad_w, *lines) < 0 or max(lines) >= k:
+        raise ValueError(f"window must have sizes above 0, padding from 0 on and lines in the kernel, got {window}")
+    size = window.output_size(shape[2], shape[3])
+    if min(*shape[1:], *size) < 1:
+        raise ValueError(f"an input of shape {tuple(shape)} has no output by {window}")
+    return size
+
+
 @lru_cache(maxsize=4096)
 def _plan(
     kind: str,
@@ -58,7 +74,7 @@ def _plan(
     config: Config | None,
 ) -> _Plan:
     N, C, H, W = shape
-    size = window.output_size(H, W)
+    size = checked_size(window, shape)
     rows = N * size[0] * size[1]
     wide = max(N * C * H * W, rows * K) >= 2**31
     depthwise = window.groups == C
@@ -178,7 +194,7 @@ def input_grad(
     assert square is not None
     shape = (dy.shape[0], square.shape[1] * window.groups, *input_size)
     plan = _plan_of("dgrad", dy, shape, weights, window, config)
-    _check_size(dy, plan.size)
+    _check_size(dy, plan.scalars[1], plan.size)
     dx = _empty_map(shape, dy)
     if plan.depthwise:
         M = shape[0] * input_size[0] * input_size[1]
@@ -206,7 +222,7 @@ def weight_grads(
     plan = _plan_of("wgrad", x, x.shape, weights, window, config)
     if dy.shape[0] != x.shape[0] or dy.dtype != x.dtype:
         raise ValueError(f"dys must be {x.dtype} for {x.shape[0]} images, got {dy.dtype} for {dy.shape[0]}")
-    _check_size(dy, plan.size)
+    _check_size(dy, plan.scalars[1], plan.size)
     dws = tuple(None if w is None else torch.empty_like(w, memory_format=torch.preserve_format) for w in weights)
     K = dy.shape[1]
     if plan.depthwise:  # a program takes a row of taps
@@ -238,6 +254,8 @@ def _check_grads(dys: Sequence[Tensor | None], weights: Weights) -> Tensor:
     return dys[0]
 
 
-def _check_size(dy: Tensor, size: tuple[int, int]) -> None:
-    if tuple(dy.shape[2:]) != size:
-        raise ValueError(f"dys must be {size[0]}×{size[1]} for this input, got {tuple(dy.shape[2:])}")
+def _check_size(dy: Tensor, channels: int, size: tuple[int, int]) -> None:
+    if tuple(dy.shape[1:]) != (channels, *size):
+        raise ValueError(
+            f"dys must be {size[0]}×{size[1]} for this input, of {channels} channels, got {tuple(dy.shape[1:])}"
+        )

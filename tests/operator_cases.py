@@ -1,0 +1,502 @@
+"""A valid random call of every operator, and what it must return, from the definitions in float64."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import acnet_kernels
+from acnet_kernels.backends import moments_algebra as algebra
+from acnet_kernels.geometry import BRANCHES, Geometry
+from acnet_kernels.kernels.window import Window
+from acnet_kernels.ops import fuse_blocks as fusing
+from acnet_kernels.ops import recompute
+from acnet_kernels.ops.fusion import append_branches
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def operators() -> list[str]:
+    """Every registered operator's name, once all modules that register one are imported."""
+    for module in pkgutil.walk_packages(acnet_kernels.__path__, "acnet_kernels."):
+        if module.name.startswith(("acnet_kernels.ops.", "acnet_kernels.backends.")):
+            importlib.import_module(module.name)
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("acnet_kernels::"))
+    return sorted(name.split("::")[1] for name in names)
+
+
+class Case(NamedTuple):
+    """make(random) gives valid arguments; results(*args) what the call returns, with None for what is not checked.
+
+    An operator that writes has the contents of the arguments it writes first among its results, in the schema's
+    order. `device` is where it can be called here.
+    """
+
+    make: Callable[[random.Random], list[Any]]
+    results: Callable[..., list[Any]]
+    device: str = "cpu"
+
+
+def wide(t: Tensor) -> Tensor:
+    return t.double()
+
+
+def per_channel(t: Tensor) -> Tensor:
+    return wide(t)[:, None, None]
+
+
+def layout_of(r: random.Random, t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=r.choice([torch.contiguous_format, torch.channels_last]))
+
+
+def last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def maps_of(r: random.Random, count: int, dtype: torch.dtype) -> list[Tensor]:
+    shape = (r.randint(1, 3), r.randint(1, 6), r.randint(1, 6), r.randint(2, 6))
+    layout = r.choice([torch.contiguous_format, torch.channels_last])
+    return [torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(count)]
+
+
+# ---- bn_sum ----
+
+
+def bn_sum_forward(r: random.Random) -> list[Any]:
+    dtype = r.choice(FLOATS)
+    ys = maps_of(r, r.randint(1, 3), dtype)
+    k = ys[0].shape[1]
+    gammas, betas = ([torch.randn(k) for _ in ys] if r.random() < 0.7 else [] for _ in range(2))
+    out = r.choice([None, torch.float16]) if dtype == torch.float32 else None
+    return [ys, gammas, betas, [1e-5, 1e-4, 1e-3][: len(ys)], out]
+
+
+def bn_sum_forward_results(ys: Any, gammas: Any, betas: Any, eps: Any, dtype: Any) -> list[Any]:
+    means = torch.stack([wide(y).mean((0, 2, 3)) for y in ys])
+    variances = torch.stack([wide(y).var((0, 2, 3), correction=0) for y in ys])
+    rstds = (variances + torch.tensor(eps, dtype=torch.float64)[:, None]).rsqrt()
+    out = torch.zeros(ys[0].shape, dtype=torch.float64)
+    for b, y in enumerate(ys):
+        normed = (wide(y) - per_channel(means[b])) * per_channel(rstds[b])
+        out += normed * (per_channel(gammas[b]) if gammas else 1) + (per_channel(betas[b]) if betas else 0)
+    return [out, means, variances, rstds]
+
+
+def bn_sum_backward(r: random.Random) -> list[Any]:
+    ys, gammas, _, eps, out = bn_sum_forward(r)
+    _, means, _, rstds = bn_sum_forward_results(ys, gammas, [], eps, None)
+    grad = torch.randn_like(ys[0]).to(ys[0].dtype if out is None else out)
+    return [grad, ys, means, rstds, gammas, [r.random() < 0.7 for _ in ys]]
+
+
+def norm_gradients(
+    grad: Tensor, ys: Any, means: Tensor, rstds: Tensor, gammas: Any
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """(every dy, dγ B×K, dβ)."""
+    g, count = wide(grad), grad.numel() / grad.shape[1]
+    dbeta, dys, dgammas = g.sum((0, 2, 3)), [], []
+    for b, y in enumerate(ys):
+        normed = (wide(y) - per_channel(means[b])) * per_channel(rstds[b])
+        dgamma = (g * normed).sum((0, 2, 3))
+        scale = per_channel(rstds[b]) * (per_channel(gammas[b]) if gammas else 1)
+        dys.append(scale * (g - per_channel(dbeta / count) - normed * per_channel(dgamma / count)))
+        dgammas.append(dgamma)
+    return dys, torch.stack(dgammas), dbeta
+
+
+def bn_sum_backward_results(grad: Any, ys: Any, means: Any, rstds: Any, gammas: Any, needs_dy: Any) -> list[Any]:
+    dys, dgammas, dbeta = norm_gradients(grad, ys, means, rstds, gammas)
+    return [[dy for dy, need in zip(dys, needs_dy, strict=True) if need], dgammas, dbeta]
+
+
+def bn_sum_write_results(grad: Any, ys: Any, means: Any, rstds: Any, gammas: Any, needs_dy: Any) -> list[Any]:
+    dys, dgammas, dbeta = norm_gradients(grad, ys, means, rstds, gammas)
+    return [[dy if need else y for dy, y, need in zip(dys, ys, needs_dy, strict=True)], dgammas, dbeta]
+
+
+# ---- second moments ----
+
+
+def cross_correlation(r: random.Random) -> list[Any]:
+    dtype, groups = r.choice(FLOATS), r.randint(1, 2)
+    n, h, w = r.randint(1, 3), r.randint(1, 6), r.randint(1, 6)
+    x, y = (last(torch.randn(n, groups * r.randint(1, 4), h, w).to(dtype)) for _ in range(2))
+    pivots = [torch.randn(t.shape[1], dtype=sums_dtype(dtype)) for t in (x, y)]
+    shifts = [[r.randint(-3, 3) for _ in range(r.randint(1, 4))]] * 2
+    return [x, pivots[0], y, pivots[1], shifts[0], shifts[1][::-1], groups]
+
+
+def cross_correlation_results(
+    x: Any, x_pivot: Any, y: Any, y_pivot: Any, rows: Any, columns: Any, groups: Any
+) -> list[Any]:
+    x, y = wide(x) - per_channel(x_pivot), wide(y) - per_channel(y_pivot)
+    h, w = x.shape[2:]
+    products = []
+    for i, j in zip(rows, columns, strict=True):
+        moved = torch.zeros_like(x)
+        if abs(i) < h and abs(j) < w:
+            moved[:, :, max(0, -i) : h - max(0, i), max(0, -j) : w - max(0, j)] = x[
+                :, :, max(0, i) : h + min(0, i), max(0, j) : w + min(0, j)
+            ]
+        by_group = (t.unflatten(1, (groups, -1)) for t in (y, moved))
+        products.append(torch.einsum("ngkhw,ngchw->gkc", *by_group))
+    return [torch.stack(products), y.sum(0)]
+
+
+def edge_strips(r: random.Random) -> list[Any]:
+    dtype, groups = r.choice(FLOATS), r.randint(1, 2)
+    x = torch.randn(r.randint(1, 3), groups * r.randint(1, 3), r.randint(1, 6), r.randint(1, 6)).to(dtype)
+    return [layout_of(r, x), torch.randn(x.shape[1], dtype=sums_dtype(dtype)), r.choice([1, 3, 5]), groups]
+
+
+def edge_strips_results(x: Any, pivot: Any, kernel: Any, groups: Any) -> list[Any]:
+    n, c, h, w = x.shape
+    r = kernel // 2
+    centred = (wide(x) - per_channel(pivot)).unflatten(1, (groups, -1))  # N×g×Cg×H×W
+    strips = torch.zeros(n, max(h, w) + r, 4, groups, r, c // groups, dtype=torch.float64)
+    for i in range(r):
+        if i < h:
+            strips[:, :w, 0, :, i] = centred[:, :, :, i].permute(0, 3, 1, 2)
+            strips[:, :w, 1, :, i] = centred[:, :, :, h - 1 - i].permute(0, 3, 1, 2)
+        if i < w:
+            strips[:, :h, 2, :, i] = centred[..., i].permute(0, 3, 1, 2)
+            strips[:, :h, 3, :, i] = centred[..., w - 1 - i].permute(0, 3, 1, 2)
+    return [strips]
+
+
+def add_edges(r: random.Random) -> list[Any]:
+    dtype, groups, k = r.choice(FLOATS), r.randint(1, 2), r.choice([1, 3, 5])
+    n, c, h, w = r.randint(1, 3), groups * r.randint(1, 3), r.randint(1, 6), r.randint(1, 6)
+    sums = sums_dtype(dtype)
+    out, value, constant = (last(torch.randn(m, c, h, w).to(t)) for m, t in ((n, dtype), (n, sums), (1, sums)))
+    edges = torch.randn(n, max(h, w) + k // 2, 4, groups, k // 2, c // groups, dtype=sums)
+    return [out, value, constant, edges]
+
+
+def add_edges_results(out: Any, value: Any, constant: Any, edges: Any) -> list[Any]:
+    total = wide(value) + wide(constant)
+    h, w = value.shape[2:]
+    pixels = total.permute(0, 2, 3, 1).unflatten(-1, (edges.shape[3], -1))
+    for i in range(min(edges.shape[4], h)):
+        pixels[:, i] += edges[:, :w, 0, :, i]
+        pixels[:, h - 1 - i] += edges[:, :w, 1, :, i]
+    for i in range(min(edges.shape[4], w)):
+        pixels[:, :, i] += edges[:, :h, 2, :, i]
+        pixels[:, :, w - 1 - i] += edges[:, :h, 3, :, i]
+    return [total, None]
+
+
+def patch_gram(r: random.Random) -> list[Any]:
+    dtype, g, c, k = r.choice([torch.float32, torch.float64]), r.randint(1, 2), r.randint(1, 3), r.choice([1, 3, 5])
+    n, h, w = r.randint(1, 3), r.randint(1, 6), r.randint(1, 6)
+    rc, taps = k // 2 * c, k * k
+    half = torch.randn(2 * k * k - 2 * k + 1, g, c, c, dtype=dtype)
+    half[0] = half[0] + half[0].mT  # as an autocorrelation's
+    edges = torch.randn(k, 4 * g, rc, rc, dtype=dtype)
+    edges[0] = edges[0] + edges[0].mT
+    strips = torch.randn(n, max(h, w) + k // 2, 4, g, k // 2, c, dtype=dtype)
+    strips[:, w:] = 0
+    sums, level = torch.randn(g, taps * c, dtype=torch.float64), torch.randn(g, c, dtype=torch.float64)
+    cross = torch.randn(g, taps, taps, c, dtype=torch.float64)
+    seen = algebra.pixel_counts(h, w, k, half.device).clone()
+    return [half, edges, strips, sums, cross, level, seen, k, w, float(n * h * w)]
+
+
+def patch_gram_results(
+    half: Any, edges: Any, strips: Any, sums: Any, cross: Any, level: Any, seen: Any, k: Any, width: Any, count: Any
+) -> list[Any]:
+    g, r, span, c = half.shape[1], k // 2, 2 * k - 1, half.shape[2]
+    plane = algebra.mirrored(wide(half), span)
+    if r == 0:
+        gram = plane.flatten(1, 3)
+    else:
+        lines = algebra.mirrored(wide(edges), span)[:, 0].unflatten(0, (4, g))
+        lines = lines.unflatten(-1, (r, -1)).unflatten(-3, (r, -1))
+        strips = wide(strips).clone()
+        strips[:, width:] = 0  # what lies beyond the image is no corner
+        blocks = algebra.corner_blocks(strips, width).flatten(4)
+        corners = torch.einsum("nvugi,nvugj->vugij", blocks, blocks)
+        gram = algebra.assemble_gram(plane, lines.permute(0, 1, 2, 3, 5, 4, 6), corners, k)
+    gram.view(g, k * k, c, k * k, c).mul_((seen > 0)[:, None, :, None])
+    product = (cross.mT.unsqueeze(-1) * level[:, None, None, None]).reshape(gram.shape)
+    gram = gram - sums[:, :, None] * sums[:, None] / count + product + product.mT
+    # Only the taps behind a tap are read from the arguments, the others are their transpose; so is the result.
+    rows = torch.arange(k * k).repeat_interleave(c)
+    return [torch.where(rows[:, None] <= rows, gram, gram.mT)]
+
+
+# ---- whole steps ----
+
+
+def embedded(x: Tensor, weight: Tensor, row: int, column: int, kernel: int, groups: int) -> Tensor:
+    """x convolved at "same" padding by a weight that lies in a kernel of zeros."""
+    rows, columns = weight.shape[2:]
+    edges = (column, kernel - column - columns, row, kernel - row - rows)
+    return F.conv2d(x, F.pad(wide(weight), edges), None, 1, kernel // 2, 1, groups)
+
+
+def moments_step(r: random.Random) -> list[Any]:
+    dtype, groups, k = r.choice(FLOATS), r.randint(1, 2), r.choice([1, 3, 5])
+    c, out = r.randint(1, 3), groups * r.randint(1, 3)
+    x = layout_of(r, torch.randn(r.randint(2, 3), groups * c, r.randint(2, 6), r.randint(2, 6)).to(dtype))
+    shapes, places = [(k, k), (1, k), (k, 1)], [0, 0, k // 2, 0, 0, k // 2]
+    b = r.randint(1, 3)
+    weights = [torch.randn(out, c, *shape).to(dtype) for shape in shapes[:b]]
+    gamma, beta = torch.randn(b, out).to(dtype), torch.randn(out, dtype=sums_dtype(dtype))
+    return [x, weights, gamma, beta, places[: 2 * b], [1e-3, 1e-4, 1e-5][:b], k, groups, r.random() < 0.5]
+
+
+def moments_step_results(
+    x: Any, weights: Any, gamma: Any, beta: Any, origins: Any, eps: Any, kernel: Any, groups: Any, _: Any
+) -> list[Any]:
+    places = zip(weights, origins[::2], origins[1::2], strict=True)
+    ys = [embedded(wide(x), weight, i, j, kernel, groups) for weight, i, j in places]
+    betas = [beta, *(torch.zeros_like(beta) for _ in ys[1:])]
+    out, means, variances, _ = bn_sum_forward_results(ys, list(gamma), betas, eps, None)
+    if len(x) == 0:
+        means, variances = torch.zeros_like(means), torch.zeros_like(variances)
+    return [out, means, variances, None, None, None]
+
+
+def moments_step_backward(r: random.Random) -> list[Any]:
+    x, weights, gamma, beta, origins, eps, kernel, groups, last_ = moments_step(r)
+    step = torch.ops.acnet_kernels.moments_step(x, weights, gamma, beta, origins, eps, kernel, groups, last_)
+    out, mean, variance, pivot, sums, centred = step
+    rstd = (variance + torch.tensor(eps, dtype=torch.float64)[:, None]).rsqrt()
+    needs = [r.random() < 0.7 for _ in range(3)]
+    return [
+        torch.randn_like(out), x, weights, gamma, mean, rstd, pivot, sums, centred, origins, kernel, groups, *needs
+    ]  # fmt: skip
+
+
+def moments_step_backward_results(
+    grad: Any, x: Any, weights: Any, gamma: Any, mean: Any, rstd: Any, pivot: Any, sums: Any, centred: Any,
+    origins: Any, kernel: Any, groups: Any, need_x: Any, need_weights: Any, need_gamma: Any,
+) -> list[Any]:  # fmt: skip
+    g, pixels = wide(grad), grad.numel() / grad.shape[1]
+    dbeta = g.sum((0, 2, 3))
+    dx, dgammas, dweights = torch.zeros_like(wide(x)), [], []
+    patches = sums.unflatten(1, (kernel, kernel, -1)).permute(0, 3, 1, 2)  # g×Cg×k×k
+    parts = wide(centred).split([weight[0].numel() for weight in weights], 1)
+    for b, (weight, i, j, part) in enumerate(zip(weights, origins[::2], origins[1::2], parts, strict=True)):
+        with torch.enable_grad():
+            x_, w_ = wide(x).detach().requires_grad_(), wide(weight).detach().requires_grad_()
+            y = embedded(x_, w_, i, j, kernel, groups)
+        dgamma = rstd[b] * ((g * y).sum((0, 2, 3)) - mean[b] * dbeta)
+        slope, scale = dgamma / pixels, wide(gamma[b]) * rstd[b]
+        (products,) = torch.autograd.grad(y, w_, g, retain_graph=True)
+        rows, columns = weight.shape[2:]
+        own = patches[:, :, i : i + rows, j : j + columns].repeat_interleave(len(weight) // groups, 0)
+        dweight = products - (dbeta / pixels)[:, None, None, None] * own
+        dweight = dweight.flatten(1) - (slope * rstd[b])[:, None] * part
+        dweights.append(scale[:, None] * dweight)
+        level = slope * rstd[b] * mean[b] - dbeta / pixels
+        flow = per_channel(scale) * (g + per_channel(level) - per_channel(slope * rstd[b]) * y)
+        dx += torch.autograd.grad(y, x_, flow.detach())[0]
+        dgammas.append(dgamma)
+    none = torch.zeros(0, dtype=torch.float64)
+    return [
+        dx if need_x else none,
+        torch.cat(dweights, 1) if need_weights else none,
+        torch.stack(dgammas) if need_gamma else none,
+        dbeta,
+    ]
+
+
+def recompute_step(r: random.Random) -> list[Any]:
+    dtype, groups, k = r.choice(FLOATS), r.randint(1, 2), r.choice([1, 3, 5])
+    c, out = r.randint(1, 3), groups * r.randint(1, 3)
+    geometry = Geometry.make(k, r.randint(1, 2), k // 2, 1, groups)
+    names = [name for name in BRANCHES if name == "square" or r.random() < 0.7]
+    x = layout_of(r, torch.randn(r.randint(2, 3), groups * c, r.randint(3, 7), r.randint(3, 7)).to(dtype))
+    weights = [torch.randn(out, c, *geometry.placement(name).kernel).to(dtype) for name in names]
+    norms = r.choice([1, len(names)])
+    gammas, betas = ([torch.randn(out) for _ in range(norms)] if r.random() < 0.7 else [] for _ in range(2))
+    eps = [1e-3, 1e-4, 1e-5][:norms]
+    return [x, weights, gammas, betas, eps, names, recompute.pack(geometry), dtype, r.random() < 0.5]
+
+
+def branch_maps(x: Tensor, weights: Any, names: Any, geometry: Any, norms: int) -> list[Tensor]:
+    known = recompute.unpack(geometry)
+    ys = []
+    for name, weight in zip(names, weights, strict=True):
+        place = known.placement(name)
+        seen = place.apply(x)
+        ys.append(F.conv2d(seen, weight, None, known.stride, place.padding, place.dilation, known.groups))
+    return ys if norms == len(ys) else [sum(ys)]
+
+
+def recompute_step_results(
+    x: Any, weights: Any, gammas: Any, betas: Any, eps: Any, names: Any, geometry: Any, dtype: Any, _: Any
+) -> list[Any]:
+    ys = branch_maps(wide(x), [wide(w) for w in weights], names, geometry, len(eps))
+    return bn_sum_forward_results(ys, gammas, betas, eps, None)
+
+
+def recompute_step_backward(r: random.Random) -> list[Any]:
+    x, weights, gammas, betas, eps, names, geometry, dtype, last_ = recompute_step(r)
+    out, means, _, rstds = recompute_step_results(x, weights, gammas, betas, eps, names, geometry, dtype, last_)
+    needs = [r.random() < 0.7, [r.random() < 0.7 for _ in weights], r.random() < 0.7]
+    return [
+        layout_of(r, torch.randn(out.shape).to(dtype)),
+        x,
+        weights,
+        gammas,
+        means,
+        rstds,
+        eps,
+        names,
+        geometry,
+        *needs,
+    ]
+
+
+def recompute_step_backward_results(
+    grad: Any, x: Any, weights: Any, gammas: Any, means: Any, rstds: Any, eps: Any, names: Any, geometry: Any,
+    need_x: Any, need_weights: Any, need_gammas: Any,
+) -> list[Any]:  # fmt: skip
+    with torch.enable_grad():
+        x_ = wide(x).detach().requires_grad_()
+        ws = [wide(w).detach().requires_grad_() for w in weights]
+        ys = branch_maps(x_, ws, names, geometry, len(eps))
+    dys, dgammas, dbeta = norm_gradients(grad, [y.detach() for y in ys], means, rstds, gammas)
+    dx, *dws = torch.autograd.grad(ys, [x_, *ws], dys)
+    none = torch.zeros(0, dtype=torch.float64)
+    return [
+        dx if need_x else none,
+        [dw for dw, need in zip(dws, need_weights, strict=True) if need],
+        dgammas if need_gammas else none,
+        dbeta,
+    ]
+
+
+# ---- folding, running statistics ----
+
+
+def fuse_blocks(r: random.Random) -> list[Any]:
+    a = fusing.Arguments.empty()
+    for _ in range(r.randint(1, 3)):
+        dtype, k, out, c = r.choice(FLOATS), r.choice([1, 3, 5]), r.randint(1, 4), r.randint(1, 4)
+        found: list[Any] = []
+        for shape in ((k, k), (1, k), (k, 1)):
+            if found and r.random() < 0.2:
+                found.append(None)
+                continue
+            vectors = [torch.randn(out) if r.random() < 0.8 else None for _ in range(4)]
+            weight = torch.randn(out, c, *shape).to(dtype)
+            found.append((weight, *vectors, torch.rand(out) + 0.1, 1e-5))
+        append_branches(a, found, (r.randrange(k), r.randrange(k)))
+    return list(a)
+
+
+def fuse_blocks_results(*args: Any) -> list[Any]:
+    return list(fusing.fuse_blocks(*args))
+
+
+def fuse_blocks_out(r: random.Random) -> list[Any]:
+    args = fuse_blocks(r)
+    return [
+        *args,
+        [layout_of(r, torch.randn_like(w)) for w in args[0]],
+        [torch.randn_like(w[:, 0, 0, 0]) for w in args[0]],
+    ]
+
+
+def fuse_blocks_out_results(*args: Any) -> list[Any]:
+    return list(fusing.fuse_blocks(*args[:-2]))
+
+
+def update_running_(r: random.Random) -> list[Any]:
+    norms, k = r.randint(1, 3), r.randint(1, 5)
+    means, variances = ([torch.rand(k).to(r.choice(FLOATS)) for _ in range(norms)] for _ in range(2))
+    counters = [
+        torch.tensor(r.randint(0, 9)).to(r.choice([torch.int64, torch.float32, torch.int32])) for _ in means
+    ]
+    statistics = [torch.rand(norms, k, dtype=torch.float64) for _ in range(2)]
+    momenta = [math.nan] if norms == 1 and r.random() < 0.5 else [r.random() for _ in means]
+    return [means, variances, counters, *statistics, momenta, r.choice([0, 2, 17])]
+
+
+def update_running_results(
+    running_means: Any, running_vars: Any, counters: Any, means: Any, variances: Any, momenta: Any, count: Any
+) -> list[Any]:
+    for counter in counters:
+        counter.add_(1)
+    for b, momentum in enumerate(momenta if count else []):
+        factor = 1 / float(counters[0]) if math.isnan(momentum) else momentum
+        for target, value in ((running_means[b], means[b]), (running_vars[b], variances[b] * count / (count - 1))):
+            target.copy_((1 - factor) * wide(target) + factor * value)
+    return [running_means, running_vars, counters]
+
+
+# ---- Triton's, which run on CUDA: here their shape inference is called, on meta tensors ----
+
+
+def triton_forward(r: random.Random) -> list[Any]:
+    x, weights, gammas, betas, _, names, geometry, *_ = recompute_step(r)
+    given = dict(zip(names, weights, strict=True))
+    eps = [1e-5] * len(names)
+    gammas, betas = ([torch.randn(len(weights[0])) for _ in names] if t else [] for t in (gammas, betas))
+    window = list(Window.of(recompute.unpack(geometry)))
+    return to_meta([last(x), *(given.get(name) for name in BRANCHES), gammas, betas, eps, window])
+
+
+def triton_outputs(x: Any, square: Any, hor: Any, ver: Any, gammas: Any, betas: Any, eps: Any, window: Any) -> Any:
+    stride, padding, dilation = window[1:3], window[3:5], window[5:7]
+    return F.conv2d(x, square, None, stride, padding, dilation, window[9])
+
+
+def triton_input_grad(r: random.Random) -> list[Any]:
+    x, *weights, gammas, betas, eps, window = triton_forward(r)
+    dy = last(triton_outputs(x, *weights, gammas, betas, eps, window))
+    return [[torch.empty_like(dy) for w in weights if w is not None], weights, window, [*x.shape[2:]]]
+
+
+def triton_weight_grads(r: random.Random) -> list[Any]:
+    x, *weights, gammas, betas, eps, window = triton_forward(r)
+    dy = last(triton_outputs(x, *weights, gammas, betas, eps, window))
+    return [x, [torch.empty_like(dy) for w in weights if w is not None], weights, window]
+
+
+def to_meta(value: Any) -> Any:
+    """The same with every tensor on the meta device."""
+    if isinstance(value, list):
+        return [to_meta(v) for v in value]
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def nothing(*_: Any) -> list[Any]:
+    raise AssertionError("there is no data to compute from")
+
+
+CASES = {
+    "add_edges": Case(add_edges, add_edges_results),
+    "bn_sum_backward": Case(bn_sum_backward, bn_sum_backward_results),
+    "bn_sum_backward_": Case(bn_sum_backward, bn_sum_write_results),
+    "bn_sum_forward": Case(bn_sum_forward, bn_sum_forward_results),
+    "cross_correlation": Case(cross_correlation, cross_correlation_results),
+    "edge_strips": Case(edge_strips, edge_strips_results),
+    "fuse_blocks": Case(fuse_blocks, fuse_blocks_results),
+    "fuse_blocks_out": Case(fuse_blocks_out, fuse_blocks_out_results),
+    "moments_step": Case(moments_step, moments_step_results),
+    "moments_step_backward": Case(moments_step_backward, moments_step_backward_results),
+    "patch_gram": Case(patch_gram, patch_gram_results),
+    "recompute_step": Case(recompute_step, recompute_step_results),
+    "recompute_step_backward": Case(recompute_step_backward, recompute_step_backward_results),
+    "triton_forward": Case(triton_forward, nothing, "meta"),
+    "triton_input_grad": Case(triton_input_grad, nothing, "meta"),
+    "triton_weight_grads": Case(triton_weight_grads, nothing, "meta"),
+    "update_running_": Case(update_running_, update_running_results),
+}
