@@ -255,6 +255,18 @@ def counted_in_floats(b: ACBlock) -> None:
         bn.num_batches_tracked = bn.num_batches_tracked.float()
 
 
+def strided_norms(b: ACBlock) -> None:
+    """γ, β and running statistics that are views into one shared tensor."""
+    for bn in (b.square_bn, b.hor_bn):
+        shared = torch.stack([bn.weight.detach(), bn.bias.detach(), bn.running_mean, bn.running_var], 1)
+        bn.weight, bn.bias = nn.Parameter(shared[:, 0]), nn.Parameter(shared[:, 1])
+        bn.running_mean, bn.running_var = shared[:, 2], shared[:, 3]
+
+
+def counted_in_int32(b: ACBlock) -> None:
+    b.ver_bn.num_batches_tracked = b.ver_bn.num_batches_tracked.int()
+
+
 def note(b: ACBlock) -> None:
     b.square_conv.comment = "an attribute that no forward reads"
 
@@ -288,6 +300,8 @@ FAULTS: dict[Callable[[ACBlock], None], tuple[dict[str, object], bool]] = {
     lora: ({}, False),
     fewer_channels: ({}, True),
     counted_in_floats: ({}, True),
+    counted_in_int32: ({}, True),
+    strided_norms: ({}, True),
     note: ({}, True),
 }
 CASES = [pytest.param(fault, *how, id=fault.__name__) for fault, how in FAULTS.items()]
