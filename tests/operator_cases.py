@@ -300,7 +300,7 @@ def moments_step_backward_results(
         rows, columns = weight.shape[2:]
         own = patches[:, :, i : i + rows, j : j + columns].repeat_interleave(len(weight) // groups, 0)
         dweight = products - (dbeta / pixels)[:, None, None, None] * own
-        dweight = dweight.flatten(1) - (slope * rstd[b])[:, None] * part
+        dweight = dweight.flatten(1) - slope[:, None] * part  # with its rstd already
         dweights.append(scale[:, None] * dweight)
         level = slope * rstd[b] * mean[b] - dbeta / pixels
         flow = per_channel(scale) * (g + per_channel(level) - per_channel(slope * rstd[b]) * y)

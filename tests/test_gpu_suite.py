@@ -13,13 +13,6 @@ from benchmarks import codegen
 ROOT = Path(__file__).parents[1]
 
 
-def test_another_image_size_needs_no_other_compilation() -> None:
-    """A cache that travels holds few kernels, then, and a network few variants."""
-    for kernel in {codegen.kernel_of(case) for case in codegen.cases(90)}:
-        sizes = [p for p in kernel.params if p.name in ("H", "W", "OH", "OW", "M", "N", "ROWS", "TILES", "SPLITS")]
-        assert [p.name for p in sizes if not p.do_not_specialize] == [], kernel.__name__
-
-
 def test_the_gradients_of_the_hugest_map_are_finite_in_half_precision() -> None:
     """The device's own test of them, at its own image size, would else compare NaN."""
     spec = importlib.util.spec_from_file_location("gpu_test_device", ROOT / "tests/gpu/test_device.py")

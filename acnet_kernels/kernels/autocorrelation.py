@@ -14,7 +14,7 @@ import triton.language as tl
 from .taps import dot, index, split_pixel, weight_block
 
 
-@triton.jit(do_not_specialize=["M", "ROWS", "STRIDE", "FIRST", "ROW", "COL", "WIDTH", "H", "W"])
+@triton.jit(do_not_specialize=["M", "ROWS", "STRIDE", "FIRST", "ROW", "COL", "WIDTH"])
 def cross_correlation(
     x_ptr,
     x_pivot_ptr,

@@ -25,7 +25,7 @@ def _finish(acc, y_ptr, partial_ptr, branch, m, live, k, k_live, count, K, tile,
     store_moments(partial_ptr, mean, m2, branch, k, k_live, K, tile, TILES)
 
 
-@triton.jit(do_not_specialize=["M", "TILES", "H", "W", "OH", "OW"])
+@triton.jit(do_not_specialize=["M", "TILES"])
 def conv_branches(
     x_ptr,
     weights,

@@ -33,7 +33,7 @@ def _finish(acc, mean, m2, y_ptr, m, live, k, k_live, K, before, count, STORE: t
     return merge_moments(mean, m2, before, block_mean, block_m2, count)
 
 
-@triton.jit(do_not_specialize=["M", "ROWS", "TILES", "H", "W", "OH", "OW"])
+@triton.jit(do_not_specialize=["M", "ROWS", "TILES"])
 def depthwise_branches(
     x_ptr,
     weights,
@@ -107,7 +107,7 @@ def depthwise_branches(
         store_moments(partial_ptr, ver_mean, ver_m2, AFTER, k, k_live, K, tile, TILES)
 
 
-@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
+@triton.jit(do_not_specialize=["M"])
 def depthwise_dgrad(
     dys,
     weights,
@@ -172,7 +172,7 @@ def _row_of_x(x_ptr, row_at, w, inside, c, c_live, W, C):
     return tl.load(x_ptr + at[:, :, None] + c[None, None, :], mask=live, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["M", "ROWS", "STRIDE", "H", "W", "OH", "OW"])
+@triton.jit(do_not_specialize=["M", "ROWS", "STRIDE"])
 def depthwise_wgrad(
     x_ptr,
     dys,

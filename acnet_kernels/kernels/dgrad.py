@@ -30,7 +30,7 @@ def _first_tap(at, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DIL: tl.constexpr
     return first
 
 
-@triton.jit(do_not_specialize=["N", "TILES", "H", "W", "OH", "OW"])
+@triton.jit(do_not_specialize=["N", "TILES"])
 def conv_dgrad(
     dys,
     weights,

@@ -29,7 +29,7 @@ def class_begin(kernel, kind):
     return 0 if kind == 0 else 1 + (kind - 1) * (kernel - 1)
 
 
-@triton.jit(do_not_specialize=["M", "ROWS", "STRIDE", "H", "W", "OH", "OW"])
+@triton.jit(do_not_specialize=["M", "ROWS", "STRIDE"])
 def conv_wgrad(
     x_ptr,
     dys,
