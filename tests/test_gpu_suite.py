@@ -8,7 +8,6 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: it has no build for this platform")
 
-from benchmarks import codegen
 
 ROOT = Path(__file__).parents[1]
 
