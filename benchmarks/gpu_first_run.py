@@ -38,8 +38,8 @@ def _suite(name: str, *options: str) -> tuple[str, ...]:
     return ("-m", "benchmarks.gpu_suite", name, *options)
 
 
-def _tests(path: str) -> tuple[str, ...]:
-    return ("-m", "pytest", "-p", "benchmarks.outcomes", "-n", str(min(12, os.cpu_count() or 1)), "--tb=no", path)
+def _tests(*paths: str) -> tuple[str, ...]:
+    return ("-m", "pytest", "-p", "benchmarks.outcomes", "-n", str(min(12, os.cpu_count() or 1)), "--tb=no", *paths)
 
 
 WARM = Part("warm", 90, _suite("warm", "--processes", str(os.cpu_count())))
@@ -51,7 +51,7 @@ PARTS = (
     Part("depthwise", 30, _suite("depthwise")),
     Part("networks", 60, _suite("networks")),
     Part("fold", 15, _suite("fold")),
-    Part("tests/gpu", 60, _tests("tests/gpu")),
+    Part("tests/gpu", 60, _tests("tests/gpu", "tests/test_fusion.py")),
     Part("configurations", None, _suite("configurations")),
 )
 

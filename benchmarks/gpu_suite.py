@@ -178,6 +178,7 @@ class Suite:
         until: seconds of the epoch after which no measurement begins.
         share: (i, n): nothing is timed; of every n-th group of contenders, from the i-th on, ours run once, so that
             all kernels are compiled.
+        device: None is the GPU's, or the stand-in's.
     """
 
     def __init__(
@@ -187,15 +188,21 @@ class Suite:
         dtypes: Sequence[str] = ("bf16", "tf32"),
         until: float = math.inf,
         share: tuple[int, int] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         # On the stand-in a call is enough; on a device a group of contenders has this long, by each clock.
         self.rehearsed = stand_in.mode() is not None
         self.slice, self.rounds = (0.0, 1) if self.rehearsed else (0.25, 5)
-        self.device = torch.device("cpu" if self.rehearsed else "cuda")
+        self.device = device or torch.device("cpu" if self.rehearsed else "cuda")
         self.shapes, self.dtypes, self.until, self.share = shapes, dtypes, until, share
         self.groups = 0
         out.mkdir(parents=True, exist_ok=True)
         self.rows = harness.Report(self.device, out / CSV)
+
+    def mine(self) -> bool:
+        """Whether the next group of contenders is of this run's share."""
+        self.groups += 1
+        return self.share is None or self.groups % self.share[1] == self.share[0]
 
     def late(self, what: str) -> bool:
         """Whether the time is up, said for what is left out."""
@@ -218,10 +225,10 @@ class Suite:
 
     def measure(self, mode: str, shape: str, kind: str, calls: dict[str, list[Callable[[], object]]]) -> None:
         """Rows of each contender's two times a call; the calls of one, on an input set each, run in turn."""
-        self.groups += 1
+        if not self.mine():
+            return
         if self.share is not None:
-            mine = self.groups % self.share[1] == self.share[0]
-            for name in [name for name in calls if mine and name not in LIBRARY]:
+            for name in [name for name in calls if name not in LIBRARY]:
                 self.attempt((name, mode, shape, kind), calls[name][0])
             return
         walls: dict[str, harness.Calls] = {}
@@ -278,6 +285,8 @@ class Suite:
             for problem, kind in itertools.product(chosen, DTYPES):
                 if self.late(f"equivalence from {problem} {kind}"):
                     return
+                if not self.mine():
+                    continue
 
                 def check(problem: object = problem, kind: str = kind) -> None:
                     with precision("fp32"):
@@ -359,12 +368,12 @@ class Suite:
         """A training step of whole networks: eager, plain, and by the planner after tune()."""
         if self.rehearsed or self.share is not None:
             stopwatch.WARM_UP, stopwatch.ROUNDS, stopwatch.SECONDS = 0, 1, 0.0
-        for number, ((name, (batch, size)), kind) in enumerate(itertools.product(NETWORKS.items(), self.dtypes)):
+        for (name, (batch, size)), kind in itertools.product(NETWORKS.items(), self.dtypes):
             if self.late(f"networks from {name} {kind}"):
                 return
             batch = 2 if self.rehearsed and self.share is None else batch
             what = f"{name} {batch}x3x{size}x{size}"
-            if self.share is not None and number % self.share[1] != self.share[0]:
+            if not self.mine():
                 continue
             with precision(kind) as dtype:
                 calls: dict[str, list[Callable[[], object]]] = {}

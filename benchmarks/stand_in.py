@@ -151,9 +151,7 @@ def _paths() -> None:
     from acnet_kernels.backends import convolution, phases, recompute
     from acnet_kernels.ops import autocorrelation, bn_sum, triton_block
 
-    torch.compile = functools.partial(
-        torch.compile, backend="aot_eager"
-    )  # the CPU's compiler says nothing of CUDA's
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the CPU's says nothing of CUDA's
     phases.DEVICE = "cpu"
     convolution._SLOW_HALF_TYPES = frozenset()
     recompute._has_triton = lambda x: x.dtype != torch.float64
