@@ -300,6 +300,14 @@ def test_differentiable_twice(norm):
     assert torch.autograd.gradgradcheck(lambda x, *_: block(x), (x, *block.parameters()))
 
 
+def test_the_operators_gradient_says_that_it_has_no_derivative():
+    x, weight, gamma = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(6, 4, 3, 3), torch.ones(1, 6)
+    out, *_ = torch.ops.acnet_kernels.moments_step(x, [weight], gamma, gamma[0], [0, 0], [1e-5], 3, 1, False)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"moments_step_backward has no derivative; acblock\(\) has one"):
+        grad.sum().backward()
+
+
 def test_compiles_whole_and_agrees():
     block, x = block_of(), torch.randn(3, 4, 6, 5)
     grad = torch.randn(3, 6, 6, 5)

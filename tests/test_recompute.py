@@ -185,6 +185,15 @@ def test_differentiable_twice(norm):
     assert torch.autograd.gradgradcheck(lambda x, *_: b(x), (x, *b.parameters()))
 
 
+def test_the_operators_gradient_says_that_it_has_no_derivative():
+    x, weight, gamma = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(6, 4, 3, 3), torch.ones(6)
+    constants = [1e-5], ["square"], ops.pack(Geometry.make(3, padding=1)), torch.float32, False
+    out, *_ = ops.recompute_step(x, [weight], [gamma], [gamma], *constants)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"recompute_step_backward has no derivative; acblock\(\) has one"):
+        grad.sum().backward()
+
+
 def test_gradcheck():
     b = block(2, 2, 3, stride=2, padding=1).double()
     x = torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True)

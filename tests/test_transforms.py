@@ -135,6 +135,15 @@ def test_derivatives_of_every_kind(backend, training, options, differentiate):
     assert_same_state(b, twin, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["branches", "moments", "recompute"])
+def test_second_derivatives_without_an_epsilon(backend):
+    b = scramble(ACBlock(4, 6, 3, padding=1, backend=backend, eps=0.0)).double()
+    twin = copy.deepcopy(b)
+    twin.backend = "eager"  # newer versions of nn.BatchNorm2d refuse it
+    for got, want in zip(double_backward(b), double_backward(twin), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
 FUNCTIONS = {
     "jvp": lambda b, x, tangent: torch.func.jvp(b, (x,), (tangent,))[1],
     "jacfwd": lambda b, x, tangent: torch.func.jacfwd(lambda t: b(t).mean((2, 3)))(x),
