@@ -85,7 +85,7 @@ class Problem:
     `dtype` is what the convolutions compute in (autocast taken into account), `input_dtype` what the input
     came in; `batch_stats` has one entry a batch norm; `grad` says whether anything needs a gradient, `synced`
     whether statistics span processes; `transform` names what is at work that has rules for PyTorch's own operators
-    alone ('' for nothing).
+    alone ('' for nothing); `weight_dtype` is the kernels' own, from which autocast casts them.
     """
 
     shape: tuple[int, int, int, int]
@@ -101,6 +101,7 @@ class Problem:
     grad: bool
     synced: bool = False
     transform: str = ""
+    weight_dtype: torch.dtype = torch.float32
 
     @property
     def output_size(self) -> Pair:
@@ -128,6 +129,11 @@ class Problem:
         k = self.geometry.kernel
         taps = sum(k * k if name == "square" else k for name in self.branches)
         return self.out_channels * self.shape[1] // self.geometry.groups * taps
+
+    @property
+    def cast_weight_bytes(self) -> int:
+        """Bytes of the casts of all branches' kernels; 0 where they are of the compute dtype."""
+        return 0 if self.weight_dtype == self.dtype else self.weights * self.dtype.itemsize
 
     def explicit(self) -> Problem:
         """The same with its input padded already where the padding mode is not zeros: what a backend is given."""
@@ -157,6 +163,7 @@ def problem_of(step: Step, x: Tensor) -> Problem:
         grad=torch.is_grad_enabled() and (x.requires_grad or _has_gradients(step)),
         synced=any(norm.group is not None for norm in norms),
         transform=transform,
+        weight_dtype=square.dtype,
     )
 
 

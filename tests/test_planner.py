@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from clocks import FakeClock
+from steps import saved_by
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -237,8 +238,24 @@ def test_memory_is_saved_by_what_a_network_would_hold(shape, options, name):
     if name != "eager":
         assert f"{plan.backend.transient_bytes(p):,} besides" in plan.reason
         least = min(planner.network_bytes(module, p) for module in planner.SAVERS)
-        assert least >= planner.SURELY_LESS * planner.network_bytes(plan.backend, p)
+        assert least >= 0.8 * planner.network_bytes(plan.backend, p)
     assert planner.choose(replace(p, grad=False), "memory_saver") == planner.choose(replace(p, grad=False))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_kernels_that_autocast_casts_count_as_kept(half):
+    block = ACBlock(16, 24, 3, padding=1, backend="eager")
+    x, known = torch.randn(4, 16, 9, 9, requires_grad=True), {t.data_ptr() for t in block.state_dict().values()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        p, (_, kept) = block.plan(x)[0], saved_by(block, x)
+    statistics = 3 * 2 * 24 * 4  # mean and rstd of each batch norm
+    found = sum(size for at, size in kept.items() if at not in known)
+    assert p.cast_weight_bytes == (p.weights * 2 if half else 0)
+    assert found == planner.BACKENDS["eager"].saved_bytes(p) + statistics
+    # Maps of a few pixels: kernels are most of what is kept, and eager alone keeps casts.
+    block = ACBlock(256, 256, 3, padding=1, device="meta")
+    small = problem(16, 256, 4, 4, block=block, dtype=torch.bfloat16, input_dtype=torch.bfloat16)
+    assert planner.choose(small, "memory_saver").backend is planner.BACKENDS["recompute"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -257,7 +274,7 @@ def test_a_network_of_blocks_holds_less(c, dtype):
         step()
         return held(step)[0]
 
-    assert most("memory_saver") < planner.SURELY_LESS * most("eager")
+    assert most("memory_saver") < 0.8 * most("eager")
 
 
 def test_overlapping_requests_of_threads_are_each_kept():

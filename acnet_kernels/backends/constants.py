@@ -28,7 +28,8 @@ def pieces(problem: Problem) -> Pieces:
     g = problem.geometry
     placed = (g.kernel, g.stride, g.padding, g.dilation, g.groups, g.padding_mode, g.shift)
     what = (problem.branches, problem.norm, problem.batch_stats, problem.dtype, problem.input_dtype)
-    return (*shape,), problem.out_channels, placed, what, (problem.device, problem.channels_last, problem.grad)
+    flags = (problem.device, problem.channels_last, problem.grad, problem.synced, problem.transform)
+    return (*shape,), problem.out_channels, placed, what, (*flags, problem.weight_dtype)
 
 
 def whole(

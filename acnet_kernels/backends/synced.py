@@ -26,10 +26,10 @@ NAME = "synced"
 
 
 def saved_bytes(problem: Problem) -> int:
-    """Bytes of maps kept for backward: x, and what each batch norm normalises."""
+    """Bytes kept for backward: x, what each batch norm normalises, and kernels that autocast casts."""
     if not problem.grad:
         return 0
-    return problem.input_bytes + len(problem.batch_stats) * problem.output_bytes
+    return problem.input_bytes + len(problem.batch_stats) * problem.output_bytes + problem.cast_weight_bytes
 
 
 def transient_bytes(problem: Problem) -> int:
