@@ -57,6 +57,7 @@ struct Shape {  // "(4, 3)"
 
 inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
   out << "(";
+  if (shape.dim < 0) return out << "nothing)";
   for (int64_t i = 0; i < shape.dim; ++i) out << (i ? ", " : "") << shape.sizes[i];
   return out << (shape.dim == 1 ? ",)" : ")");
 }
@@ -73,6 +74,13 @@ struct View {  // a tensor's properties, read once
     AtenTensorHandle const handle = t.get();
     int64_t *size, *stride;
     int32_t number;
+    if (!t.defined()) {  // None, which the dispatcher lets through; it passes no check of shape, dtype or device
+      data = nullptr;
+      sizes = strides = nullptr;
+      dim = device_type = device_index = -1;
+      dtype = &element_type(-1);
+      return;
+    }
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &size));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &stride));
@@ -184,6 +192,7 @@ class Check {
   // Memory that this processor reads: the dispatcher brings tensors of another device only past an operator's own.
   template <class Name>
   void readable(const View& v, const Name& name) const {
+    if (v.dim < 0) fail(name, " must be a tensor, got None");
     if (v.device_type != aoti_torch_device_type_cpu()) fail(name, " must be on the CPU, as the other tensors");
     if (v.data == nullptr && !v.empty()) fail(name, " has no memory behind its shape ", v.shape());
   }

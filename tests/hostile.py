@@ -77,7 +77,8 @@ def strided(t: Tensor) -> Tensor:
     return larger[tuple(slice(None, None, 2) for _ in t.shape)].copy_(t)
 
 
-TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
+TENSORS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "missing": lambda t: None,
     **{f"of {dtype}": lambda t, dtype=dtype: t.to(dtype) for dtype in DTYPES},
     "on meta": lambda t: t.to("meta"),
     "without dimensions": lambda t: t.new_zeros(()),
@@ -142,11 +143,20 @@ def overlapping(args: list[Any], place: tuple[int, ...], other: tuple[int, ...],
     return t.detach().as_strided(like.shape, like.stride(), offset)
 
 
+def share(args: list[Any], place: tuple[int, ...], other: tuple[int, ...], shift: int) -> None:
+    """Puts what is at `other` into the memory of what is at `place`, where an earlier change left room for it."""
+    moved = overlapping(args, place, other, shift)
+    if moved is not None:
+        put(args, other, moved)
+
+
 def changes(args: list[Any]) -> Iterator[Change]:
     """Every change of one argument, or of two to share memory."""
     names = list(places(args))
     for place, value in names:
         for name, make in changed_values(value):
+            if name == "missing" and len(place) > 1:
+                continue  # PyTorch's refusal prints the arguments, and dies of one without memory
             yield f"{place} {name}", lambda given, place=place, make=make: put(given, place, make())
     tensors = [place for place, value in names if isinstance(value, Tensor)]
     pairs = [(place, other) for place in tensors for other in tensors if other != place]
@@ -155,7 +165,7 @@ def changes(args: list[Any]) -> Iterator[Change]:
             if overlapping(args, place, other, shift) is not None:
                 yield (
                     f"{other} in the memory of {place} from element {shift} on",
-                    lambda given, p=(place, other, shift): put(given, p[1], overlapping(given, *p)),
+                    lambda given, p=(place, other, shift): share(given, *p),
                 )
 
 

@@ -164,6 +164,8 @@ def edge_strips(r: random.Random) -> list[Any]:
 def edge_strips_results(x: Any, pivot: Any, kernel: Any, groups: Any) -> list[Any]:
     n, c, h, w = x.shape
     r = kernel // 2
+    if r == 0:
+        return [torch.zeros(n, max(h, w), 4, groups, 0, c // groups, dtype=torch.float64)]
     centred = (wide(x) - per_channel(pivot)).unflatten(1, (groups, -1))  # N×g×Cg×H×W
     strips = torch.zeros(n, max(h, w) + r, 4, groups, r, c // groups, dtype=torch.float64)
     for i in range(r):

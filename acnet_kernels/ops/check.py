@@ -21,11 +21,16 @@ _Given = Tensor | Sequence[Tensor | None] | None
 
 
 def checked(check: Callable[..., None]) -> Callable[[_Kernel], _Kernel]:
-    """Decorates an operator's kernel: `check` sees the arguments first."""
+    """Decorates an operator's kernel: `check` sees the arguments first, and no None where a tensor is annotated."""
 
     def decorate(kernel: _Kernel) -> _Kernel:
+        needed = [(i, name) for i, (name, kind) in enumerate(kernel.__annotations__.items()) if kind == "Tensor"]
+
         @functools.wraps(kernel)
         def run(*args: Any) -> Any:
+            for i, name in needed:  # the dispatcher lets None through
+                if i < len(args) and args[i] is None:
+                    raise TypeError(f"{name} must be a tensor, got None")
             check(*args)
             return kernel(*args)
 
