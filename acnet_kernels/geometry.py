@@ -28,7 +28,7 @@ IntOrPair = SupportsIndex | Sequence[SupportsIndex]
 def as_int(value: Any, error: str) -> int:
     """An int, NumPy's too, as Python's own; TypeError, which says error and the value, otherwise."""
     try:
-        if not isinstance(value, bool):
+        if type(value).__name__ not in ("bool", "bool_"):  # NumPy's is an index before its version 2.3
             return operator.index(value)
     except TypeError:
         pass
