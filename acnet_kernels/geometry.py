@@ -28,7 +28,7 @@ IntOrPair = SupportsIndex | Sequence[SupportsIndex]
 def as_int(value: Any, error: str) -> int:
     """An int, NumPy's too, as Python's own; TypeError, which says error and the value, otherwise."""
     try:
-        if not isinstance(value, bool):
+        if type(value).__name__ not in ("bool", "bool_"):  # NumPy's is an index before its version 2.3
             return operator.index(value)
     except TypeError:
         pass
@@ -38,8 +38,8 @@ def as_int(value: Any, error: str) -> int:
 def as_pair(name: str, value: IntOrPair, least: int) -> Pair:
     """An int or a pair of ints as a pair; TypeError or ValueError naming the argument otherwise."""
     error = f"{name} must be an int or a pair of ints"
-    try:
-        items: tuple[Any, ...] = tuple(value)  # type: ignore[arg-type]
+    try:  # an int apart: Dynamo of torch 2.10 and 2.11 stops at tuple() of one, whatever is caught
+        items: tuple[Any, ...] = (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[arg-type]
     except TypeError:  # no iterable
         items = (value, value)
     if len(items) != 2:
@@ -119,8 +119,8 @@ class Geometry:
 
     @functools.cached_property
     def _hash(self) -> int:
-        # Kept, as every step looks something up by its geometry; not made with the geometry, as Dynamo traces that
-        # but no hash before torch 2.12. A string's hash would differ in another process.
+        # Kept, as every step looks something up by its geometry; not made with the geometry, which Dynamo traces:
+        # that of torch 2.10 and 2.11 knows no hash of a tuple. A string's hash would differ in another process.
         mode = PADDING_MODES.index(self.padding_mode)
         return hash((self.kernel, self.stride, self.padding, self.dilation, self.groups, mode, self.shift))
 

@@ -140,7 +140,7 @@ def _changes_nothing(kind: type) -> bool:
     if not issubclass(kind, _BatchNorm) or issubclass(kind, (nn.BatchNorm1d, nn.BatchNorm3d)):
         return False
     known = (nn.BatchNorm2d, nn.SyncBatchNorm, *_BatchNorm.__mro__)
-    return all(set(vars(base)) <= _HARMLESS for base in kind.__mro__ if base not in known)
+    return all(set(dict(vars(base))) <= _HARMLESS for base in kind.__mro__ if base not in known)
 
 
 def is_frozen(norm: nn.Module) -> bool:
@@ -160,7 +160,7 @@ def _is_parametrized(module: nn.Module, kind: type[nn.Module]) -> bool:
 def _shadows(module: nn.Module, usual: frozenset[str]) -> str | None:
     """An attribute set on the instance, besides the usual ones, that its class or its tensors have by that name."""
     own = module.__dict__
-    if torch.compiler.is_compiling():  # Dynamo lists no instance's attributes before torch 2.12, but knows each
+    if torch.compiler.is_compiling():  # Dynamo of torch 2.10 and 2.11 knows each attribute, but no list of them
         names: Iterable[str] = [name for name in _READ if name in own]
     elif len(own) == len(usual):
         return None

@@ -234,7 +234,9 @@ def test_export_of_train_and_eval_graphs(backend, training):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "training"), [("branches", True), ("memory_saver", True), ("auto", False)])
+@pytest.mark.parametrize(
+    ("backend", "training"), [("branches", True), ("memory_saver", True), ("recompute", True), ("auto", False)]
+)
 def test_aot_inductor(backend, training, tmp_path):
     net = scramble(Net(backend)).train(training)
     twin = through_modules(net)
@@ -248,3 +250,27 @@ def test_aot_inductor(backend, training, tmp_path):
         for n in (4, 9):
             x = torch.randn(n, 4, 8, 8)
             assert rel(loaded(x), twin(x)) < 1e-5
+
+
+class Autocast(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.float16):
+            return self.block(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["branches", "moments", "recompute"])
+def test_aot_inductor_under_autocast(backend, tmp_path):
+    net = Autocast(scramble(ACBlock(4, 6, 3, padding=1, backend=backend)))
+    x = torch.randn(4, 4, 8, 8)
+    with torch.no_grad():
+        package = torch._inductor.aoti_compile_and_package(
+            torch.export.export(net, (x,)), package_path=str(tmp_path / "net.pt2")
+        )
+        got, want = torch._inductor.aoti_load_package(package)(x), through_modules(net)(x)
+    assert got.dtype == want.dtype == torch.float16
+    assert rel(got, want) < 2e-3

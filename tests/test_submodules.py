@@ -354,6 +354,16 @@ def assert_alike_gradients(block: ACBlock, other: ACBlock) -> None:
         assert (parameter.grad - want).norm() <= 1e-4 * scale, name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [strides, circular, own_forward, pruned_conv, zeroing_hook, unsynced_norm])
+def test_a_compiled_step_is_one_graph(fault):
+    torch.compiler.reset()
+    arguments, _ = FAULTS[fault]
+    compiled = torch.compile(broken(fault, arguments), backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 4, 9, 8)
+    assert rel(compiled(x), Plain(broken(fault, arguments))(x)) < 1e-5
+
+
 @pytest.mark.parametrize(("fault", "arguments", "folds"), CASES)
 def test_a_fold_is_right_or_refuses(fault, arguments, folds):
     x = torch.randn(3, 4, 9, 8)

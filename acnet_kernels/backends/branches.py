@@ -122,7 +122,8 @@ class Plan(NamedTuple):
             x, cast = x.to(self.conv_dtype), [weight.to(self.conv_dtype) for weight in weights]
             return triton_phases.forward(x, self.names, cast, gammas, betas, self.eps, self.window)
         ys = self.maps(x, weights)
-        out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, self.dtype)
+        dtype = None if self.dtype == ys[0].dtype else self.dtype
+        out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, dtype)
         return out, ys, means, variances, rstds
 
     def definition(self, x: Tensor, *tensors: Tensor) -> Tensor:
@@ -150,9 +151,11 @@ def _composed(plan: Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, 
     """(out, means, variances) from operators that torch.compile can trace and differentiate."""
     if plan.phases != ALL_TRITON:  # the gradient of its operator is by Triton too
         plan = plan._replace(phases=ALL_VENDOR)
+    # AOTInductor of torch 2.10 and 2.11 hands an operator another dtype than it is given: it is given none.
+    given = plan._replace(dtype=plan.conv_dtype) if torch.compiler.is_exporting() else plan
     with nodes.without_autocast(x.device.type):
-        out, _, means, variances, _ = plan.forward(x, *plan.split(tensors))
-    return out, means, variances
+        out, _, means, variances, _ = given.forward(x, *plan.split(tensors))
+    return out.to(plan.dtype), means, variances
 
 
 @functools.cache

@@ -59,6 +59,8 @@ def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
     size = step.geometry.output_size(x.shape[2], x.shape[3])
     inputs = branches.inputs_of(x, step)
+    if torch.compiler.is_exporting():  # so that the operator is given no dtype, as in branches._composed
+        x = x.to(inputs.dtype)
     arguments = (
         x,
         inputs.weights,
@@ -67,7 +69,7 @@ def forward(x: Tensor, step: Step) -> Tensor:
         inputs.eps,
         inputs.names,
         ops.pack(step.geometry),
-        inputs.dtype,
+        None if inputs.dtype == x.dtype else inputs.dtype,
         prefers_channels_last(x, inputs.weights[0]),
     )
     count = x.shape[0] * size[0] * size[1]
@@ -96,9 +98,10 @@ def _step(
     eps: list[float],
     names: list[str],
     geometry: list[int],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = x.dtype if dtype is None else dtype
     plan = branches.plan_of(ops.unpack(geometry), names, eps, len(gammas), dtype, x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         if _has_triton(x):

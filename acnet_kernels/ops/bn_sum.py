@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from . import check
 from ._extension import MISSING, TRITON
@@ -132,7 +133,7 @@ def _check_written(
     named = [(f"ys[{b}]", y) for b, y in enumerate(ys)]
     written = [pair for pair, need in zip(named, needs_dy, strict=True) if need]
     for name, y in written:
-        if not (y.is_contiguous() or is_channels_last(y)):
+        if not (y.is_contiguous() or y.is_contiguous(memory_format=torch.channels_last)):
             raise ValueError(f"{name} must be contiguous or channels_last, got strides {y.stride()}")
     check.apart(written, [("grad", grad), *(pair for pair, need in zip(named, needs_dy, strict=True) if not need)])
 
@@ -287,7 +288,10 @@ def like(grad: Tensor, y: Tensor) -> Tensor:
 
 def is_channels_last(y: Tensor) -> bool:
     """Whether y is channels_last and not contiguous as well."""
-    return y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+    if y.is_contiguous():
+        return False
+    # Under torch 2.10 and 2.11 a map of symbolic sizes denies its layout, and only its strides tell.
+    return y.is_contiguous(memory_format=torch.channels_last) or suggest_memory_format(y) == torch.channels_last
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:

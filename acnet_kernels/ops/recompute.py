@@ -2,7 +2,7 @@
 
     recompute_step(x, weights, gammas, betas, eps, branches, geometry, dtype, channels_last)
         -> (out, means, variances, rstds)
-        out = Σ_b BN_b(W_b * x) by the batch's statistics, in `dtype` and the layout named.
+        out = Σ_b BN_b(W_b * x) by the batch's statistics, in `dtype`, None for that of x, and the layout named.
     recompute_step_backward(grad, x, weights, gammas, means, rstds, eps, branches, geometry, need_x, need_weights,
                             need_gammas) -> (dx, dws, dgammas, dbeta)
         Gradients of what is needed; dws holds those of the weights that need one, the others are empty.
@@ -26,7 +26,7 @@ from .bn_sum import accumulation_dtype
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 _LIBRARY.define(
     "recompute_step(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, str[] branches,"
-    " int[] geometry, ScalarType dtype, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor)"
+    " int[] geometry, ScalarType? dtype, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "recompute_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor means, Tensor rstds,"
@@ -59,15 +59,15 @@ def check_step(
     eps: list[float],
     branches: list[str],
     geometry: list[int],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     channels_last: bool,
 ) -> None:
     """ValueError where an argument of recompute_step does not fit the others; the message names it."""
     check.one_device(x=x, weights=weights, gammas=gammas, betas=betas)
     _check_problem(x, weights, gammas, eps, branches, geometry)
     _check_affine(weights, eps, betas=betas)
-    if dtype not in check.FLOATS:
-        raise ValueError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype}")
+    if dtype is not None and dtype not in check.FLOATS:
+        raise ValueError(f"dtype must be None, float32, float64, float16 or bfloat16, got {dtype}")
 
 
 def _check_affine(weights: list[Tensor], eps: list[float], **lists: list[Tensor]) -> None:
@@ -146,13 +146,13 @@ def _(
     eps: Any,
     branches: Any,
     geometry: list[int],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     K = weights[0].shape[0]
     size = unpack(geometry).output_size(x.shape[2], x.shape[3])
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((x.shape[0], K, *size), dtype=dtype, device=x.device, memory_format=layout)
+    out = torch.empty((x.shape[0], K, *size), dtype=dtype or x.dtype, device=x.device, memory_format=layout)
     means, variances, rstds = (x.new_empty((len(eps), K), dtype=torch.float64) for _ in range(3))
     return out, means, variances, rstds
 
@@ -183,7 +183,8 @@ def _(
 
 
 def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, weights, gammas, betas, eps, branches, geometry, ctx.dtype, _ = inputs
+    x, weights, gammas, betas, eps, branches, geometry, dtype, _ = inputs
+    ctx.dtype = dtype or x.dtype
     _, means, variances, rstds = output
     ctx.mark_non_differentiable(means, variances, rstds)
     ctx.save_for_backward(x, means, rstds, *weights, *gammas)
