@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PACKAGES := numpy "torch$(if $(TORCH),==$(TORCH).*)"
 
-.PHONY: all demo test suite test-oldest test-newest test-gpu bench lint clean
+.PHONY: all demo test suite test-oldest test-newest test-gpu sanitize bench lint clean
 all: test
 
 # The extension builds against the torch it will be loaded by, so torch goes in first and isolation is off.
@@ -37,6 +37,19 @@ test-newest:
 GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 test-gpu:
 	OMP_NUM_THREADS=1 $(GPU_PY) -m pytest -n 12 tests/triton tests/gpu tests/test_fusion.py
+
+# The C++ operators with every access and every arithmetic step checked: their tests, each operator with each wrong
+# argument, and random calls, against a build of its own. What Python and torch never free is no leak of ours.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+SANITIZED := env LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048 \
+	UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/build/sanitize/lib"
+sanitize: $(STAMP)
+	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+		$(PY) setup.py -q build --debug --build-base build/sanitize --build-lib build/sanitize/lib
+	$(SANITIZED) $(VENV)/bin/pytest -n auto $(addprefix tests/test_,hostile.py bn_sum.py autocorrelation.py \
+		fusion.py recompute.py moments.py branches.py)
+	$(SANITIZED) $(PY) tests/hostile.py random --calls 5000
 
 # Blocks, networks, folding and memory, with a report: about ten minutes on two cores.
 bench: $(STAMP)

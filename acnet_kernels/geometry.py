@@ -115,7 +115,16 @@ class Geometry:
     shift: Pair
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_placements", {branch: self._place(branch) for branch in BRANCHES})
+        places = {branch: self._place(branch) for branch in BRANCHES}
+        object.__setattr__(self, "_placements", places)
+        settings = {
+            branch: (
+                [*place.kernel],
+                (self.stride, place.padding, place.dilation, self.groups, self.padding_mode),
+            )
+            for branch, place in places.items()
+        }
+        object.__setattr__(self, "_settings", settings)
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -189,6 +198,10 @@ class Geometry:
         if branch not in BRANCHES:
             raise ValueError(f"branch must be one of {BRANCHES}, got {branch!r}")
         return self._placements[branch]  # type: ignore[attr-defined]
+
+    def settings(self, branch: str) -> tuple[list[int], tuple[Pair, Pair, Pair, int, PaddingMode]]:
+        """A branch's ([rows, columns], (stride, padding, dilation, groups, padding_mode)), its nn.Conv2d's."""
+        return self._settings[branch]  # type: ignore[attr-defined]
 
     def _place(self, branch: str) -> Placement:
         k, (p_rows, p_columns) = self.kernel, self.padding

@@ -61,11 +61,14 @@ def speaks_for(convs: Modules, norms: Modules, built: Geometry) -> Geometry | st
         or nn_module._global_backward_pre_hooks
     ):
         return "a global module hook is registered"
+    compiling = torch.compiler.is_compiling()
     for name, conv in convs.items():
-        if not _is_plain_conv(conv):
+        if type(conv) is not nn.Conv2d or _is_altered(conv, _CONV_ATTRIBUTES, compiling):
             return f"{name}_conv {_why_special(conv, nn.Conv2d, _CONV_ATTRIBUTES)}"
     for name, norm in norms.items():
-        if not _is_plain_norm(norm):
+        if not (type(norm) is nn.BatchNorm2d or _is_known_norm(norm)) or _is_altered(
+            norm, _NORM_ATTRIBUTES, compiling
+        ):
             return f"{_norm_label(name)} {_why_special(norm, nn.BatchNorm2d, _NORM_ATTRIBUTES)}"
     return _agree(convs, norms, built)
 
@@ -109,19 +112,13 @@ def refresh(module: nn.Module) -> None:
             hook(module, None)
 
 
-def _is_plain_conv(conv: nn.Module) -> bool:
-    return (
-        type(conv) is nn.Conv2d
-        and not (conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks)
-        and not _shadows(conv, _CONV_ATTRIBUTES)
-    )
-
-
-def _is_plain_norm(norm: nn.Module) -> bool:
-    return (
-        _is_known_norm(norm)
-        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
-        and not _shadows(norm, _NORM_ATTRIBUTES)
+def _is_altered(module: nn.Module, usual: frozenset[str], compiling: bool) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or ((compiling or len(module.__dict__) != len(usual)) and _shadows(module, usual))
     )
 
 
@@ -213,23 +210,18 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
 
 def _agree(convs: Mapping[str, Any], norms: Mapping[str, Any], built: Geometry) -> Geometry | str:
     # Where the convolutions sit, if they are the branches of one block, and their batch norms those of one step.
-    k = c = 0
+    channels = None
     moved = False
     for name, conv in convs.items():
-        place = built.placement(name)
-        weight = kernel_of(conv)[0]
-        k, c = weight.shape[:2] if name == "square" else (k, c)
-        if (
-            conv.stride != built.stride
-            or conv.padding != place.padding
-            or conv.dilation != place.dilation
-            or conv.groups != built.groups
-            or conv.padding_mode != built.padding_mode
-            or (built.padding_mode != "zeros" and _pads_by(conv) != place.padding)
+        rows_columns, wanted = built.settings(name)
+        k, c, *taps = kernel_of(conv)[0].shape
+        if (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) != wanted or (
+            conv.padding_mode != "zeros" and _pads_by(conv) != conv.padding
         ):
             moved = True
-        if weight.shape != (k, c, *place.kernel):
-            return f"{name}_conv's weight is {tuple(weight.shape)}, not {(k, c, *place.kernel)}"
+        channels = channels or (k, c)
+        if (k, c) != channels or taps != rows_columns:
+            return f"{name}_conv's weight is {(k, c, *taps)}, not {(*channels, *rows_columns)}"
     group = None
     for norm in norms.values():
         if type(norm) is nn.SyncBatchNorm and (its := _group_of(norm)) is not None:

@@ -327,7 +327,8 @@ def recompute_step(r: random.Random) -> list[Any]:
     norms = r.choice([1, len(names)])
     gammas, betas = ([torch.randn(out) for _ in range(norms)] if r.random() < 0.7 else [] for _ in range(2))
     eps = [1e-3, 1e-4, 1e-5][:norms]
-    return [x, weights, gammas, betas, eps, names, recompute.pack(geometry), dtype, r.random() < 0.5]
+    given = r.choice((dtype, None))
+    return [x, weights, gammas, betas, eps, names, recompute.pack(geometry), given, r.random() < 0.5]
 
 
 def branch_maps(x: Tensor, weights: Any, names: Any, geometry: Any, norms: int) -> list[Tensor]:
@@ -352,7 +353,7 @@ def recompute_step_backward(r: random.Random) -> list[Any]:
     out, means, _, rstds = recompute_step_results(x, weights, gammas, betas, eps, names, geometry, dtype, last_)
     needs = [r.random() < 0.7, [r.random() < 0.7 for _ in weights], r.random() < 0.7]
     return [
-        layout_of(r, torch.randn(out.shape).to(dtype)),
+        layout_of(r, torch.randn(out.shape).to(x.dtype if dtype is None else dtype)),
         x,
         weights,
         gammas,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import convolution, cost, machine, planner, timings
+from acnet_kernels.backends import convolution, cost, cpuinfo, machine, planner, timings
 from benchmarks import machine as benchmark_machine
 from benchmarks.fit import problem_of
 
@@ -27,7 +27,7 @@ class Processor:
 
     def __init__(self, monkeypatch, tmp_path):
         self.patch, self.info = monkeypatch, tmp_path / "cpuinfo"
-        monkeypatch.setattr(machine, "Path", lambda _: self.info)
+        monkeypatch.setattr(cpuinfo, "Path", lambda _: self.info)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         monkeypatch.setattr(benchmark_machine.os, "cpu_count", lambda: 2)
         monkeypatch.setattr(timings, "_known", {})
@@ -38,14 +38,14 @@ class Processor:
         self.info.write_text(info + "\nprocessor\t: 1\nmodel name\t: another\n")
         self.patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
         self.patch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: amx_fp16)
-        self.patch.setattr(convolution.platform, "machine", lambda: "x86_64")
-        self.patch.setattr(convolution, "_SLOW_HALF_TYPES", convolution._slow_half_types())
+        self.patch.setattr(cpuinfo.platform, "machine", lambda: "x86_64")
         forget()
+        self.patch.setattr(convolution, "_SLOW_HALF_TYPES", cpuinfo.slow_half_types())
         return machine.this_machine("cpu")
 
 
 def forget():
-    for cached in (machine._cpuinfo, machine.cpu_name, machine._machine, planner._decided):
+    for cached in (cpuinfo.first, machine.cpu_name, machine._machine, planner._decided):
         cached.cache_clear()
 
 
@@ -115,7 +115,9 @@ def test_what_pytorchs_kernels_may_use_tells_machines_apart(processor, monkeypat
 
 def test_names(processor):
     amd = "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t: 207\nmodel name\t: AMD EPYC\n"
-    assert processor.be(amd).name == "AMD EPYC, 2 threads"
+    assert processor.be(amd) == (machine.CPU, "AMD EPYC, 2 threads")
+    fast = processor.be(amd + "flags\t\t: avx512f avx512_bf16\n")
+    assert fast == (machine.FAST_HALF_CPU, "AMD EPYC (AVX512-BF16), 2 threads")
     assert processor.be(EMERALD_RAPIDS, amx=True).name == "Intel Xeon Processor (emerald-rapids, AMX), 2 threads"
     assert benchmark_machine.machine_class() == "xeon-emerald-rapids-amx-2core"
     both = processor.be(EMERALD_RAPIDS.replace("207", "1"), amx=True, amx_fp16=True)

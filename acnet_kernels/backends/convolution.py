@@ -12,27 +12,14 @@ from torch import Tensor
 
 from ..geometry import Geometry, Pair, Placement
 from ..spec import Problem
+from .cpuinfo import slow_half_types
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The least map (elements) whose passes cost more than turning a kernel round, and how many kernels it must be.
 LEAST_MAP, LEAST_MAPS_OF_KERNEL = 2**20, 4
 # Where a tap's matrix product pays: pixels of an image, and elements of the result.
 LEAST_PIXELS, LEAST_PRODUCT = 128, 2048
-
-
-def _slow_half_types() -> frozenset[torch.dtype]:
-    """The half-precision types whose CPU convolutions are slower than float32 ones between two casts.
-
-    x86-64 without AMX has no fast half-precision convolution: oneDNN's bfloat16 ones take up to twice as long as
-    its float32 ones, and its float16 weight gradient is a scalar loop.
-    """
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return frozenset()
-    fast = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
-    return frozenset(dtype for dtype, supported in fast.items() if not supported())
-
-
-_SLOW_HALF_TYPES = _slow_half_types()
+_SLOW_HALF_TYPES = slow_half_types()
 
 
 def convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import platform
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from . import cpuinfo
 from .convolution import convolution_dtype
 
 # The kinds of machine that the cost model tells apart.
@@ -33,34 +33,24 @@ class Machine(NamedTuple):
 
 
 @functools.cache
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's entry in /proc/cpuinfo; empty where there is none."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    return dict(re.findall(r"^([\w ]+?)\s*: (.*)$", info.split("\n\n")[0], re.MULTILINE))
-
-
-@functools.cache
 def cpu_name() -> str:
-    """The processor's name, with its code name where the model number gives it away, and the matrix units it has.
+    """The processor's name, with its code name where the model number gives it away, and its fast half precision.
 
-    Virtual machines of one model come with AMX and without, and half-precision steps take other paths then.
+    Virtual machines of one name come with AMX or AVX512-BF16 and without, and half-precision steps take other paths
+    then.
     """
-    entry = _cpuinfo()
+    entry = cpuinfo.first()
     name = re.sub(r"\((R|TM)\)", "", entry.get("model name", platform.processor() or platform.machine()))
     notes = []
     if entry.get("vendor_id") == "GenuineIntel" and entry.get("cpu family") == "6":
         notes = [code] if (code := INTEL_MODELS.get(int(entry["model"]))) else []
-    units = {"AMX": torch.cpu._is_amx_tile_supported, "AMX-FP16": torch.cpu._is_amx_fp16_supported}
-    notes += [unit for unit, supported in units.items() if supported()]
+    notes += cpuinfo.half_units()
     return f"{name} ({', '.join(notes)})" if notes else name
 
 
 def instructions() -> str:
     """The vector instructions that the processor has, and up to which of them PyTorch's own kernels use."""
-    flags = sorted(flag for flag in _cpuinfo().get("flags", "").split() if flag.startswith(("avx", "amx")))
+    flags = sorted(flag for flag in cpuinfo.first().get("flags", "").split() if flag.startswith(("avx", "amx")))
     return " ".join((torch.backends.cpu.get_cpu_capability(), *flags))
 
 
