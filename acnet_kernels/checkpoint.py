@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .block import ACBlock
-from .geometry import BRANCHES
+from .block import BRANCHES, ACBlock, taps_of
 from .ops.fusion import fold
 from .spec import Branch, Norm, Step
 
@@ -323,13 +322,13 @@ def _step(state: StateDict, prefix: str, block: ACBlock) -> tuple[Step, list[str
         )
         return None if mean is None or var is None else Norm(weight, bias, mean, var, None, block.eps, None, False)
 
-    total = norm("bn")
-    branches = {
-        name: Branch(weight, take(f"{name}_conv.bias"), None if total else norm(f"{name}_bn"))
+    total, taps = norm("bn"), taps_of(block.kernel_size, block.shift) | block.taps
+    branches = [
+        Branch(taps[name], weight, take(f"{name}_conv.bias"), None if total else norm(f"{name}_bn"))
         for name in BRANCHES
         if (weight := take(f"{name}_conv.weight")) is not None
-    }
-    step = Step(block.geometry, branches, total)
+    ]
+    step = Step(block.geometry, tuple(branches), total)
     if len(step.norms) != (1 if total else len(branches)):
         raise ValueError(
             "the checkpoint cannot be folded for a deployed block: a batch norm has no running statistics"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .backends import branches, cost, eager, folded, phases, planner
 from .backends.machine import this_machine
-from .block import ACBlock
+from .rep import RepBlock
 from .observing import as_input, in_modes, undisturbed
 from .surgery import RECORD, Conversion, blocks_of
 
@@ -114,7 +114,7 @@ def explain(model: nn.Module, inputs: Sequence[int] | Tensor | None = None) -> E
     return Explanation(reports, conversions, prices.origin if prices else "", failure)
 
 
-def visit(model: nn.Module, x: Tensor, look: Callable[[ACBlock, Tensor], None]) -> None:
+def visit(model: nn.Module, x: Tensor, look: Callable[[RepBlock, Tensor], None]) -> None:
     """Runs model on x in eval mode without gradients, and calls look(block, input) before each block runs.
 
     look finds its block in the mode the block was in, with gradients enabled. Parameters, buffers, modes and
@@ -123,7 +123,7 @@ def visit(model: nn.Module, x: Tensor, look: Callable[[ACBlock, Tensor], None]) 
     with undisturbed(model, x.device) as modes, ExitStack() as stack:
 
         def hook(block: nn.Module, args: tuple[Any, ...]) -> None:
-            assert isinstance(block, ACBlock)
+            assert isinstance(block, RepBlock)
             with in_modes({module: modes[module] for module in block.modules()}), torch.enable_grad():
                 look(block, args[0])
 
@@ -132,11 +132,11 @@ def visit(model: nn.Module, x: Tensor, look: Callable[[ACBlock, Tensor], None]) 
         model(x)
 
 
-def _parameters(block: ACBlock) -> int:
+def _parameters(block: RepBlock) -> int:
     return sum(parameter.numel() for parameter in block.parameters())
 
 
-def _report(name: str, block: ACBlock, x: Tensor) -> BlockReport:
+def _report(name: str, block: RepBlock, x: Tensor) -> BlockReport:
     try:
         rows, columns = block.geometry.output_size(x.shape[2], x.shape[3])
         shape = (x.shape[0], block.out_channels, rows, columns)
@@ -150,10 +150,10 @@ def _failure(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
-def _path(block: ACBlock, x: Tensor) -> tuple[str, str, tuple[int | None, int | None], planner.Times]:
+def _path(block: RepBlock, x: Tensor) -> tuple[str, str, tuple[int | None, int | None], planner.Times]:
     unknown = planner.Times({}, {})
     if block.deploy:
-        conv = block.fused_conv
+        conv = block.fused
         needed = x.requires_grad or any(p.requires_grad for p in conv.parameters())
         saved = x.numel() * x.element_size() if needed else 0
         return "deployed", "folded for good: one convolution", (saved, None), unknown
@@ -169,7 +169,7 @@ def _path(block: ACBlock, x: Tensor) -> tuple[str, str, tuple[int | None, int | 
     return plan.backend.NAME, reason, memory, times
 
 
-def _without_shape(name: str, block: ACBlock) -> BlockReport:
+def _without_shape(name: str, block: RepBlock) -> BlockReport:
     try:
         backend, reason = _path_without_shape(block)
     except Exception as error:  # as in _report
@@ -177,7 +177,7 @@ def _without_shape(name: str, block: ACBlock) -> BlockReport:
     return BlockReport(name, None, None, backend, reason, _parameters(block), None)
 
 
-def _path_without_shape(block: ACBlock) -> tuple[str, str]:
+def _path_without_shape(block: RepBlock) -> tuple[str, str]:
     if block.deploy:
         return "deployed", "folded for good: one convolution"
     forced = block.module_path_reason()

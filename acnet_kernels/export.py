@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .block import ACBlock
+from .rep import RepBlock
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def weight_ranges(model: nn.Module) -> list[WeightRange]:
     """
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, ACBlock) and not module.deploy:
+        if isinstance(module, RepBlock) and not module.deploy:
             raise ValueError(f"block {name or '(model)'} is not folded: call fuse(model) first")
         if isinstance(module, nn.Conv2d):
             found.append(_range(name, module.weight.detach().double().flatten(1)))

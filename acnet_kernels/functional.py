@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from .backends import planner
-from .geometry import Geometry
+from .geometry import MOST_BRANCHES, Geometry
 from .spec import TENSORS, TORCH_FUNC, Branch, Norm, Problem, Step, autocast_dtype, problem_of
 
 
 def acblock(
     x: Tensor,
-    branches: Mapping[str, Branch],
+    branches: Iterable[Branch],
     geometry: Geometry,
     *,
     norm: Norm | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Σ_b BN_b(W_b * x), or BN(Σ_b W_b * x) where norm is given (arXiv 1908.03930 §3.2).
+    """Σ_b BN_b(W_b * x), and of that sum the batch norm where norm is given (arXiv 1908.03930 §3.2).
+
+    A branch without a batch norm adds W_b * x itself, one without a weight x.
 
     Running statistics and batch counters of the norms that normalise by the batch are updated in place.
 
     Args:
         x: input, N×C×H×W, any memory layout; the result has the layout nn.Conv2d would give.
-        branches: 'square' and any of 'hor', 'ver' → Branch.
-        geometry: where the branches sit.
-        norm: the batch norm after the sum; then every branch's own norm must be None.
+        branches: 1 to 8, one of them with a weight at least.
+        geometry: of the kernel whose taps the branches are.
+        norm: the batch norm after the sum.
         backend: 'auto' or a backend's name; one that cannot compute the step gives way, and the plan says so.
 
     Raises:
         TypeError: x has another dtype than a weight, and autocast does not cast both.
         ValueError: x is not 4-D, has other channels than the weights, or gives an empty output, or one value a
-            channel to normalise by; a tensor is on another device than x; the branches lack 'square' or mix the
-            two kinds of norm; backend is unknown; running statistics would have to change inside a torch.func
+            channel to normalise by; a tensor is on another device than x; a branch lies outside the kernel, does not
+            fit the others, or is an identity where maps change their size; backend is unknown; running statistics would have to change inside a torch.func
             transform that cannot change them.
     """
     return run(x, step_of(branches, geometry, norm), backend)
@@ -54,13 +56,36 @@ def plan(x: Tensor, step: Step, backend: str) -> tuple[Problem, planner.Plan]:
     return problem, planner.choose(problem, planner.check_choice(backend))
 
 
-def step_of(branches: Mapping[str, Branch], geometry: Geometry, norm: Norm | None) -> Step:
+def step_of(branches: Iterable[Branch], geometry: Geometry, norm: Norm | None) -> Step:
     """A step of these; ValueError where they are none."""
-    if "square" not in branches:
-        raise ValueError(f"branches must hold 'square', got {sorted(branches)}")
-    if any((branch.norm is None) != (norm is not None) for branch in branches.values()):
-        raise ValueError("each branch needs its own norm, or none of them and one norm for the sum")
-    return Step(geometry, dict(branches), norm)
+    found = tuple(branches)
+    weights = [branch.weight for branch in found if branch.weight is not None]
+    if not weights or len(found) > MOST_BRANCHES:
+        raise ValueError(
+            f"branches must be 1 to {MOST_BRANCHES} with one weight at least, got {len(found)} with {len(weights)}"
+        )
+    K, C = weights[0].shape[:2]
+    placed = []
+    for i, branch in enumerate(found):
+        taps = branch.taps
+        if branch.weight is None:
+            centre = geometry.centre
+            if centre is None or taps not in (None, centre) or C * geometry.groups != K:
+                raise ValueError(
+                    f"branches[{i}], the identity, needs as many channels out as in, stride 1 and an odd kernel with the "
+                    f"padding that keeps a map's size, got {C * geometry.groups} in, {K} out and {geometry}"
+                )
+            taps = centre
+        elif taps is None:
+            raise ValueError(f"branches[{i}].taps must say which taps its weight is of, got None")
+        else:
+            geometry.check_taps(taps, f"branches[{i}].taps")
+            if branch.weight.shape != (K, C, taps.rows, taps.columns):
+                raise ValueError(
+                    f"branches[{i}].weight must be {(K, C, taps.rows, taps.columns)}, got {tuple(branch.weight.shape)}"
+                )
+        placed.append(branch._replace(taps=taps))
+    return Step(geometry, tuple(placed), norm)
 
 
 def describe(x: Tensor, step: Step) -> Problem:
@@ -68,18 +93,18 @@ def describe(x: Tensor, step: Step) -> Problem:
     shape = x.shape
     if len(shape) != 4:
         raise ValueError(f"input must be 4-D (N×C×H×W), got {len(shape)}-D of shape {tuple(shape)}")
-    square = step.branches["square"].weight
-    channels = square.shape[1] * step.geometry.groups
+    kernel = step.kernel
+    channels = kernel.shape[1] * step.geometry.groups
     if shape[1] != channels:
         raise ValueError(f"input must have {channels} channels, got {shape[1]} (shape {tuple(shape)})")
     rows, columns = step.geometry.output_size(shape[2], shape[3])
     # nn.BatchNorm2d's own check, made before any branch has moved its counter and statistics.
     if shape[0] * rows * columns == 1 and any(n.batch_stats and n.group is None for n in step.norms):
-        maps = (1, square.shape[0], 1, 1)
+        maps = (1, kernel.shape[0], 1, 1)
         raise ValueError(f"expected more than 1 value per channel when training, got maps of shape {maps}")
     problem = problem_of(step, x)
-    for branch in step.branches.values():
-        dtype = branch.weight.dtype
+    for branch in step.branches:
+        dtype = x.dtype if branch.weight is None else branch.weight.dtype
         if dtype != x.dtype and autocast_dtype(dtype, problem.device) != problem.dtype:
             raise TypeError(f"input must have the weights' dtype {dtype}, got {x.dtype}")
     if problem.transform:

@@ -1,9 +1,9 @@
-"""How the three branches of an asymmetric convolution block sit on their input: the one place that knows.
+"""Where the branches of a block sit on their input: the one place that knows.
 
-For a k×k convolution of padding p and dilation d, the 1×k (hor) and k×1 (ver) branches share the centre
-row and column of the square kernel. With off = p − d·(k//2), hor is padded (off, p) and ver (p, off); a
-negative off crops the input on that axis by −off (arXiv 1908.03930 §3.2; the original code lacks dilation).
-A shift moves hor down and ver right of the centre (paper Fig. 6c, the border-shifted variant).
+A block is one convolution of a k_h×k_w kernel, padding p and dilation d; each branch is a rectangle of that
+kernel's taps. One that begins at `row` reads its input d·row further down, so its padding before is p − d·row, and
+after it p − d·(k − 1 − its last row); along the columns alike. A negative padding crops (arXiv 1908.03930 §3.2 and,
+for lines off the centre, Fig. 6c; the original code lacks dilation).
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, NamedTuple, SupportsIndex, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BRANCHES = ("square", "hor", "ver")
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 PADDING_MODES = get_args(PaddingMode)
+MOST_BRANCHES = 8  # of a block
 
 Pair = tuple[int, int]
 IntOrPair = SupportsIndex | Sequence[SupportsIndex]
@@ -48,6 +49,27 @@ def as_pair(name: str, value: IntOrPair, least: int) -> Pair:
     if min(pair) < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
     return pair
+
+
+class Taps(NamedTuple):
+    """A rectangle of a kernel's taps: rows×columns of them, `step` apart, from (row, column) on."""
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+    step: int = 1
+
+    @property
+    def last(self) -> Pair:
+        """(row, column) of the last tap."""
+        return self.row + self.step * (self.rows - 1), self.column + self.step * (self.columns - 1)
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Its rows and columns of a kernel."""
+        last_row, last_column = self.last
+        return slice(self.row, last_row + 1, self.step), slice(self.column, last_column + 1, self.step)
 
 
 @dataclass(frozen=True)
@@ -100,38 +122,24 @@ def pad(x: Tensor, edges: tuple[int, int, int, int], padding_mode: PaddingMode) 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Kernel, stride, padding, dilation, groups, padding mode and shift of a block, validated.
+    """Kernel, stride, padding, dilation, groups and padding mode of a block, validated.
 
-    Build it with `Geometry.make`. Pairs are (rows, columns); shift is (rows hor moves down,
-    columns ver moves right).
+    Build it with `Geometry.make`. Pairs are (rows, columns).
     """
 
-    kernel: int
+    kernel: Pair
     stride: Pair
     padding: Pair
     dilation: Pair
     groups: int
     padding_mode: PaddingMode
-    shift: Pair
-
-    def __post_init__(self) -> None:
-        places = {branch: self._place(branch) for branch in BRANCHES}
-        object.__setattr__(self, "_placements", places)
-        settings = {
-            branch: (
-                [*place.kernel],
-                (self.stride, place.padding, place.dilation, self.groups, self.padding_mode),
-            )
-            for branch, place in places.items()
-        }
-        object.__setattr__(self, "_settings", settings)
 
     @functools.cached_property
     def _hash(self) -> int:
         # Kept, as every step looks something up by its geometry; not made with the geometry, which Dynamo traces:
         # that of torch 2.10 and 2.11 knows no hash of a tuple. A string's hash would differ in another process.
         mode = PADDING_MODES.index(self.padding_mode)
-        return hash((self.kernel, self.stride, self.padding, self.dilation, self.groups, mode, self.shift))
+        return hash((self.kernel, self.stride, self.padding, self.dilation, self.groups, mode))
 
     def __hash__(self) -> int:
         return self._hash
@@ -145,21 +153,14 @@ class Geometry:
         dilation: IntOrPair = 1,
         groups: SupportsIndex = 1,
         padding_mode: PaddingMode = "zeros",
-        shift: IntOrPair = (0, 0),
     ) -> Geometry:
         """Normalises nn.Conv2d's arguments.
 
         Raises:
             TypeError: an argument is not an int, a pair of ints or (padding) 'same' or 'valid'.
-            ValueError: an even or non-square kernel, a shift beyond the kernel, 'same' with a stride,
-                an unknown padding mode, or a number out of range.
+            ValueError: 'same' with a stride or an even kernel, an unknown padding mode, or a number out of range.
         """
-        rows, columns = as_pair("kernel_size", kernel_size, 1)
-        if rows != columns or rows % 2 == 0:
-            raise ValueError(
-                "kernel_size must be odd and square: hor and ver need one centre row and column to share, "
-                f"got {kernel_size!r}"
-            )
+        kernel = as_pair("kernel_size", kernel_size, 1)
         stride = as_pair("stride", stride, 1)
         dilation = as_pair("dilation", dilation, 1)
         if isinstance(padding, str):
@@ -167,63 +168,46 @@ class Geometry:
                 raise ValueError(f"padding must be ints, 'same' or 'valid', got {padding!r}")
             if padding == "same" and stride != (1, 1):
                 raise ValueError(f"padding='same' needs stride 1, got stride {stride}")
-            padding = (dilation[0] * (rows // 2), dilation[1] * (rows // 2)) if padding == "same" else (0, 0)
+            if padding == "same" and (kernel[0] % 2 == 0 or kernel[1] % 2 == 0):
+                raise ValueError(f"padding='same' needs an odd kernel_size, got {kernel_size!r}")
+            same = (dilation[0] * (kernel[0] // 2), dilation[1] * (kernel[1] // 2))
+            padding = same if padding == "same" else (0, 0)
         padding = as_pair("padding", padding, 0)
         groups = as_int(groups, "groups must be an int")
         if groups < 1:
             raise ValueError(f"groups must be at least 1, got {groups}")
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}")
-        half = rows // 2
-        shift = as_pair("shift", shift, -half)
-        if max(shift) > half:
-            raise ValueError(
-                f"shift must keep hor and ver inside the {rows}×{rows} kernel: each between {-half} and "
-                f"{half}, got {shift}"
-            )
-        return cls(rows, stride, padding, dilation, groups, padding_mode, shift)
+        return cls(kernel, stride, padding, dilation, groups, padding_mode)
+
+    def parts(self) -> tuple[Pair, Pair, Pair, Pair, int, PaddingMode]:
+        """What Geometry(*parts) is made of."""
+        return self.kernel, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
 
     @property
-    def hor_row(self) -> int:
-        """The row of the square kernel that hor strengthens."""
-        return self.kernel // 2 + self.shift[0]
+    def whole(self) -> Taps:
+        """All taps of the kernel."""
+        return Taps(0, 0, *self.kernel)
 
     @property
-    def ver_column(self) -> int:
-        """The column of the square kernel that ver strengthens."""
-        return self.kernel // 2 + self.shift[1]
+    def centre(self) -> Taps | None:
+        """The tap that reads the pixel it writes, in maps that keep the input's size; None where there is none."""
+        rows, columns = self.kernel
+        padding = (self.dilation[0] * (rows - 1), self.dilation[1] * (columns - 1))
+        same = padding == (2 * self.padding[0], 2 * self.padding[1])
+        odd = rows % 2 == columns % 2 == 1
+        return Taps(rows // 2, columns // 2, 1, 1) if self.stride == (1, 1) and same and odd else None
 
-    def placement(self, branch: str) -> Placement:
-        """Where a branch ('square', 'hor' or 'ver') sits."""
-        if branch not in BRANCHES:
-            raise ValueError(f"branch must be one of {BRANCHES}, got {branch!r}")
-        return self._placements[branch]  # type: ignore[attr-defined]
+    def check_taps(self, taps: Taps, name: str) -> None:
+        """ValueError unless taps are a rectangle inside the kernel."""
+        last = taps.last
+        if min(taps) < 0 or min(taps[2:]) < 1 or last[0] >= self.kernel[0] or last[1] >= self.kernel[1]:
+            raise ValueError(f"{name} must lie inside the {self.kernel[0]}×{self.kernel[1]} kernel, got {taps}")
 
-    def settings(self, branch: str) -> tuple[list[int], tuple[Pair, Pair, Pair, int, PaddingMode]]:
-        """A branch's ([rows, columns], (stride, padding, dilation, groups, padding_mode)), its nn.Conv2d's."""
-        return self._settings[branch]  # type: ignore[attr-defined]
-
-    def _place(self, branch: str) -> Placement:
-        k, (p_rows, p_columns) = self.kernel, self.padding
-        d_rows, d_columns = self.dilation if k > 1 else (1, 1)
-        if branch == "square":
-            return Placement((k, k), (0, 0, 0, 0), self.padding, (d_rows, d_columns))
-        if branch == "hor":
-            before, after = self._offsets(0)
-            if before == after >= 0:
-                return Placement((1, k), (0, 0, 0, 0), (before, p_columns), (1, d_columns))
-            return Placement((1, k), (0, 0, before, after), (0, p_columns), (1, d_columns))
-        before, after = self._offsets(1)
-        if before == after >= 0:
-            return Placement((k, 1), (0, 0, 0, 0), (p_rows, before), (d_rows, 1))
-        return Placement((k, 1), (before, after, 0, 0), (p_rows, 0), (d_rows, 1))
-
-    def _offsets(self, axis: int) -> Pair:
-        # Kernel row k//2+s reads input row o·stride − p + d·(k//2+s): the padding before shrinks by d·s,
-        # the one after grows by as much.
-        d, s = self.dilation[axis], self.shift[axis]
-        off = self.padding[axis] - d * (self.kernel // 2)
-        return off - d * s, off + d * s
+    def placement(self, taps: Taps) -> Placement:
+        """Where the convolution of these taps sits."""
+        # Dynamo looks through a cache, and warns.
+        return _place(self, taps) if torch.compiler.is_compiling() else _cached_place(self, taps)
 
     def explicit(self) -> Geometry:
         """The same geometry for an input that `pad_input` has padded already."""
@@ -236,12 +220,28 @@ class Geometry:
 
     def output_size(self, height: int, width: int) -> Pair:
         """(rows, columns) of the output for a height×width input; ValueError if it would be empty."""
-        reach = self.kernel - 1
-        rows = (height + 2 * self.padding[0] - self.dilation[0] * reach - 1) // self.stride[0] + 1
-        columns = (width + 2 * self.padding[1] - self.dilation[1] * reach - 1) // self.stride[1] + 1
+        (k_rows, k_columns), padding, dilation, stride = self.kernel, self.padding, self.dilation, self.stride
+        rows = (height + 2 * padding[0] - dilation[0] * (k_rows - 1) - 1) // stride[0] + 1
+        columns = (width + 2 * padding[1] - dilation[1] * (k_columns - 1) - 1) // stride[1] + 1
         if rows < 1 or columns < 1:
             raise ValueError(
                 f"the output would be empty: input of {height}×{width} pixels, kernel_size {self.kernel}, "
                 f"stride {self.stride}, padding {self.padding}, dilation {self.dilation}"
             )
         return rows, columns
+
+
+def _place(geometry: Geometry, taps: Taps) -> Placement:
+    rows, last = geometry.kernel, taps.last
+    edges: list[Pair] = []
+    inner: list[int] = []
+    for k, p, d, first, end in zip(rows, geometry.padding, geometry.dilation, taps[:2], last, strict=True):
+        before, after = p - d * first, p - d * (k - 1 - end)
+        even = before == after >= 0  # which the convolution itself can pad
+        edges.append((0, 0) if even else (before, after))
+        inner.append(before if even else 0)
+    dilation = [d * taps.step if n > 1 else 1 for d, n in zip(geometry.dilation, taps[2:4], strict=True)]
+    return Placement(taps[2:4], (*edges[1], *edges[0]), (inner[0], inner[1]), (dilation[0], dilation[1]))
+
+
+_cached_place = functools.lru_cache(4096)(_place)

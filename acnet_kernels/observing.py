@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .block import ACBlock
+from .rep import RepBlock
 from .tracing import Other, Usage, is_norm
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -151,7 +151,7 @@ class _Observer:
     """Watches one run of a model: every output of a convolution, from its birth to the end of the run."""
 
     def __init__(self, model: nn.Module) -> None:
-        inside = {m for block in model.modules() if isinstance(block, ACBlock) for m in block.modules()}
+        inside = {m for block in model.modules() if isinstance(block, RepBlock) for m in block.modules()}
         self.modules = [m for m in model.modules() if m not in inside and not isinstance(m, torch.jit.ScriptModule)]
         self.usage = Usage({})
         self.running: list[nn.Module] = []  # the convolutions and batch norms whose forward runs now

@@ -1,64 +1,90 @@
-"""The asymmetric convolution block's definition in plain PyTorch: what every other path is tested against.
+"""The definition of a block of parallel branches in plain PyTorch: what every other path is tested against.
 
-out = Σ_b BN_b(W_b * x), b ∈ {square k×k, hor 1×k, ver k×1} (arXiv 1908.03930 §3.2). Here each branch's kernel is
-laid into an empty k×k one, so the geometry follows from one convolution's rules and nothing else. Any float dtype.
+out = Σ_b BN_b(W_b * x), and of that sum a batch norm where one follows it (arXiv 1908.03930 §3.2). Here each branch's
+kernel is laid into an empty whole one, so the geometry follows from one convolution's rules and nothing else. Any
+float dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def embed(weight: Tensor, k: int, shift: tuple[int, int] = (0, 0)) -> Tensor:
-    """A branch's kernel (K×C×k×k, K×C×1×k or K×C×k×1) laid into a k×k kernel of zeros."""
-    rows, columns = weight.shape[2:]
-    top = 0 if rows == k else k // 2 + shift[0]
-    left = 0 if columns == k else k // 2 + shift[1]
-    return F.pad(weight, (left, k - columns - left, top, k - rows - top))
+class Norm(NamedTuple):
+    """A batch norm: γ and β, each (K,) or None, ε, and the (mean, variance) to normalise by, None for the batch's."""
+
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    eps: float = 1e-5
+    stats: tuple[Tensor, Tensor] | None = None
 
 
-def acblock(
+class Branch(NamedTuple):
+    """A kernel (K×C/groups×rows×columns), its first tap's place in the whole one, and the distance of two taps.
+
+    Without a weight it is the identity; without a norm it adds directly.
+    """
+
+    weight: Tensor | None
+    row: int = 0
+    column: int = 0
+    step: int = 1
+    bias: Tensor | None = None
+    norm: Norm | None = None
+
+
+def embed(weight: Tensor, kernel: tuple[int, int], row: int, column: int, step: int = 1) -> Tensor:
+    """A branch's kernel laid into a whole one of zeros."""
+    spread = weight.new_zeros(*weight.shape[:2], *((n - 1) * step + 1 for n in weight.shape[2:]))
+    spread[:, :, ::step, ::step] = weight
+    rows, columns = spread.shape[2:]
+    return F.pad(spread, (column, kernel[1] - columns - column, row, kernel[0] - rows - row))
+
+
+def normalise(y: Tensor, norm: Norm, used: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The batch norm of a map; appends to used the (mean, biased variance) it took."""
+    mean, var = norm.stats or (y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False))
+    used.append((mean, var))
+    scale = 1 / torch.sqrt(var + norm.eps)
+    if norm.gamma is not None:
+        scale = norm.gamma * scale
+    shift = -mean * scale if norm.beta is None else norm.beta - mean * scale
+    return y * scale[:, None, None] + shift[:, None, None]
+
+
+def rep_block(
     x: Tensor,
-    weights: Mapping[str, Tensor],
-    affine: Mapping[str, tuple[Tensor | None, Tensor | None]],
+    branches: Sequence[Branch],
+    kernel: tuple[int, int],
     *,
-    stats: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    norm: Norm | None = None,
     stride: int | tuple[int, int] = 1,
     padding: tuple[int, int] = (0, 0),
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
     padding_mode: str = "zeros",
-    shift: tuple[int, int] = (0, 0),
-    eps: Mapping[str, float] | float = 1e-5,
-    norm: str = "branch",
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """The block's output and the (mean, biased variance) each batch norm used.
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The block's output and the (mean, biased variance) each batch norm used, the branches' first.
 
     Args:
         x: input, N×C×H×W.
-        weights: branch name → kernel; 'square' must be there.
-        affine: branch name (or 'sum') → (γ, β), each (K,) or None.
-        stats: branch name (or 'sum') → (mean, variance) to normalise by; None takes the batch's own.
-        eps: one ε, or one a batch norm.
-        norm: 'branch', or 'sum' for one batch norm after the sum of the branches.
+        branches: what is summed.
+        kernel: (rows, columns) of the whole kernel.
+        norm: the batch norm after the sum.
     """
-    k = weights["square"].shape[-1]
-    x = F.pad(x, (padding[1],) * 2 + (padding[0],) * 2, "constant" if padding_mode == "zeros" else padding_mode)
-    maps = {b: F.conv2d(x, embed(w, k, shift), None, stride, 0, dilation, groups) for b, w in weights.items()}
-    if norm == "sum":
-        maps = {"sum": torch.stack(list(maps.values())).sum(0)}
-    out, used = torch.zeros((), dtype=x.dtype, device=x.device), {}
-    for name, y in maps.items():
-        mean, var = stats[name] if stats else (y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False))
-        gamma, beta = (
-            t if t is not None else t0
-            for t, t0 in zip(affine[name], (torch.ones_like(mean), 0 * mean), strict=True)
-        )
-        scale = gamma / torch.sqrt(var + (eps if isinstance(eps, float) else eps[name]))
-        out = out + y * scale[:, None, None] + (beta - mean * scale)[:, None, None]
-        used[name] = (mean, var)
-    return out, used
+    used: list[tuple[Tensor, Tensor]] = []
+    mode = "constant" if padding_mode == "zeros" else padding_mode
+    padded = F.pad(x, (padding[1],) * 2 + (padding[0],) * 2, mode)
+    out = torch.zeros((), dtype=x.dtype, device=x.device)
+    for weight, row, column, step, bias, own in branches:
+        if weight is None:
+            y = x
+        else:
+            y = F.conv2d(padded, embed(weight, kernel, row, column, step), bias, stride, 0, dilation, groups)
+        out = out + (y if own is None else normalise(y, own, used))
+    return (out if norm is None else normalise(out, norm, used)), used

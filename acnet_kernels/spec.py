@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
-from .geometry import Geometry, Pair
+from .geometry import Geometry, Pair, Taps
 
 TORCH_FUNC = "a torch.func transform"  # grad, vmap, jvp …
 
@@ -36,38 +36,50 @@ class Norm(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """One branch: weight (K×C/groups×rows×columns), optional convolution bias (K), its batch norm.
+    """One branch: its taps of the kernel, its own kernel, optional convolution bias (K), and its batch norm.
 
-    `norm` is None where one batch norm follows the sum of the branches.
+    `weight` (K×C/groups×rows×columns) is None for the identity, whose map is x: it sits on the centre tap, which
+    `taps` may leave out. `norm` is None where the branch adds directly.
     """
 
-    weight: Tensor
-    bias: Tensor | None
-    norm: Norm | None
+    taps: Taps | None
+    weight: Tensor | None
+    bias: Tensor | None = None
+    norm: Norm | None = None
 
 
-TENSORS = (*Branch._fields[:2], *Norm._fields[:5])
+TENSORS = (*Branch._fields[1:3], *Norm._fields[:5])
 
 
 @dataclass(frozen=True)
 class Step:
-    """Everything one block computes with. `norm` is the batch norm after the sum, or None."""
+    """Everything one block computes with. `norm` is the batch norm after the sum, or None.
+
+    Every branch has its taps, and one at least a weight: `functional.step_of` sees to it.
+    """
 
     geometry: Geometry
-    branches: dict[str, Branch]
+    branches: tuple[Branch, ...]
     norm: Norm | None
 
     @property
     def norms(self) -> list[Norm]:
-        """The batch norms in use: the one after the sum, or one a branch."""
-        if self.norm is not None:
-            return [self.norm]
-        return [branch.norm for branch in self.branches.values() if branch.norm is not None]
+        """The batch norms in use, the branches' first."""
+        own = [branch.norm for branch in self.branches if branch.norm is not None]
+        return own if self.norm is None else [*own, self.norm]
+
+    @property
+    def kernel(self) -> Tensor:
+        """The first weight: the one whose dtype, layout and channels stand for the step's."""
+        for branch in self.branches:
+            if branch.weight is not None:
+                return branch.weight
+        raise AssertionError("a step has a weight")
 
     def tensors(self) -> Iterator[tuple[str, tuple[Tensor | None, ...]]]:
-        """(a branch or 'the sum', its tensors in the order of TENSORS) for every branch and the norm after them."""
-        for name, (weight, bias, norm) in self.branches.items():
-            yield name, (weight, bias) if norm is None else (weight, bias, *norm[:5])
+        """(whose they are, the tensors in the order of TENSORS) for every branch and the norm after them."""
+        for i, (_, weight, bias, norm) in enumerate(self.branches):
+            yield f"branch {i}", (weight, bias) if norm is None else (weight, bias, *norm[:5])
         if self.norm is not None:
             yield "the sum", (None, None, *self.norm[:5])
 
@@ -78,21 +90,27 @@ class Step:
         return self.geometry.pad_input(x), replace(self, geometry=self.geometry.explicit())
 
 
+BRANCH, SUM, MIXED = "branch", "sum", "mixed"  # which batch norms there are: see Problem.norm
+
+
 @dataclass(unsafe_hash=True)  # nothing changes one; frozen, it would take four times as long to make, every step
 class Problem:
     """What the choice of a backend may depend on: shapes, dtypes and flags, no tensors.
 
     `dtype` is what the convolutions compute in (autocast taken into account), `input_dtype` what the input
-    came in; `batch_stats` has one entry a batch norm; `grad` says whether anything needs a gradient, `synced`
-    whether statistics span processes; `transform` names what is at work that has rules for PyTorch's own operators
-    alone ('' for nothing); `weight_dtype` is the kernels' own, from which autocast casts them.
+    came in; `convolved` says of each branch whether it is a convolution, or the identity, `normed` whether it has a
+    batch norm, and `total` whether one follows the sum; `batch_stats` has one entry a batch norm; `grad` says
+    whether anything needs a gradient, `synced` whether statistics span processes; `transform` names what is at work
+    that has rules for PyTorch's own operators alone ('' for nothing); `weight_dtype` is the kernels' own, from which autocast casts them.
     """
 
     shape: tuple[int, int, int, int]
     out_channels: int
     geometry: Geometry
-    branches: tuple[str, ...]
-    norm: str
+    branches: tuple[Taps, ...]
+    convolved: tuple[bool, ...]
+    normed: tuple[bool, ...]
+    total: bool
     batch_stats: tuple[bool, ...]
     dtype: torch.dtype
     input_dtype: torch.dtype
@@ -102,6 +120,13 @@ class Problem:
     synced: bool = False
     transform: str = ""
     weight_dtype: torch.dtype = torch.float32
+
+    @property
+    def norm(self) -> str:
+        """BRANCH where each branch has a batch norm, SUM where one follows their sum, else MIXED."""
+        if self.total:
+            return MIXED if any(self.normed) else SUM
+        return BRANCH if all(self.normed) else MIXED
 
     @property
     def output_size(self) -> Pair:
@@ -124,11 +149,14 @@ class Problem:
         return n * c * h * w * dtype.itemsize, n * self.out_channels * rows * columns * dtype.itemsize
 
     @property
+    def taps(self) -> list[int]:
+        """How many taps each convolution has."""
+        return [t.rows * t.columns for t, convolved in zip(self.branches, self.convolved, strict=True) if convolved]
+
+    @property
     def weights(self) -> int:
         """Elements of all branches' kernels."""
-        k = self.geometry.kernel
-        taps = sum(k * k if name == "square" else k for name in self.branches)
-        return self.out_channels * self.shape[1] // self.geometry.groups * taps
+        return self.out_channels * self.shape[1] // self.geometry.groups * sum(self.taps)
 
     @property
     def cast_weight_bytes(self) -> int:
@@ -147,23 +175,25 @@ class Problem:
 
 def problem_of(step: Step, x: Tensor) -> Problem:
     """Describes step on input x (any tensor with a shape: meta and fake ones too)."""
-    device, square, norms = x.device.type, step.branches["square"].weight, step.norms
+    device, kernel, norms = x.device.type, step.kernel, step.norms
     transform = _transform(step, x)
     return Problem(
         shape=(*x.shape,),
-        out_channels=square.shape[0],
+        out_channels=kernel.shape[0],
         geometry=step.geometry,
-        branches=tuple(step.branches),
-        norm="branch" if step.norm is None else "sum",
+        branches=tuple([branch.taps for branch in step.branches]),  # type: ignore[misc]
+        convolved=tuple([branch.weight is not None for branch in step.branches]),
+        normed=tuple([branch.norm is not None for branch in step.branches]),
+        total=step.norm is not None,
         batch_stats=tuple([norm.batch_stats for norm in norms]),
         dtype=autocast_dtype(x.dtype, device),
         input_dtype=x.dtype,
         device=device,
-        channels_last=not transform and prefers_channels_last(x, square),  # vmap knows no layouts
+        channels_last=not transform and prefers_channels_last(x, kernel),  # vmap knows no layouts
         grad=torch.is_grad_enabled() and (x.requires_grad or _has_gradients(step)),
         synced=any(norm.group is not None for norm in norms),
         transform=transform,
-        weight_dtype=square.dtype,
+        weight_dtype=kernel.dtype,
     )
 
 
@@ -192,7 +222,7 @@ def autocast_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
 
 
 def _has_gradients(step: Step) -> bool:
-    convolutions = (t for branch in step.branches.values() for t in (branch.weight, branch.bias))
+    convolutions = (t for branch in step.branches for t in (branch.weight, branch.bias))
     norms = (t for norm in step.norms for t in (norm.gamma, norm.beta))
     return any(t is not None and t.requires_grad for t in (*convolutions, *norms))
 

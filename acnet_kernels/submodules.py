@@ -3,14 +3,16 @@
 The fast paths and the folds speak for real nn.Conv2d and nn.BatchNorm2d modules. They may where the modules are
 what their class says: a known class, no hook, nothing set on the instance that its class's forward would call, and
 convolutions that sit as the branches of one block do. `speaks_for` is the one place that decides it.
+
+A block says in a `Layout` where its submodules hang and which taps each branch has.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,14 +23,13 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .geometry import Geometry, Pair
+from .geometry import Geometry, PaddingMode, Pair, Taps
 from .spec import Branch, Norm, Step
-
-Modules = Mapping[str, nn.Module]
 
 # What every instance of these has; anything more may shadow what the class's forward reads.
 _CONV_ATTRIBUTES = frozenset(nn.Conv2d(1, 1, 1).__dict__)
 _NORM_ATTRIBUTES = frozenset(nn.BatchNorm2d(1).__dict__)
+_CONTAINER_ATTRIBUTES = frozenset(nn.Sequential().__dict__)
 # What a traced forward may call or read under a name that an instance can shadow.
 _CALLED = ("forward", "_conv_forward", "_check_input_dim")
 _READ = (*_CALLED, "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -39,20 +40,92 @@ _HARMLESS |= {"__static_attributes__", "__firstlineno__"}
 _FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
 
 
-def read(convs: Modules, norms: Modules, built: Geometry) -> Step | str:
+class Slot(NamedTuple):
+    """One branch of a block: its name there, its taps, and where its modules hang, by the names on the way.
+
+    `conv` is None for the identity, `norm` where the branch adds directly. `container` is what calls the two, where
+    the block itself does not.
+    """
+
+    name: str
+    taps: Taps
+    conv: tuple[str, ...] | None
+    norm: tuple[str, ...] | None
+    container: str | None = None
+
+
+# (stride, padding, dilation, groups, padding_mode), as nn.Conv2d has them.
+Settings = tuple[Pair, Pair, Pair, int, PaddingMode]
+
+
+class Layout(NamedTuple):
+    """Where a block was built to have its branches, and their modules; `settings` are its convolutions'."""
+
+    geometry: Geometry
+    slots: tuple[Slot, ...]
+    total: str | None  # the batch norm after the sum
+    settings: tuple[tuple[list[int], Settings], ...]  # of each slot: [rows, columns], and the others
+
+    @classmethod
+    def of(cls, geometry: Geometry, slots: Sequence[Slot], total: str | None = None) -> Layout:
+        """The layout of these slots."""
+        settings = []
+        for slot in slots:
+            place = geometry.placement(slot.taps)
+            own = (geometry.stride, place.padding, place.dilation, geometry.groups, geometry.padding_mode)
+            settings.append(([*place.kernel], own))
+        return cls(geometry, tuple(slots), total, tuple(settings))
+
+
+class Submodules(NamedTuple):
+    """A block's modules as they are now: a convolution and a batch norm a slot, None where it has none."""
+
+    layout: Layout
+    convs: list[nn.Module | None]
+    norms: list[nn.Module | None]
+    total: nn.Module | None
+    containers: list[nn.Module]
+
+    @classmethod
+    def of(cls, block: nn.Module, layout: Layout) -> Submodules:
+        """Those of a block."""
+        modules, convs, norms, containers = block._modules, [], [], []
+        for slot in layout.slots:
+            convs.append(slot.conv and _at(modules, slot.conv))
+            norms.append(slot.norm and _at(modules, slot.norm))
+            if slot.container is not None:
+                containers.append(modules[slot.container])
+        total = None if layout.total is None else modules[layout.total]
+        return cls(layout, convs, norms, total, containers)  # type: ignore[arg-type]
+
+    def named(self) -> Iterator[tuple[str, Any, type[nn.Module], frozenset[str]]]:
+        """(name, module, the class that a block builds there, what every instance of it has) of each."""
+        for slot, conv, norm in zip(self.layout.slots, self.convs, self.norms, strict=True):
+            if conv is not None:
+                yield ".".join(slot.conv or ()), conv, nn.Conv2d, _CONV_ATTRIBUTES
+            if norm is not None:
+                yield ".".join(slot.norm or ()), norm, nn.BatchNorm2d, _NORM_ATTRIBUTES
+        if self.total is not None:
+            yield self.layout.total or "", self.total, nn.BatchNorm2d, _NORM_ATTRIBUTES
+
+
+def _at(modules: Any, path: tuple[str, ...]) -> nn.Module:
+    found = modules[path[0]]
+    for name in path[1:]:
+        found = found._modules[name]
+    return found
+
+
+def read(given: Submodules) -> Step | str:
     """The step that the submodules compute when called one by one, or why only calling them can tell.
 
-    Args:
-        convs: branch name → its convolution.
-        norms: branch name → its batch norm, or 'sum' → the one after the sum.
-        built: where the branches were put; the step's geometry where the convolutions say the same, else the one
-            they agree on.
+    Its geometry is the layout's where the convolutions say the same, else the one they agree on.
     """
-    geometry = speaks_for(convs, norms, built)
-    return geometry if isinstance(geometry, str) else _step(convs, norms, geometry)
+    geometry = speaks_for(given)
+    return geometry if isinstance(geometry, str) else _step(given, geometry)
 
 
-def speaks_for(convs: Modules, norms: Modules, built: Geometry) -> Geometry | str:
+def speaks_for(given: Submodules) -> Geometry | str:
     """The predicate of `read`, which takes its arguments: the geometry if it holds, else why it does not."""
     if (
         nn_module._global_forward_hooks
@@ -62,18 +135,30 @@ def speaks_for(convs: Modules, norms: Modules, built: Geometry) -> Geometry | st
     ):
         return "a global module hook is registered"
     compiling = torch.compiler.is_compiling()
-    for name, conv in convs.items():
-        if type(conv) is not nn.Conv2d or _is_altered(conv, _CONV_ATTRIBUTES, compiling):
-            return f"{name}_conv {_why_special(conv, nn.Conv2d, _CONV_ATTRIBUTES)}"
-    for name, norm in norms.items():
-        if not (type(norm) is nn.BatchNorm2d or _is_known_norm(norm)) or _is_altered(
-            norm, _NORM_ATTRIBUTES, compiling
+    for conv in given.convs:
+        if conv is not None and (type(conv) is not nn.Conv2d or _is_altered(conv, _CONV_ATTRIBUTES, compiling)):
+            return _first_reason(given)
+    for norm in (*given.norms, given.total):
+        if norm is not None and (
+            not (type(norm) is nn.BatchNorm2d or _is_known_norm(norm))
+            or _is_altered(norm, _NORM_ATTRIBUTES, compiling)
         ):
-            return f"{_norm_label(name)} {_why_special(norm, nn.BatchNorm2d, _NORM_ATTRIBUTES)}"
-    return _agree(convs, norms, built)
+            return _first_reason(given)
+    for container in given.containers:
+        if type(container) is not nn.Sequential or _is_altered(container, _CONTAINER_ATTRIBUTES, compiling):
+            return f"a branch's container {_why_special(container, nn.Sequential, _CONTAINER_ATTRIBUTES)}"
+    return _agree(given)
 
 
-def read_for_fold(convs: Modules, norms: Modules, built: Geometry) -> Step:
+def _first_reason(given: Submodules) -> str:
+    for name, module, kind, usual in given.named():
+        known = type(module) is kind or (kind is nn.BatchNorm2d and _is_known_norm(module))
+        if not known or _is_altered(module, usual, torch.compiler.is_compiling()):
+            return f"{name} {_why_special(module, kind, usual)}"
+    raise AssertionError("a submodule is special")
+
+
+def read_for_fold(given: Submodules) -> Step:
     """`read` for eval, of submodules too whose parameters are computed from others (pruning, weight norm …).
 
     Hooks known to do nothing but compute a parameter are run, so that it is not the last step's.
@@ -82,25 +167,26 @@ def read_for_fold(convs: Modules, norms: Modules, built: Geometry) -> Step:
         ValueError: what the submodules compute in eval is not known to be one fixed convolution; names the
             submodule and its class.
     """
-    for name, conv in convs.items():
-        refresh(conv)
-        if not (type(conv) is nn.Conv2d or _is_parametrized(conv, nn.Conv2d)) or _changes_values(conv):
-            raise ValueError(f"cannot fold: {name}_conv {_why_special(conv, nn.Conv2d, _CONV_ATTRIBUTES)}")
-    for name, norm in norms.items():
-        refresh(norm)
-        if not (_is_known_norm(norm) or _is_parametrized(norm, nn.BatchNorm2d)) or _changes_values(norm):
-            reason = _why_special(norm, nn.BatchNorm2d, _NORM_ATTRIBUTES)
-            raise ValueError(f"cannot fold: {_norm_label(name)} {reason}")
-        if norm.running_mean is None or norm.running_var is None:
+    modules = []
+    for name, module, kind, usual in given.named():
+        modules.append(module)
+        refresh(module)
+        known = type(module) is nn.Conv2d if kind is nn.Conv2d else _is_known_norm(module)
+        if not (known or _is_parametrized(module, kind)) or _changes_values(module):
+            raise ValueError(f"cannot fold: {name} {_why_special(module, kind, usual)}")
+        if kind is nn.BatchNorm2d and (module.running_mean is None or module.running_var is None):
             raise ValueError(
-                f"cannot fold: {_norm_label(name)} has track_running_stats=False, so it always normalises by the "
+                f"cannot fold: {name} has track_running_stats=False, so it always normalises by the "
                 "batch and no fixed convolution equals it"
             )
-    with _evaluating([*convs.values(), *norms.values()]):
-        geometry = _agree(convs, norms, built)
+    for container in given.containers:
+        if type(container) is not nn.Sequential or _is_altered(container, _CONTAINER_ATTRIBUTES, False):
+            raise ValueError(f"cannot fold: {_why_special(container, nn.Sequential, _CONTAINER_ATTRIBUTES)}")
+    with _evaluating(modules):
+        geometry = _agree(given)
         if isinstance(geometry, str):
             raise ValueError(f"cannot fold: {geometry}")
-        return _step(convs, norms, geometry)
+        return _step(given, geometry)
 
 
 def refresh(module: nn.Module) -> None:
@@ -190,10 +276,6 @@ def _why_special(module: nn.Module, expected: type[nn.Module], usual: frozenset[
     return f"has a {own} of its own" if own else "has hooks"
 
 
-def _norm_label(name: str) -> str:
-    return "bn" if name == "sum" else f"{name}_bn"
-
-
 @contextmanager
 def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
     # A parametrization (spectral norm) may do in training what it does not in eval.
@@ -208,62 +290,78 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
             part.training = mode
 
 
-def _agree(convs: Mapping[str, Any], norms: Mapping[str, Any], built: Geometry) -> Geometry | str:
+def _agree(given: Submodules) -> Geometry | str:
     # Where the convolutions sit, if they are the branches of one block, and their batch norms those of one step.
-    channels = None
-    moved = False
-    for name, conv in convs.items():
-        rows_columns, wanted = built.settings(name)
+    layout, channels, moved = given.layout, None, False
+    for i, (conv, (rows_columns, wanted)) in enumerate(zip(given.convs, layout.settings, strict=True)):
+        if conv is None:
+            continue
         k, c, *taps = kernel_of(conv)[0].shape
-        if (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) != wanted or (
-            conv.padding_mode != "zeros" and _pads_by(conv) != conv.padding
+        found: Any = conv
+        if (found.stride, found.padding, found.dilation, found.groups, found.padding_mode) != wanted or (
+            found.padding_mode != "zeros" and _pads_by(found) != found.padding
         ):
             moved = True
         channels = channels or (k, c)
         if (k, c) != channels or taps != rows_columns:
-            return f"{name}_conv's weight is {(k, c, *taps)}, not {(*channels, *rows_columns)}"
+            name = ".".join(layout.slots[i].conv or ())
+            return f"{name}'s weight is {(k, c, *taps)}, not {(*channels, *rows_columns)}"
     group = None
-    for norm in norms.values():
+    for norm in (*given.norms, given.total):
         if type(norm) is nn.SyncBatchNorm and (its := _group_of(norm)) is not None:
             if group is not None and its is not group:
                 return "its batch norms synchronise over different process groups"
             group = its
-    return agreed_geometry(convs, built) if moved else built
+    geometry = agreed_geometry(given) if moved else layout.geometry
+    if isinstance(geometry, Geometry) and None in given.convs:
+        assert channels is not None
+        if geometry.centre is None or channels[0] != channels[1] * geometry.groups:
+            return "the convolutions change the map's size or channels, which its identity cannot"
+    return geometry
 
 
-def _step(convs: Mapping[str, Any], norms: Mapping[str, Any], geometry: Geometry) -> Step:
-    found = {name: norm_of(norm) for name, norm in norms.items()}
-    branches = {name: Branch(*kernel_of(conv), found.get(name)) for name, conv in convs.items()}
-    return Step(geometry, branches, found.get("sum"))
+def _step(given: Submodules, geometry: Geometry) -> Step:
+    branches = [
+        Branch(
+            slot.taps,
+            *((None, None) if conv is None else kernel_of(conv)),
+            None if norm is None else norm_of(norm),
+        )
+        for slot, conv, norm in zip(given.layout.slots, given.convs, given.norms, strict=True)
+    ]
+    return Step(geometry, tuple(branches), None if given.total is None else norm_of(given.total))
 
 
-def agreed_geometry(convs: Mapping[str, Any], built: Geometry) -> Geometry | str:
-    """The geometry, of the built one's kernel and shift, that all convolutions sit in, or which one does not."""
-    square = convs["square"]
+def agreed_geometry(given: Submodules) -> Geometry | str:
+    """The geometry that all convolutions sit in, by that of the whole kernel, or which one does not."""
+    built = given.layout.geometry
+    slots = given.layout.slots
+    whole = next((i for i, slot in enumerate(slots) if slot.conv and slot.taps == built.whole), None)
+    if whole is None:
+        return "its convolutions are not where they were built, and none of them has all taps"
+    anchor: Any = given.convs[whole]
+    named = ".".join(slots[whole].conv or ())
     try:
         geometry = Geometry.make(
-            built.kernel,
-            square.stride,
-            square.padding,
-            square.dilation,
-            square.groups,
-            square.padding_mode,
-            built.shift,
+            built.kernel, anchor.stride, anchor.padding, anchor.dilation, anchor.groups, anchor.padding_mode
         )
     except (TypeError, ValueError) as error:
-        return f"square_conv has settings that no block has: {error}"
-    for name, conv in convs.items():
-        place = geometry.placement(name)
-        for attribute, found, wanted in (
-            ("stride", _pair(conv.stride), geometry.stride),
-            ("padding", _pair(conv.padding), place.padding),
-            ("dilation", _effective_dilation(conv, place.kernel), place.dilation),
-            ("groups", conv.groups, geometry.groups),
-            ("padding_mode", conv.padding_mode, geometry.padding_mode),
-            ("padding of the input", _pads_by(conv), place.padding),
+        return f"{named} has settings that no block has: {error}"
+    for slot, conv in zip(slots, given.convs, strict=True):
+        if conv is None:
+            continue
+        found, place = conv, geometry.placement(slot.taps)
+        for attribute, value, wanted in (
+            ("stride", _pair(found.stride), geometry.stride),
+            ("padding", _pair(found.padding), place.padding),
+            ("dilation", _effective_dilation(found, place.kernel), place.dilation),
+            ("groups", found.groups, geometry.groups),
+            ("padding_mode", found.padding_mode, geometry.padding_mode),
+            ("padding of the input", _pads_by(found), place.padding),
         ):
-            if found != wanted and not (attribute == "padding of the input" and geometry.padding_mode == "zeros"):
-                return f"{name}_conv's {attribute} is {found}, where a block like square_conv has {wanted}"
+            if value != wanted and not (attribute == "padding of the input" and geometry.padding_mode == "zeros"):
+                name = ".".join(slot.conv or ())
+                return f"{name}'s {attribute} is {value}, where a block like {named} has {wanted}"
     return geometry
 
 

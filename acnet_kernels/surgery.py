@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import ACBlock
+from .rep import RepBlock
 from .observing import as_call, observe
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import fold_arguments
@@ -123,7 +124,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _convolutions(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
     """Every Conv2d outside existing blocks → all its names."""
-    blocks = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, ACBlock)]
+    blocks = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, RepBlock)]
     found: dict[nn.Conv2d, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Conv2d) and not any(name.startswith(f"{b}." if b else "") for b in blocks):
@@ -259,9 +260,9 @@ class _Builder:
                     getattr(block, f"{name}_conv").weight.zero_()
 
 
-def blocks_of(model: nn.Module | Iterable[nn.Module]) -> dict[str, ACBlock]:
+def blocks_of(model: nn.Module | Iterable[nn.Module]) -> dict[str, RepBlock]:
     """Name → every ACBlock of a model or of a sequence of modules, in order, each once in a model."""
-    found: dict[str, ACBlock] = {}
+    found: dict[str, RepBlock] = {}
     if isinstance(model, nn.Module):
         _collect(model, "", found, set())
         return found
@@ -272,12 +273,12 @@ def blocks_of(model: nn.Module | Iterable[nn.Module]) -> dict[str, ACBlock]:
     return found
 
 
-def _collect(module: nn.Module, name: str, found: dict[str, ACBlock], seen: set[int]) -> None:
+def _collect(module: nn.Module, name: str, found: dict[str, RepBlock], seen: set[int]) -> None:
     # named_modules() without the blocks' own submodules, which are most of a network's modules.
     if id(module) in seen:
         return
     seen.add(id(module))
-    if isinstance(module, ACBlock):
+    if isinstance(module, RepBlock):
         found[name] = module
         return
     for key, child in module._modules.items():
@@ -304,7 +305,7 @@ def fold(
 
 
 def _fold(
-    blocks: dict[str, ACBlock], out: Sequence[tuple[Tensor, Tensor]] | None = None
+    blocks: dict[str, RepBlock], out: Sequence[tuple[Tensor, Tensor]] | None = None
 ) -> list[tuple[Tensor, Tensor]]:
     arguments = Arguments.empty()
     for name, block in blocks.items():
@@ -355,14 +356,14 @@ def fuse(model: nn.Module, inplace: bool = False, *, keep_blocks: bool = False) 
         return model
     replacements: dict[nn.Module, nn.Module] = {}
     for block in blocks.values():
-        if block is not model or not inplace:
+        if block.is_a_convolution and (block is not model or not inplace):
             replacements[block] = _with_hooks(block)
     return _replace(model, replacements)
 
 
-def _with_hooks(block: ACBlock) -> nn.Module:
+def _with_hooks(block: RepBlock) -> nn.Module:
     # What is hung on a block is hung on what takes its place.
-    conv = block.fused_conv
+    conv = block.fused
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         getattr(conv, name).update(getattr(block, name))
     for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):

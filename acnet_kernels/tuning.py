@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .backends import planner, stopwatch, timings
 from .backends.machine import this_machine
-from .block import ACBlock
+from .rep import RepBlock
 from .explanation import table, visit
 from .observing import as_input
 from .spec import Problem
@@ -80,7 +80,7 @@ def tune(model: nn.Module, example: Sequence[int] | Tensor) -> TuningReport:
     steps: dict[str, tuple[Problem, bool, list[str]]] = {}
     left = dict.fromkeys(blocks.values(), "does not run on this example in eval mode")
 
-    def look(block: ACBlock, t: Tensor) -> None:
+    def look(block: RepBlock, t: Tensor) -> None:
         name, why = blocks[block], _no_choice(block, t)
         if why is not None:
             left[name] = why
@@ -113,7 +113,7 @@ def tune(model: nn.Module, example: Sequence[int] | Tensor) -> TuningReport:
     return TuningReport(layers, left, path)
 
 
-def _no_choice(block: ACBlock, x: Tensor) -> str | None:
+def _no_choice(block: RepBlock, x: Tensor) -> str | None:
     """Why the planner has nothing to choose for block, or None."""
     if block.deploy:
         return "it is deployed"

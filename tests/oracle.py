@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from acnet_kernels import ACBlock, reference
+from acnet_kernels.spec import Norm, Step
 
 # Relative error ‖a−b‖/‖b‖ a tensor may always have, by dtype; beyond it, twice eager's own error.
 FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -42,26 +43,36 @@ def border(t: Tensor, width: int = 1) -> Tensor:
 
 def reference_block(block: ACBlock, x: Tensor) -> Tensor:
     """The block's output by acnet_kernels.reference on the block's own tensors, in x's dtype."""
-    g = block.geometry
-    norms = block.norms()
-    own = not block.training
+    return reference_step(block.step(), x)
+
+
+def reference_step(step: Step, x: Tensor) -> Tensor:
+    """A step's output by acnet_kernels.reference, in x's dtype."""
 
     def cast(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.to(x.dtype)
 
-    out, _ = reference.acblock(
+    def norm_of(norm: Norm | None) -> reference.Norm | None:
+        if norm is None:
+            return None
+        stats = None if norm.batch_stats else (cast(norm.running_mean), cast(norm.running_var))
+        return reference.Norm(cast(norm.gamma), cast(norm.beta), norm.eps, stats)
+
+    g = step.geometry
+    branches = [
+        reference.Branch(cast(b.weight), b.taps.row, b.taps.column, b.taps.step, cast(b.bias), norm_of(b.norm))
+        for b in step.branches
+    ]
+    out, _ = reference.rep_block(
         x,
-        {name: cast(conv.weight) for name, conv in block.convs().items()},
-        {name: (cast(bn.weight), cast(bn.bias)) for name, bn in norms.items()},
-        stats={n: (cast(bn.running_mean), cast(bn.running_var)) for n, bn in norms.items()} if own else None,
+        branches,
+        g.kernel,
+        norm=norm_of(step.norm),
         stride=g.stride,
         padding=g.padding,
         dilation=g.dilation,
         groups=g.groups,
         padding_mode=g.padding_mode,
-        shift=g.shift,
-        eps={name: bn.eps for name, bn in norms.items()},
-        norm=block.norm,
     )
     return out
 

@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import BRANCHES, Geometry, Placement
+from ..geometry import Geometry, Placement, Taps
 from ..kernels.window import Window
 from ..ops import bn_sum
-from ..spec import Norm, Problem, Step, autocast_dtype
+from ..ops.recompute import Branches
+from ..spec import MIXED, Norm, Problem, Step, autocast_dtype
 from . import nodes
 from .batchnorm import batch_norm, update_running
 from .convolution import (
@@ -38,10 +39,11 @@ from .convolution import (
     column_weight_gradient,
     convolution_dtype,
     gradient_bytes,
-    own_taps,
-    summed_kernel,
+    identity_kernel,
+    merge_kernels,
+    tap_view,
 )
-from .phases import ALL_TRITON, ALL_VENDOR, TRITON, Phases, assignments, label, phases_of
+from .phases import ALL_TRITON, ALL_VENDOR, MOST, TRITON, Phases, assignments, label, phases_of
 
 NAME = "branches"
 
@@ -57,6 +59,8 @@ def declines(problem: Problem) -> str | None:
     """Why this backend cannot compute the problem, or None."""
     if not all(problem.batch_stats):
         return "a batch norm normalises by running statistics"
+    if problem.norm == MIXED:
+        return "some branches have a batch norm of their own alone, and not all"
     if problem.shape[0] == 0:
         return "the batch is empty"
     if problem.dtype not in _DTYPES:
@@ -90,7 +94,7 @@ class Plan(NamedTuple):
     """Everything about a step but its tensors."""
 
     geometry: Geometry
-    names: tuple[str, ...]
+    branches: Branches
     places: tuple[Placement, ...]
     eps: tuple[float, ...]  # of each batch norm: one a branch, or one after their sum
     affine: int  # how many γ there are: one a batch norm, or none
@@ -100,17 +104,41 @@ class Plan(NamedTuple):
     window: tuple[int, ...]  # the geometry as Triton's operators take it
 
     def maps(self, x: Tensor, weights: tuple[Tensor, ...]) -> list[Tensor]:
-        """What each batch norm normalises, y_b or their sum, in the layout of the first; differentiable."""
-        x = x.to(self.conv_dtype)
-        ys: list[Tensor] = []
-        for place, weight in zip(self.places, weights, strict=True):
+        """What each batch norm normalises, y_b or their sum, in the layout of the first convolution's; differentiable.
+
+        The identity's is x itself, or a view of it.
+        """
+        x, given = x.to(self.conv_dtype), iter(weights)
+        ys: list[Tensor | None] = []
+        first: Tensor | None = None
+        for place, (_, convolved) in zip(self.places, self.branches, strict=True):
+            if not convolved:
+                ys.append(None)
+                continue
             args = (None, self.geometry.stride, place.padding, place.dilation, self.geometry.groups)
-            y = F.conv2d(place.apply(x), weight.to(self.conv_dtype), *args)
-            if len(ys) == len(self.eps):
-                ys[0] += y
-            else:
-                ys.append(bn_sum.like(y, ys[0] if ys else y))
-        return ys
+            y = F.conv2d(place.apply(x), next(given).to(self.conv_dtype), *args)
+            if first is not None and self.is_summed:
+                first += y
+                continue
+            first = y if first is None else first
+            ys.append(bn_sum.like(y, first))
+        assert first is not None
+        for i, (place, (_, convolved)) in enumerate(zip(self.places, self.branches, strict=True)):
+            if not convolved and self.is_summed:
+                first += place.apply(x)
+            elif not convolved:
+                ys[i] = bn_sum.like(place.apply(x), first)
+        return [first] if self.is_summed else [y for y in ys if y is not None]
+
+    @property
+    def is_triton(self) -> bool:
+        """Whether Triton's kernels take these branches."""
+        return all(convolved for _, convolved in self.branches) and (self.is_summed or len(self.branches) <= MOST)
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether one batch norm follows the sum of several branches."""
+        return len(self.eps) < len(self.branches)
 
     def forward(
         self, x: Tensor, weights: tuple[Tensor, ...], gammas: list[Tensor], betas: list[Tensor]
@@ -120,11 +148,20 @@ class Plan(NamedTuple):
             from . import triton_phases  # Triton is slow to import
 
             x, cast = x.to(self.conv_dtype), [weight.to(self.conv_dtype) for weight in weights]
-            return triton_phases.forward(x, self.names, cast, gammas, betas, self.eps, self.window)
+            return triton_phases.forward(x, cast, gammas, betas, self.eps, self.window)
         ys = self.maps(x, weights)
         dtype = None if self.dtype == ys[0].dtype else self.dtype
         out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, dtype)
         return out, ys, means, variances, rstds
+
+    def merged(self, weights: Sequence[Tensor]) -> Tensor:
+        """The kernel whose convolution is the sum of all branches'."""
+        given = iter(weights)
+        kernels = [
+            next(given) if convolved else identity_kernel(weights[0], self.geometry.groups)
+            for _, convolved in self.branches
+        ]
+        return merge_kernels(kernels, [taps for taps, _ in self.branches], self.geometry)
 
     def definition(self, x: Tensor, *tensors: Tensor) -> Tensor:
         """out but for the βs, of x, the weights and the γs, by eager formulas."""
@@ -135,15 +172,42 @@ class Plan(NamedTuple):
             out = out + batch_norm(y, norm)
         return out
 
+    def map_gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        kept: list[Tensor],
+        means: Tensor,
+        rstds: Tensor,
+        gammas: list[Tensor],
+        needs_dy: list[bool],
+        owns: bool,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """(the dy_b that are needed, every dγ, dβ) from the convolutions' maps; `owns`: over their memory."""
+        given, ys = iter(kept), kept
+        if not (self.is_summed or all(convolved for _, convolved in self.branches)):
+            seen, ys = x.to(self.conv_dtype), []
+            for need, place, (_, convolved) in zip(needs_dy, self.places, self.branches, strict=True):
+                if convolved:
+                    ys.append(next(given))
+                    continue
+                y = bn_sum.like(place.apply(seen), kept[0])
+                ys.append(y.clone() if need and owns else y)  # x is never overwritten
+        if not owns:
+            return bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy)
+        dgammas, dbeta = bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy)
+        return [y for y, need in zip(ys, needs_dy, strict=True) if need], dgammas, dbeta
+
     def needs_dy(self, needs_x: bool, needs_w: Sequence[bool]) -> list[bool]:
         """Which of the maps have a gradient that something needs."""
-        return (
-            [needs_x or need for need in needs_w] if len(self.eps) == len(self.names) else [needs_x or any(needs_w)]
-        )
+        if self.is_summed:
+            return [needs_x or any(needs_w)]
+        given = iter(needs_w)
+        return [needs_x or (convolved and next(given)) for _, convolved in self.branches]
 
     def split(self, tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any], list[Any]]:
         """(weights, γs, βs) of what is passed in this order."""
-        n = len(self.places)
+        n = sum(convolved for _, convolved in self.branches)
         return tensors[:n], list(tensors[n : n + self.affine]), list(tensors[n + self.affine :])
 
 
@@ -186,7 +250,10 @@ class _Step(torch.autograd.Function):
         ctx.plan = plan
         # A hook on saved tensors may keep what it was given.
         ctx.owns_maps = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        ctx.save_for_backward(x, *weights, *gammas, means, rstds, *ys)
+        kept = (
+            ys if plan.is_summed else [y for y, (_, convolved) in zip(ys, plan.branches, strict=True) if convolved]
+        )
+        ctx.save_for_backward(x, *weights, *gammas, means, rstds, *kept)
         ctx.mark_non_differentiable(means, variances)
         ctx.set_materialize_grads(False)
         return out, means, variances
@@ -198,7 +265,7 @@ class _Step(torch.autograd.Function):
             return (None,) * len(needs)
         plan: Plan = ctx.plan
         x, *saved = ctx.saved_tensors
-        weights, gammas, (means, rstds, *ys) = plan.split(saved)
+        weights, gammas, (means, rstds, *kept) = plan.split(saved)
         # Autograd casts what is returned to the inputs' dtypes.
         with nodes.without_autocast(x.device.type):
             if nodes.wants_definition(grad):
@@ -207,13 +274,10 @@ class _Step(torch.autograd.Function):
                 return None, None, *nodes.gradients(definition, inputs, needs[2:], grad)
             needs_x, needs_w = needs[2], plan.split(needs[3:])[0]
             needs_dy = plan.needs_dy(needs_x, needs_w)
-            grad = bn_sum.like(grad, ys[0])
+            grad = bn_sum.like(grad, kept[0])
+            owns = ctx.owns_maps and not torch._C._autograd._get_current_graph_task_keep_graph()
             with torch._C._AutoDispatchBelowAutograd():
-                if ctx.owns_maps and not torch._C._autograd._get_current_graph_task_keep_graph():
-                    dgammas, dbeta = bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy)
-                    dys = [y for y, need in zip(ys, needs_dy, strict=True) if need]
-                else:
-                    dys, dgammas, dbeta = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy)
+                dys, dgammas, dbeta = plan.map_gradients(grad, x, kept, means, rstds, gammas, needs_dy, owns)
             dx, dws = convolution_gradients(plan, dys, x, weights, needs_x, needs_w)
         dgammas = dgammas.unbind() if plan.affine else ()
         return None, None, dx, *dws, *dgammas, *[dbeta] * (len(needs) - 3 - len(weights) - plan.affine)
@@ -223,23 +287,35 @@ def convolution_gradients(
     plan: Plan, dys: list[Tensor], x: Tensor, weights: tuple[Tensor, ...], needs_x: bool, needs_w: tuple[bool, ...]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(dx, every dW_b), None where not needed; dys holds the gradients of the maps with work to do."""
-    if len(plan.eps) < len(plan.names):
+    if plan.is_summed:
         return _gradients_of_the_sum(plan, dys, x, weights, needs_x, needs_w)
     x, geometry = x.to(plan.conv_dtype), plan.geometry
     weights = tuple(weight.to(plan.conv_dtype) for weight in weights)
+    found: list[tuple[Placement, bool, Tensor | None]] = []
     given = iter(dys)
-    by_branch = [next(given) if needs_x or need else None for need in needs_w]
+    for place, (_, convolved), need in zip(
+        plan.places, plan.branches, plan.needs_dy(needs_x, needs_w), strict=True
+    ):
+        found.append((place, convolved, next(given) if need else None))
+    by_branch = [dy for _, convolved, dy in found if convolved]
+    places = [place for place, convolved, _ in found if convolved]
     dx: Tensor | None = None
+    for place, convolved, dy in found:
+        if dy is not None and not convolved:  # the identity's gradient is dx's first summand, in dy's own memory
+            if dx is None and not any(place.edges):
+                dx = dy
+            else:
+                dx = place.add_adjoint(torch.zeros_like(x) if dx is None else dx, dy)
     dws: list[Tensor | None] = [None] * len(weights)
     if TRITON in plan.phases:
         from . import triton_phases
 
         if needs_x and plan.phases.dgrad == TRITON:
-            dx, needs_x = triton_phases.input_grad(dys, plan.names, weights, plan.window, x.shape[2:]), False
-        if needs_w[0] and plan.phases.wgrad == TRITON:  # its kernel is built around the square's taps
-            dws = triton_phases.weight_grads(x, by_branch, plan.names, weights, plan.window, needs_w)
+            dx, needs_x = triton_phases.input_grad(dys, weights, plan.window, x.shape[2:]), False
+        if plan.phases.wgrad == TRITON:
+            dws = triton_phases.weight_grads(x, by_branch, weights, plan.window, needs_w)
             needs_w = (False,) * len(weights)
-    for b, (dy, place, weight, need) in enumerate(zip(by_branch, plan.places, weights, needs_w, strict=True)):
+    for b, (dy, place, weight, need) in enumerate(zip(by_branch, places, weights, needs_w, strict=True)):
         if dy is None or not (needs_x or need):
             continue
         needs_dx = needs_x and not (
@@ -275,23 +351,22 @@ def _gradients_of_the_sum(
     plan: Plan, dys: list[Tensor], x: Tensor, weights: tuple[Tensor, ...], needs_x: bool, needs_w: tuple[bool, ...]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     # One convolution by the summed kernel; its weight gradient holds every branch's.
-    kernels = dict(zip(plan.names, weights, strict=True))
-    square = plan._replace(names=("square",), places=plan.places[:1])
-    needs = (any(needs_w),)
-    dx, (dw,) = convolution_gradients(square, dys, x, (summed_kernel(kernels, plan.geometry),), needs_x, needs)
+    whole = plan.geometry.whole
+    merged = plan._replace(branches=((whole, True),), places=(plan.geometry.placement(whole),))
+    dx, (dw,) = convolution_gradients(merged, dys, x, (plan.merged(weights),), needs_x, (any(needs_w),))
     if dw is None:
         return dx, [None] * len(weights)
-    found = [dw, *(own_taps(dw, name, plan.geometry).clone() for name in plan.names[1:])]
-    return dx, [t if need else None for t, need in zip(found, needs_w, strict=True)]
+    taps = [taps for taps, convolved in plan.branches if convolved]
+    return dx, [tap_view(dw, own).clone() if need else None for own, need in zip(taps, needs_w, strict=True)]
 
 
 class Inputs(NamedTuple):
-    """A step's tensors: names and weights one a branch, in the order of BRANCHES, the others one a batch norm.
+    """A step's tensors: weights one a convolution, biases and the rest one a batch norm.
 
     There may be no γ or no β at all.
     """
 
-    names: list[str]
+    branches: Branches
     weights: list[Tensor]
     biases: list[Tensor | None]
     norms: list[Norm]
@@ -303,12 +378,11 @@ class Inputs(NamedTuple):
 
 def inputs_of(x: Tensor, step: Step) -> Inputs:
     """The step's tensors."""
-    branches = {name: step.branches[name] for name in BRANCHES if name in step.branches}
-    norms = [step.norm] if step.norm else [b.norm for b in branches.values() if b.norm is not None]
-    weights = [branch.weight for branch in branches.values()]
+    norms = step.norms
+    weights = [branch.weight for branch in step.branches if branch.weight is not None]
     gammas = _all_or_none([norm.gamma for norm in norms], 1.0)
     betas = _all_or_none([norm.beta for norm in norms], 0.0)
-    biases = [branch.bias for branch in branches.values()]
+    biases = [branch.bias for branch in step.branches]
     if step.norm is not None:
         given = [bias for bias in biases if bias is not None]
         biases = [functools.reduce(torch.add, given) if given else None]
@@ -317,7 +391,7 @@ def inputs_of(x: Tensor, step: Step) -> Inputs:
         betas = betas or [torch.zeros_like(weights[0][:, 0, 0, 0]) for _ in norms]
         betas = [beta if bias is None else beta + 0 * bias for beta, bias in zip(betas, biases, strict=True)]
     return Inputs(
-        list(branches),
+        branches_of(step),
         weights,
         biases,
         norms,
@@ -328,32 +402,37 @@ def inputs_of(x: Tensor, step: Step) -> Inputs:
     )
 
 
+def branches_of(step: Step) -> Branches:
+    """The step's branches as a plan has them."""
+    return tuple([(b.taps, b.weight is not None) for b in step.branches])  # type: ignore[misc]
+
+
 def plan_of(
     geometry: Geometry,
-    names: Iterable[str],
+    branches: Branches,
     eps: Sequence[float],
     affine: int,
     dtype: torch.dtype,
     device: str,
     phases: Phases = ALL_VENDOR,
 ) -> Plan:
-    """The plan of the named branches' step; `affine` says how many γ there are, `dtype` is the output's."""
+    """The plan of a step; `affine` says how many γ there are, `dtype` is the output's."""
     make = _plan if torch.compiler.is_compiling() else _cached_plan  # Dynamo looks through a cache, and warns
-    return make(geometry, tuple(names), tuple(eps), affine, dtype, convolution_dtype(dtype, device), phases)
+    return make(geometry, branches, tuple(eps), affine, dtype, convolution_dtype(dtype, device), phases)
 
 
 def _plan(
     geometry: Geometry,
-    names: tuple[str, ...],
+    branches: Branches,
     eps: tuple[float, ...],
     affine: int,
     dtype: torch.dtype,
     conv_dtype: torch.dtype,
     phases: Phases,
 ) -> Plan:
-    places = tuple(geometry.placement(name) for name in names)
-    window = tuple(Window.of(geometry)) if TRITON in phases else ()
-    return Plan(geometry, names, places, eps, affine, dtype, conv_dtype, phases, window)
+    places = tuple([geometry.placement(taps) for taps, _ in branches])
+    window = Window.of(geometry, [taps for taps, _ in branches]).numbers() if TRITON in phases else ()
+    return Plan(geometry, branches, places, eps, affine, dtype, conv_dtype, phases, window)
 
 
 _cached_plan = functools.lru_cache(4096)(_plan)
@@ -370,7 +449,7 @@ def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
     size = geometry.output_size(x.shape[2], x.shape[3])
     count = x.shape[0] * size[0] * size[1]
     inputs = inputs_of(x, step)
-    plan = plan_of(geometry, inputs.names, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type, phases)
+    plan = plan_of(geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type, phases)
     update = functools.partial(update_running, inputs.norms, count=count, biases=inputs.biases)
     tensors = (x, *inputs.weights, *inputs.gammas, *inputs.betas)
     if not torch.compiler.is_compiling():

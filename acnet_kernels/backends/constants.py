@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from ..geometry import Geometry
+from ..geometry import Geometry, Taps
 from ..spec import Problem
 from . import phases, planner
 
@@ -25,9 +25,17 @@ Pieces = tuple[tuple[int, ...], int, tuple[Any, ...], tuple[Any, ...], tuple[Any
 def pieces(problem: Problem) -> Pieces:
     """The problem in pieces. A graph for every size must not depend on one: a symbolic size is a usual one here."""
     shape = [operator.index(size) if has_static_value(size) else USUAL_SIZE for size in problem.shape]
-    g = problem.geometry
-    placed = (g.kernel, g.stride, g.padding, g.dilation, g.groups, g.padding_mode, g.shift)
-    what = (problem.branches, problem.norm, problem.batch_stats, problem.dtype, problem.input_dtype)
+    placed = problem.geometry.parts()
+    branches = tuple([tuple(taps) for taps in problem.branches])
+    what = (
+        branches,
+        problem.convolved,
+        problem.normed,
+        problem.total,
+        problem.batch_stats,
+        problem.dtype,
+        problem.input_dtype,
+    )
     flags = (problem.device, problem.channels_last, problem.grad, problem.synced, problem.transform)
     return (*shape,), problem.out_channels, placed, what, (*flags, problem.weight_dtype)
 
@@ -40,7 +48,8 @@ def whole(
     flags: tuple[Any, ...],
 ) -> Problem:
     """The problem that these are the pieces of."""
-    return Problem(shape, out_channels, Geometry(*placed), *what, *flags)
+    branches, *rest = what
+    return Problem(shape, out_channels, Geometry(*placed), tuple(Taps(*taps) for taps in branches), *rest, *flags)
 
 
 @torch.compiler.assume_constant_result

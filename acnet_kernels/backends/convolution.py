@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import Geometry, Pair, Placement
+from ..geometry import Geometry, Pair, Placement, Taps
 from ..spec import Problem
 from .cpuinfo import slow_half_types
 
@@ -45,20 +45,27 @@ def gradient_bytes(problem: Problem, dtype: torch.dtype) -> int:
     return (1 if convolutions == 1 or in_one_pass else 3) * x + 2 * problem.weights * dtype.itemsize
 
 
-def summed_kernel(kernels: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
-    """The k×k kernel (K×C/groups×k×k) whose convolution is the sum of the branches'; differentiable."""
-    total = kernels["square"].clone()
-    for name in ("hor", "ver"):
-        if name in kernels:
-            own_taps(total, name, geometry).add_(kernels[name])
+def merge_kernels(weights: Sequence[Tensor], taps: Sequence[Taps], geometry: Geometry) -> Tensor:
+    """The kernel (K×C/groups×rows×columns) whose convolution is the sum of the branches'; differentiable."""
+    if taps[0] == geometry.whole:
+        total = weights[0].clone()
+    else:
+        total = weights[0].new_zeros(*weights[0].shape[:2], *geometry.kernel)
+        tap_view(total, taps[0]).add_(weights[0])
+    for weight, own in zip(weights[1:], taps[1:], strict=True):
+        tap_view(total, own).add_(weight)
     return total
 
 
-def own_taps(kernel: Tensor, name: str, geometry: Geometry) -> Tensor:
-    """The view of a k×k kernel that a branch's kernel covers."""
-    if name == "hor":
-        return kernel[:, :, geometry.hor_row : geometry.hor_row + 1]
-    return kernel[:, :, :, geometry.ver_column : geometry.ver_column + 1] if name == "ver" else kernel
+def tap_view(kernel: Tensor, taps: Taps) -> Tensor:
+    """The view of a whole kernel that these taps are."""
+    return kernel[:, :, *taps.slices]
+
+
+def identity_kernel(like: Tensor, groups: int) -> Tensor:
+    """The 1×1 kernel, K×C/groups as like's, whose convolution returns the input."""
+    eye = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
+    return eye.repeat(groups, 1)[:, :, None, None]
 
 
 @functools.cache
@@ -94,7 +101,7 @@ def add_convolution(out: Tensor, x: Tensor, weight: Tensor, padding: Pair, dilat
     )
 
 
-def turned(weight: Tensor, groups: int) -> Tensor:
+def transposed_kernel(weight: Tensor, groups: int) -> Tensor:
     """The kernel of the transposed convolution at stride 1: K×C/groups×rows×columns → C×K/groups×rows×columns."""
     return weight.flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
@@ -120,7 +127,7 @@ def add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor, place: Placement,
     padding = (reach[0] - place.padding[0] - top, reach[1] - place.padding[1] - left)
     if min(padding) < 0:
         return False
-    add_convolution(dx, dy, turned(weight, groups), padding, place.dilation, groups)
+    add_convolution(dx, dy, transposed_kernel(weight, groups), padding, place.dilation, groups)
     return True
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..ops._extension import TRITON
-from ..spec import Problem
+from ..spec import SUM, Problem
 from .machine import CPU, CUDA
 
 Counts = dict[str, dict[str, float]]  # group → feature → how much of it
@@ -109,11 +110,6 @@ def counts(problem: Problem, backend: str, kind: str, phases: tuple[str, ...] | 
 _Groups = dict[tuple[str, torch.dtype], dict[str, float]]  # (what, dtype) → feature → count
 
 
-def _taps(problem: Problem) -> list[int]:
-    k = problem.geometry.kernel
-    return [k * k if name == "square" else k for name in problem.branches]
-
-
 def _pixels(problem: Problem) -> int:
     rows, columns = problem.output_size
     return problem.shape[0] * rows * columns
@@ -159,7 +155,7 @@ def _eager(problem: Problem, phase: str, kind: str) -> _Groups:
     else:
         elements = 5 * norms * outputs + 3 * (convolutions - 1) * inputs
     return {
-        ("convolution", dtype): _convolutions(problem, _taps(problem), dtype),
+        ("convolution", dtype): _convolutions(problem, problem.taps, dtype),
         ("eager", dtype): {"gbytes": 1e-9 * elements * dtype.itemsize, "calls": 2.0 * convolutions + norms - 1},
     }
 
@@ -169,8 +165,8 @@ def _branches(problem: Problem, phase: str, kind: str) -> _Groups:
     if kind == CPU and dtype.itemsize == 2:  # see convolution.convolution_dtype
         dtype = torch.float32
     # The sum of the branches, where one batch norm follows it, is differentiated as one convolution.
-    one = problem.norm == "sum" and phase == BACKWARD
-    taps = [problem.geometry.kernel**2] if one else _taps(problem)
+    one = problem.norm == SUM and phase == BACKWARD
+    taps = [math.prod(problem.geometry.kernel)] if one else problem.taps
     n = len(problem.batch_stats)
     inputs, outputs = _map_elements(problem)
     if phase == FORWARD:
@@ -186,7 +182,7 @@ def _branches(problem: Problem, phase: str, kind: str) -> _Groups:
 
 
 def _moments(problem: Problem, phase: str, kind: str) -> _Groups:
-    k, pixels, filters = problem.geometry.kernel, _pixels(problem), problem.out_channels
+    k, pixels, filters = problem.geometry.kernel[0], _pixels(problem), problem.out_channels
     thin = problem.shape[1] // problem.geometry.groups
     patch = k * k * thin
     inputs, outputs = _map_elements(problem)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import Geometry
-from ..spec import Branch, Problem, Step
+from ..spec import SUM, Branch, Problem, Step
 from .batchnorm import batch_norm
 
 NAME = "eager"
@@ -33,16 +33,19 @@ def transient_bytes(problem: Problem) -> int:
     """Bytes of maps that a step holds at most besides what it keeps, its output and its gradients among them."""
     x, y = problem.map_bytes(problem.dtype)
     # A branch's normalised map, the sum it is added to, and the new sum; or a branch's map beside a new sum.
-    forward = y if len(problem.branches) == 1 else 3 * y if problem.norm == "branch" else 2 * y
+    forward = y if len(problem.branches) == 1 else 2 * y if problem.norm == SUM else 3 * y
     if not problem.grad:
         return forward
     copied = 0 if problem.channels_last else y  # by the vendor, which reorders
     return max(forward, x + y + copied + 2 * problem.weights * problem.dtype.itemsize)
 
 
-def convolve(x: Tensor, branch: Branch, geometry: Geometry, name: str) -> Tensor:
-    """The branch's convolution of x, before its batch norm."""
-    place = geometry.placement(name)
+def branch_map(x: Tensor, branch: Branch, geometry: Geometry) -> Tensor:
+    """What the branch makes of x, before its batch norm."""
+    assert branch.taps is not None
+    place = geometry.placement(branch.taps)
+    if branch.weight is None:
+        return place.apply(x)
     args = (geometry.stride, place.padding, place.dilation, geometry.groups)
     return F.conv2d(place.apply(x), branch.weight, branch.bias, *args)
 
@@ -50,8 +53,8 @@ def convolve(x: Tensor, branch: Branch, geometry: Geometry, name: str) -> Tensor
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
     out = None
-    for name, branch in step.branches.items():
-        y = convolve(x, branch, step.geometry, name)
+    for branch in step.branches:
+        y = branch_map(x, branch, step.geometry)
         if branch.norm is not None:
             y = batch_norm(y, branch.norm)
         out = y if out is None else out + y

@@ -1,4 +1,4 @@
-"""One k×k convolution with weights folded on the fly: the block whenever running statistics normalise."""
+"""One convolution with weights folded on the fly: the block whenever running statistics normalise."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros); differentiable."""
     geometry = step.geometry
     weight, bias = fold_as_it_is(step)
-    if weight.shape[1] == 1 and prefers_channels_last(x, step.branches["square"].weight):
+    if weight.shape[1] == 1 and prefers_channels_last(x, step.kernel):
         weight = weight.to(memory_format=torch.channels_last)  # dense in both layouts, and folded in the other
-    place = geometry.placement("square")
-    return F.conv2d(x, weight, bias, geometry.stride, place.padding, place.dilation, geometry.groups)
+    return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)

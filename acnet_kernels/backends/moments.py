@@ -21,16 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import Geometry, Pair
+from ..geometry import Pair, Taps
 from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
 from ..ops.bn_sum import mean_and_variance, rstds_of
 from ..ops.check import checked
-from ..spec import Norm, Problem, Step, autocast_dtype, prefers_channels_last
+from ..spec import MIXED, SUM, Branch, Norm, Problem, Step, autocast_dtype, prefers_channels_last
 from . import moments_algebra as algebra
 from . import nodes
 from .batchnorm import batch_norm, update_running
-from .convolution import add_convolution, convolution_dtype, summed_kernel, turned
+from .convolution import (
+    add_convolution,
+    convolution_dtype,
+    identity_kernel,
+    merge_kernels,
+    transposed_kernel,
+)
 
 NAME = "moments"
 
@@ -55,10 +61,14 @@ def declines(problem: Problem) -> str | None:
     geometry = problem.geometry
     if not all(problem.batch_stats):
         return "a batch norm normalises by its running statistics"
+    if problem.norm == MIXED:
+        return "some branches have a batch norm of their own alone, and not all"
+    if geometry.kernel[0] != geometry.kernel[1] or geometry.kernel[0] % 2 == 0:
+        return f"kernel_size {geometry.kernel} is not odd and square, for which the identities hold"
     for name, value, wanted in (
         ("stride", geometry.stride, (1, 1)),
         ("dilation", geometry.dilation, (1, 1)),
-        ("padding", geometry.padding, (geometry.kernel // 2,) * 2),
+        ("padding", geometry.padding, (geometry.kernel[0] // 2,) * 2),
     ):
         if value != wanted:
             return f"{name} {value} is not {wanted}, for which the identities hold"
@@ -73,10 +83,16 @@ def saved_bytes(problem: Problem) -> int:
     """Bytes kept for backward: x, and one number a weight."""
     if not problem.grad:
         return 0
-    taps = problem.geometry.kernel**2
-    square = problem.out_channels * problem.shape[1] // problem.geometry.groups * taps
-    weights = problem.weights if problem.norm == "branch" else square
+    matrix = problem.out_channels * problem.shape[1] // problem.geometry.groups
+    weights = matrix * (math.prod(problem.geometry.kernel) if problem.norm == SUM else _kept_taps(problem))
     return problem.input_bytes + weights * torch.promote_types(problem.dtype, torch.float32).itemsize
+
+
+def _kept_taps(problem: Problem) -> int:
+    # One a tap; the identity is a kernel of one, and one with gaps a kernel of all.
+    taps = zip(problem.branches, problem.convolved, strict=True)
+    whole = math.prod(problem.geometry.kernel)
+    return sum((t.rows * t.columns if t.step == 1 else whole) if convolved else 1 for t, convolved in taps)
 
 
 def transient_bytes(problem: Problem) -> int:
@@ -85,7 +101,7 @@ def transient_bytes(problem: Problem) -> int:
     Its matrices are as large as the maps, and where there are many channels or taps they are far larger.
     """
     n, c, h, w = problem.shape
-    k, groups, cpu = problem.geometry.kernel, problem.geometry.groups, problem.device == "cpu"
+    k, groups, cpu = problem.geometry.kernel[0], problem.geometry.groups, problem.device == "cpu"
     thin, small = c // groups, torch.promote_types(problem.dtype, torch.float32)
     x, y = problem.map_bytes(problem.dtype)
     part = max(x, y)  # of a batch, the images whose maps are converted or centred at a time
@@ -113,35 +129,34 @@ def transient_bytes(problem: Problem) -> int:
 
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
-    geometry, square = step.geometry, step.branches["square"].weight
+    geometry, kernel = step.geometry, step.kernel
     x = x.to(autocast_dtype(x.dtype, x.device.type))
     count = x.shape[0] * x.shape[2] * x.shape[3]
-    norms, kernels = step.norms, {name: branch.weight for name, branch in step.branches.items()}
-    if step.norm is None:
-        weights, places = list(kernels.values()), [_origin(geometry, name) for name in kernels]
-    else:
-        weights, places = [summed_kernel(kernels, geometry)], [(0, 0)]
-    shape = square.shape[:1]
-    dtype = torch.promote_types(square.dtype, torch.float32)
-    gamma = torch.stack([square.new_ones(shape) if n.gamma is None else n.gamma for n in norms])
+    norms = step.norms
+    weights, taps = zip(*(_dense(branch, step) for branch in step.branches), strict=True)
+    if step.norm is not None:
+        weights, taps = (merge_kernels(weights, taps, geometry),), (geometry.whole,)
+    shape = kernel.shape[:1]
+    dtype = torch.promote_types(kernel.dtype, torch.float32)
+    gamma = torch.stack([kernel.new_ones(shape) if n.gamma is None else n.gamma for n in norms])
     betas = [norm.beta.to(dtype) for norm in norms if norm.beta is not None]
     # A convolution's bias shifts the mean that is subtracted again: its gradient is zero, but it has one.
-    biases = [branch.bias for branch in step.branches.values() if branch.bias is not None]
+    biases = [branch.bias for branch in step.branches if branch.bias is not None]
     betas += [torch.zeros_like(bias) * bias for bias in biases]
     # Not stack().sum(): its backward gives every β a view of one gradient, and accumulation adds into it thrice.
-    beta = functools.reduce(torch.add, betas) if betas else square.new_zeros(shape, dtype=dtype)
+    beta = functools.reduce(torch.add, betas) if betas else kernel.new_zeros(shape, dtype=dtype)
     arguments = (
         x,
-        weights,
+        list(weights),
         gamma,
         beta,
-        [index for place in places for index in place],
+        [index for own in taps for index in own[:2]],
         [norm.eps for norm in norms],
-        geometry.kernel,
+        geometry.kernel[0],
         geometry.groups,
-        prefers_channels_last(x, square),
+        prefers_channels_last(x, kernel),
     )
-    offsets: list[Tensor | None] = [branch.bias for branch in step.branches.values()]
+    offsets: list[Tensor | None] = [branch.bias for branch in step.branches]
     if step.norm is not None:
         offsets = [torch.stack(biases).sum(0) if biases else None]
     update = functools.partial(update_running, norms, count=count, biases=offsets)
@@ -168,8 +183,14 @@ def _definition(ctx: Any) -> tuple[Callable[[], Tensor], list[Tensor]]:
 _RECORDED = nodes.Recorded(ops.moments_step, ops.setup, ops.backward, _definition)
 
 
-def _origin(geometry: Geometry, branch: str) -> tuple[int, int]:
-    return (geometry.hor_row if branch == "hor" else 0, geometry.ver_column if branch == "ver" else 0)
+def _dense(branch: Branch, step: Step) -> tuple[Tensor, Taps]:
+    # The branch's kernel without gaps, and its taps: the identity's is a diagonal.
+    assert branch.taps is not None
+    if branch.weight is None:
+        return identity_kernel(step.kernel, step.geometry.groups), branch.taps
+    if branch.taps.step > 1:
+        return merge_kernels([branch.weight], [branch.taps], step.geometry), step.geometry.whole
+    return branch.weight, branch.taps
 
 
 class _Branch(NamedTuple):
@@ -504,7 +525,7 @@ def _by_branch(
             (
                 image[None].to(pivot.dtype).contiguous(memory_format=_layout(grad)),
                 *_in_range(kernel * forth, dtype),
-                *_in_range(turned(kernel * back, groups), dtype),
+                *_in_range(transposed_kernel(kernel * back, groups), dtype),
             )
         )
 
@@ -545,7 +566,7 @@ def _by_composite(
     algebra.zero_unseen_(composite, x.shape[2], x.shape[3], k)
     plane, strips, corners = algebra.scatter_composite(composite, k)
     plane, plane_unit = _in_range(plane, dtype)
-    weight, unit = _in_range(turned(_as_conv(_fuse(branches, scale, k), k), groups), dtype)
+    weight, unit = _in_range(transposed_kernel(_as_conv(_fuse(branches, scale, k), k), groups), dtype)
     edges = _edge_terms(x, pivot, strips, corners, k, groups)
 
     def convolve(target: Tensor, x: Tensor, grad: Tensor, first: int) -> None:

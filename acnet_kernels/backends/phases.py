@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..ops._extension import TRITON as INSTALLED
-from ..spec import Problem, Step, problem_of
+from ..spec import BRANCH, Problem, Step, problem_of
 from . import timings
 from .machine import Machine, this_machine
 
@@ -51,6 +51,7 @@ VECTOR_FLOPS = 40e12
 BANDWIDTH = 2.7e12
 LAUNCH = 8e-6
 SHARE = 0.7
+MOST = 3  # branches of one kernel, each of which has an accumulator
 LEAST_BLOCK = 16  # channels of the narrowest tile of a matrix product
 
 
@@ -60,8 +61,12 @@ def declines(problem: Problem) -> str | None:
         return f"its kernels are for {DEVICE}, not {problem.device}"
     if not INSTALLED:
         return "it is not installed"
-    if problem.norm != "branch":
-        return "one batch norm follows the sum of the branches"
+    if problem.norm != BRANCH:
+        return "not every branch has a batch norm of its own alone"
+    if not all(problem.convolved):
+        return "a branch is the identity"
+    if len(problem.branches) > MOST:
+        return f"it adds up {MOST} branches at most in one kernel, not {len(problem.branches)}"
     if problem.dtype not in DTYPES:
         return f"it has no kernels for {problem.dtype}"
     if not problem.channels_last:
@@ -93,7 +98,7 @@ def predict(problem: Problem) -> dict[str, dict[str, float]]:
         thin, wide = max(thin, LEAST_BLOCK), max(wide, LEAST_BLOCK)
         rate = TENSOR_FLOPS if problem.dtype.itemsize == 2 else TENSOR_FLOPS / 2
     tap = 2 * n * rows * columns * geometry.groups * thin * wide / rate
-    taps = [geometry.kernel**2 if name == "square" else geometry.kernel for name in problem.branches]
+    taps = problem.taps
     x, y = problem.input_bytes / BANDWIDTH, problem.output_bytes / BANDWIDTH
 
     convolutions = sum(max(t * tap, x + y) for t in taps)

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import BRANCHES, Geometry
 from ..ops import bn_sum
 from ..ops import recompute as ops
 from ..ops._extension import TRITON
@@ -28,7 +27,7 @@ from ..ops.check import checked
 from ..spec import Problem, Step, prefers_channels_last
 from . import branches, nodes
 from .batchnorm import update_running
-from .convolution import convolution_dtype, summed_kernel
+from .convolution import convolution_dtype, merge_kernels
 
 NAME = "recompute"
 
@@ -67,7 +66,7 @@ def forward(x: Tensor, step: Step) -> Tensor:
         inputs.gammas,
         inputs.betas,
         inputs.eps,
-        inputs.names,
+        ops.pack_taps(inputs.branches),
         ops.pack(step.geometry),
         None if inputs.dtype == x.dtype else inputs.dtype,
         prefers_channels_last(x, inputs.weights[0]),
@@ -79,9 +78,9 @@ def forward(x: Tensor, step: Step) -> Tensor:
 
 def _definition(ctx: Any) -> tuple[Callable[[], Tensor], list[Tensor]]:
     x, _, _, *tensors = ctx.saved_tensors
-    eps, names, geometry = ctx.constants
-    affine = len(tensors) - len(names)
-    plan = branches.plan_of(ops.unpack(geometry), names, eps, affine, ctx.dtype, x.device.type)
+    eps, taps, geometry = ctx.constants
+    affine = len(tensors) - len(ctx.need_weights)
+    plan = branches.plan_of(ops.unpack(geometry), ops.unpack_taps(taps), eps, affine, ctx.dtype, x.device.type)
     return functools.partial(plan.definition, x, *tensors), [x, *tensors]
 
 
@@ -96,15 +95,15 @@ def _step(
     gammas: list[Tensor],
     betas: list[Tensor],
     eps: list[float],
-    names: list[str],
+    taps: list[int],
     geometry: list[int],
     dtype: torch.dtype | None,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = x.dtype if dtype is None else dtype
-    plan = branches.plan_of(ops.unpack(geometry), names, eps, len(gammas), dtype, x.device.type)
+    plan = branches.plan_of(ops.unpack(geometry), ops.unpack_taps(taps), eps, len(gammas), dtype, x.device.type)
     with torch.autocast(x.device.type, enabled=False):
-        if _has_triton(x):
+        if _has_triton(x) and plan.is_triton:
             out, means, variances, rstds = _without_maps(x, weights, gammas, betas, plan)
         else:
             out, _, means, variances, rstds = plan.forward(x, tuple(weights), gammas, betas)
@@ -122,14 +121,14 @@ def _without_maps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, means, variances, rstds); no y_b is ever in memory. out is of the convolutions' dtype or wider."""
     x, geometry = x.to(plan.conv_dtype), plan.geometry
-    kernels = {name: weight.to(plan.conv_dtype) for name, weight in zip(plan.names, weights, strict=True)}
+    kernels = [weight.to(plan.conv_dtype) for weight in weights]
     means, variances, rstds = _triton_statistics(x, kernels, plan)
     scale = rstds * torch.stack(gammas) if gammas else rstds
     top = scale.abs().amax(0)
     top = torch.where(top > 0, top, 1)
-    place, wide = geometry.placement("square"), bn_sum.accumulation_dtype(x.dtype)
-    folded = _folded(kernels, scale / top, geometry).to(x.dtype)
-    z = F.conv2d(x, folded, None, geometry.stride, place.padding, place.dilation, geometry.groups)
+    wide = bn_sum.accumulation_dtype(x.dtype)
+    folded = _folded(kernels, scale / top, plan).to(x.dtype)
+    z = F.conv2d(x, folded, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     # The mean that this convolution's own rounding gives: as in a batch norm, a level much larger than the spread
     # cancels exactly.
     level = _statistics_of([z], [1.0])[0][0]
@@ -141,20 +140,18 @@ def _without_maps(
     return z.to(wide).sub_(centre).mul_(top).add_(shift), means, variances, rstds
 
 
-def _triton_statistics(x: Tensor, kernels: dict[str, Tensor], plan: branches.Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_statistics(x: Tensor, kernels: list[Tensor], plan: branches.Plan) -> tuple[Tensor, Tensor, Tensor]:
     """(means, variances, rstds) of every y_b, B×K float64, in two launches."""
     from ..ops import triton_conv  # Triton is slow to import, and only CUDA needs it
     from ..ops.triton_bn_sum import merge_statistics
 
-    if len(plan.eps) < len(kernels):
-        kernels = {"square": summed_kernel(kernels, plan.geometry)}
+    taps = [taps for taps, _ in plan.branches]
+    if plan.is_summed:
+        kernels, taps = [plan.merged(kernels)], [plan.geometry.whole]
     x = x.contiguous(memory_format=torch.channels_last)
-    weights = [
-        None if (weight := kernels.get(name)) is None else weight.contiguous(memory_format=torch.channels_last)
-        for name in BRANCHES
-    ]
+    weights = [weight.contiguous(memory_format=torch.channels_last) for weight in kernels]
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        _, moments = triton_conv.conv_forward(x, weights, triton_conv.Window.of(plan.geometry), store=False)
+        _, moments = triton_conv.conv_forward(x, weights, triton_conv.Window.of(plan.geometry, taps), store=False)
         norms = merge_statistics(moments, [], [], plan.eps)
     return norms.means, norms.variances, norms.rstds
 
@@ -171,15 +168,12 @@ def _statistics_of(ys: list[Tensor], eps: list[float]) -> tuple[Tensor, Tensor]:
     return norms.means, norms.rstds
 
 
-def _folded(kernels: dict[str, Tensor], scale: Tensor, geometry: Geometry) -> Tensor:
+def _folded(kernels: list[Tensor], scale: Tensor, plan: branches.Plan) -> Tensor:
     """Σ_b scale_b·W_b, at least float32; scale is B×K, or 1×K of all."""
-    wide = bn_sum.accumulation_dtype(next(iter(kernels.values())).dtype)
+    wide = bn_sum.accumulation_dtype(kernels[0].dtype)
     rows = scale.to(wide).expand(len(kernels), -1)
-    scaled = {
-        name: weight.to(wide) * row[:, None, None, None]
-        for (name, weight), row in zip(kernels.items(), rows, strict=True)
-    }
-    return summed_kernel(scaled, geometry)
+    scaled = [weight.to(wide) * row[:, None, None, None] for weight, row in zip(kernels, rows, strict=True)]
+    return merge_kernels(scaled, [taps for taps, _ in plan.branches], plan.geometry)
 
 
 @torch.library.impl("acnet_kernels::recompute_step_backward", ("CPU", "CUDA"))
@@ -192,7 +186,7 @@ def _step_backward(
     means: Tensor,
     rstds: Tensor,
     eps: list[float],
-    names: list[str],
+    taps: list[int],
     geometry: list[int],
     need_x: bool,
     need_weights: list[bool],
@@ -202,15 +196,19 @@ def _step_backward(
     none = means.new_empty(0, dtype=dtype)
     if not (need_x or any(need_weights) or need_gammas):
         return x.new_empty(0), [], none, grad.sum((0, 2, 3), dtype=dtype)
-    plan = branches.plan_of(ops.unpack(geometry), names, eps, len(gammas), grad.dtype, x.device.type)
+    plan = branches.plan_of(
+        ops.unpack(geometry), ops.unpack_taps(taps), eps, len(gammas), grad.dtype, x.device.type
+    )
     needs_dy = plan.needs_dy(need_x, need_weights)
     with torch.autocast(x.device.type, enabled=False):
         ys = plan.maps(x, tuple(weights))
-        if _has_triton(x):  # forward's are of another kernel's maps: what that rounds otherwise, times Σg, is no dγ
+        if (
+            _has_triton(x) and plan.is_triton
+        ):  # forward's are of another kernel's maps: what that rounds otherwise, times Σg, is no dγ
             means, rstds = _statistics_of(ys, eps)
         like = bn_sum.like(grad, ys[0])
-        dgammas, dbeta = bn_sum.bn_sum_backward_(like, ys, means, rstds, gammas, needs_dy)
-        dys = [y for y, need in zip(ys, needs_dy, strict=True) if need]
+        kept = ys if plan.is_summed else [y for y, (_, own) in zip(ys, plan.branches, strict=True) if own]
+        dys, dgammas, dbeta = plan.map_gradients(like, x, kept, means, rstds, gammas, needs_dy, True)
         dx, dws = branches.convolution_gradients(plan, dys, x, tuple(weights), need_x, tuple(need_weights))
     return (
         x.new_empty(0) if dx is None else _as(dx, x),

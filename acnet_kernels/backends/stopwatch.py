@@ -149,11 +149,12 @@ class Scratch:
             return Norm(leaf(filters), leaf(filters), mean, var, counter, 1e-5, 0.1, True)
 
         self.x = leaf(*problem.shape, dtype=problem.input_dtype)
-        branches = {}
-        for name in problem.branches:
-            weight = leaf(filters, problem.shape[1] // geometry.groups, *geometry.placement(name).kernel)
-            branches[name] = Branch(weight, None, norm() if problem.norm == "branch" else None)
-        self.step = Step(geometry, branches, None if problem.norm == "branch" else norm())
+        branches = []
+        for taps, convolved, normed in zip(problem.branches, problem.convolved, problem.normed, strict=True):
+            thin = problem.shape[1] // geometry.groups
+            weight = leaf(filters, thin, taps.rows, taps.columns) if convolved else None
+            branches.append(Branch(taps, weight, None, norm() if normed else None))
+        self.step = Step(geometry, tuple(branches), norm() if problem.total else None)
         shape = (problem.shape[0], filters, *problem.output_size)
         grad = torch.randn(shape, generator=generator, device=device).to(problem.dtype)
         self.grad = grad.to(memory_format=layout)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from ..ops.bn_sum import mean_and_variance, rstds_of
 from ..spec import Norm, Problem, Step
 from .batchnorm import batch_norm, move
-from .eager import convolve
+from .eager import branch_map
 from .nodes import Update, wants_definition
 
 NAME = "synced"
@@ -46,22 +46,22 @@ def forward(x: Tensor, step: Step) -> Tensor:
     as nn.SyncBatchNorm's do: DistributedDataParallel adds the shares up.
     """
     maps, norms, out = [], [], None
-    total = None
-    for name, branch in step.branches.items():
-        y = convolve(x, branch, step.geometry, name)
-        if branch.norm is None:
-            total = y if total is None else total + y
-        elif branch.norm.group is None:  # frozen, or normalised by this process's batch
-            y = batch_norm(y, branch.norm)
-            out = y if out is None else out + y
-        else:
+    for branch in step.branches:
+        y = branch_map(x, branch, step.geometry)
+        if branch.norm is not None and branch.norm.group is not None:
             maps.append(y)
             norms.append(branch.norm)
-    if step.norm is not None:
-        assert total is not None
-        maps, norms = [total], [step.norm]
-    live = _normalised_sum(maps, norms)
-    return live if out is None else out + live
+            continue
+        if branch.norm is not None:  # frozen, or normalised by this process's batch
+            y = batch_norm(y, branch.norm)
+        out = y if out is None else out + y
+    if maps:
+        live = _normalised_sum(maps, norms)
+        out = live if out is None else out + live
+    assert out is not None
+    if step.norm is None:
+        return out
+    return batch_norm(out, step.norm) if step.norm.group is None else _normalised_sum([out], [step.norm])
 
 
 def _normalised_sum(maps: list[Tensor], norms: list[Norm]) -> Tensor:

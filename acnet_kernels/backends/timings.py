@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..atomic import replacing
-from ..geometry import BRANCHES
-from ..spec import Problem
+from ..geometry import Geometry, Taps
+from ..spec import BRANCH, MIXED, Problem
 from . import cost
 from .machine import CUDA, Machine, instructions
 
@@ -58,22 +58,35 @@ def key(problem: Problem) -> str:
         str(problem.dtype).removeprefix("torch."),
         "channels_last" if problem.channels_last else "nchw",
         f"{n}x{c}x{h}x{w}->{problem.out_channels}",
-        f"k{g.kernel}",
+        "k" + "x".join(map(str, dict.fromkeys(g.kernel))),
     ]
-    for letter, pair, usual in (("s", g.stride, 1), ("p", g.padding, g.kernel // 2), ("d", g.dilation, 1)):
-        if pair != (usual, usual):
+    same = g.kernel[0] // 2, g.kernel[1] // 2
+    for letter, pair, usual in (("s", g.stride, (1, 1)), ("p", g.padding, same), ("d", g.dilation, (1, 1))):
+        if pair != usual:
             parts.append(f"{letter}{pair[0]}x{pair[1]}")
     if g.groups != 1:
         parts.append(f"g{g.groups}")
-    if g.shift != (0, 0):
-        parts.append(f"shift{g.shift[0]}x{g.shift[1]}")
     if g.padding_mode != "zeros":
         parts.append(g.padding_mode)
-    if set(problem.branches) != set(BRANCHES):
-        parts.append("+".join(problem.branches))
-    if problem.norm != "branch":
+    if problem.branches != _cross(g):
+        parts.append("+".join(map(_label, problem.branches, problem.convolved)))
+    if problem.norm != BRANCH:
         parts.append(problem.norm)
+    if problem.norm == MIXED:
+        parts.append(
+            "".join("bn" if normed else "-" for normed in problem.normed) + ("+bn" if problem.total else "")
+        )
     return " ".join(parts)
+
+
+def _cross(g: Geometry) -> tuple[Taps, ...]:
+    (rows, columns), (row, column) = g.kernel, (g.kernel[0] // 2, g.kernel[1] // 2)
+    return g.whole, Taps(row, 0, 1, columns), Taps(0, column, rows, 1)
+
+
+def _label(taps: Taps, convolved: bool) -> str:
+    at = f"{taps.rows}x{taps.columns}@{taps.row},{taps.column}"
+    return (at if taps.step == 1 else f"{at}/{taps.step}") if convolved else "identity"
 
 
 def lookup(problem: Problem, machine: Machine) -> Measured | None:

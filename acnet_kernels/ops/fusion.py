@@ -96,8 +96,13 @@ def append_step(a: Arguments, step: Step) -> None:
     """
     total = step.norm
     found: list[FoldBranch | None] = []
-    for name in ("square", "hor", "ver"):
-        branch = step.branches.get(name)
+    k = step.geometry.kernel[0]
+    by = {(b.taps.rows > 1, b.taps.columns > 1) if k > 1 else i: b for i, b in enumerate(step.branches)}
+    place = [k // 2, k // 2]
+    for i, name in enumerate(((True, True), (False, True), (True, False))):
+        branch = by.get(name if k > 1 else i)
+        if branch is not None and i:
+            place[i - 1] = branch.taps[i - 1]
         if branch is None:
             found.append(None)
             continue
@@ -109,10 +114,10 @@ def append_step(a: Arguments, step: Step) -> None:
                 "normalises by the batch, and no fixed convolution equals it"
             )
         # The norm of the sum: its μ and β count once, its scale for every branch.
-        once = total is None or name == "square"
+        once = total is None or i == 0
         beta, mean = (norm.beta, norm.running_mean) if once else (None, None)
         found.append((branch.weight, branch.bias, norm.gamma, beta, mean, norm.running_var, norm.eps))
-    append_branches(a, found, (step.geometry.hor_row, step.geometry.ver_column))
+    append_branches(a, found, tuple(place))
 
 
 def append_branches(a: Arguments, found: list[FoldBranch | None], place: tuple[int, int]) -> None:

@@ -1,14 +1,14 @@
 """The operators of the `recompute` backend: schema, fake, autograd. backends/recompute.py registers their kernels.
 
-    recompute_step(x, weights, gammas, betas, eps, branches, geometry, dtype, channels_last)
+    recompute_step(x, weights, gammas, betas, eps, taps, geometry, dtype, channels_last)
         -> (out, means, variances, rstds)
         out = Σ_b BN_b(W_b * x) by the batch's statistics, in `dtype`, None for that of x, and the layout named.
-    recompute_step_backward(grad, x, weights, gammas, means, rstds, eps, branches, geometry, need_x, need_weights,
+    recompute_step_backward(grad, x, weights, gammas, means, rstds, eps, taps, geometry, need_x, need_weights,
                             need_gammas) -> (dx, dws, dgammas, dbeta)
         Gradients of what is needed; dws holds those of the weights that need one, the others are empty.
 
-Arguments: `weights`, `eps` and, unless [], `gammas` and `betas` hold one entry a branch; `branches` names them,
-'square', 'hor' and 'ver' in this order; `geometry` is what `pack` makes of one. `means`, `variances` (biased) and
+Arguments: `weights` holds one entry a convolution, `eps` and, unless [], `gammas` and `betas` one a batch norm: one a
+branch, or one after their sum; `taps` and `geometry` are what `pack_taps` and `pack` make of them. `means`, `variances` (biased) and
 `rstds`: B×K, float64.
 """
 
@@ -19,18 +19,18 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..geometry import BRANCHES, Geometry
+from ..geometry import MOST_BRANCHES, Geometry, Taps
 from . import check
 from .bn_sum import accumulation_dtype
 
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 _LIBRARY.define(
-    "recompute_step(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, str[] branches,"
+    "recompute_step(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, int[] taps,"
     " int[] geometry, ScalarType? dtype, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "recompute_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor means, Tensor rstds,"
-    " float[] eps, str[] branches, int[] geometry, bool need_x, bool[] need_weights, bool need_gammas)"
+    " float[] eps, int[] taps, int[] geometry, bool need_x, bool[] need_weights, bool need_gammas)"
     " -> (Tensor, Tensor[], Tensor, Tensor)"
 )
 
@@ -41,14 +41,30 @@ recompute_step_backward = torch.ops.acnet_kernels.recompute_step_backward.defaul
 def pack(geometry: Geometry) -> list[int]:
     """A zero-padded geometry as numbers, for an operator's arguments."""
     g = geometry
-    return [g.kernel, *g.stride, *g.padding, *g.dilation, g.groups, *g.shift]
+    return [*g.kernel, *g.stride, *g.padding, *g.dilation, g.groups]
 
 
 def unpack(numbers: list[int]) -> Geometry:
     """The geometry that `pack` was given."""
-    kernel, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups, down, right = numbers
-    pairs = (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w)
-    return Geometry(kernel, *pairs, groups, "zeros", (down, right))
+    rows, columns, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups = numbers
+    return Geometry((rows, columns), (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), groups, "zeros")
+
+
+Branches = tuple[tuple[Taps, bool], ...]  # of each branch its taps, and whether it is a convolution or the identity
+
+
+def pack_taps(branches: Branches) -> list[int]:
+    """Branches as five numbers each: their taps', with a step of 0 for the identity."""
+    return [n for taps, convolved in branches for n in (*taps[:4], taps.step if convolved else 0)]
+
+
+def unpack_taps(numbers: list[int]) -> Branches:
+    """The branches that `pack_taps` was given."""
+    found = []
+    for i in range(0, len(numbers), 5):
+        row, column, rows, columns, step = numbers[i : i + 5]
+        found.append((Taps(row, column, rows, columns, step or 1), step != 0))
+    return tuple(found)
 
 
 def check_step(
@@ -57,14 +73,14 @@ def check_step(
     gammas: list[Tensor],
     betas: list[Tensor],
     eps: list[float],
-    branches: list[str],
+    taps: list[int],
     geometry: list[int],
     dtype: torch.dtype | None,
     channels_last: bool,
 ) -> None:
     """ValueError where an argument of recompute_step does not fit the others; the message names it."""
     check.one_device(x=x, weights=weights, gammas=gammas, betas=betas)
-    _check_problem(x, weights, gammas, eps, branches, geometry)
+    _check_problem(x, weights, gammas, eps, taps, geometry)
     _check_affine(weights, eps, betas=betas)
     if dtype is not None and dtype not in check.FLOATS:
         raise ValueError(f"dtype must be None, float32, float64, float16 or bfloat16, got {dtype}")
@@ -83,29 +99,39 @@ def _check_problem(
     weights: list[Tensor],
     gammas: list[Tensor],
     eps: list[float],
-    branches: list[str],
+    taps: list[int],
     geometry: list[int],
 ) -> tuple[int, ...]:
     """The shape of the output."""
     check.maps(x=x)
     if x.shape[0] < 1:
         raise ValueError(f"x must hold an image, got shape {tuple(x.shape)}")
-    if not branches or branches[0] != "square" or branches != [name for name in BRANCHES if name in branches]:
-        raise ValueError(f"branches must be 'square' and then any of 'hor', 'ver', in this order, got {branches}")
-    check.length(len(branches), "one a branch", weights=weights)
+    if not 5 <= len(taps) <= 5 * MOST_BRANCHES or len(taps) % 5:
+        raise ValueError(
+            f"taps must hold 1 to {MOST_BRANCHES} branches, five numbers each, got {len(taps)} numbers"
+        )
+    check.length(9, "as pack() makes them", geometry=geometry)
+    *rest, groups = geometry
+    if max(rest[:2]) > check.MOST_TAPS:
+        raise ValueError(f"geometry must have a kernel of at most {check.MOST_TAPS} a side, got {rest[:2]}")
+    check.addressable(geometry=geometry, taps=taps)
+    known = Geometry.make(rest[:2], rest[2:4], rest[4:6], rest[6:], groups, "zeros")
+    branches = unpack_taps(taps)
+    check.length(sum(convolved for _, convolved in branches), "one a convolution", weights=weights)
     if len(eps) not in (1, len(branches)):
         raise ValueError(f"eps must have {len(branches)} entries, one a branch, or 1, got {len(eps)}")
-    check.length(10, "as pack() makes them", geometry=geometry)
-    kernel, *rest, groups, down, right = geometry
-    check.kernel_size(kernel)
-    check.addressable(geometry=geometry)
-    known = Geometry.make(kernel, rest[:2], rest[2:4], rest[4:], groups, "zeros", (down, right))
-    if weights[0].dim() != 4 or weights[0].shape[0] < 1:
-        raise ValueError(f"weights[0] must be K×C/groups×k×k, got {tuple(weights[0].shape)}")
+    if not weights or weights[0].dim() != 4 or weights[0].shape[0] < 1:
+        raise ValueError(f"weights[0] must be K×C/groups×rows×columns, got {[tuple(w.shape) for w in weights[:1]]}")
     K, C = weights[0].shape[0], x.shape[1]
     check.group_count(groups, x=C, out=K)
-    for i, (name, weight) in enumerate(zip(branches, weights, strict=True)):
-        check.shape((K, C // groups, *known.placement(name).kernel), **{f"weights[{i}]": weight})
+    given = iter(enumerate(weights))
+    for own, convolved in branches:
+        known.check_taps(own, "taps")
+        if convolved:
+            i, weight = next(given)
+            check.shape((K, C // groups, own.rows, own.columns), **{f"weights[{i}]": weight})
+        elif own != known.centre or C != K:
+            raise ValueError(f"taps must have the identity on the centre of a map that keeps its shape, got {own}")
     check.floats(weights=weights)
     _check_affine(weights, eps, gammas=gammas)
     return (x.shape[0], K, *known.output_size(x.shape[2], x.shape[3]))
@@ -119,7 +145,7 @@ def check_backward(
     means: Tensor,
     rstds: Tensor,
     eps: list[float],
-    branches: list[str],
+    taps: list[int],
     geometry: list[int],
     need_x: bool,
     need_weights: list[bool],
@@ -127,7 +153,7 @@ def check_backward(
 ) -> None:
     """ValueError where an argument of recompute_step_backward does not fit the others; the message names it."""
     check.one_device(x=x, grad=grad, weights=weights, gammas=gammas, means=means, rstds=rstds)
-    shape = _check_problem(x, weights, gammas, eps, branches, geometry)
+    shape = _check_problem(x, weights, gammas, eps, taps, geometry)
     check.shape(shape, grad=grad)
     check.floats(grad=grad)
     check.length(len(weights), "one a weight", need_weights=need_weights)
@@ -144,7 +170,7 @@ def _(
     gammas: Any,
     betas: Any,
     eps: Any,
-    branches: Any,
+    taps: Any,
     geometry: list[int],
     dtype: torch.dtype | None,
     channels_last: bool,
@@ -167,7 +193,7 @@ def _(
     means: Tensor,
     rstds: Any,
     eps: Any,
-    branches: Any,
+    taps: Any,
     geometry: Any,
     need_x: bool,
     need_weights: list[bool],
@@ -183,12 +209,12 @@ def _(
 
 
 def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, weights, gammas, betas, eps, branches, geometry, dtype, _ = inputs
+    x, weights, gammas, betas, eps, taps, geometry, dtype, _ = inputs
     ctx.dtype = dtype or x.dtype
     _, means, variances, rstds = output
     ctx.mark_non_differentiable(means, variances, rstds)
     ctx.save_for_backward(x, means, rstds, *weights, *gammas)
-    ctx.constants = eps, branches, geometry
+    ctx.constants = eps, taps, geometry
     ctx.beta_dtypes = [beta.dtype for beta in betas]
     ctx.need_x, ctx.need_weights = x.requires_grad, [weight.requires_grad for weight in weights]
     ctx.need_gammas = any(gamma.requires_grad for gamma in gammas)

@@ -1,0 +1,378 @@
+"""RepBlock: what every re-parameterised block shares, a sum of convolutions with batch norms that folds into one.
+
+A subclass builds its modules under its own names and says in a `Layout` which is which branch (`block.py`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .backends import planner
+from .functional import plan, run
+from .geometry import Geometry, IntOrPair, PaddingMode, Pair, Taps
+from .ops.fuse_blocks import Arguments
+from .ops.fusion import append_step, fold
+from .spec import Problem, Step, prefers_channels_last
+from .submodules import Layout, Submodules, agreed_geometry, read, read_for_fold
+
+
+class RepBlock(nn.Module):
+    """A block whose branches run as one step in training and as one folded convolution in eval.
+
+    A subclass calls `_lay_out` in its constructor, before it builds its modules, and names in `FUSED` the one
+    convolution that `switch_to_deploy` leaves.
+    """
+
+    FUSED = "fused_conv"
+    deploy: bool
+    backend: str
+
+    def _lay_out(self, layout: Layout, channels: Pair, deploy: bool, backend: str) -> None:
+        self._layout = layout
+        self._channels = channels
+        self.deploy = deploy
+        self.backend = planner.check_choice(backend)
+
+    def _conv(self, number: int, factory: Mapping[str, Any]) -> nn.Conv2d:
+        """The convolution of a slot."""
+        (rows, columns), settings = self._layout.settings[number]
+        stride, padding, dilation, groups, mode = settings
+        return nn.Conv2d(
+            *self._channels, (rows, columns), stride, padding, dilation, groups, False, mode, **factory
+        )
+
+    @staticmethod
+    def _whole_conv(channels: Pair, geometry: Geometry, factory: Mapping[str, Any]) -> nn.Conv2d:
+        g = geometry
+        return nn.Conv2d(
+            *channels, g.kernel, g.stride, g.padding, g.dilation, g.groups, True, g.padding_mode, **factory
+        )
+
+    def _fused_conv(self, factory: Mapping[str, Any]) -> nn.Conv2d:
+        return self._whole_conv(self._channels, self._layout.geometry, factory)
+
+    @property
+    def fused(self) -> nn.Conv2d:
+        """The folded convolution of a deployed block."""
+        return self._modules[self.FUSED]  # type: ignore[return-value]
+
+    def submodules(self) -> Submodules:
+        """The branches' modules, of a block that is not deployed."""
+        return Submodules.of(self, self._layout)
+
+    def finish(self, out: Tensor) -> Tensor:
+        """What the block does with the sum of its branches: nothing, unless a subclass says otherwise."""
+        return out
+
+    @property
+    def is_a_convolution(self) -> bool:
+        """Whether nothing comes after the sum, so that a deployed block is its folded convolution alone."""
+        return type(self).finish is RepBlock.finish
+
+    def forward(self, input: Tensor) -> Tensor:
+        """N×C×H×W → N×K×H'×W', as nn.Conv2d."""
+        return self.finish(self._sum(input))
+
+    def _sum(self, x: Tensor) -> Tensor:
+        if self.deploy:
+            return self.fused(x)
+        # Tracers record the submodules' calls: right in both modes, and PyTorch's operators alone.
+        if isinstance(x, fx.Proxy) or torch.jit.is_tracing():
+            return self._forward_modules(x)
+        step = read(self.submodules())
+        return self._forward_modules(x) if isinstance(step, str) else run(x, step, self.backend)
+
+    def _forward_modules(self, x: Tensor) -> Tensor:
+        given, geometry, out = self.submodules(), self.geometry, None
+        for slot, conv, norm in zip(self._layout.slots, given.convs, given.norms, strict=True):
+            if slot.container is not None:
+                y = self._modules[slot.container](x)  # type: ignore[misc]
+            else:
+                y = x if conv is None else conv(geometry.placement(slot.taps).apply(x, geometry.padding_mode))
+                y = y if norm is None else norm(y)
+            # A sum would broadcast, or raise without a name. What is traced has no shapes to compare.
+            if isinstance(out, Tensor) and not torch.jit.is_tracing() and out.shape != y.shape:
+                raise ValueError(
+                    f"the branches' maps must have one shape to be summed: {self._layout.slots[0].name}'s is "
+                    f"{tuple(out.shape)}, {slot.name}'s {tuple(y.shape)}"
+                )
+            out = y if out is None else out + y
+        assert out is not None
+        return out if given.total is None else given.total(out)
+
+    def step(self) -> Step:
+        """The tensors and settings one step computes with, read from the submodules as they are now.
+
+        Raises:
+            ValueError: only calling the submodules can tell (see `module_path_reason`).
+        """
+        step = read(self.submodules())
+        if isinstance(step, str):
+            raise ValueError(f"the block runs through its submodules: {step}")
+        return step
+
+    def plan(self, x: Tensor) -> tuple[Problem, planner.Plan]:
+        """What forward(x) runs, and why; x may be a meta tensor.
+
+        Raises:
+            ValueError: as `step`, or x does not fit.
+        """
+        return plan(x, self.step(), self.backend)
+
+    def module_path_reason(self) -> str | None:
+        """Why the step must go through the submodules' own forward (always eager), or None."""
+        step = None if self.deploy else read(self.submodules())
+        return step if isinstance(step, str) else None
+
+    @property
+    def geometry(self) -> Geometry:
+        """The whole kernel's: as the convolutions' attributes say now where they agree, else as built."""
+        built = self._layout.geometry
+        if self.deploy:
+            given: Any = self.fused
+            if not isinstance(given, nn.Conv2d):
+                return built
+            try:
+                found: Geometry | str = Geometry.make(
+                    built.kernel, given.stride, given.padding, given.dilation, given.groups, given.padding_mode
+                )
+            except (TypeError, ValueError):
+                return built
+        else:
+            modules = self.submodules()
+            if not all(conv is None or isinstance(conv, nn.Conv2d) for conv in modules.convs):
+                return built
+            found = agreed_geometry(modules)
+        return built if isinstance(found, str) else found
+
+    def _place(self, **settings: Any) -> None:
+        """Moves every convolution to where a block of these settings has it."""
+        was = self.geometry
+        names = ("stride", "padding", "dilation", "padding_mode")
+        new = {name: getattr(was, name) for name in names} | settings
+        geometry = Geometry.make(was.kernel, groups=was.groups, **new)
+        layout = Layout.of(geometry, self._layout.slots, self._layout.total)
+        convs: list[Any] = [self.fused] if self.deploy else list(self.submodules().convs)
+        whole = [
+            (
+                [*geometry.kernel],
+                (geometry.stride, geometry.padding, geometry.dilation, geometry.groups, geometry.padding_mode),
+            )
+        ]
+        for conv, (kernel, own) in zip(convs, whole if self.deploy else layout.settings, strict=True):
+            if conv is None:
+                continue
+            stride, padding, dilation, groups, mode = own
+            placed = nn.Conv2d(
+                groups, groups, tuple(kernel), stride, padding, dilation, groups, False, mode, device="meta"
+            )  # type: ignore[arg-type]
+            for attribute in (*names, "_reversed_padding_repeated_twice"):
+                setattr(conv, attribute, getattr(placed, attribute))
+        self._layout = layout
+
+    # nn.Conv2d's attributes. Setting one moves all branches.
+    @property
+    def in_channels(self) -> int:
+        """C, as the convolutions' weights have it now."""
+        weight = self._kernel()
+        return self._channels[0] if weight is None else weight.shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        """K, as the convolutions' weights have it now."""
+        weight = self._kernel()
+        return self._channels[1] if weight is None else weight.shape[0]
+
+    def _kernel(self) -> Tensor | None:
+        convs = [self.fused] if self.deploy else self.submodules().convs
+        weight = getattr(next(conv for conv in convs if conv is not None), "weight", None)
+        return weight if isinstance(weight, Tensor) and weight.dim() == 4 else None
+
+    @property
+    def kernel_size(self) -> Pair:
+        """(rows, columns)."""
+        return self._layout.geometry.kernel
+
+    @property
+    def stride(self) -> Pair:
+        """(rows, columns)."""
+        return self.geometry.stride
+
+    @stride.setter
+    def stride(self, value: IntOrPair) -> None:
+        self._place(stride=value)
+
+    @property
+    def padding(self) -> Pair:
+        """(rows, columns)."""
+        return self.geometry.padding
+
+    @padding.setter
+    def padding(self, value: IntOrPair | str) -> None:
+        self._place(padding=value)
+
+    @property
+    def dilation(self) -> Pair:
+        """(rows, columns)."""
+        return self.geometry.dilation
+
+    @dilation.setter
+    def dilation(self, value: IntOrPair) -> None:
+        self._place(dilation=value)
+
+    @property
+    def groups(self) -> int:
+        """As nn.Conv2d's."""
+        return self.geometry.groups
+
+    @property
+    def padding_mode(self) -> PaddingMode:
+        """As nn.Conv2d's."""
+        return self.geometry.padding_mode
+
+    @padding_mode.setter
+    def padding_mode(self, value: PaddingMode) -> None:
+        self._place(padding_mode=value)
+
+    @property
+    def taps(self) -> dict[str, Taps]:
+        """Branch name → its taps of the whole kernel."""
+        return {slot.name: slot.taps for slot in self._layout.slots}
+
+    def norms(self) -> dict[str, nn.BatchNorm2d]:
+        """Branch name, or 'sum', → its batch norm; empty once deployed."""
+        if self.deploy:
+            return {}
+        given = self.submodules()
+        found = {
+            slot.name: norm for slot, norm in zip(given.layout.slots, given.norms, strict=True) if norm is not None
+        }
+        return found if given.total is None else {**found, "sum": given.total}  # type: ignore[dict-item, return-value]
+
+    def convs(self) -> dict[str, nn.Conv2d]:
+        """Branch name → its convolution; empty once deployed."""
+        if self.deploy:
+            return {}
+        given = self.submodules()
+        return {
+            slot.name: conv for slot, conv in zip(given.layout.slots, given.convs, strict=True) if conv is not None
+        }  # type: ignore[misc]
+
+    def get_equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
+        """(weight K×C/groups×rows×columns, bias K) of the convolution that equals the block in eval; differentiable.
+
+        Raises:
+            ValueError: a batch norm keeps no running statistics, so no fixed convolution equals the block.
+        """
+        if self.deploy:
+            assert self.fused.bias is not None
+            return self.fused.weight, self.fused.bias
+        return fold(self.fold_step())
+
+    def fold_step(self) -> Step:
+        """The step in eval, for folding: it is one fixed convolution.
+
+        Raises:
+            ValueError: the block is deployed, a batch norm keeps no running statistics, or what a submodule
+                computes is not known to fold; names the submodule and its class.
+        """
+        if self.deploy:
+            raise ValueError("cannot fold: the block is deployed, its convolution is folded already")
+        return read_for_fold(self.submodules())
+
+    def append_fold(self, a: Arguments) -> None:
+        """Appends the block's tensors to the fold operator's lists: what `fold_step` gives, in less time.
+
+        Raises:
+            ValueError: as `fold_step`; a is then as it was.
+        """
+        append_step(a, self.fold_step())
+
+    def switch_to_deploy(self) -> None:
+        """Replaces the branches by their one folded convolution, in place; a second call does nothing.
+
+        Device, dtype, memory layout, training flag and requires_grad are kept (the folded convolution needs a
+        gradient where any parameter did). Warns in training mode: the batch's statistics are lost.
+
+        Raises:
+            ValueError: as `fold_step`; the block is then as it was.
+        """
+        if self.deploy:
+            return
+        if self.training:
+            kind = type(self).__name__
+            warnings.warn(
+                f"folding an {kind} in train mode: the folded convolution uses the running statistics, not the "
+                "batch's; call eval() first to see its output",
+                stacklevel=2,
+            )
+        # Normal tensors are wanted even under inference_mode, so that the result can be trained on.
+        with torch.inference_mode(False), torch.no_grad():
+            self.become(*self.get_equivalent_kernel_bias())
+
+    def reparameterize(self) -> None:
+        """`switch_to_deploy` by the name that timm's `reparameterize_model` calls."""
+        self.switch_to_deploy()
+
+    def become(self, weight: Tensor, bias: Tensor) -> None:
+        """Replaces the branches by a convolution with this weight (K×C/groups×rows×columns) and bias (K)."""
+        conv = self.folded_conv(weight, bias)
+        for name in self._branch_modules():
+            delattr(self, name)
+        setattr(self, self.FUSED, conv)
+        self.deploy = True
+
+    def _branch_modules(self) -> list[str]:
+        """The names of the children that fold away."""
+        layout = self._layout
+        paths = [path for slot in layout.slots for path in (slot.conv, slot.norm) if path is not None]
+        return list(dict.fromkeys([*(path[0] for path in paths), *([layout.total] if layout.total else [])]))
+
+    def folded_conv(self, weight: Tensor, bias: Tensor) -> nn.Conv2d:
+        """The nn.Conv2d of this weight (K×C/groups×rows×columns) and bias (K) where the block is, trained as it is."""
+        channels = weight.shape[1] * self.groups, weight.shape[0]
+        conv = self._whole_conv(channels, self.geometry, {"device": "meta"})
+        like = self._kernel()
+        if like is not None and prefers_channels_last(like, like):
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        trained = any(p.requires_grad for p in self.parameters())
+        conv.weight = nn.Parameter(weight.detach(), trained)
+        conv.bias = nn.Parameter(bias.detach(), trained)
+        return conv.train(self.training)
+
+    def train(self, mode: bool = True) -> RepBlock:
+        """As nn.Module.train; warns when a deployed block is set to train: its batch norms are gone."""
+        if mode and self.deploy and not self.training:
+            warnings.warn(
+                f"train() on a deployed {type(self).__name__}: it is one convolution with a bias now and trains without "
+                "batch norm; train the undeployed block instead",
+                stacklevel=2,
+            )
+        super().train(mode)
+        return self
+
+    def extra_repr(self) -> str:
+        g = self.geometry
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={g.stride}"]
+        for name, default in (
+            ("padding", (0, 0)),
+            ("dilation", (1, 1)),
+            ("groups", 1),
+            ("padding_mode", "zeros"),
+        ):
+            if getattr(g, name) != default:
+                parts.append(f"{name}={getattr(g, name)!r}")
+        parts += self._own_repr()
+        if self.backend != "auto":
+            parts.append(f"backend={self.backend!r}")
+        if self.deploy:
+            parts.append("deploy=True")
+        return ", ".join(parts)
+
+    def _own_repr(self) -> list[str]:
+        return []
