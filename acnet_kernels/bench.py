@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .errors import UserError, require
-from .training.command import choose_device, make_directory, number
+from .paper.training.command import choose_device, make_directory, number
 
 HELP = "measure blocks, networks, folding and memory against their peers, and report"
 PARTS = ("block", "network", "fusion", "memory", "codegen", "report", "all")

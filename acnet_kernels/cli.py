@@ -10,9 +10,9 @@ from typing import NamedTuple, NoReturn
 
 from . import __version__, bench, doctor
 from .errors import UserError
-from .studies import command as study
-from .training import command as train
-from .training import demo
+from .paper.studies import command as study
+from .paper.training import command as train
+from .paper.training import demo
 
 PROGRAM = "python -m acnet_kernels"
 

@@ -27,7 +27,7 @@ ak.fuse(ak.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchN
 
 
 @pytest.mark.parametrize(
-    "code", ["import acnet_kernels", "import acnet_kernels.models, acnet_kernels.export", STEP]
+    "code", ["import acnet_kernels", "import acnet_kernels.paper.models, acnet_kernels.export", STEP]
 )
 def test_neither_the_package_nor_a_step_imports_what_is_slow(code):
     code = IMPORTED.format(code=code, slow=SLOW)

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+from ...errors import UserError
+from ...surgery import fuse
 from .. import models
-from ..errors import UserError
-from ..surgery import fuse
 from ..training import checkpoints
 from ..training.command import make_directory
 from ..training.data import Data, open_data

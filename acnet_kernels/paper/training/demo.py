@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import UserError, require
-from ..explanation import explain
-from ..surgery import blocks_of
+from ...errors import UserError, require
+from ...explanation import explain
+from ...surgery import blocks_of
 from . import interrupt, measure, report
 from .command import add_machine_arguments, choose_device, finish, make_directory
 from .data import Batch, Data, find_fashion_mnist, open_data

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...backends import planner
+from ...errors import UserError, require
+from ...surgery import fuse
 from .. import models
-from ..backends import planner
-from ..errors import UserError, require
-from ..surgery import fuse
 from . import checkpoints, distributed, interrupt, report
 from .data import NAMES, open_data
 from .distributed import World

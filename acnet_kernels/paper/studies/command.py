@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..backends import planner
-from ..errors import UserError, require
+from ...backends import planner
+from ...errors import UserError, require
 from ..training import interrupt, report
 from ..training.command import add_machine_arguments, choose_device, make_directory, number
 from ..training.loop import AMP_DTYPES
