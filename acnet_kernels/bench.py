@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
+from .arguments import choose_device, make_directory, number
 from .errors import UserError, require
-from .training.command import choose_device, make_directory, number
 
-HELP = "measure blocks, networks, folding and memory against their peers, and report"
 PARTS = ("block", "network", "fusion", "memory", "codegen", "report", "all")
 ROOT = Path(__file__).parents[1]
 QUICK_SECONDS, SECONDS = 0.2, 1.0

@@ -5,35 +5,38 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from typing import NamedTuple, NoReturn
 
-from . import __version__, bench, doctor
+from . import __version__
 from .errors import UserError
-from .studies import command as study
-from .training import command as train
-from .training import demo
 
 PROGRAM = "python -m acnet_kernels"
 
 
 class Command(NamedTuple):
-    """A subcommand: its line in the help, what adds its options, what runs it and returns the exit code.
+    """A subcommand: its line in the help, and the module that adds its options and runs it.
 
-    Its module imports nothing but torch and numpy at the top, so that every other command works without it.
+    The module is imported only where the command line names the command, so that no other pays for what it needs,
+    and imports nothing but torch and numpy at the top, so that what is missing beyond is told in a sentence.
     """
 
     help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    main: Callable[[argparse.Namespace], int]
+    module: str
 
 
 COMMANDS = {
-    "train": Command(train.HELP, train.add_arguments, train.main),
-    "demo": Command(demo.HELP, demo.add_arguments, demo.main),
-    "study": Command(study.HELP, study.add_arguments, study.main),
-    "bench": Command(bench.HELP, bench.add_arguments, bench.main),
-    "doctor": Command("print what this machine has", lambda parser: None, lambda arguments: doctor.main()),
+    "train": Command("train a network, fold it, check the folded one and report", ".paper.training.command"),
+    "demo": Command(
+        "train plain and ACNet on small data and compare accuracy, time, memory and folding", ".paper.training.demo"
+    ),
+    "study": Command(
+        "repeat the paper's experiments: ablation, rotation, pruning, magnitudes, shifted, accuracy",
+        ".paper.studies.command",
+    ),
+    "bench": Command("measure blocks, networks, folding and memory against their peers, and report", ".bench"),
+    "doctor": Command("print what this machine has", ".doctor"),
 }
 
 
@@ -44,13 +47,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
-def parser() -> Parser:
-    """The command line."""
+def parser(words: Sequence[str]) -> Parser:
+    """What parses these words: every command, with the options of those that are among them."""
     top = Parser(PROGRAM, description=__doc__.partition(":")[0] if __doc__ else None)
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():
-        command.add_arguments(commands.add_parser(name, help=command.help, description=command.help))
+        one = commands.add_parser(name, help=command.help, description=command.help)
+        if name in words:
+            module = import_module(command.module, __package__)
+            module.add_arguments(one)
+            one.set_defaults(run=module.main)
     return top
 
 
@@ -59,9 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     2 with one sentence where the user can mend what is wrong, 1 with one where the system refuses.
     """
-    arguments = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = parser(words).parse_args(words)
     try:
-        code = COMMANDS[arguments.command].main(arguments)
+        code = arguments.run(arguments)
         sys.stdout.flush()
         return code
     except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import re
@@ -37,7 +38,11 @@ def report() -> list[tuple[str, str]]:
     return lines
 
 
-def main() -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It takes no options."""
+
+
+def main(options: argparse.Namespace | None = None) -> int:
     """Prints the report."""
     lines = report()
     width = max(len(what) for what, _ in lines)

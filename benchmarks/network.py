@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acnet_kernels import ACBlock, models
+from acnet_kernels import ACBlock
+from acnet_kernels.paper import models
 
 from . import harness
 from .contenders import COMPILED, Checkpointed, Modules
@@ -24,7 +25,7 @@ CLASSES = 10
 
 
 class Network(NamedTuple):
-    """A name of `acnet_kernels.models`, the size of its images, and the batch on a CPU and on a GPU."""
+    """A name of `acnet_kernels.paper.models`, the size of its images, and the batch on a CPU and on a GPU."""
 
     name: str
     size: int

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from acnet_kernels.training.report import new_figure
+from acnet_kernels.paper.training.report import new_figure
 
 from . import analysis
 from .analysis import Phases, Steps

@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from acnet_kernels.studies import page
-from acnet_kernels.studies.study import Table
+from acnet_kernels.paper.studies import page
+from acnet_kernels.paper.studies.study import Table
 
 from . import analysis, harness, plots, shapes
 from .analysis import OURS, Steps

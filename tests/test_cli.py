@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from acnet_kernels import cli
-from acnet_kernels.training import demo
+from acnet_kernels.paper.training import demo
 
 SMALL = ["--net", "resnet8", "--limit", "64", "--batch-size", "32", "--epochs", "2"]
 ROOT = Path(__file__).parent.parent

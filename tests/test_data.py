@@ -19,10 +19,10 @@ from PIL import Image
 
 from acnet_kernels import cli
 from acnet_kernels.errors import UserError
-from acnet_kernels.training import data, files
-from acnet_kernels.training.data import MemoryData, open_data
-from acnet_kernels.training.files import Split
-from acnet_kernels.training.folder import _Seeded
+from acnet_kernels.paper.training import data, files
+from acnet_kernels.paper.training.data import MemoryData, open_data
+from acnet_kernels.paper.training.files import Split
+from acnet_kernels.paper.training.folder import _Seeded
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from acnet_kernels import ACBlock, models
+from acnet_kernels import ACBlock
+from acnet_kernels.paper import models
 
 
 def count(model):

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from acnet_kernels import ACBlock, fuse, models
-from acnet_kernels.models import imagenet
-from acnet_kernels.training.folding import branchwise
-from acnet_kernels.training.presets import PRESETS
+from acnet_kernels import ACBlock, fuse
+from acnet_kernels.paper import models
+from acnet_kernels.paper.models import imagenet
+from acnet_kernels.paper.training.folding import branchwise
+from acnet_kernels.paper.training.presets import PRESETS
 
 
 def meta(name, classes, block):

@@ -24,8 +24,8 @@ from torch import nn
 
 from acnet_kernels import ACBlock, cli
 from acnet_kernels.errors import UserError
-from acnet_kernels.models.blocks import constructor
-from acnet_kernels.studies import (
+from acnet_kernels.paper.models.blocks import constructor
+from acnet_kernels.paper.studies import (
     ablation,
     accuracy,
     command,
@@ -37,12 +37,12 @@ from acnet_kernels.studies import (
     rotation,
     shifted,
 )
-from acnet_kernels.studies.evaluate import ORIENTATIONS, accuracies
-from acnet_kernels.studies.lab import Lab
-from acnet_kernels.studies.pruning import prune, prune_weight
-from acnet_kernels.studies.regions import kernel_of, regions
-from acnet_kernels.studies.store import Store, merged, read, write_csv, writing
-from acnet_kernels.studies.study import (
+from acnet_kernels.paper.studies.evaluate import ORIENTATIONS, accuracies
+from acnet_kernels.paper.studies.lab import Lab
+from acnet_kernels.paper.studies.pruning import prune, prune_weight
+from acnet_kernels.paper.studies.regions import kernel_of, regions
+from acnet_kernels.paper.studies.store import Store, merged, read, write_csv, writing
+from acnet_kernels.paper.studies.study import (
     Measured,
     Network,
     by,
@@ -52,10 +52,10 @@ from acnet_kernels.studies.study import (
     subject,
     training_cells,
 )
-from acnet_kernels.studies.watch import Forecast, duration
-from acnet_kernels.training import checkpoints
-from acnet_kernels.training.data import NAMES
-from acnet_kernels.training.loop import Recipe
+from acnet_kernels.paper.studies.watch import Forecast, duration
+from acnet_kernels.paper.training import checkpoints
+from acnet_kernels.paper.training.data import NAMES
+from acnet_kernels.paper.training.loop import Recipe
 
 TINY = [
     "--quick",

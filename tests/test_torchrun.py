@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from acnet_kernels.errors import UserError
-from acnet_kernels.training import checkpoints
-from acnet_kernels.training.data import Part, open_data, used_images
-from acnet_kernels.training.distributed import World, joined
-from acnet_kernels.training.loop import BEST, LAST, Recipe, Trainer
+from acnet_kernels.paper.training import checkpoints
+from acnet_kernels.paper.training.data import Part, open_data, used_images
+from acnet_kernels.paper.training.distributed import World, joined
+from acnet_kernels.paper.training.loop import BEST, LAST, Recipe, Trainer
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

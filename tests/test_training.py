@@ -20,10 +20,10 @@ from torch import nn
 
 from acnet_kernels import cli, fuse
 from acnet_kernels.errors import UserError
-from acnet_kernels.training import checkpoints, interrupt, measure, report
-from acnet_kernels.training.data import open_data
-from acnet_kernels.training.folding import check_fold
-from acnet_kernels.training.loop import BEST, LAST, Recipe, Trainer
+from acnet_kernels.paper.training import checkpoints, interrupt, measure, report
+from acnet_kernels.paper.training.data import open_data
+from acnet_kernels.paper.training.folding import check_fold
+from acnet_kernels.paper.training.loop import BEST, LAST, Recipe, Trainer
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(net="resnet8", epochs=2, batch_size=40, seed=3, limit=100)
@@ -465,7 +465,7 @@ def test_files_follow_the_umask(tmp_path):
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from acnet_kernels.training import checkpoints
+from acnet_kernels.paper.training import checkpoints
 os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
 checkpoints.save({"a": torch.zeros(9)}, Path(sys.argv[1]))
 """

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..backends import planner
-from ..errors import UserError, require
+from ...arguments import choose_device, make_directory, number
+from ...backends import planner
+from ...errors import UserError, require
 from ..training import interrupt, report
-from ..training.command import add_machine_arguments, choose_device, make_directory, number
+from ..training.command import add_machine_arguments
 from ..training.loop import AMP_DTYPES
 from . import ablation, accuracy, magnitudes, page, pruning, rotation, shifted
 from .lab import Lab
@@ -24,7 +25,6 @@ from .study import Cell, Network, Study, setting, training_cells
 if TYPE_CHECKING:
     from rich.console import Console
 
-HELP = "repeat the paper's experiments: ablation, rotation, pruning, magnitudes, shifted, accuracy"
 STUDIES = {
     module.STUDY.name: module.STUDY for module in (ablation, rotation, pruning, magnitudes, shifted, accuracy)
 }

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ...errors import UserError
 from .study import Cell, Measured, Network
 
 # What a disk answers that is full, read-only, over its quota, broken or not one's own.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..block import ACBlock
+from ...block import ACBlock
 
 # Name → the ACBlock it means: the rows of paper Table 4, and the border-shifted variant of Fig. 6c, whose
 # shift depends on the kernel size. One batch norm after the sum starts at a plain layer's γ = 1.

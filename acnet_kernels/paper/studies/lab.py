@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+from ...arguments import make_directory
+from ...errors import UserError
+from ...surgery import fuse
 from .. import models
-from ..errors import UserError
-from ..surgery import fuse
 from ..training import checkpoints
-from ..training.command import make_directory
 from ..training.data import Data, open_data
 from ..training.loop import LAST, Observer, Recipe, Trainer
 from .plan import Plan

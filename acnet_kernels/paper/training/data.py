@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError, require
+from ...errors import UserError, require
 from . import files
 from .files import Split
 

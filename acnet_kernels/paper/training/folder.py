@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from ..errors import UserError
+from ...errors import UserError
 from .data import WHOLE, Batch, Part, epoch_generator, subset, used_images
 
 # ImageNet's, as everyone uses for photographs.

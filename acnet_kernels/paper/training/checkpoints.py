@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checkpoint
-from ..atomic import replacing
-from ..errors import UserError
+from ... import checkpoint
+from ...atomic import replacing
+from ...errors import UserError
 
 _LENGTH_BYTES = 2  # at the end of a zip archive: how long the comment after them is
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
-from ..atomic import replacing
+from ... import __version__
+from ...atomic import replacing
 from .folding import FoldCheck
 from .loop import Trainer
 

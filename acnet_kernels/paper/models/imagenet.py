@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..block import ACBlock
-from ..errors import require
-from ..surgery import blocks_of, convert
+from ...block import ACBlock
+from ...errors import require
+from ...surgery import blocks_of, convert
 from .blocks import VARIANTS, constructor
 
 # Name → the smallest images, in pixels a side, that leave something to the last layer.

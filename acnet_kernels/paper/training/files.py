@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ...errors import UserError
 
 # sha256 of the decompressed IDX files, whoever packed them.
 FASHION_MNIST = {

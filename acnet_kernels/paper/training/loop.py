@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...errors import UserError
 from .. import models
-from ..errors import UserError
 from . import checkpoints
 from .data import Data, used_images
 from .distributed import ALONE, World

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...arguments import choose_device, make_directory, number
+from ...backends import planner
+from ...errors import UserError, require
+from ...surgery import fuse
 from .. import models
-from ..backends import planner
-from ..errors import UserError, require
-from ..surgery import fuse
 from . import checkpoints, distributed, interrupt, report
 from .data import NAMES, open_data
 from .distributed import World
@@ -22,25 +22,8 @@ from .folding import FoldCheck, check_fold
 from .loop import AMP_DTYPES, LAST, Recipe, Trainer
 from .presets import PRESETS
 
-HELP = "train a network, fold it, check the folded one and report"
 FOLDED = "folded.pt"
 RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
-
-
-def number(kind: type, zero: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number of this kind above zero, or from zero on."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = -1
-        if not 0 <= value < float("inf") or (value == 0 and not zero):
-            what = f"{'an' if kind is int else 'a'} {kind.__name__} {'from 0 on' if zero else 'above 0'}"
-            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
-        return value
-
-    return parse
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,29 +70,6 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The recipe that the options ask for: those of Recipe that were given, on top of the preset."""
     given = {name: getattr(arguments, name) for name in RECIPE_FIELDS if hasattr(arguments, name)}
     return dataclasses.replace(PRESETS[arguments.preset] if arguments.preset else Recipe(), **given)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name, made ready; UserError where the machine has none such."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # kernels that are launched by hand go to the current device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def make_directory(path: Path) -> Path:
-    """path, made where missing; UserError where that cannot be."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be a directory: {error.strerror}") from None
-    return path
 
 
 def finish(trainer: Trainer, out: Path) -> tuple[nn.Module, FoldCheck | None, dict[str, Any]]:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import UserError, require
-from ..explanation import explain
-from ..surgery import blocks_of
+from ...arguments import choose_device, make_directory
+from ...errors import UserError, require
+from ...explanation import explain
+from ...surgery import blocks_of
 from . import interrupt, measure, report
-from .command import add_machine_arguments, choose_device, finish, make_directory
+from .command import add_machine_arguments, finish
 from .data import Batch, Data, find_fashion_mnist, open_data
 from .folding import FoldCheck
 from .loop import Recipe, Trainer
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COMPARED = ("plain", "acb")
-HELP = "train plain and ACNet on small data and compare accuracy, time, memory and folding"
 ROUNDS = 15
 
 
