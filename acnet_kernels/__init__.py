@@ -1,11 +1,13 @@
-"""Fast, exact asymmetric convolution blocks (ACNet, ICCV 2019) for PyTorch."""
+"""Fast, exact re-parameterised blocks for PyTorch: ACNet's (ICCV 2019), RepVGG's, MobileOne's."""
 
 from . import checkpoint
 from .backends.planner import memory_saver
 from .block import ACBlock
 from .explanation import explain
 from .functional import acblock
-from .geometry import Geometry
+from .geometry import Geometry, Taps
+from .mobileone import MobileOneBlock
+from .repvgg import RepVGGBlock
 from .spec import Branch, Norm
 from .surgery import convert, fold, fuse
 from .tuning import tune
@@ -15,7 +17,10 @@ __all__ = [
     "ACBlock",
     "Branch",
     "Geometry",
+    "MobileOneBlock",
     "Norm",
+    "RepVGGBlock",
+    "Taps",
     "acblock",
     "checkpoint",
     "convert",

@@ -37,7 +37,7 @@ def taps_of(
     down, right = shift_by = as_pair("shift", shift, -half)
     if max(shift_by) > half:
         raise ValueError(
-            f"shift must keep hor and ver inside the {k}×{k} kernel: each between {-half} and {half}, got {shift_by}"
+            f"shift must keep hor and ver inside the {k}×{k} kernel: between {-half} and {half} each, got {shift_by}"
         )
     line = k if line_size is None else as_int(line_size, "line_size must be an int")
     if not (1 <= line <= k and line % 2):
@@ -86,6 +86,10 @@ class ACBlock(RepBlock):
     Raises:
         TypeError, ValueError: an argument out of range; the message names it.
     """
+
+    square_conv: nn.Conv2d
+    square_bn: nn.BatchNorm2d
+    eps: float
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ A subclass builds its modules under its own names and says in a `Layout` which i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,15 @@ from .geometry import Geometry, IntOrPair, PaddingMode, Pair, Taps
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import append_step, fold
 from .spec import Problem, Step, prefers_channels_last
-from .submodules import Layout, Submodules, agreed_geometry, read, read_for_fold
+from .submodules import Layout, Settings, Slot, Submodules, agreed_geometry, read, read_for_fold
+
+
+def conv_bn(conv: nn.Conv2d) -> nn.Sequential:
+    """The convolution and its batch norm as most such blocks hold them: children `conv` and `bn` of one module."""
+    found = nn.Sequential()
+    found.add_module("conv", conv)
+    found.add_module("bn", nn.BatchNorm2d(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype))
+    return found
 
 
 class RepBlock(nn.Module):
@@ -38,23 +46,24 @@ class RepBlock(nn.Module):
         self.deploy = deploy
         self.backend = planner.check_choice(backend)
 
+    @staticmethod
+    def _make_conv(
+        channels: Pair, kernel: Sequence[int], settings: Settings, bias: bool, factory: Mapping[str, Any]
+    ) -> nn.Conv2d:
+        stride, padding, dilation, groups, mode = settings
+        size = (kernel[0], kernel[1])
+        return nn.Conv2d(*channels, size, stride, padding, dilation, groups, bias, mode, **factory)
+
     def _conv(self, number: int, factory: Mapping[str, Any]) -> nn.Conv2d:
         """The convolution of a slot."""
-        (rows, columns), settings = self._layout.settings[number]
-        stride, padding, dilation, groups, mode = settings
-        return nn.Conv2d(
-            *self._channels, (rows, columns), stride, padding, dilation, groups, False, mode, **factory
-        )
-
-    @staticmethod
-    def _whole_conv(channels: Pair, geometry: Geometry, factory: Mapping[str, Any]) -> nn.Conv2d:
-        g = geometry
-        return nn.Conv2d(
-            *channels, g.kernel, g.stride, g.padding, g.dilation, g.groups, True, g.padding_mode, **factory
-        )
+        return self._make_conv(self._channels, *self._layout.settings[number], False, factory)
 
     def _fused_conv(self, factory: Mapping[str, Any]) -> nn.Conv2d:
         return self._whole_conv(self._channels, self._layout.geometry, factory)
+
+    def _whole_conv(self, channels: Pair, geometry: Geometry, factory: Mapping[str, Any]) -> nn.Conv2d:
+        ((kernel, settings),) = Layout.of(geometry, [Slot("", geometry.whole, None, None)]).settings
+        return self._make_conv(channels, kernel, settings, True, factory)
 
     @property
     def fused(self) -> nn.Conv2d:
@@ -91,7 +100,9 @@ class RepBlock(nn.Module):
         given, geometry, out = self.submodules(), self.geometry, None
         for slot, conv, norm in zip(self._layout.slots, given.convs, given.norms, strict=True):
             if slot.container is not None:
-                y = self._modules[slot.container](x)  # type: ignore[misc]
+                y = self.get_submodule(slot.container)(
+                    geometry.placement(slot.taps).apply(x, geometry.padding_mode)
+                )
             else:
                 y = x if conv is None else conv(geometry.placement(slot.taps).apply(x, geometry.padding_mode))
                 y = y if norm is None else norm(y)
@@ -157,22 +168,13 @@ class RepBlock(nn.Module):
         new = {name: getattr(was, name) for name in names} | settings
         geometry = Geometry.make(was.kernel, groups=was.groups, **new)
         layout = Layout.of(geometry, self._layout.slots, self._layout.total)
+        whole = Layout.of(geometry, [Slot("", geometry.whole, None, None)])
         convs: list[Any] = [self.fused] if self.deploy else list(self.submodules().convs)
-        whole = [
-            (
-                [*geometry.kernel],
-                (geometry.stride, geometry.padding, geometry.dilation, geometry.groups, geometry.padding_mode),
-            )
-        ]
-        for conv, (kernel, own) in zip(convs, whole if self.deploy else layout.settings, strict=True):
-            if conv is None:
-                continue
-            stride, padding, dilation, groups, mode = own
-            placed = nn.Conv2d(
-                groups, groups, tuple(kernel), stride, padding, dilation, groups, False, mode, device="meta"
-            )  # type: ignore[arg-type]
-            for attribute in (*names, "_reversed_padding_repeated_twice"):
-                setattr(conv, attribute, getattr(placed, attribute))
+        for conv, (kernel, own) in zip(convs, (whole if self.deploy else layout).settings, strict=True):
+            if conv is not None:
+                placed = self._make_conv((own[3], own[3]), kernel, own, False, {"device": "meta"})
+                for attribute in (*names, "_reversed_padding_repeated_twice"):
+                    setattr(conv, attribute, getattr(placed, attribute))
         self._layout = layout
 
     # nn.Conv2d's attributes. Setting one moves all branches.
@@ -259,9 +261,8 @@ class RepBlock(nn.Module):
         if self.deploy:
             return {}
         given = self.submodules()
-        return {
-            slot.name: conv for slot, conv in zip(given.layout.slots, given.convs, strict=True) if conv is not None
-        }  # type: ignore[misc]
+        found: Any = zip(given.layout.slots, given.convs, strict=True)
+        return {slot.name: conv for slot, conv in found if conv is not None}
 
     def get_equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
         """(weight K×C/groups×rows×columns, bias K) of the convolution that equals the block in eval; differentiable.

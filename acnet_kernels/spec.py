@@ -46,6 +46,7 @@ class Branch(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None = None
     norm: Norm | None = None
+    name: str = ""  # for messages
 
 
 TENSORS = (*Branch._fields[1:3], *Norm._fields[:5])
@@ -78,8 +79,8 @@ class Step:
 
     def tensors(self) -> Iterator[tuple[str, tuple[Tensor | None, ...]]]:
         """(whose they are, the tensors in the order of TENSORS) for every branch and the norm after them."""
-        for i, (_, weight, bias, norm) in enumerate(self.branches):
-            yield f"branch {i}", (weight, bias) if norm is None else (weight, bias, *norm[:5])
+        for i, (_, weight, bias, norm, name) in enumerate(self.branches):
+            yield name or f"branch {i}", (weight, bias) if norm is None else (weight, bias, *norm[:5])
         if self.norm is not None:
             yield "the sum", (None, None, *self.norm[:5])
 

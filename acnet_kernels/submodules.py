@@ -94,7 +94,7 @@ class Submodules(NamedTuple):
             convs.append(slot.conv and _at(modules, slot.conv))
             norms.append(slot.norm and _at(modules, slot.norm))
             if slot.container is not None:
-                containers.append(modules[slot.container])
+                containers.append(_at(modules, tuple(slot.container.split("."))))
         total = None if layout.total is None else modules[layout.total]
         return cls(layout, convs, norms, total, containers)  # type: ignore[arg-type]
 
@@ -321,14 +321,10 @@ def _agree(given: Submodules) -> Geometry | str:
 
 
 def _step(given: Submodules, geometry: Geometry) -> Step:
-    branches = [
-        Branch(
-            slot.taps,
-            *((None, None) if conv is None else kernel_of(conv)),
-            None if norm is None else norm_of(norm),
-        )
-        for slot, conv, norm in zip(given.layout.slots, given.convs, given.norms, strict=True)
-    ]
+    branches = []
+    for slot, conv, norm in zip(given.layout.slots, given.convs, given.norms, strict=True):
+        weight, bias = (None, None) if conv is None else kernel_of(conv)
+        branches.append(Branch(slot.taps, weight, bias, None if norm is None else norm_of(norm), slot.name))
     return Step(geometry, tuple(branches), None if given.total is None else norm_of(given.total))
 
 
@@ -350,7 +346,8 @@ def agreed_geometry(given: Submodules) -> Geometry | str:
     for slot, conv in zip(slots, given.convs, strict=True):
         if conv is None:
             continue
-        found, place = conv, geometry.placement(slot.taps)
+        found: Any = conv
+        place = geometry.placement(slot.taps)
         for attribute, value, wanted in (
             ("stride", _pair(found.stride), geometry.stride),
             ("padding", _pair(found.padding), place.padding),

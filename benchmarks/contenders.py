@@ -28,7 +28,9 @@ class Modules(nn.Module):
     def __init__(self, block: ACBlock) -> None:
         super().__init__()
         self.block, norms = block, block.norms()
-        self.parts = [(block.geometry.placement(name), conv, norms[name]) for name, conv in block.convs().items()]
+        self.parts = [
+            (block.geometry.placement(block.taps[name]), conv, norms[name]) for name, conv in block.convs().items()
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         """N×C×H×W → N×K×H'×W'."""
@@ -44,7 +46,7 @@ class Concatenated(nn.Module):
 
     def __init__(self, block: ACBlock) -> None:
         super().__init__()
-        self.geometry, self.groups = block.geometry, block.groups
+        self.geometry, self.groups, self.taps = block.geometry, block.groups, list(block.taps.values())
         self.weights = nn.ParameterList(conv.weight for conv in block.convs().values())
         norms = block.norms().values()
         self.bn = nn.BatchNorm2d(len(norms) * block.out_channels, block.eps)
@@ -59,7 +61,9 @@ class Concatenated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """N×C×H×W → N×K×H'×W'."""
         g = self.geometry
-        weight = self._interleave([embed(w, g.kernel, g.shift) for w in self.weights])
+        weight = self._interleave(
+            [embed(w, g.kernel, t.row, t.column) for w, t in zip(self.weights, self.taps, strict=True)]
+        )
         y = self.bn(F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups))
         first, *others = y.unflatten(1, (self.groups, len(self.weights), -1)).unbind(2)
         for other in others:

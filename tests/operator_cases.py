@@ -15,7 +15,8 @@ from torch import Tensor
 
 import acnet_kernels
 from acnet_kernels.backends import moments_algebra as algebra
-from acnet_kernels.geometry import BRANCHES, Geometry
+from acnet_kernels.block import taps_of
+from acnet_kernels.geometry import Geometry
 from acnet_kernels.kernels.window import Window
 from acnet_kernels.ops import fuse_blocks as fusing
 from acnet_kernels.ops import recompute
@@ -321,21 +322,31 @@ def recompute_step(r: random.Random) -> list[Any]:
     dtype, groups, k = r.choice(FLOATS), r.randint(1, 2), r.choice([1, 3, 5])
     c, out = r.randint(1, 3), groups * r.randint(1, 3)
     geometry = Geometry.make(k, r.randint(1, 2), k // 2, 1, groups)
-    names = [name for name in BRANCHES if name == "square" or r.random() < 0.7]
+    taps = [taps for name, taps in taps_of(k).items() if name == "square" or r.random() < 0.7]
     x = layout_of(r, torch.randn(r.randint(2, 3), groups * c, r.randint(3, 7), r.randint(3, 7)).to(dtype))
-    weights = [torch.randn(out, c, *geometry.placement(name).kernel).to(dtype) for name in names]
-    norms = r.choice([1, len(names)])
+    weights = [torch.randn(out, c, t.rows, t.columns).to(dtype) for t in taps]
+    norms = r.choice([1, len(taps)])
     gammas, betas = ([torch.randn(out) for _ in range(norms)] if r.random() < 0.7 else [] for _ in range(2))
     eps = [1e-3, 1e-4, 1e-5][:norms]
     given = r.choice((dtype, None))
-    return [x, weights, gammas, betas, eps, names, recompute.pack(geometry), given, r.random() < 0.5]
+    return [
+        x,
+        weights,
+        gammas,
+        betas,
+        eps,
+        recompute.pack_taps([(t, True) for t in taps]),
+        recompute.pack(geometry),
+        given,
+        r.random() < 0.5,
+    ]
 
 
-def branch_maps(x: Tensor, weights: Any, names: Any, geometry: Any, norms: int) -> list[Tensor]:
+def branch_maps(x: Tensor, weights: Any, taps: Any, geometry: Any, norms: int) -> list[Tensor]:
     known = recompute.unpack(geometry)
     ys = []
-    for name, weight in zip(names, weights, strict=True):
-        place = known.placement(name)
+    for (own, _), weight in zip(recompute.unpack_taps(taps), weights, strict=True):
+        place = known.placement(own)
         seen = place.apply(x)
         ys.append(F.conv2d(seen, weight, None, known.stride, place.padding, place.dilation, known.groups))
     return ys if norms == len(ys) else [sum(ys)]

@@ -7,7 +7,8 @@ from steps import GEOMETRIES, check
 
 from acnet_kernels import ACBlock
 from acnet_kernels.backends import branches, convolution
-from acnet_kernels.geometry import Placement
+from acnet_kernels.block import taps_of
+from acnet_kernels.geometry import Geometry, Placement
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_steps_with_columns_by_matrix_products(columns, geometry):
     b = ACBlock(4, 6, backend="branches", **geometry)
     check(b, torch.randn(3, 4, 13, 11).to(memory_format=torch.channels_last))
     g = b.geometry if b.geometry.padding_mode == "zeros" else b.geometry.explicit()
-    plain = g.stride == (1, 1) and g.groups == 1 and not any(g.placement("ver").edges)
+    plain = g.stride == (1, 1) and g.groups == 1 and not any(g.placement(b.taps["ver"]).edges)
     assert any(dw is not None for dw in columns) == plain
 
 
@@ -54,8 +55,8 @@ def test_any_padding_and_dilation(columns, kernel, rows, padding, dilation):
 
 
 def test_wide_kernels_small_maps_and_other_layouts_are_the_vendors():
-    place = ACBlock(64, 64, 3, padding=1).geometry.placement("ver")
-    square = ACBlock(64, 64, 3, padding=1).geometry.placement("square")
+    geometry, taps = Geometry.make(3, padding=1), taps_of(3)
+    place, square = geometry.placement(taps["ver"]), geometry.placement(taps["square"])
     large, small = torch.randn(2, 64, 16, 16), torch.randn(2, 64, 4, 4)
     last = torch.channels_last
     args = (large.to(memory_format=last),) * 2

@@ -46,10 +46,11 @@ def test_dtypes_are_accepted_where_conv2d_accepts_them(backend, training, autoca
 def test_every_branch_has_the_inputs_dtype(backend, training):
     b = ACBlock(4, 6, 3, padding=1, backend=backend).train(training)
     step = b.step()
-    step.branches["ver"] = step.branches["ver"]._replace(weight=step.branches["ver"].weight.double())
+    *others, ver = step.branches
+    branches = [*others, ver._replace(weight=ver.weight.double())]
     before = copy.deepcopy(b)
     with pytest.raises(TypeError, match=r"input must have the weights' dtype torch\.float64, got torch\.float32"):
-        acblock(torch.randn(2, 4, 5, 5), step.branches, step.geometry, backend=backend)
+        acblock(torch.randn(2, 4, 5, 5), branches, step.geometry, backend=backend)
     assert_untouched(b, before)
 
 

@@ -21,7 +21,7 @@ def plain(block, x):
     """The block's modules, called one by one."""
     out = 0
     for name, conv in block.convs().items():
-        bn, y = block.norms()[name], conv(block.geometry.placement(name).apply(x))
+        bn, y = block.norms()[name], conv(block.geometry.placement(block.taps[name]).apply(x))
         if bn.training and bn.eps == 0:  # newer releases of PyTorch refuse what their operator computes
             bn.num_batches_tracked.add_(1)
             buffers = bn.running_mean, bn.running_var

@@ -241,7 +241,7 @@ def test_hooks_inside_the_block_see_batch_norms_own_values(backend, training):
     b.ver_conv.register_full_backward_hook(lambda m, gi, go: seen.update(gradient=go[0]))
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
     b(x).square().sum().backward()
-    y = twin.ver_conv(twin.geometry.placement("ver").apply(x))
+    y = twin.ver_conv(twin.geometry.placement(twin.taps["ver"]).apply(x))
     assert rel(seen["out"], twin.ver_bn(y)) < 1e-6
     assert seen["gradient"].shape == y.shape
 

@@ -20,14 +20,14 @@ recomputes it by eager formulas, as does one for a batch of gradients at once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import Geometry, Placement, Taps
+from ..geometry import Geometry, Placement
 from ..kernels.window import Window
 from ..ops import bn_sum
 from ..ops.recompute import Branches
@@ -104,9 +104,9 @@ class Plan(NamedTuple):
     window: tuple[int, ...]  # the geometry as Triton's operators take it
 
     def maps(self, x: Tensor, weights: tuple[Tensor, ...]) -> list[Tensor]:
-        """What each batch norm normalises, y_b or their sum, in the layout of the first convolution's; differentiable.
+        """What each batch norm normalises, y_b or their sum, in the layout of the first convolution's.
 
-        The identity's is x itself, or a view of it.
+        The identity's is x itself, or a view of it. Differentiable.
         """
         x, given = x.to(self.conv_dtype), iter(weights)
         ys: list[Tensor | None] = []
@@ -194,7 +194,8 @@ class Plan(NamedTuple):
                 y = bn_sum.like(place.apply(seen), kept[0])
                 ys.append(y.clone() if need and owns else y)  # x is never overwritten
         if not owns:
-            return bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy)
+            found, dgammas, dbeta = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy)
+            return list(found), dgammas, dbeta
         dgammas, dbeta = bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy)
         return [y for y, need in zip(ys, needs_dy, strict=True) if need], dgammas, dbeta
 
@@ -265,7 +266,7 @@ class _Step(torch.autograd.Function):
             return (None,) * len(needs)
         plan: Plan = ctx.plan
         x, *saved = ctx.saved_tensors
-        weights, gammas, (means, rstds, *kept) = plan.split(saved)
+        weights, gammas, [means, rstds, *kept] = plan.split(saved)
         # Autograd casts what is returned to the inputs' dtypes.
         with nodes.without_autocast(x.device.type):
             if nodes.wants_definition(grad):
@@ -301,11 +302,8 @@ def convolution_gradients(
     places = [place for place, convolved, _ in found if convolved]
     dx: Tensor | None = None
     for place, convolved, dy in found:
-        if dy is not None and not convolved:  # the identity's gradient is dx's first summand, in dy's own memory
-            if dx is None and not any(place.edges):
-                dx = dy
-            else:
-                dx = place.add_adjoint(torch.zeros_like(x) if dx is None else dx, dy)
+        if dy is not None and not convolved:  # the identity's gradient is dx's first summand
+            dx = _added(dx, dy, place, x)
     dws: list[Tensor | None] = [None] * len(weights)
     if TRITON in plan.phases:
         from . import triton_phases
@@ -343,8 +341,15 @@ def convolution_gradients(
         if needs_dw:
             dws[b] = dw
         if needs_dx:
-            dx = dx_b if dx is None else place.add_adjoint(dx, dx_b)
+            dx = _added(dx, dx_b, place, x)
     return dx, dws
+
+
+def _added(dx: Tensor | None, dx_b: Tensor, place: Placement, x: Tensor) -> Tensor:
+    """dx and the gradient of what a branch sees of x; the first one's own memory where it sees all of it."""
+    if dx is None and not any(place.edges):
+        return dx_b
+    return place.add_adjoint(torch.zeros_like(x) if dx is None else dx, dx_b)
 
 
 def _gradients_of_the_sum(
@@ -353,7 +358,8 @@ def _gradients_of_the_sum(
     # One convolution by the summed kernel; its weight gradient holds every branch's.
     whole = plan.geometry.whole
     merged = plan._replace(branches=((whole, True),), places=(plan.geometry.placement(whole),))
-    dx, (dw,) = convolution_gradients(merged, dys, x, (plan.merged(weights),), needs_x, (any(needs_w),))
+    kernel = plan.merged(weights)
+    dx, (dw,) = convolution_gradients(merged, dys, x, (kernel,), needs_x, (any(needs_w),))
     if dw is None:
         return dx, [None] * len(weights)
     taps = [taps for taps, convolved in plan.branches if convolved]

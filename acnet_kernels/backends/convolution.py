@@ -59,7 +59,8 @@ def merge_kernels(weights: Sequence[Tensor], taps: Sequence[Taps], geometry: Geo
 
 def tap_view(kernel: Tensor, taps: Taps) -> Tensor:
     """The view of a whole kernel that these taps are."""
-    return kernel[:, :, *taps.slices]
+    rows, columns = taps.slices
+    return kernel[:, :, rows, columns]
 
 
 def identity_kernel(like: Tensor, groups: int) -> Tensor:

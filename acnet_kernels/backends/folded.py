@@ -39,4 +39,5 @@ def forward(x: Tensor, step: Step) -> Tensor:
     weight, bias = fold_as_it_is(step)
     if weight.shape[1] == 1 and prefers_channels_last(x, step.kernel):
         weight = weight.to(memory_format=torch.channels_last)  # dense in both layouts, and folded in the other
-    return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    place = geometry.placement(geometry.whole)
+    return F.conv2d(x, weight, bias, geometry.stride, place.padding, place.dilation, geometry.groups)

@@ -128,7 +128,8 @@ def _without_maps(
     top = torch.where(top > 0, top, 1)
     wide = bn_sum.accumulation_dtype(x.dtype)
     folded = _folded(kernels, scale / top, plan).to(x.dtype)
-    z = F.conv2d(x, folded, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    place = geometry.placement(geometry.whole)
+    z = F.conv2d(x, folded, None, geometry.stride, place.padding, place.dilation, geometry.groups)
     # The mean that this convolution's own rounding gives: as in a batch norm, a level much larger than the spread
     # cancels exactly.
     level = _statistics_of([z], [1.0])[0][0]

@@ -130,8 +130,10 @@ def _check_problem(
         if convolved:
             i, weight = next(given)
             check.shape((K, C // groups, own.rows, own.columns), **{f"weights[{i}]": weight})
-        elif own != known.centre or C != K:
-            raise ValueError(f"taps must have the identity on the centre of a map that keeps its shape, got {own}")
+        elif (own.rows, own.columns) != (1, 1) or known.stride != (1, 1) or C != K:
+            raise ValueError(
+                f"taps must have the identity on one tap, of maps of {K} channels at stride 1, got {own}"
+            )
     check.floats(weights=weights)
     _check_affine(weights, eps, gammas=gammas)
     return (x.shape[0], K, *known.output_size(x.shape[2], x.shape[3]))

@@ -18,6 +18,7 @@ VARIANTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "acb-hor": lambda kernel: {"branches": ("square", "hor")},
     "acb-ver": lambda kernel: {"branches": ("square", "ver")},
     "acb-sum": lambda kernel: {"norm": "sum", "reduce_gamma": False},
+    "acb-3": lambda kernel: {"line_size": min(kernel, 3)},
     "acb-border": lambda kernel: {"shift": (kernel // 2, kernel // 2)},
 }
 BLOCKS = (*VARIANTS, "plain")

@@ -51,7 +51,8 @@ def build(name: str, num_classes: int, in_channels: int, block: str, options: di
     squares = {key: m.weight for key, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     model = convert(model)
     for key, found in blocks_of(model).items():
-        kernel, settings = found.geometry.kernel, {**VARIANTS[block](found.geometry.kernel), **options}
+        kernel = found.kernel_size[0]
+        settings = {**VARIANTS[block](kernel), **options}
         shape = (found.in_channels, found.out_channels, kernel, found.stride, found.padding)
         variant = ACBlock(*shape, found.dilation, found.groups, found.padding_mode, eps=found.eps, **settings)
         with torch.no_grad():

@@ -1,0 +1,185 @@
+"""Lists of branches beyond ACNet's three, through every backend, against the definition in float64."""
+
+import copy
+
+import oracle
+import pytest
+import torch
+from oracle import rel
+from torch import Tensor, nn
+
+from acnet_kernels import Branch, Geometry, Norm, Taps, acblock
+from acnet_kernels.backends import planner
+from acnet_kernels.functional import describe, step_of
+from acnet_kernels.ops.fusion import fold_steps
+
+C = 6
+WHOLE = Taps(0, 0, 3, 3)
+CENTRE = Taps(1, 1, 1, 1)
+ONE, IDENTITY = ("conv", CENTRE, True), ("identity", None, True)
+# Name → (geometry's arguments, (kind, taps, whether it has a batch norm) a branch, whether one follows the sum).
+SHAPES = {
+    "repvgg": ({}, [("conv", WHOLE, True), ONE, IDENTITY], False),
+    "repvgg of stride 2": ({"stride": 2}, [("conv", WHOLE, True), ONE], False),
+    "mobileone": ({"groups": C}, [*[("conv", WHOLE, True)] * 4, ONE, IDENTITY], False),
+    "mobileone pointwise": ({"kernel_size": 1, "padding": 0}, [*[("conv", Taps(0, 0, 1, 1), True)] * 2, ("identity", None, True)], False),
+    "textnet": ({}, [("conv", WHOLE, True), ("conv", Taps(1, 0, 1, 3), True), ("conv", Taps(0, 1, 3, 1), True), IDENTITY], False),
+    "eight": ({}, [*[("conv", WHOLE, True)] * 3, *[ONE] * 3, *[IDENTITY] * 2], False),
+    "repvit": ({"groups": C}, [("conv", WHOLE, True), ("conv", CENTRE, False), ("identity", None, False)], True),
+    "sum with the identity": ({}, [("conv", WHOLE, False), ("conv", CENTRE, False), ("identity", None, False)], True),
+    "residual": ({}, [("conv", WHOLE, True), ("identity", None, False)], False),
+    "residual of one without": ({}, [("conv", WHOLE, True), ("conv", CENTRE, False)], False),
+    "large": (
+        {"kernel_size": 7, "padding": 3, "groups": C},
+        [("conv", Taps(0, 0, 7, 7), True), ("conv", Taps(1, 1, 5, 5), True), ("conv", Taps(1, 1, 3, 3, 2), True)],
+        False,
+    ),
+    "rectangular": (
+        {"kernel_size": (3, 5), "padding": (1, 2)},
+        [("conv", Taps(0, 0, 3, 5), True), ("conv", Taps(1, 0, 1, 5), True), ("identity", None, True)],
+        False,
+    ),
+    "corners": ({"padding": 2, "dilation": (1, 2)}, [("conv", Taps(0, 0, 2, 2), True), ("conv", Taps(1, 1, 2, 2), True)], False),
+    "even": ({"kernel_size": (2, 4), "padding": 1}, [("conv", Taps(0, 0, 2, 4), True), ("conv", Taps(1, 2, 1, 1), True)], False),
+    "reflected": ({"padding_mode": "reflect"}, [("conv", WHOLE, True), ONE, IDENTITY], False),
+}  # fmt: skip
+BACKENDS = ("eager", "branches", "moments", "recompute")
+
+
+class Block(nn.Module):
+    """A block of such a list, as acblock() takes it."""
+
+    def __init__(self, shape: str, backend: str, bias: bool = False) -> None:
+        super().__init__()
+        arguments, branches, total = SHAPES[shape]
+        self.geometry = Geometry.make(**{"kernel_size": 3, "padding": 1} | arguments)
+        self.kinds, self.backend = branches, backend
+        thin = C // self.geometry.groups
+        self.convs = nn.ModuleList()
+        for kind, taps, _ in branches:
+            module = nn.Identity()
+            if kind == "conv":
+                module = nn.Conv2d(thin, C, (taps.rows, taps.columns), bias=bias)
+            self.convs.append(module)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(C) if normed else nn.Identity() for *_, normed in branches)
+        self.total = nn.BatchNorm2d(C) if total else None
+
+    def step(self):
+        def norm_of(bn: nn.Module | None) -> Norm | None:
+            if not isinstance(bn, nn.BatchNorm2d):
+                return None
+            buffers = bn.running_mean, bn.running_var, bn.num_batches_tracked
+            return Norm(bn.weight, bn.bias, *buffers, bn.eps, bn.momentum, bn.training)
+
+        branches = [
+            Branch(taps, getattr(conv, "weight", None), getattr(conv, "bias", None), norm_of(norm))
+            for (_, taps, _), conv, norm in zip(self.kinds, self.convs, self.norms, strict=True)
+        ]
+        return step_of(branches, self.geometry, norm_of(self.total))
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.step()
+        return acblock(x, step.branches, step.geometry, norm=step.norm, backend=self.backend)
+
+
+def modules(block: Block, x: Tensor) -> Tensor:
+    """The block's modules called one by one, by the definition of where a branch's taps are."""
+    g, out = block.geometry, 0
+    for (_, taps, _), conv, norm in zip(block.kinds, block.convs, block.norms, strict=True):
+        y = x
+        if isinstance(conv, nn.Conv2d):
+            place = g.placement(taps)
+            seen = place.apply(x, g.padding_mode)
+            padded = torch.nn.functional.pad(
+                seen, (place.padding[1],) * 2 + (place.padding[0],) * 2, "constant" if g.padding_mode == "zeros" else g.padding_mode
+            )  # fmt: skip
+            y = torch.nn.functional.conv2d(padded, conv.weight, conv.bias, g.stride, 0, place.dilation, g.groups)
+        out = out + norm(y)
+    return out if block.total is None else block.total(out)
+
+
+def truth(block: Block, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    return oracle.run(
+        copy.deepcopy(block).double(), x.double(), grad.double(), lambda b, t: oracle.reference_step(b.step(), t)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_training_step(shape, backend, layout, dtype):
+    block = oracle.scramble(Block(shape, backend)).to(memory_format=layout).to(dtype)
+    x = torch.randn(3, C, 9, 8).to(memory_format=layout).to(dtype)
+    before = x.clone()
+    grad = torch.randn(block(x).shape)
+    got, eager = oracle.run(block, x, grad), oracle.run(copy.deepcopy(block), x, grad, modules)
+    assert got["out"].stride() == eager["out"].stride()
+    oracle.assert_as_good_as(got, eager, truth(block, x, grad))
+    assert torch.equal(x, before)
+    twin = copy.deepcopy(block)
+    block(x), modules(twin, x)
+    for (name, a), e in zip(block.named_buffers(), twin.buffers(), strict=True):
+        assert rel(a, e) < (1e-5 if dtype == torch.float32 else 1e-2), name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_backend_declines_what_it_could_do(shape):
+    norm = {"repvit", "residual", "residual of one without"}
+    same = {"large", "rectangular", "corners", "even", "reflected", "repvgg of stride 2", *norm} - {"large"}
+    x = torch.randn(3, C, 9, 8)
+    for backend, declined in (("branches", norm), ("recompute", norm), ("moments", same)):
+        problem = describe(x, Block(shape, backend).step())
+        assert (planner.choose(problem, backend).backend.NAME != backend) == (shape in declined), backend
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eval_is_one_convolution(shape):
+    block = oracle.scramble(Block(shape, "auto", bias=True)).double().eval()
+    x, grad = torch.randn(3, C, 9, 8), torch.randn(3, C, *block.geometry.output_size(9, 8)).double()
+    assert planner.choose(describe(x.double(), block.step())).backend.NAME == "folded"
+    got, want = oracle.run(block, x.double(), grad), truth(block, x, grad)
+    for name, t in want.items():
+        assert (got[name] - t).norm() <= 1e-11 * max(t.norm(), 1), name
+    (weight, bias), *_ = fold_steps([block.step()])
+    g = block.geometry
+    padded = g.pad_input(x.double())
+    out = torch.nn.functional.conv2d(padded, weight, bias, g.stride, 0, g.dilation, g.groups)
+    assert rel(out, want["out"]) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["branches", "recompute", "moments"])
+@pytest.mark.parametrize("shape", ["textnet", "mobileone", "sum with the identity"])
+def test_gradients_of_every_order_and_half_of_them(shape, backend):
+    block = oracle.scramble(Block(shape, backend)).double()
+    x = torch.randn(2, C, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *_: block(x), (x, *block.parameters()), nondet_tol=1e-12)
+    grad = torch.randn(2, C, 4, 3, dtype=torch.float64)
+    (alone,) = torch.autograd.grad(block(x), x, grad)
+    true = truth(block, x, grad)
+    assert rel(alone, true["x"]) < 1e-10
+    some = dict(list(block.named_parameters())[::2])
+    for (name, _), found in zip(
+        some.items(), torch.autograd.grad(block(x), list(some.values()), grad), strict=True
+    ):
+        assert rel(found, true[name]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("branches", "arguments", "words"),
+    [
+        ([], {}, "branches must be 1 to 8 with one weight at least, got 0 with 0"),
+        ([Branch(None, None)], {}, "got 1 with 0"),
+        ([Branch(WHOLE, torch.ones(C, C, 3, 3))] * 9, {}, "got 9 with 9"),
+        ([Branch(WHOLE, torch.ones(C, C, 3, 2))], {}, r"branches\[0\].weight must be \(6, 6, 3, 3\), got \(6, 6, 3, 2\)"),
+        ([Branch(Taps(1, 1, 3, 3), torch.ones(C, C, 3, 3))], {}, r"branches\[0\].taps must lie inside the 3×3 kernel"),
+        ([Branch(None, torch.ones(C, C, 3, 3))], {}, r"branches\[0\].taps must say which taps"),
+        ([Branch(WHOLE, torch.ones(C, C, 3, 3)), Branch(None, None)], {"stride": 2}, r"branches\[1\], the identity, needs"),
+        ([Branch(WHOLE, torch.ones(C, C, 3, 3)), Branch(WHOLE, None)], {}, r"branches\[1\], the identity, needs"),
+        ([Branch(WHOLE, torch.ones(2, C, 3, 3)), Branch(None, None)], {}, r"got 6 in, 2 out"),
+    ],
+)  # fmt: skip
+def test_lists_that_are_no_blocks(branches, arguments, words):
+    geometry = Geometry.make(**{"kernel_size": 3, "padding": 1} | arguments)
+    with pytest.raises(ValueError, match=words):
+        acblock(torch.randn(2, C, 5, 5), branches, geometry)
