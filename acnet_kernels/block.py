@@ -37,7 +37,7 @@ def taps_of(
     down, right = shift_by = as_pair("shift", shift, -half)
     if max(shift_by) > half:
         raise ValueError(
-            f"shift must keep hor and ver inside the {k}×{k} kernel: between {-half} and {half} each, got {shift_by}"
+            f"shift must keep hor and ver inside the {k}×{k} kernel: from {-half} to {half}, got {shift_by}"
         )
     line = k if line_size is None else as_int(line_size, "line_size must be an int")
     if not (1 <= line <= k and line % 2):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .backends import branches, cost, eager, folded, phases, planner
 from .backends.machine import this_machine
-from .rep import RepBlock
 from .observing import as_input, in_modes, undisturbed
+from .rep import RepBlock
 from .surgery import RECORD, Conversion, blocks_of
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .block import ACBlock
-from .rep import RepBlock
 from .observing import as_call, observe
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import fold_arguments
+from .rep import RepBlock
 from .spec import prefers_channels_last
 from .submodules import is_frozen, refresh
 from .tracing import Usage, trace

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .backends import planner, stopwatch, timings
 from .backends.machine import this_machine
-from .rep import RepBlock
 from .explanation import table, visit
 from .observing import as_input
+from .rep import RepBlock
 from .spec import Problem
 from .surgery import blocks_of
 

@@ -41,6 +41,7 @@ SHAPES = {
     ),
     "corners": ({"padding": 2, "dilation": (1, 2)}, [("conv", Taps(0, 0, 2, 2), True), ("conv", Taps(1, 1, 2, 2), True)], False),
     "even": ({"kernel_size": (2, 4), "padding": 1}, [("conv", Taps(0, 0, 2, 4), True), ("conv", Taps(1, 2, 1, 1), True)], False),
+    "identity alone normalised": ({}, [("conv", WHOLE, False), IDENTITY], False),
     "reflected": ({"padding_mode": "reflect"}, [("conv", WHOLE, True), ONE, IDENTITY], False),
 }  # fmt: skip
 BACKENDS = ("eager", "branches", "moments", "recompute")
@@ -115,7 +116,12 @@ def test_a_training_step(shape, backend, layout, dtype):
     grad = torch.randn(block(x).shape)
     got, eager = oracle.run(block, x, grad), oracle.run(copy.deepcopy(block), x, grad, modules)
     assert got["out"].stride() == eager["out"].stride()
-    oracle.assert_as_good_as(got, eager, truth(block, x, grad))
+    true = truth(block, x, grad)
+    for name in [name for name in true if block.total is not None and name.startswith("norms") and "bias" in name]:
+        # A β before another batch norm has no effect: what its gradient is, is rounding's.
+        assert true.pop(name).abs().max() < 1e-10
+        assert got.pop(name).abs().max() < 1e-4 if dtype == torch.float32 else got.pop(name) is not None
+    oracle.assert_as_good_as(got, eager, true)
     assert torch.equal(x, before)
     twin = copy.deepcopy(block)
     block(x), modules(twin, x)
@@ -125,12 +131,12 @@ def test_a_training_step(shape, backend, layout, dtype):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_backend_declines_what_it_could_do(shape):
-    norm = {"repvit", "residual", "residual of one without"}
-    same = {"large", "rectangular", "corners", "even", "reflected", "repvgg of stride 2", *norm} - {"large"}
+    alone = {"identity alone normalised"}
+    same = {"rectangular", "corners", "even", "reflected", "repvgg of stride 2"}
     x = torch.randn(3, C, 9, 8)
-    for backend, declined in (("branches", norm), ("recompute", norm), ("moments", same)):
+    for backend, declined in (("branches", alone), ("recompute", alone), ("moments", same | alone)):
         problem = describe(x, Block(shape, backend).step())
-        assert (planner.choose(problem, backend).backend.NAME != backend) == (shape in declined), backend
+        assert (backend != planner.choose(problem, backend).backend.NAME) == (shape in declined), backend
 
 
 @pytest.mark.parametrize("shape", SHAPES)

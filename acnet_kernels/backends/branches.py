@@ -31,8 +31,8 @@ from ..geometry import Geometry, Placement
 from ..kernels.window import Window
 from ..ops import bn_sum
 from ..ops.recompute import Branches
-from ..spec import MIXED, Norm, Problem, Step, autocast_dtype
-from . import nodes
+from ..spec import Norm, Problem, Step, autocast_dtype
+from . import mixed, nodes
 from .batchnorm import batch_norm, update_running
 from .convolution import (
     add_input_gradient,
@@ -59,35 +59,35 @@ def declines(problem: Problem) -> str | None:
     """Why this backend cannot compute the problem, or None."""
     if not all(problem.batch_stats):
         return "a batch norm normalises by running statistics"
-    if problem.norm == MIXED:
-        return "some branches have a batch norm of their own alone, and not all"
     if problem.shape[0] == 0:
         return "the batch is empty"
     if problem.dtype not in _DTYPES:
         return f"{problem.dtype} has no batch-norm sum"
     if problem.device not in ("cpu", "cuda", "meta"):
         return f"device type {problem.device} has no batch-norm sum"
-    return None
+    return mixed.declines(problem)
 
 
 def saved_bytes(problem: Problem) -> int:
     """Bytes of maps kept for backward: x as it came, and every y_b."""
     if not problem.grad:
         return 0
+    nested, problem = mixed.saved_bytes(problem), mixed.inner(problem)
     widened = convolution_dtype(problem.dtype, problem.device).itemsize / problem.dtype.itemsize
     inputs = problem.input_bytes // problem.dtype.itemsize * problem.input_dtype.itemsize
-    return inputs + int(len(problem.batch_stats) * problem.output_bytes * widened)
+    return nested + inputs + int(len(problem.batch_stats) * problem.output_bytes * widened)
 
 
 def transient_bytes(problem: Problem) -> int:
     """Bytes of maps that a step holds at most besides what it keeps, its output and its gradients among them."""
+    nested, problem = mixed.transient_bytes(problem), mixed.inner(problem)
     dtype = convolution_dtype(problem.dtype, problem.device)
     forward = problem.output_bytes
     if len(problem.branches) > len(problem.batch_stats):  # a branch's map on its way into their sum
         forward += problem.map_bytes(dtype)[1]
     # The y_b become their own gradients.
     backward = gradient_bytes(problem, dtype) if problem.grad else 0
-    return max(forward, backward) + (problem.map_bytes(dtype)[0] if problem.input_dtype != dtype else 0)
+    return nested + max(forward, backward) + (problem.map_bytes(dtype)[0] if problem.input_dtype != dtype else 0)
 
 
 class Plan(NamedTuple):
@@ -266,7 +266,8 @@ class _Step(torch.autograd.Function):
             return (None,) * len(needs)
         plan: Plan = ctx.plan
         x, *saved = ctx.saved_tensors
-        weights, gammas, [means, rstds, *kept] = plan.split(saved)
+        weights, gammas, rest = plan.split(tuple(saved))
+        means, rstds, *kept = rest
         # Autograd casts what is returned to the inputs' dtypes.
         with nodes.without_autocast(x.device.type):
             if nodes.wants_definition(grad):
@@ -446,7 +447,7 @@ _cached_plan = functools.lru_cache(4096)(_plan)
 
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
-    return run(x, step, phases_of(step, x))
+    return mixed.forward(lambda x, step: run(x, step, phases_of(step, x)), x, step)
 
 
 def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
@@ -474,7 +475,7 @@ class Variant(NamedTuple):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """One step."""
-        return run(x, step, self.phases)
+        return mixed.forward(lambda x, step: run(x, step, self.phases), x, step)
 
 
 def variants(problem: Problem) -> list[Variant]:

@@ -26,9 +26,9 @@ from ..ops import moments as ops
 from ..ops.autocorrelation import autocorrelation, cross_correlation
 from ..ops.bn_sum import mean_and_variance, rstds_of
 from ..ops.check import checked
-from ..spec import MIXED, SUM, Branch, Norm, Problem, Step, autocast_dtype, prefers_channels_last
+from ..spec import SUM, Branch, Norm, Problem, Step, autocast_dtype, prefers_channels_last
+from . import mixed, nodes
 from . import moments_algebra as algebra
-from . import nodes
 from .batchnorm import batch_norm, update_running
 from .convolution import (
     add_convolution,
@@ -61,8 +61,6 @@ def declines(problem: Problem) -> str | None:
     geometry = problem.geometry
     if not all(problem.batch_stats):
         return "a batch norm normalises by its running statistics"
-    if problem.norm == MIXED:
-        return "some branches have a batch norm of their own alone, and not all"
     if geometry.kernel[0] != geometry.kernel[1] or geometry.kernel[0] % 2 == 0:
         return f"kernel_size {geometry.kernel} is not odd and square, for which the identities hold"
     for name, value, wanted in (
@@ -76,16 +74,17 @@ def declines(problem: Problem) -> str | None:
         return f"padding_mode {geometry.padding_mode!r} is not 'zeros'"
     if not problem.dtype.is_floating_point:
         return f"dtype {problem.dtype} is not a float"
-    return None
+    return mixed.declines(problem)
 
 
 def saved_bytes(problem: Problem) -> int:
     """Bytes kept for backward: x, and one number a weight."""
     if not problem.grad:
         return 0
+    nested, problem = mixed.saved_bytes(problem), mixed.inner(problem)
     matrix = problem.out_channels * problem.shape[1] // problem.geometry.groups
     weights = matrix * (math.prod(problem.geometry.kernel) if problem.norm == SUM else _kept_taps(problem))
-    return problem.input_bytes + weights * torch.promote_types(problem.dtype, torch.float32).itemsize
+    return nested + problem.input_bytes + weights * torch.promote_types(problem.dtype, torch.float32).itemsize
 
 
 def _kept_taps(problem: Problem) -> int:
@@ -100,6 +99,7 @@ def transient_bytes(problem: Problem) -> int:
 
     Its matrices are as large as the maps, and where there are many channels or taps they are far larger.
     """
+    nested = mixed.transient_bytes(problem)
     n, c, h, w = problem.shape
     k, groups, cpu = problem.geometry.kernel[0], problem.geometry.groups, problem.device == "cpu"
     thin, small = c // groups, torch.promote_types(problem.dtype, torch.float32)
@@ -117,18 +117,22 @@ def transient_bytes(problem: Problem) -> int:
     )  # and the sums with the pivot, a channel and taps' pair
     forward = max(statistics, y + 8 * kernels + copies)
     if not problem.grad:
-        return forward
+        return nested + forward
     if cpu and thin >= LEAST_CHANNELS_BY_BRANCH:
         parts = 3 * part
     else:
         composite = 3 * groups * (k * k * thin) ** 2 * small.itemsize
         lines = 2 * n * (max(h, w) + k // 2) * algebra.SIDES * (k // 2) * c * small.itemsize
         parts = composite + lines + (2 if problem.channels_last else 4) * part
-    return max(forward, x + 10 * kernels + parts + copies)
+    return nested + max(forward, x + 10 * kernels + parts + copies)
 
 
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
+    return mixed.forward(_forward, x, step)
+
+
+def _forward(x: Tensor, step: Step) -> Tensor:
     geometry, kernel = step.geometry, step.kernel
     x = x.to(autocast_dtype(x.dtype, x.device.type))
     count = x.shape[0] * x.shape[2] * x.shape[3]

@@ -25,7 +25,7 @@ from ..ops import recompute as ops
 from ..ops._extension import TRITON
 from ..ops.check import checked
 from ..spec import Problem, Step, prefers_channels_last
-from . import branches, nodes
+from . import branches, mixed, nodes
 from .batchnorm import update_running
 from .convolution import convolution_dtype, merge_kernels
 
@@ -44,18 +44,23 @@ def declines(problem: Problem) -> str | None:
 
 def saved_bytes(problem: Problem) -> int:
     """Bytes of maps kept for backward: x as it came."""
-    return math.prod(problem.shape) * problem.input_dtype.itemsize if problem.grad else 0
+    inputs = math.prod(problem.shape) * problem.input_dtype.itemsize if problem.grad else 0
+    return inputs + mixed.saved_bytes(problem)
 
 
 def transient_bytes(problem: Problem) -> int:
     """Bytes of maps that a step holds at most besides what it keeps, its output and its gradients among them."""
     dtype = convolution_dtype(problem.dtype, problem.device)
-    maps = len(problem.batch_stats) * problem.map_bytes(dtype)[1]
+    maps = len(mixed.inner(problem).batch_stats) * problem.map_bytes(dtype)[1]
     return maps + branches.transient_bytes(problem)
 
 
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
+    return mixed.forward(_forward, x, step)
+
+
+def _forward(x: Tensor, step: Step) -> Tensor:
     size = step.geometry.output_size(x.shape[2], x.shape[3])
     inputs = branches.inputs_of(x, step)
     if torch.compiler.is_exporting():  # so that the operator is given no dtype, as in branches._composed
