@@ -68,7 +68,7 @@ class RepBlock(nn.Module):
     @property
     def fused(self) -> nn.Conv2d:
         """The folded convolution of a deployed block."""
-        return self._modules[self.FUSED]  # type: ignore[return-value]
+        return getattr(self, self.FUSED)
 
     def submodules(self) -> Submodules:
         """The branches' modules, of a block that is not deployed."""
