@@ -1,5 +1,11 @@
 """Fast, exact re-parameterised blocks for PyTorch: ACNet's (ICCV 2019), RepVGG's, MobileOne's."""
 
+import sys
+from importlib.util import find_spec
+
+if sys.argv[:1] == ["-m"] and find_spec("torch") is None:  # `python -m acnet_kernels` comes by here
+    sys.exit("python -m acnet_kernels: PyTorch is not installed; pip install torch")
+
 from . import checkpoint
 from .backends.planner import memory_saver
 from .block import ACBlock

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ._torch_compat import TorchDispatchMode, tree_leaves
 from .rep import RepBlock
 from .tracing import Other, Usage, is_norm
 

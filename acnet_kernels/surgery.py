@@ -61,7 +61,7 @@ def convert(
             batch norm that is not trained (in eval without gradients, or torchvision's or detectron2's
             FrozenBatchNorm2d) is taken over too; kernels of 0 silence the others there.
         skip: names or fnmatch patterns to leave alone, or a predicate (name, conv) → bool.
-        gamma: starting γ of fresh blocks (the paper's CIFAR networks: 1/3).
+        gamma: starting γ of fresh blocks (the authors' later setting on CIFAR: 1/3).
         backend: the blocks' backend.
         example: what the model is called with: a tensor, its shape (zeros in the dtype and on the device of the
             first parameter), a tuple of arguments or a dict of keyword arguments. Where torch.fx cannot trace the

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from ._torch_compat import BatchNormBase
 from .rep import RepBlock
 from .submodules import is_frozen
 
@@ -29,7 +29,7 @@ Links = dict[nn.Module, set[nn.Module | Other]]
 
 def is_norm(module: nn.Module | None) -> bool:
     """Whether module is a batch norm, of whatever class."""
-    return isinstance(module, _BatchNorm) or (module is not None and is_frozen(module))
+    return isinstance(module, BatchNormBase) or (module is not None and is_frozen(module))
 
 
 def is_conv(module: nn.Module | None) -> bool:

@@ -11,12 +11,12 @@ import torch
 class FakeCuda:
     """Replaces torch.cuda's stream of events, and the host's clock; times are in milliseconds."""
 
-    SLEEP = 2.0  # what any _sleep takes
+    SLEEP = 2.0  # what any sleep takes
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.host = self.free = 0.0  # now, and when the device will have done what is launched
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: self.wait())
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda _: self.launch(0, self.SLEEP))
+        monkeypatch.setattr("acnet_kernels.backends.stopwatch.cuda_sleep", lambda _: self.launch(0, self.SLEEP))
         monkeypatch.setattr(torch.cuda, "Event", lambda **_: Event(self))
         monkeypatch.setattr("time.perf_counter_ns", lambda: round(self.host * 1e6))
 

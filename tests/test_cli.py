@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from acnet_kernels import cli
 from acnet_kernels.paper.training import demo
@@ -127,6 +128,50 @@ def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "acnet_kernels"]
     done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in cli.COMMANDS)
+
+
+def test_without_torch_a_command_says_so():
+    command = [sys.executable, "-S", "-m", "acnet_kernels", "doctor"]  # -S: no installed packages
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "python -m acnet_kernels: PyTorch is not installed; pip install torch\n"
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """The options that train on four pictures of 70×80 pixels, in two classes."""
+    for part in ("train", "val"):
+        for kind in ("cat", "dog"):
+            (tmp_path / "data" / part / kind).mkdir(parents=True)
+            Image.new("RGB", (80, 70)).save(tmp_path / "data" / part / kind / "0.png")
+    return [
+        "--data",
+        tmp_path / "data",
+        "--workers",
+        0,
+        "--batch-size",
+        2,
+        "--epochs",
+        1,
+        "--out",
+        tmp_path / "out",
+    ]
+
+
+@pytest.mark.parametrize("net", ["resnet50", "vgg16", "resnet20"])
+def test_a_network_for_small_images_is_not_trained_on_photographs(photographs, capsys, net):
+    code, printed, errors = run(capsys, "train", "--net", net, *photographs)
+    assert (code, printed, errors.count("\n")) == (2, "", 1)
+    assert (
+        f"net {net} is one for CIFAR's images, up to 64 pixels a side, and the data has images of 224×224" in errors
+    )
+    assert "resnet18" in errors  # one that is made for them
+    assert not photographs[-1].exists()
+
+
+def test_a_network_for_small_images_is_trained_on_photographs_made_small(photographs, capsys):
+    assert run(capsys, "train", "--net", "resnet8", "--image-size", 16, *photographs)[::2] == (0, "")
 
 
 def test_a_closed_pipe_is_no_traceback():

@@ -154,10 +154,18 @@ def test_a_failed_download_says_what_else_would_do(tmp_path, monkeypatch):
     import torchvision
 
     def fail(*args, **kwargs):
-        raise RuntimeError("no network")
+        raise RuntimeError("Tried a site, got:\nno network\n")
 
+    said = r"cannot be downloaded .Tried a site, got: no network.*--data-dir.*package dataset-fashion-mnist$"
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fail)
-    with pytest.raises(UserError, match=r"cannot be downloaded .no network.*--data-dir.*dataset-fashion-mnist"):
+    with pytest.raises(UserError, match=said):
+        open_data("fashion-mnist", CPU, folder=tmp_path)
+
+
+def test_without_torchvision_the_package_with_fashion_mnist_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("acnet_kernels.errors.find_spec", lambda name: None)
+    said = r"torchvision is not installed; pip install 'acnet-kernels\[demo\]'.*package dataset-fashion-mnist$"
+    with pytest.raises(UserError, match=said):
         open_data("fashion-mnist", CPU, folder=tmp_path)
 
 

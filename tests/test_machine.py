@@ -36,8 +36,8 @@ class Processor:
 
     def be(self, info, amx=False, amx_fp16=False):
         self.info.write_text(info + "\nprocessor\t: 1\nmodel name\t: another\n")
-        self.patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        self.patch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: amx_fp16)
+        self.patch.setattr(cpuinfo, "has_amx", lambda: amx)
+        self.patch.setattr(cpuinfo, "has_amx_fp16", lambda: amx_fp16)
         self.patch.setattr(cpuinfo.platform, "machine", lambda: "x86_64")
         forget()
         self.patch.setattr(convolution, "_SLOW_HALF_TYPES", cpuinfo.slow_half_types())

@@ -537,6 +537,39 @@ def test_plots_are_pictures(tmp_path):
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
 
 
+@pytest.mark.parametrize(
+    "errors",
+    [(0.5, 0.08, 0.004), (0.134, 0.128, 0.122), (0.93, 0.91), (0.37, 0.22), (0.002, 0.0013), (0.0, 0.0), (0.25,)],
+)
+def test_the_axes_of_the_curves_have_ticks(tmp_path, monkeypatch, errors):
+    axes = []
+
+    def new_figure(*args, make=report.new_figure, **kwargs):
+        figure, found = make(*args, **kwargs)
+        axes.extend(found)
+        return figure, found
+
+    monkeypatch.setattr(report, "new_figure", new_figure)
+    rows = [
+        {
+            "epoch": i,
+            "train_loss": 1 / i,
+            "test_loss": 2 / i,
+            "train_accuracy": 1 - e,
+            "test_accuracy": 1 - 1.03 * e,
+        }
+        for i, e in enumerate(errors, 1)
+    ]
+    report.plot_curves({"plain": rows}, "title", tmp_path / "curves.png")
+    for axis in (axes[0].xaxis, axes[1].xaxis, axes[1].yaxis):
+        low, high = sorted(axis.get_view_interval())
+        shown = [tick for tick in axis.get_major_locator()() if low <= tick <= high]
+        if axis.axis_name == "x":
+            assert shown == list(range(1, len(errors) + 1))
+        else:
+            assert len(shown) > 2
+
+
 def test_saved_activations_count_each_storage_once():
     n, classes = 6, 5
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 4, classes))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from .._torch_compat import has_amx, has_amx_fp16
+
 
 @functools.cache
 def first() -> dict[str, str]:
@@ -27,9 +29,9 @@ def half_units() -> dict[str, torch.dtype]:
     an emerald-rapids without AMX they took up to twice as long).
     """
     found = {}
-    if torch.cpu._is_amx_tile_supported():
+    if has_amx():
         found["AMX"] = torch.bfloat16
-    if torch.cpu._is_amx_fp16_supported():
+    if has_amx_fp16():
         found["AMX-FP16"] = torch.float16
     if first().get("vendor_id") == "AuthenticAMD" and "avx512_bf16" in first().get("flags", "").split():
         found["AVX512-BF16"] = torch.bfloat16

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._torch_compat import graph_task_id
 from ..ops import bn_sum
 from ..spec import Problem
 from . import branches, cost, eager, folded, moments, recompute, stopwatch, synced, timings
@@ -208,7 +209,7 @@ def _times_at_first_sight(problem: Problem) -> bool:
         and torch.backends.cudnn.benchmark
         and len(candidates(problem)) > 1
         and not torch.cuda.is_current_stream_capturing()
-        and torch._C._current_graph_task_id() == -1
+        and graph_task_id() == -1
     )
 
 

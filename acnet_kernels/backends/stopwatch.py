@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .._torch_compat import cuda_sleep
 from ..spec import Branch, Norm, Problem, Step
 
 
@@ -112,7 +113,7 @@ def running(call: Callable[[], object], device: torch.device) -> float:
     """A CUDA device's time for what the call launches, without the gaps that launching leaves on an idle device."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
-    torch.cuda._sleep(QUEUE)
+    cuda_sleep(QUEUE)
     begin.record()
     call()
     end.record()

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .._torch_compat import OpOverload, base_of, below_autograd, schema_of
+
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MOST_TAPS = 255  # of a kernel's side
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
@@ -140,21 +142,22 @@ def _extent(t: Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
-def refuse_leaves(library: torch.library.Library, operator: torch._ops.OpOverload) -> None:
+def refuse_leaves(library: torch.library.Library, operator: OpOverload) -> None:
     """Has a writing operator raise, as PyTorch's own do, for a leaf that requires a gradient, or its view."""
-    arguments = operator._schema.arguments
+    schema = schema_of(operator)
+    arguments = schema.arguments
     written = [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
     def kernel(*args: Any) -> Any:
         if torch.is_grad_enabled():
             for name, t in _named({name: args[i] for i, name in written}):
-                base = t._base if t._is_view() else t
+                base = base_of(t)
                 if base is not None and base.requires_grad and base.is_leaf:
                     raise ValueError(
                         f"{name} is a leaf that requires a gradient, or its view, and would be changed in place: "
                         f"call {operator.name()} under torch.no_grad()"
                     )
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return operator(*args)
 
-    library.impl(operator._schema.name.split("::")[1], kernel, "Autograd")
+    library.impl(schema.name.split("::")[1], kernel, "Autograd")

@@ -15,12 +15,10 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from ...arguments import make_directory
-from ...errors import UserError
 from ...surgery import fuse
-from .. import models
 from ..training import checkpoints
 from ..training.data import Data, open_data
-from ..training.loop import LAST, Observer, Recipe, Trainer
+from ..training.loop import LAST, Observer, Recipe, Trainer, build_model
 from .plan import Plan
 from .study import Cell, Network
 
@@ -51,12 +49,8 @@ class Lab:
     def check(self, recipe: Recipe) -> None:
         """UserError where the data cannot be opened, or the network is unknown or not made for the data."""
         data = self._open(recipe.data)
-        try:
-            models.check_size(recipe.net, data.size)
-            with torch.device("meta"):
-                models.build(recipe.net, data.classes, data.channels, backend=recipe.backend)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        with torch.device("meta"):
+            build_model(recipe, data)
 
     def data(self, cell: Cell) -> Data:
         """The cell's data set."""

@@ -37,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
     usual = Recipe()
-    add("--preset", choices=tuple(PRESETS), help="the paper's recipe of this network; other options change it")
+    add(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="the authors' later recipe of this network of the paper; other options change it",
+    )
 
     def option(name: str, text: str = "", **settings: Any) -> None:
         # What is not given comes from the preset, or from Recipe: only what is given reaches the namespace.

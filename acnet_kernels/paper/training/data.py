@@ -166,15 +166,16 @@ def find_fashion_mnist(folder: Path | None) -> Path | None:
 
 
 def _download_fashion_mnist(folder: Path) -> Path:
-    require("Fashion-MNIST is not on this machine, and downloading it", torchvision="torchvision")
-    from torchvision.datasets import FashionMNIST
-
     try:
+        require("a download", torchvision="torchvision")
+        from torchvision.datasets import FashionMNIST
+
         FashionMNIST(folder, download=True)
-    except (OSError, RuntimeError) as error:
+    except (UserError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())  # torchvision's is of several lines
         raise UserError(
-            f"Fashion-MNIST is not in {folder} and cannot be downloaded ({error}): give its directory as "
-            "--data-dir, or install Debian's dataset-fashion-mnist"
+            f"Fashion-MNIST is not in {folder} and cannot be downloaded ({reason}): give its directory as "
+            "--data-dir, or install Debian's package dataset-fashion-mnist"
         ) from None
     return folder / "FashionMNIST/raw"
 

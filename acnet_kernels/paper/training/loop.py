@@ -1,4 +1,4 @@
-"""The training loop: the paper's recipe, resumable before any step with bit-identical results."""
+"""The training loop: the authors' recipe, resumable before any step with bit-identical results."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ ROW = {"epoch": 0} | dict.fromkeys(
 class Recipe:
     """Everything that decides a run's weights on one machine; a resumed run must have the same.
 
-    SGD with momentum 0.9, the learning rate falling to zero along a cosine over all steps, the weight decay on
-    every parameter (arXiv 1908.03930 §4). `bias_lr_factor` scales the rate of all biases, batch norms' β
-    included (the authors' code: 2).
+    SGD with momentum 0.9, the weight decay on every parameter (arXiv 1908.03930 §4); the learning rate falls to
+    zero along a cosine over all steps, as in the authors' later README, where the paper lowers it in steps.
+    `bias_lr_factor` scales the rate of all biases, batch norms' β included (the authors' code: 2).
     """
 
     data: str = "digits"
@@ -67,9 +67,10 @@ class Observer(Protocol):
 
 
 def build_model(recipe: Recipe, data: Data) -> nn.Module:
-    """The recipe's network for the data, on the CPU; UserError where there is none such."""
+    """The recipe's network for the data, on the CPU; UserError where there is none such, or none of that size."""
     options = {"backend": recipe.backend} if recipe.block != "plain" else {}
     try:
+        models.check_size(recipe.net, data.size)
         return models.build(recipe.net, data.classes, data.channels, recipe.block, **options)
     except ValueError as error:
         raise UserError(str(error)) from None

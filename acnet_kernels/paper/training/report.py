@@ -112,7 +112,7 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], title: s
         title: over both panels.
         path: the PNG to write.
     """
-    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
+    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter
 
     figure, axes = new_figure(2, width=9.0, height=3.8)
     for (label, rows), colour in zip(histories.items(), COLOURS, strict=False):
@@ -130,10 +130,12 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], title: s
     axes[1].set_yscale("symlog", linthresh=1, linscale=0.5)
     if max(row[f"{part}_accuracy"] for rows in histories.values() for row in rows for part in PARTS) > 0.99:
         axes[1].set_ylim(bottom=0)
-    axes[1].yaxis.set_major_locator(FixedLocator((0, 1, 2, 3, 5, 10, 20, 30, 50, 100)))
+    low, high = axes[1].get_ylim()
+    ticks = [tick for tick in (0, 1, 2, 3, 5, 10, 20, 30, 50, 100) if low <= tick <= high]
+    axes[1].yaxis.set_major_locator(FixedLocator(ticks) if len(ticks) > 2 else MaxNLocator(5))
     for axis in axes:
         axis.set(xlabel="epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(True, color="0.92")
