@@ -171,7 +171,7 @@ def conv_cases(arch: int) -> Iterator[Case]:
 
 def bn_cases(arch: int) -> Iterator[Case]:
     """The batch-norm passes over three maps: every channel block in every dtype, and the merges."""
-    scalars = dict.fromkeys(("M", "TILES", "ROWS", "SPLITS", "STRIDE"), "i32") | {"K": "i32:16", "B": 3}
+    scalars = dict.fromkeys(("M", "TILES", "ROWS", "SPLITS", "STRIDE"), "i32") | {"K": "i32:16", "B": 3, "ADDED": 0}
     names = ("partial", "scale", "bias", "coefficient", "dgamma", "dbeta")
     vectors = dict.fromkeys((f"{name}_ptr" for name in names), "*fp32")
     vectors |= dict.fromkeys(("mean_ptr", "var_ptr", "rstd_ptr"), "*fp64")

@@ -69,6 +69,12 @@ auto dispatch(ScalarType maps, ScalarType outer, const Body& body) {
   return outer == ScalarType::BFloat16 ? body(float{}, c10::BFloat16{}, float{}) : body(float{}, c10::Half{}, float{});
 }
 
+void check_like(const Check& check, const View& map, const Entry& name, const View& y) {
+  check(map.type() == y.type() && map.has_shape({y.sizes[0], y.sizes[1], y.sizes[2], y.sizes[3]}), name,
+        " must agree in shape and dtype with ys[0], ", y.dtype->name, " of ", y.shape(), ", got ", map.dtype->name, " of ",
+        map.shape());
+}
+
 // The maps, those with a batch norm first, then those without; checked but for their layout.
 std::vector<View> maps_of(const Check& check, const Tensors& ys, const Tensors& added = {}) {
   check(!ys.empty() && ys.size() <= kMaxMaps, "ys must hold 1 to ", kMaxMaps, " maps, got ", ys.size());
@@ -80,11 +86,9 @@ std::vector<View> maps_of(const Check& check, const Tensors& ys, const Tensors& 
   check(y.dim == 4 && !y.empty(), "ys must be non-empty N×K×H×W maps, got ", y.shape());
   check.floats(y, "ys");
   for (size_t b = 0; b < views.size(); ++b) {
-    const bool normed = b < ys.size();
-    check.readable(views[b], normed ? Entry{"ys", b} : Entry{"added", b - ys.size()});
-    check(views[b].type() == y.type() && views[b].has_shape({y.sizes[0], y.sizes[1], y.sizes[2], y.sizes[3]}),
-          normed ? "ys must agree" : "added must agree with ys", " in shape and dtype, got ", y.dtype->name, " of ",
-          y.shape(), " and ", views[b].dtype->name, " of ", views[b].shape());
+    const Entry name = b < ys.size() ? Entry{"ys", b} : Entry{"added", b - ys.size()};
+    check.readable(views[b], name);
+    check_like(check, views[b], name, y);
   }
   return views;
 }
@@ -378,17 +382,14 @@ std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tens
   const auto wanted = static_cast<size_t>(std::count(needs_dy.begin(), needs_dy.end(), true));
   check(dys.size() == wanted, "dys must have one entry per true entry of needs_dy, ", wanted, " here, got ", dys.size());
   const std::vector<View> written(dys.begin(), dys.end());
-  const View& like = from.maps[0];
   std::vector<void*> targets(ys.size(), nullptr);
   for (size_t b = 0, i = 0; b < ys.size(); ++b) {
     if (!needs_dy[b]) continue;
     const Entry name{"dys", i};
     const View& dy = written[i];
     check.readable(dy, name);
-    check(dy.type() == like.type() && dy.has_shape({like.sizes[0], like.sizes[1], like.sizes[2], like.sizes[3]}) &&
-              dy.dense(from.plan.channels_last),
-          name, " must agree with ys in shape, dtype and layout, got ", dy.dtype->name, " of ", dy.shape(), ", ys are ",
-          like.dtype->name, " of ", like.shape());
+    check_like(check, dy, name, from.maps[0]);
+    check(dy.dense(from.plan.channels_last), name, " must have the layout of ys");
     for (size_t other = 0; other < ys.size(); ++other)
       if (other != b || dy.data != from.maps[b].data) check.apart(dy, name, from.maps[other], Entry{"ys", other});
     for (size_t other = 0; other < i; ++other) check.apart(dy, name, written[other], Entry{"dys", other});

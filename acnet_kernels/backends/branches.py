@@ -123,7 +123,7 @@ class Plan(NamedTuple):
             return triton_phases.forward(x, self.names, cast, gammas, betas, self.eps, self.window)
         ys = self.maps(x, weights)
         dtype = None if self.dtype == ys[0].dtype else self.dtype
-        out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, dtype)
+        out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, [], dtype)
         return out, ys, means, variances, rstds
 
     def definition(self, x: Tensor, *tensors: Tensor) -> Tensor:
@@ -210,8 +210,8 @@ class _Step(torch.autograd.Function):
             grad = bn_sum.like(grad, ys[0])
             with torch._C._AutoDispatchBelowAutograd():
                 if ctx.owns_maps and not torch._C._autograd._get_current_graph_task_keep_graph():
-                    dgammas, dbeta = bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy)
                     dys = [y for y, need in zip(ys, needs_dy, strict=True) if need]
+                    dgammas, dbeta = bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy, dys)
                 else:
                     dys, dgammas, dbeta = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy)
             dx, dws = convolution_gradients(plan, dys, x, weights, needs_x, needs_w)

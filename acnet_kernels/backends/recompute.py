@@ -162,7 +162,7 @@ def _triton_statistics(x: Tensor, kernels: dict[str, Tensor], plan: branches.Pla
 def _statistics_of(ys: list[Tensor], eps: list[float]) -> tuple[Tensor, Tensor]:
     """(means, rstds) of CUDA maps, B×K float64."""
     if not all(y.is_contiguous(memory_format=torch.channels_last) for y in ys):
-        _, means, _, rstds = bn_sum.bn_sum_forward(ys, [], [], eps, None)
+        _, means, _, rstds = bn_sum.bn_sum_forward(ys, [], [], eps, [], None)
         return means, rstds
     from ..ops import triton_bn_sum  # Triton is slow to import, and only CUDA needs it
 
@@ -209,8 +209,8 @@ def _step_backward(
         if _has_triton(x):  # forward's are of another kernel's maps: what that rounds otherwise, times Σg, is no dγ
             means, rstds = _statistics_of(ys, eps)
         like = bn_sum.like(grad, ys[0])
-        dgammas, dbeta = bn_sum.bn_sum_backward_(like, ys, means, rstds, gammas, needs_dy)
         dys = [y for y, need in zip(ys, needs_dy, strict=True) if need]
+        dgammas, dbeta = bn_sum.bn_sum_backward_(like, ys, means, rstds, gammas, needs_dy, dys)
         dx, dws = branches.convolution_gradients(plan, dys, x, tuple(weights), need_x, tuple(need_weights))
     return (
         x.new_empty(0) if dx is None else _as(dx, x),
