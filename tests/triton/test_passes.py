@@ -1,5 +1,7 @@
 """The four batch-norm passes on their own, against float64."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,12 @@ def maps(B: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
 
 
 def by_torch(
-    ys: list[Tensor], gammas: list[Tensor], betas: list[Tensor], eps: list[float], grad: Tensor
+    ys: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    eps: list[float],
+    grad: Tensor,
+    added: Sequence[Tensor] = (),
 ) -> dict[str, Tensor]:
     """Output and gradients by F.batch_norm; float64 parameters for float64 maps, else float32."""
     params = torch.promote_types(ys[0].dtype, torch.float32)
@@ -31,7 +38,7 @@ def by_torch(
     affine = list(zip(scales, shifts, strict=True)) or [(None, None)] * len(ys)
     out = sum(
         F.batch_norm(y, None, None, g, b, True, 0.0, e) for y, (g, b), e in zip(leaves, affine, eps, strict=True)
-    )
+    ) + sum(added)
     out.backward(grad.to(out.dtype))
     found = {"out": out.detach()} | {f"dy{i}": y.grad for i, y in enumerate(leaves)}
     found |= {f"dgamma{i}": t.grad for i, t in enumerate(scales)}
@@ -40,24 +47,28 @@ def by_torch(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("B", "in_place"), [(1, True), (2, False), (3, True), (3, False)])
-def test_passes(B: int, shape: tuple[int, ...], dtype: torch.dtype, in_place: bool, device: torch.device) -> None:
+@pytest.mark.parametrize(("B", "more", "in_place"), [(1, 0, True), (2, 1, False), (3, 5, True), (8, 0, True)])
+def test_passes(
+    B: int, more: int, shape: tuple[int, ...], dtype: torch.dtype, in_place: bool, device: torch.device
+) -> None:
     ys, grad = maps(B, shape, dtype, device), maps(1, shape, dtype, device)[0]
     gammas, betas = ([torch.randn(shape[1], device=device) for _ in ys] for _ in range(2))
     if B == 2:
         gammas, betas = [], []
-    eps = [1e-5, 1e-3, 1e-4][:B]
-    eager = by_torch(ys, gammas, betas, eps, grad)
-    true = by_torch([y.double() for y in ys], gammas, betas, eps, grad)
-    out, means, _, rstds = triton_bn_sum.bn_sum_forward(ys, gammas, betas, eps, [], None)
+    eps, added = ([1e-5, 1e-3, 1e-4] * 3)[:B], maps(more, shape, dtype, device)
+    eager = by_torch(ys, gammas, betas, eps, grad, added)
+    true = by_torch([y.double() for y in ys], gammas, betas, eps, grad, [z.double() for z in added])
+    out, means, _, rstds = triton_bn_sum.bn_sum_forward(ys, gammas, betas, eps, added, None)
     kept = [y.clone() for y in ys]
     needs_dy = [b != 1 for b in range(B)]  # the second map's gradient is nobody's wish
     if in_place:
-        dgammas, dbeta = triton_bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy)
         dys = [y for y, need in zip(ys, needs_dy, strict=True) if need]
+        if B > 1:  # the last map is needed still
+            dys[-1] = torch.full_like(ys[-1], torch.nan)
+        dgammas, dbeta = triton_bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy, dys)
     else:
         dys, dgammas, dbeta = triton_bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy)
-    assert all(torch.equal(y, k) for y, k, need in zip(ys, kept, needs_dy, strict=True) if not (in_place and need))
+    assert all(torch.equal(y, k) for y, k in zip(ys, kept, strict=True) if not any(y is dy for dy in dys))
     got, given = {"out": out}, iter(dys)
     for i in range(B):
         got |= {f"dy{i}": next(given)} if needs_dy[i] else {}
