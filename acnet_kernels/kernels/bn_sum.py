@@ -136,8 +136,9 @@ def apply(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out = Σ_b s_b·(y_b − μ_b) + bias + Σ_a z_a, the ADDED z_a being ys from B on. Grid: (row blocks, channel blocks).
+    """out = Σ_b s_b·(y_b − μ_b) + bias + Σ_a z_a, ys being the B y_b and the ADDED z_a.
 
+    Grid: (row blocks, channel blocks).
     Not s_b·y_b + shift: that cancels where |μ| ≫ σ.
     """
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

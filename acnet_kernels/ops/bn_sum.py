@@ -1,7 +1,7 @@
-"""Batch-norm sums, out = Σ_b BN_b(y_b) + Σ_a z_a with the batch's own statistics, and their gradient, as operators.
+"""Batch-norm sums, out = Σ_b BN_b(y_b) + Σ_a z_a by the batch's own statistics, and their gradient, as operators.
 
     bn_sum_forward(ys, gammas, betas, eps, added, dtype) -> (out, means, variances, rstds)
-        out = Σ_b (γ_b·(y_b − μ_b)·rstd_b + β_b) + Σ_a z_a, in the layout of ys, and in `dtype`: None for that of ys.
+        out = Σ_b (γ_b·(y_b − μ_b)·rstd_b + β_b) + Σ_a z_a, in the layout of ys, and in `dtype`: None for theirs.
     bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy) -> (dys, dgammas, dbeta)
         dys holds dy_b for every b with needs_dy[b], in order, in the dtype and layout of ys. Every branch's dβ is
         the same Σ grad, hence one dbeta. The gradient of every z_a is grad.
@@ -9,12 +9,12 @@
         The same, written into `dys`, one for every b with needs_dy[b], in order: y_b itself, whose memory it takes,
         or a map that shares no memory with anything else, as for a y_b that is needed still.
 
-Arguments: `ys`, the maps y_b, and `added`, the maps z_a: 1 to 8 together, at least one of them in ys, N×K×H×W of one
-shape, dtype (float32, float64, bfloat16, float16) and layout (all contiguous or all channels_last); `gammas` and
-`betas`, one (K,) a y_b, or [] for γ = 1 and β = 0; `eps`, a float a y_b; `dtype`, bfloat16 or float16 for float32 ys;
-`grad` like out. `means`, `variances` (biased) and `rstds` are (len(ys), K) float64: float32 would round away the
-deviation of a map whose mean is far larger. `dgammas` is (len(ys), K) and `dbeta` (K,), float64 for float64 maps,
-float32 otherwise.
+Arguments: `ys`, the maps y_b, and `added`, the maps z_a: 1 to 8 together, at least one of them in ys, N×K×H×W of
+one shape, dtype (float32, float64, bfloat16, float16) and layout (all contiguous or all channels_last); `gammas`
+and `betas`, one (K,) a y_b, or [] for γ = 1 and β = 0; `eps`, a float a y_b; `dtype`, bfloat16 or float16 where ys
+are float32; `grad` like out. `means`, `variances` (biased) and `rstds` are (len(ys), K) float64: float32 would
+round away the deviation of a map whose mean is far larger. `dgammas` is (len(ys), K) and `dbeta` (K,), float64 for
+float64 maps, float32 otherwise.
 Running statistics are the caller's (backends/batchnorm.py); a variance far below ε cannot be had from rstd.
 
 With ŷ_b = (y_b − μ_b)·rstd_b, M = N·H·W and g = grad:
@@ -41,8 +41,8 @@ _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 if MISSING is not None:
     _COMMON = "Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy"
     _LIBRARY.define(
-        "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, Tensor[] added, ScalarType? dtype)"
-        " -> (Tensor, Tensor, Tensor, Tensor)"
+        "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, Tensor[] added,"
+        " ScalarType? dtype) -> (Tensor, Tensor, Tensor, Tensor)"
     )
     _LIBRARY.define(f"bn_sum_backward(Tensor grad, Tensor[] ys, {_COMMON}) -> (Tensor[], Tensor, Tensor)")
     _LIBRARY.define(f"bn_sum_backward_(Tensor grad, Tensor[] ys, {_COMMON}, Tensor(a!)[] dys) -> (Tensor, Tensor)")
@@ -177,14 +177,10 @@ def _check_written(
     for name, dy in written:
         if not (dy.is_contiguous() or dy.is_contiguous(memory_format=torch.channels_last)):
             raise ValueError(f"{name} must be contiguous or channels_last, got strides {dy.stride()}")
-    read = [
-        ("grad", grad),
-        ("means", means),
-        ("rstds", rstds),
-        *((f"gammas[{b}]", t) for b, t in enumerate(gammas)),
-    ]
-    for b, (y, dy) in enumerate(zip(ys, _by_map(dys, needs_dy), strict=True)):
-        if dy is None or (dy.data_ptr(), dy.stride()) != (y.data_ptr(), y.stride()):
+    read = [("grad", grad), ("means", means), ("rstds", rstds)]
+    read += [(f"gammas[{b}]", gamma) for b, gamma in enumerate(gammas)]
+    for b, (y, target) in enumerate(zip(ys, _by_map(dys, needs_dy), strict=True)):
+        if target is None or (target.data_ptr(), target.stride()) != (y.data_ptr(), y.stride()):
             read.append((f"ys[{b}]", y))
     check.apart(written, read)
 

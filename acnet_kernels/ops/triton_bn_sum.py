@@ -115,7 +115,7 @@ def _vectors(parameters: Sequence[Tensor], B: int) -> tuple[Tensor | None, ...]:
 def apply(
     ys: Sequence[Tensor], norms: Norms, added: Sequence[Tensor] = (), dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Σ_b scale_b·(y_b − mean_b) + bias + Σ added, with the maps' strides, in `dtype` (None: theirs): one launch."""
+    """Σ_b scale_b·(y_b − mean_b) + bias + Σ added, in the maps' strides and `dtype` (None: theirs): one launch."""
     check_maps(**_named(ys=ys, added=added))
     out = torch.empty_like(ys[0], dtype=dtype)
     M, K = pixels(out), out.shape[1]
