@@ -169,16 +169,17 @@ def conv_cases(arch: int) -> Iterator[Case]:
                 yield conv_case(kind, arch, dtype, mode, config, variation)
 
 
-def bn_cases(arch: int) -> Iterator[Case]:
-    """The batch-norm passes over three maps: every channel block in every dtype, and the merges."""
-    scalars = dict.fromkeys(("M", "TILES", "ROWS", "SPLITS", "STRIDE"), "i32") | {"K": "i32:16", "B": 3}
+def bn_cases(arch: int, count: int = 3) -> Iterator[Case]:
+    """The batch-norm passes over `count` maps: every channel block in every dtype, and the merges."""
+    scalars = dict.fromkeys(("M", "TILES", "ROWS", "SPLITS", "STRIDE"), "i32")
+    scalars |= {"K": "i32:16", "B": count, "ADDED": 0}
     names = ("partial", "scale", "bias", "coefficient", "dgamma", "dbeta")
     vectors = dict.fromkeys((f"{name}_ptr" for name in names), "*fp32")
     vectors |= dict.fromkeys(("mean_ptr", "var_ptr", "rstd_ptr"), "*fp64")
-    triples = dict.fromkeys(("gammas", "betas", "partials"), ("*fp32",) * 3)
-    common = {**scalars, **vectors, **triples, "eps": ("fp32",) * 3, "sizes": ("i32",) * 3}
+    tuples = dict.fromkeys(("gammas", "betas", "partials"), ("*fp32",) * count)
+    common = {**scalars, **vectors, **tuples, "eps": ("fp32",) * count, "sizes": ("i32",) * count}
     for dtype in ("bf16", "fp16", "fp32"):
-        maps = dict.fromkeys(("ys", "dys", "dws"), (f"*{dtype}",) * 3)
+        maps = dict.fromkeys(("ys", "dys", "dws"), (f"*{dtype}",) * count)
         maps |= dict.fromkeys(("g_ptr", "out_ptr"), f"*{dtype}")
         for kernel in STREAMING:
             for K in (16, 32, 64, 128) if dtype == "bf16" else (128,):
@@ -187,7 +188,7 @@ def bn_cases(arch: int) -> Iterator[Case]:
                 yield Case(kernel.__name__, arch, dtype, "", (*tile, *STREAMED), "", {**common, **maps, **sizes})
     for kernel in MERGING:
         sizes = {"BLOCK_T": 256, "BLOCK": 1024}
-        dws = {"dws": ("*bf16",) * 3}
+        dws = {"dws": ("*bf16",) * count}
         yield Case(kernel.__name__, arch, "fp32", "", STREAMED, "", {**common, **dws, **sizes})
 
 

@@ -1,4 +1,4 @@
-// The operators bn_sum_forward, bn_sum_backward and bn_sum_backward_ on the CPU: checks, slabs, threads and merging.
+// The operators bn_sum_forward, bn_sum_backward and bn_sum_backward_ on the CPU: checks, chunks, threads and merging.
 // Their meaning is documented once, in acnet_kernels/ops/bn_sum.py. The passes are in bn_sum_kernels.h.
 #include "bn_sum.h"
 
@@ -23,8 +23,9 @@
 namespace acnet::bn_sum {
 namespace {
 
-constexpr int64_t kSlabElements = 16 << 10;  // a slab is worth a task of its own from here on
-constexpr int64_t kMostSlabs = 64;
+constexpr int64_t kChunkElements = 16 << 10;  // a chunk is worth a task of its own from here on
+constexpr int64_t kMostChunks = 64;
+constexpr int64_t kWidestRow = 512;  // of more than one pixel
 
 // The best instruction set of this processor, limited by ATEN_CPU_CAPABILITY (default, avx2, avx512) as in ATen.
 template <class T, class O, class A>
@@ -68,47 +69,60 @@ auto dispatch(ScalarType maps, ScalarType outer, const Body& body) {
   return outer == ScalarType::BFloat16 ? body(float{}, c10::BFloat16{}, float{}) : body(float{}, c10::Half{}, float{});
 }
 
-// The maps, checked but for their layout.
-std::vector<View> maps_of(const Check& check, const Tensors& ys) {
-  check(!ys.empty() && ys.size() <= kMaxBranches, "ys must hold 1 to ", kMaxBranches, " maps, got ", ys.size());
+void check_like(const Check& check, const View& map, const Entry& name, const View& y) {
+  check(map.type() == y.type() && map.has_shape({y.sizes[0], y.sizes[1], y.sizes[2], y.sizes[3]}), name,
+        " must agree in shape and dtype with ys[0], ", y.dtype->name, " of ", y.shape(), ", got ", map.dtype->name, " of ",
+        map.shape());
+}
+
+// The maps, those with a batch norm first, then those without; checked but for their layout.
+std::vector<View> maps_of(const Check& check, const Tensors& ys, const Tensors& added = {}) {
+  check(!ys.empty() && ys.size() <= kMaxMaps, "ys must hold 1 to ", kMaxMaps, " maps, got ", ys.size());
+  check(added.size() <= kMaxMaps - ys.size(), "ys and added must hold at most ", kMaxMaps, " maps together, got ",
+        ys.size(), " and ", added.size());
   std::vector<View> views(ys.begin(), ys.end());
+  for (const Tensor& map : added) views.emplace_back(map);
   const View& y = views[0];
   check(y.dim == 4 && !y.empty(), "ys must be non-empty N×K×H×W maps, got ", y.shape());
   check.floats(y, "ys");
   for (size_t b = 0; b < views.size(); ++b) {
-    check.readable(views[b], Entry{"ys", b});
-    check(views[b].type() == y.type() && views[b].has_shape({y.sizes[0], y.sizes[1], y.sizes[2], y.sizes[3]}),
-          "ys must agree in shape and dtype, got ", y.dtype->name, " of ", y.shape(), " and ", views[b].dtype->name, " of ",
-          views[b].shape());
+    const Entry name = b < ys.size() ? Entry{"ys", b} : Entry{"added", b - ys.size()};
+    check.readable(views[b], name);
+    check_like(check, views[b], name, y);
   }
   return views;
 }
 
-Plan plan_of(const Check& check, const std::vector<View>& ys) {
-  const View& y = ys[0];
+// How maps lie and are cut, the first `normed` of which have a batch norm.
+Plan plan_of(const Check& check, const std::vector<View>& maps, size_t normed) {
+  const View& y = maps[0];
   Plan plan{};
-  plan.branches = static_cast<int>(ys.size());
+  plan.maps = static_cast<int>(normed);
   plan.images = y.sizes[0];
   plan.channels = y.sizes[1];
   plan.pixels = y.sizes[2] * y.sizes[3];
   // Where both layouts describe the memory, the one with the longer runs.
   plan.channels_last = y.dense(true) && !(y.dense(false) && plan.pixels >= plan.channels);
-  for (const View& other : ys) check(other.dense(plan.channels_last), "ys must all be contiguous or all channels_last");
+  for (size_t b = 0; b < maps.size(); ++b)
+    check(maps[b].dense(plan.channels_last), b < normed ? "ys" : "ys and added",
+          " must all be contiguous or all channels_last");
   if (plan.channels_last) {
-    // Rows of whole 64-byte vectors of float, not narrower than four of them, unless that takes too many pixels.
-    const int64_t whole = std::lcm(plan.channels, int64_t{16}) / plan.channels;
-    plan.fold = whole * std::max<int64_t>(1, 64 / (whole * plan.channels));
-    if (plan.width() > 512) plan.fold = std::max<int64_t>(1, 64 / plan.channels);
-    const int64_t rows = plan.images * plan.pixels / plan.fold;
-    const int64_t least = std::max<int64_t>(1, kSlabElements / plan.width());
-    plan.slab = std::max(least, (rows + kMostSlabs - 1) / kMostSlabs);
-    plan.slabs = std::max<int64_t>(1, rows / plan.slab);
+    // Rows of whole groups of four 64-byte vectors of float, or of whole vectors, unless that takes too many pixels.
+    for (const int64_t columns : {64, 16}) {
+      plan.pixels_per_row = std::lcm(plan.channels, columns) / plan.channels;
+      if (plan.width() <= kWidestRow) break;
+    }
+    if (plan.width() > kWidestRow) plan.pixels_per_row = std::max<int64_t>(1, 64 / plan.channels);
+    const int64_t rows = plan.images * plan.pixels / plan.pixels_per_row;
+    const int64_t least = std::max<int64_t>(1, kChunkElements / plan.width());
+    plan.chunk = std::max(least, (rows + kMostChunks - 1) / kMostChunks);
+    plan.chunks = std::max<int64_t>(1, rows / plan.chunk);
   } else {
-    plan.fold = 1;
-    const int64_t least = std::max<int64_t>(1, kSlabElements / plan.pixels);
-    const int64_t most = std::max<int64_t>(1, kMostSlabs / plan.channels);
-    plan.slab = std::max(least, (plan.images + most - 1) / most);
-    plan.slabs = std::max<int64_t>(1, plan.images / plan.slab);
+    plan.pixels_per_row = 1;
+    const int64_t least = std::max<int64_t>(1, kChunkElements / plan.pixels);
+    const int64_t most = std::max<int64_t>(1, kMostChunks / plan.channels);
+    plan.chunk = std::max(least, (plan.images + most - 1) / most);
+    plan.chunks = std::max<int64_t>(1, plan.images / plan.chunk);
   }
   return plan;
 }
@@ -116,7 +130,7 @@ Plan plan_of(const Check& check, const std::vector<View>& ys) {
 template <class F>
 void run(const Plan& plan, const F& pass) {
   const int64_t elements = plan.images * plan.channels * plan.pixels;
-  const int64_t grain = std::max<int64_t>(1, plan.tasks() * kSlabElements / std::max<int64_t>(1, elements));
+  const int64_t grain = std::max<int64_t>(1, plan.tasks() * kChunkElements / std::max<int64_t>(1, elements));
   torch::stable::parallel_for(0, plan.tasks(), grain, pass);
 }
 
@@ -128,8 +142,8 @@ std::vector<const void*> pointers(const std::vector<View>& maps) {
 
 // γ or β of every map, of any strides: one vector of K channels each, or none at all.
 std::vector<View> affine_of(const Check& check, const char* name, const Tensors& values, const Plan& plan) {
-  check(values.empty() || values.size() == static_cast<size_t>(plan.branches), name, " must have one entry per map, ",
-        plan.branches, " here, or none, got ", values.size());
+  check(values.empty() || values.size() == static_cast<size_t>(plan.maps), name, " must have one entry per map, ",
+        plan.maps, " here, or none, got ", values.size());
   std::vector<View> views(values.begin(), values.end());
   for (size_t b = 0; b < views.size(); ++b) {
     check.readable(views[b], Entry{name, b});
@@ -144,7 +158,7 @@ void check_outer(const Check& check, const View& y, ScalarType outer) {
         "out and grad must have the dtype of ys, ", y.dtype->name, ", or bfloat16 or float16 where ys are float32");
 }
 
-// The K values of branch b as A; `missing` where there are none at all.
+// The K values of map b as A; `missing` where there are none at all.
 template <class A>
 std::vector<A> channel_values(const std::vector<View>& all, size_t b, int64_t channels, A missing) {
   std::vector<A> values(channels, missing);
@@ -158,14 +172,14 @@ std::vector<A> channel_values(const std::vector<View>& all, size_t b, int64_t ch
   return values;
 }
 
-// Repeats every K values `fold` times: one coefficient a column.
+// Repeats every K values `pixels_per_row` times: one coefficient a column.
 template <class A>
 std::vector<A> widen(const Plan& plan, const std::vector<A>& values) {
-  if (plan.fold == 1) return values;
+  if (plan.pixels_per_row == 1) return values;
   std::vector<A> wide;
-  wide.reserve(values.size() * plan.fold);
+  wide.reserve(values.size() * plan.pixels_per_row);
   for (auto from = values.begin(); from != values.end(); from += plan.channels)
-    for (int64_t f = 0; f < plan.fold; ++f) wide.insert(wide.end(), from, from + plan.channels);
+    for (int64_t f = 0; f < plan.pixels_per_row; ++f) wide.insert(wide.end(), from, from + plan.channels);
   return wide;
 }
 
@@ -199,13 +213,13 @@ double plain_mean(const Tensor& y, int64_t channel) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
-                                                   std::optional<ScalarType> dtype) {
+                                                   Tensors added, std::optional<ScalarType> dtype) {
   constexpr Check check("bn_sum_forward");
-  const std::vector<View> maps = maps_of(check, ys);
-  const Plan plan = plan_of(check, maps);
-  const size_t branches = ys.size();
+  const std::vector<View> maps = maps_of(check, ys, added);
+  const size_t normed = ys.size();
+  const Plan plan = plan_of(check, maps, normed);
   const std::vector<View> scales = affine_of(check, "gammas", gammas, plan), shifts = affine_of(check, "betas", betas, plan);
-  check(eps.size() == branches, "eps must have one entry per map, ", branches, " here, got ", eps.size());
+  check(eps.size() == normed, "eps must have one entry per map, ", normed, " here, got ", eps.size());
   const ScalarType type = maps[0].type();
   check_outer(check, maps[0], dtype.value_or(type));
   return dispatch(type, dtype.value_or(type), [&](auto element, auto outer, auto accumulator) {
@@ -214,37 +228,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
     const Passes<A>& pass = passes<E, decltype(outer), A>();
     Tensor out = empty_map(ys[0], dtype.value_or(type));
     const std::vector<const void*> y = pointers(maps);
-    const int64_t channels = plan.channels, per_slab = plan.branches * channels;
-    std::vector<double> slab_mean(plan.slabs * per_slab), slab_m2(plan.slabs * per_slab);
-    std::vector<A> pivot(per_slab);
-    for (size_t b = 0; b < branches; ++b)
+    const int64_t channels = plan.channels, per_chunk = plan.maps * channels;
+    std::vector<double> chunk_mean(plan.chunks * per_chunk), chunk_m2(plan.chunks * per_chunk);
+    std::vector<A> pivot(per_chunk);
+    for (size_t b = 0; b < normed; ++b)
       for (int64_t k = 0; k < channels; ++k)
         pivot[b * channels + k] = static_cast<A>(static_cast<const E*>(y[b])[k * maps[b].strides[1]]);
     const std::vector<A> wide_pivot = widen(plan, pivot);
     run(plan, [&](int64_t begin, int64_t end) {
-      pass.statistics(plan, y.data(), wide_pivot.data(), slab_mean.data(), slab_m2.data(), begin, end);
+      pass.statistics(plan, y.data(), wide_pivot.data(), chunk_mean.data(), chunk_m2.data(), begin, end);
     });
-    // Chan's rule, slab after slab, in double.
-    std::vector<double> mean(per_slab), m2(per_slab);
+    // Chan's rule, chunk after chunk, in double.
+    std::vector<double> mean(per_chunk), m2(per_chunk);
     double count = 0;
-    for (int64_t i = 0; i < plan.slabs; ++i) {
+    for (int64_t i = 0; i < plan.chunks; ++i) {
       const double more = static_cast<double>(plan.count(i)), share = more / (count + more);
-      for (int64_t c = 0; c < per_slab; ++c) {
-        const double delta = slab_mean[i * per_slab + c] - mean[c];
+      for (int64_t c = 0; c < per_chunk; ++c) {
+        const double delta = chunk_mean[i * per_chunk + c] - mean[c];
         mean[c] += delta * share;
-        m2[c] += slab_m2[i * per_slab + c] + delta * delta * count * share;
+        m2[c] += chunk_m2[i * per_chunk + c] + delta * delta * count * share;
       }
       count += more;
     }
-    for (int64_t c = 0; c < per_slab; ++c) {
+    for (int64_t c = 0; c < per_chunk; ++c) {
       mean[c] += pivot[c];
       if (!std::isfinite(mean[c])) mean[c] = plain_mean<E>(ys[c / channels], c % channels);
     }
     // The passes subtract the mean rounded to A; what that leaves of a mean far larger than the deviation is made up
     // for in the shift, here, and in the offset, in the gradient.
-    std::vector<A> center(mean.begin(), mean.end()), scale(per_slab);
-    std::vector<double> variance(per_slab), rstd(per_slab), sum(channels);
-    for (size_t b = 0; b < branches; ++b) {
+    std::vector<A> center(mean.begin(), mean.end()), scale(per_chunk);
+    std::vector<double> variance(per_chunk), rstd(per_chunk), sum(channels);
+    for (size_t b = 0; b < normed; ++b) {
       const std::vector<A> gamma = channel_values<A>(scales, b, channels, 1);
       const std::vector<A> beta = channel_values<A>(shifts, b, channels, 0);
       for (int64_t k = 0; k < channels; ++k) {
@@ -257,14 +271,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
       }
     }
     std::vector<A> shift(sum.begin(), sum.end());
-    Tensor means = make_tensor(ys[0], {plan.branches, channels}, mean);
-    Tensor variances = make_tensor(ys[0], {plan.branches, channels}, variance);
-    Tensor rstds = make_tensor(ys[0], {plan.branches, channels}, rstd);
+    Tensor means = make_tensor(ys[0], {plan.maps, channels}, mean);
+    Tensor variances = make_tensor(ys[0], {plan.maps, channels}, variance);
+    Tensor rstds = make_tensor(ys[0], {plan.maps, channels}, rstd);
+    Plan all = plan;
+    all.maps = static_cast<int>(maps.size());
+    center.resize(all.maps * channels, 0);
+    scale.resize(center.size(), 1);
     center = widen(plan, center);
     scale = widen(plan, scale);
     shift = widen(plan, shift);
     run(plan, [&](int64_t begin, int64_t end) {
-      pass.apply(plan, y.data(), center.data(), scale.data(), shift.data(), out.mutable_data_ptr(), begin, end);
+      pass.apply(all, y.data(), center.data(), scale.data(), shift.data(), out.mutable_data_ptr(), begin, end);
     });
     return std::make_tuple(out, means, variances, rstds);
   });
@@ -278,7 +296,7 @@ struct Gradient {
 
   Gradient(const Check& check, const Tensor& out_grad, const Tensors& ys, const Tensor& mean, const Tensor& rstd,
            const Tensors& gammas, const std::vector<bool>& needs_dy)
-      : maps(maps_of(check, ys)), plan(plan_of(check, maps)), grad(out_grad), means(mean), rstds(rstd) {
+      : maps(maps_of(check, ys)), plan(plan_of(check, maps, maps.size())), grad(out_grad), means(mean), rstds(rstd) {
     const View& y = maps[0];
     check(needs_dy.size() == ys.size(), "needs_dy must have one entry per map, ", ys.size(), " here, got ", needs_dy.size());
     check.readable(grad, "grad");
@@ -288,36 +306,36 @@ struct Gradient {
     scales = affine_of(check, "gammas", gammas, plan);
     for (const auto& [v, name] : {std::pair<const View&, const char*>{means, "means"}, {rstds, "rstds"}}) {
       check.readable(v, name);
-      check.shape(v, name, {plan.branches, plan.channels});
+      check.shape(v, name, {plan.maps, plan.channels});
       check.type(v, name, ScalarType::Double, "dtype float64");
       check.contiguous(v, name);
     }
   }
 };
 
-// dγ (branches×K) and dβ (K); dy_b into dys[b] wherever that is not null.
+// dγ (maps×K) and dβ (K); dy_b into dys[b] wherever that is not null.
 std::tuple<Tensor, Tensor> backward_into(const Gradient& from, const Tensor& grad, const std::vector<void*>& dys) {
   const Plan& plan = from.plan;
   return dispatch(from.maps[0].type(), from.grad.type(), [&](auto element, auto outer, auto accumulator) {
     using A = decltype(accumulator);
     const Passes<A>& pass = passes<decltype(element), decltype(outer), A>();
     const std::vector<const void*> y = pointers(from.maps);
-    const int64_t channels = plan.channels, per_slab = (plan.branches + 1) * channels;
+    const int64_t channels = plan.channels, per_chunk = (plan.maps + 1) * channels;
     const double* mean = static_cast<const double*>(from.means.data);
     const double* rstd = static_cast<const double*>(from.rstds.data);
-    const std::vector<A> rounded(mean, mean + plan.branches * channels), center = widen(plan, rounded);
-    std::vector<A> slab_sums(plan.slabs * per_slab);
+    const std::vector<A> rounded(mean, mean + plan.maps * channels), center = widen(plan, rounded);
+    std::vector<A> chunk_sums(plan.chunks * per_chunk);
     run(plan, [&](int64_t begin, int64_t end) {
-      pass.reduce(plan, from.grad.data, y.data(), center.data(), slab_sums.data(), begin, end);
+      pass.reduce(plan, from.grad.data, y.data(), center.data(), chunk_sums.data(), begin, end);
     });
-    std::vector<double> sums(per_slab);
-    for (int64_t i = 0; i < plan.slabs; ++i)
-      for (int64_t c = 0; c < per_slab; ++c) sums[c] += slab_sums[i * per_slab + c];
+    std::vector<double> sums(per_chunk);
+    for (int64_t i = 0; i < plan.chunks; ++i)
+      for (int64_t c = 0; c < per_chunk; ++c) sums[c] += chunk_sums[i * per_chunk + c];
     const double count = static_cast<double>(plan.images) * static_cast<double>(plan.pixels);
-    const double* total = sums.data() + plan.branches * channels;
-    std::vector<A> dgamma(plan.branches * channels), scale(dgamma.size()), slope(dgamma.size()), offset(dgamma.size());
+    const double* total = sums.data() + plan.maps * channels;
+    std::vector<A> dgamma(plan.maps * channels), scale(dgamma.size()), slope(dgamma.size()), offset(dgamma.size());
     const std::vector<A> dbeta(total, total + channels);
-    for (int b = 0; b < plan.branches; ++b) {
+    for (int b = 0; b < plan.maps; ++b) {
       const std::vector<A> gamma = channel_values<A>(from.scales, b, channels, 1);
       for (int64_t k = 0; k < channels; ++k) {
         const int64_t c = b * channels + k;
@@ -328,7 +346,7 @@ std::tuple<Tensor, Tensor> backward_into(const Gradient& from, const Tensor& gra
         offset[c] = static_cast<A>(-double(scale[c]) * total[k] / count - slope[c] * left);
       }
     }
-    Tensor dgammas = make_tensor(grad, {plan.branches, channels}, dgamma);
+    Tensor dgammas = make_tensor(grad, {plan.maps, channels}, dgamma);
     Tensor dbetas = make_tensor(grad, {channels}, dbeta);
     if (std::any_of(dys.begin(), dys.end(), [](const void* p) { return p != nullptr; })) {
       scale = widen(plan, scale);
@@ -358,17 +376,29 @@ std::tuple<Tensors, Tensor, Tensor> backward(Tensor grad, Tensors ys, Tensor mea
 }
 
 std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tensor rstds, Tensors gammas,
-                                     std::vector<bool> needs_dy) {
+                                     std::vector<bool> needs_dy, Tensors dys) {
   constexpr Check check("bn_sum_backward_");
   const Gradient from(check, grad, ys, means, rstds, gammas, needs_dy);
+  const auto wanted = static_cast<size_t>(std::count(needs_dy.begin(), needs_dy.end(), true));
+  check(dys.size() == wanted, "dys must have one entry per true entry of needs_dy, ", wanted, " here, got ", dys.size());
+  const std::vector<View> written(dys.begin(), dys.end());
   std::vector<void*> targets(ys.size(), nullptr);
-  for (size_t b = 0; b < ys.size(); ++b) {
+  for (size_t b = 0, i = 0; b < ys.size(); ++b) {
     if (!needs_dy[b]) continue;
-    const View& y = from.maps[b];
-    check.apart(y, Entry{"ys", b}, from.grad, "grad");
+    const Entry name{"dys", i};
+    const View& dy = written[i];
+    check.readable(dy, name);
+    check_like(check, dy, name, from.maps[0]);
+    check(dy.dense(from.plan.channels_last), name, " must have the layout of ys");
     for (size_t other = 0; other < ys.size(); ++other)
-      if (other != b) check.apart(y, Entry{"ys", b}, from.maps[other], Entry{"ys", other});
-    targets[b] = ys[b].mutable_data_ptr();
+      if (other != b || dy.data != from.maps[b].data) check.apart(dy, name, from.maps[other], Entry{"ys", other});
+    for (size_t other = 0; other < i; ++other) check.apart(dy, name, written[other], Entry{"dys", other});
+    check.apart(dy, name, from.grad, "grad");
+    check.apart(dy, name, from.means, "means");
+    check.apart(dy, name, from.rstds, "rstds");
+    for (size_t other = 0; other < gammas.size(); ++other)
+      check.apart(dy, name, from.scales[other], Entry{"gammas", other});
+    targets[b] = dys[i++].mutable_data_ptr();
   }
   return backward_into(from, grad, targets);
 }
@@ -376,14 +406,14 @@ std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
-  m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype)"
+  m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, Tensor[] added, ScalarType? dtype)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "bn_sum_backward(Tensor grad, Tensor[] ys, Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy)"
       " -> (Tensor[], Tensor, Tensor)");
   m.def(
-      "bn_sum_backward_(Tensor grad, Tensor(a!)[] ys, Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy)"
-      " -> (Tensor, Tensor)");
+      "bn_sum_backward_(Tensor grad, Tensor[] ys, Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy,"
+      " Tensor(a!)[] dys) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(acnet_kernels, CPU, m) {

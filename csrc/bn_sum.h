@@ -1,8 +1,8 @@
-// Batch-norm sums on the CPU: out = Σ_b BN_b(y_b) and its gradient, over N×K×H×W maps y_b, b < 3.
+// Batch-norm sums on the CPU: out = Σ_b BN_b(y_b) + Σ_a z_a and its gradient, over up to eight N×K×H×W maps y_b and z_a.
 //
 // Four passes over the maps, each written once (bn_sum_kernels.h) and compiled for several instruction sets
-// (bn_sum_{generic,avx2,avx512}.cpp). bn_sum.cpp holds the operators: it cuts the maps into slabs, runs the passes
-// over them in parallel and merges what they return in slab order. Slabs depend on the shape alone, so results are
+// (bn_sum_{generic,avx2,avx512}.cpp). bn_sum.cpp holds the operators: it cuts the maps into chunks, runs the passes
+// over them in parallel and merges what they return in chunk order. Chunks depend on the shape alone, so results are
 // the same bits for every number of threads.
 #pragma once
 
@@ -12,45 +12,47 @@
 
 namespace acnet::bn_sum {
 
-constexpr int kMaxBranches = 3;
+constexpr int kMaxMaps = 8;
 
 // How the maps lie in memory and how they are cut.
 struct Plan {
-  int branches;
-  // channels_last: pixels are rows of K channels. `fold` pixels are read as one row of fold·K columns, so that narrow
-  // maps fill vectors. A slab is `slab` rows; the last pixels that make no whole row are part of the last slab.
-  // Otherwise NCHW: planes of `pixels` per image and channel, and a slab is `slab` images.
+  int maps;
+  // channels_last: pixels are K adjacent channels. `pixels_per_row` pixels are read as one row of pixels_per_row·K
+  // columns, so that narrow maps fill vectors. A chunk is `chunk` rows; the last pixels that make no whole row are part
+  // of the last chunk.
+  // Otherwise NCHW: planes of `pixels` per image and channel, and a chunk is `chunk` images.
   bool channels_last;
   int64_t images, channels, pixels;
-  int64_t fold, slab, slabs;
+  int64_t pixels_per_row, chunk, chunks;
 
-  int64_t width() const { return fold * channels; }
-  // Work units: slabs, or slabs × channels (channel fastest) in NCHW.
-  int64_t tasks() const { return channels_last ? slabs : slabs * channels; }
-  // Elements per channel of slab i.
+  int64_t width() const { return pixels_per_row * channels; }
+  // Work units: chunks, or chunks × channels (channel fastest) in NCHW.
+  int64_t tasks() const { return channels_last ? chunks : chunks * channels; }
+  // Elements per channel of chunk i.
   int64_t count(int64_t i) const {
-    if (!channels_last) return (end(i, images) - i * slab) * pixels;
-    const int64_t total = images * pixels, rows = total / fold;
-    return (end(i, rows) - i * slab) * fold + (i == slabs - 1 ? total % fold : 0);
+    if (!channels_last) return (end(i, images) - i * chunk) * pixels;
+    const int64_t total = images * pixels, rows = total / pixels_per_row;
+    return (end(i, rows) - i * chunk) * pixels_per_row + (i == chunks - 1 ? total % pixels_per_row : 0);
   }
-  int64_t end(int64_t i, int64_t limit) const { return i == slabs - 1 ? limit : (i + 1) * slab; }
+  int64_t end(int64_t i, int64_t limit) const { return i == chunks - 1 ? limit : (i + 1) * chunk; }
 };
 
 // The passes over tasks [begin, end). T is the type of y and dy; O, of out and grad, is T or a half type for float maps;
-// A, of everything else, is double for double and float otherwise. Coefficients are [branches][width()], partial results [slabs][…][channels].
+// A, of everything else, is double for double and float otherwise. Coefficients are [maps][width()], partial results
+// [chunks][…][channels].
 template <class A>
 struct Passes {
-  // mean and M2 = Σ(y − mean)² of each slab of y − pivot, [slabs][branches][channels]. The pivot is any element of the
+  // mean and M2 = Σ(y − mean)² of each chunk of y − pivot, [chunks][maps][channels]. The pivot is any element of the
   // channel: what is left is of the size of the deviation, however large the mean, and A has digits enough for it.
   void (*statistics)(const Plan&, const void* const* y, const A* pivot, double* mean, double* m2, int64_t begin,
                      int64_t end);
-  // out = Σ_b scale_b (y_b − center_b) + shift.
+  // out = Σ_b scale_b (y_b − center_b) + shift: exactly y_b where center_b is 0 and scale_b 1.
   void (*apply)(const Plan&, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
                 int64_t begin, int64_t end);
-  // Σ g (y_b − center_b) for each branch, then Σ g: [slabs][branches + 1][channels].
+  // Σ g (y_b − center_b) for each map, then Σ g: [chunks][maps + 1][channels].
   void (*reduce)(const Plan&, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
                  int64_t end);
-  // dy_b = scale_b g + slope_b (y_b − center_b) + offset_b, for the branches whose dy is not null; dy may be y.
+  // dy_b = scale_b g + slope_b (y_b − center_b) + offset_b, for the maps whose dy is not null; dy may be y.
   void (*gradient)(const Plan&, const void* grad, const void* const* y, const A* center, const A* scale,
                    const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end);
 };

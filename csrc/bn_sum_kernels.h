@@ -63,16 +63,37 @@ inline void store_part(T* p, Vec<A> v, int64_t n) {
   __builtin_memcpy(p, buffer, n * sizeof(T));
 }
 
-// body(column, load, store) for each vector of a row of `width` columns; the last one may be partial.
-template <class A, class Body>
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Four vectors at a time: what a loop over the maps costs besides its arithmetic is spread over them, so that no pass
+// need be compiled for each number of maps.
+constexpr int kGroup = 4;
+
+// body(column, Count<vectors>, load, store) for each group of vectors of a row of `width` columns, then for each
+// vector; the last one may be partial.
+template <class A, int Group = kGroup, class Body>
 inline __attribute__((always_inline)) void for_vectors(int64_t width, const Body& body) {
   constexpr int64_t lanes = Simd<A>::lanes;
+  const auto get = [](auto* p) __attribute__((always_inline)) { return load(p); };
+  const auto put = [](auto* p, Vec<A> v) __attribute__((always_inline)) { store(p, v); };
   int64_t c = 0;
-  for (; c + lanes <= width; c += lanes)
-    body(c, [](auto* p) __attribute__((always_inline)) { return load(p); },
-         [](auto* p, Vec<A> v) __attribute__((always_inline)) { store(p, v); });
+  if constexpr (Group > 1)
+    for (; c + Group * lanes <= width; c += Group * lanes) body(c, Count<Group>{}, get, put);
+  for (; c + lanes <= width; c += lanes) body(c, Count<1>{}, get, put);
   if (const int64_t n = width - c; n > 0)
-    body(c, [n](auto* p) { return load_part<A>(p, n); }, [n](auto* p, Vec<A> v) { store_part<A>(p, v, n); });
+    body(c, Count<1>{}, [n](auto* p) { return load_part<A>(p, n); }, [n](auto* p, Vec<A> v) { store_part<A>(p, v, n); });
+}
+
+template <class V>
+inline V group_sum(const V (&v)[kGroup]) {
+  return (v[0] + v[1]) + (v[2] + v[3]);
+}
+template <class V>
+inline V group_sum(const V (&v)[1]) {
+  return v[0];
 }
 
 template <class A>
@@ -83,18 +104,18 @@ inline A lane_sum(Vec<A> v) {
 }
 
 // Chan's rule: (mean, m2) of `count` elements merged with those of `more` elements. In double, as means are kept
-// wherever they leave their chunk: rounding a mean to float costs more digits than summing a chunk in float does.
+// wherever they leave their piece: rounding a mean to float costs more digits than summing a piece in float does.
 inline void merge(double& mean, double& m2, int64_t count, double mean_more, double m2_more, int64_t more) {
   const double delta = mean_more - mean, share = double(more) / double(count + more);
   mean += delta * share;
   m2 += m2_more + delta * delta * double(count) * share;
 }
 
-// statistics() reads a chunk twice, the second time from the cache; a chunk of fewer rows would be mostly merging.
-constexpr int64_t kChunkBytes = 32 << 10, kLeastRows = 32;
+// statistics() reads a piece twice, the second time from the cache; a piece of fewer rows would be mostly merging.
+constexpr int64_t kPieceBytes = 32 << 10, kLeastRows = 32;
 
-// Sums go over a chunk, then over the chunks: no float accumulator adds up more than a thousand terms.
-constexpr int64_t kRowChunk = 256, kPlaneChunk = 4096;
+// Sums go over a piece, then over the pieces: no float accumulator adds up more than a thousand terms.
+constexpr int64_t kRowPiece = 256, kPlanePiece = 4096;
 
 // ---- channels_last: rows of width() columns ----
 
@@ -158,13 +179,13 @@ void column_moments(const T* y, int64_t rows, int64_t width, const A* pivot, dou
   }
 }
 
-// The rows of slab i: [first, last), and how many pixels beyond whole rows belong to it.
+// The rows of chunk i: [first, last), and how many pixels beyond whole rows belong to it.
 struct Rows {
   int64_t first, last, rest;
 };
 inline Rows rows_of(const Plan& plan, int64_t i) {
   const int64_t total = plan.images * plan.pixels;
-  return {i * plan.slab, plan.end(i, total / plan.fold), i == plan.slabs - 1 ? total % plan.fold : 0};
+  return {i * plan.chunk, plan.end(i, total / plan.pixels_per_row), i == plan.chunks - 1 ? total % plan.pixels_per_row : 0};
 }
 
 // Scratch memory of one task.
@@ -181,67 +202,59 @@ template <class T, class A>
 void statistics_rows(const Plan& plan, const void* const* y, const A* pivots, double* mean, double* m2, int64_t begin,
                      int64_t end) {
   const int64_t width = plan.width(), channels = plan.channels;
-  int64_t chunk = kChunkBytes / (width * int64_t(sizeof(T)));
-  chunk = chunk < kLeastRows ? kLeastRows : chunk;
+  int64_t piece = kPieceBytes / (width * int64_t(sizeof(T)));
+  piece = piece < kLeastRows ? kLeastRows : piece;
   const Scratch<double> scratch(4 * width);
-  double *chunk_mean = scratch.data, *chunk_m2 = chunk_mean + width, *wide_mean = chunk_m2 + width,
+  double *piece_mean = scratch.data, *piece_m2 = piece_mean + width, *wide_mean = piece_m2 + width,
          *wide_m2 = wide_mean + width;
   for (int64_t i = begin; i < end; ++i) {
     const Rows rows = rows_of(plan, i);
-    for (int b = 0; b < plan.branches; ++b) {
+    for (int b = 0; b < plan.maps; ++b) {
       const T* map = static_cast<const T*>(y[b]);
       const A* pivot = pivots + b * width;
       int64_t count = 0;
-      for (int64_t r = rows.first; r < rows.last; r += chunk) {
-        const int64_t more = rows.last - r < chunk ? rows.last - r : chunk;
+      for (int64_t r = rows.first; r < rows.last; r += piece) {
+        const int64_t more = rows.last - r < piece ? rows.last - r : piece;
         if (count == 0) {
           column_moments(map + r * width, more, width, pivot, wide_mean, wide_m2);
         } else {
-          column_moments(map + r * width, more, width, pivot, chunk_mean, chunk_m2);
+          column_moments(map + r * width, more, width, pivot, piece_mean, piece_m2);
           for (int64_t c = 0; c < width; ++c)
-            merge(wide_mean[c], wide_m2[c], count, chunk_mean[c], chunk_m2[c], more);
+            merge(wide_mean[c], wide_m2[c], count, piece_mean[c], piece_m2[c], more);
         }
         count += more;
       }
-      // The `fold` pixels of a row are pixels of the same channels.
-      const int64_t at = (i * plan.branches + b) * channels;
-      double *slab_mean = mean + at, *slab_m2 = m2 + at;
+      // The `pixels_per_row` pixels of a row are pixels of the same channels.
+      const int64_t at = (i * plan.maps + b) * channels;
+      double *chunk_mean = mean + at, *chunk_m2 = m2 + at;
       int64_t pixels = 0;
       if (count > 0) {
-        __builtin_memcpy(slab_mean, wide_mean, channels * sizeof(double));
-        __builtin_memcpy(slab_m2, wide_m2, channels * sizeof(double));
+        __builtin_memcpy(chunk_mean, wide_mean, channels * sizeof(double));
+        __builtin_memcpy(chunk_m2, wide_m2, channels * sizeof(double));
         pixels = count;
-        for (int64_t f = 1; f < plan.fold; ++f, pixels += count)
+        for (int64_t f = 1; f < plan.pixels_per_row; ++f, pixels += count)
           for (int64_t c = 0; c < channels; ++c)
-            merge(slab_mean[c], slab_m2[c], pixels, wide_mean[f * channels + c], wide_m2[f * channels + c], count);
+            merge(chunk_mean[c], chunk_m2[c], pixels, wide_mean[f * channels + c], wide_m2[f * channels + c], count);
       }
       if (rows.rest > 0) {
         const T* rest = map + rows.last * width;
         if (pixels == 0) {
-          column_moments(rest, rows.rest, channels, pivot, slab_mean, slab_m2);
-        } else {
           column_moments(rest, rows.rest, channels, pivot, chunk_mean, chunk_m2);
+        } else {
+          column_moments(rest, rows.rest, channels, pivot, piece_mean, piece_m2);
           for (int64_t c = 0; c < channels; ++c)
-            merge(slab_mean[c], slab_m2[c], pixels, chunk_mean[c], chunk_m2[c], rows.rest);
+            merge(chunk_mean[c], chunk_m2[c], pixels, piece_mean[c], piece_m2[c], rows.rest);
         }
       }
     }
   }
 }
 
-template <class T, class O, class A, int B>
-void apply_rows(const Plan& plan, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
-                int64_t begin, int64_t end) {
+// row(at, columns) for the rows of chunks [begin, end), backwards: the end of the maps is what the pass before left in
+// the cache.
+template <class Row>
+inline __attribute__((always_inline)) void for_rows(const Plan& plan, int64_t begin, int64_t end, const Row& row) {
   const int64_t width = plan.width();
-  const auto row = [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
-    for_vectors<A>(columns, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-      Vec<A> sum = get(shift + c);
-      for (int b = 0; b < B; ++b)
-        sum += get(scale + b * width + c) * (get(static_cast<const T*>(y[b]) + at + c) - get(center + b * width + c));
-      put(static_cast<O*>(out) + at + c, sum);
-    });
-  };
-  // Backwards: the end of the maps is what the pass before left in the cache.
   for (int64_t i = end - 1; i >= begin; --i) {
     const Rows rows = rows_of(plan, i);
     if (rows.rest > 0) row(rows.last * width, rows.rest * plan.channels);
@@ -249,81 +262,101 @@ void apply_rows(const Plan& plan, const void* const* y, const A* center, const A
   }
 }
 
-template <int U>
-struct Unroll {
-  static constexpr int value = U;
-};
+template <class T, class O, class A>
+void apply_rows(const Plan& plan, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
+                int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  const int64_t width = plan.width();
+  for_rows(plan, begin, end, [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
+    for_vectors<A>(columns, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
+      constexpr int V = decltype(group)::value;
+      Vec<A> sum[V];
+      for (int v = 0; v < V; ++v) sum[v] = get(shift + c + v * lanes);
+      for (int b = 0; b < plan.maps; ++b) {
+        const T* map = static_cast<const T*>(y[b]) + at + c;
+        const A *s = scale + b * width + c, *m = center + b * width + c;
+        for (int v = 0; v < V; ++v) sum[v] += get(s + v * lanes) * (get(map + v * lanes) - get(m + v * lanes));
+      }
+      for (int v = 0; v < V; ++v) put(static_cast<O*>(out) + at + c + v * lanes, sum[v]);
+    });
+  });
+}
 
-template <class T, class O, class A, int B>
+template <class T, class O, class A>
 void reduce_rows(const Plan& plan, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
                  int64_t end) {
-  const int64_t width = plan.width(), channels = plan.channels;
+  const int64_t width = plan.width(), channels = plan.channels, size = (plan.maps + 1) * width;
   const O* g = static_cast<const O*>(grad);
-  const Scratch<A> scratch(2 * (B + 1) * width);
-  A *chunk = scratch.data, *slab = chunk + (B + 1) * width;
+  const Scratch<A> scratch(2 * size);
+  A *piece = scratch.data, *chunk = piece + size;
   const auto add_rows = [&](int64_t at, int64_t columns, auto unroll) __attribute__((always_inline)) {
     constexpr int U = decltype(unroll)::value;
-    for_vectors<A>(columns, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-      Vec<A> v[U], total = get(chunk + B * width + c);
+    for_vectors<A, 1>(columns, [&](int64_t c, auto, auto get, auto put) __attribute__((always_inline)) {
+      Vec<A> v[U], total = get(piece + plan.maps * width + c);
       for (int u = 0; u < U; ++u) {
         v[u] = get(g + at + u * width + c);
         total += v[u];
       }
-      put(chunk + B * width + c, total);
-      for (int b = 0; b < B; ++b) {
+      put(piece + plan.maps * width + c, total);
+      for (int b = 0; b < plan.maps; ++b) {
+        const T* map = static_cast<const T*>(y[b]) + at + c;
         const Vec<A> m = get(center + b * width + c);
-        Vec<A> sum = get(chunk + b * width + c);
-        for (int u = 0; u < U; ++u) sum += v[u] * (get(static_cast<const T*>(y[b]) + at + u * width + c) - m);
-        put(chunk + b * width + c, sum);
+        Vec<A> sum = get(piece + b * width + c);
+        for (int u = 0; u < U; ++u) sum += v[u] * (get(map + u * width) - m);
+        put(piece + b * width + c, sum);
       }
     });
   };
   for (int64_t i = begin; i < end; ++i) {
     const Rows rows = rows_of(plan, i);
-    __builtin_memset(slab, 0, (B + 1) * width * sizeof(A));
-    for (int64_t first = rows.first; first < rows.last; first += kRowChunk) {
-      const int64_t last = rows.last - first < kRowChunk ? rows.last : first + kRowChunk;
-      __builtin_memset(chunk, 0, (B + 1) * width * sizeof(A));
+    __builtin_memset(chunk, 0, size * sizeof(A));
+    for (int64_t first = rows.first; first < rows.last; first += kRowPiece) {
+      const int64_t last = rows.last - first < kRowPiece ? rows.last : first + kRowPiece;
+      __builtin_memset(piece, 0, size * sizeof(A));
       int64_t r = first;
-      for (; r + 4 <= last; r += 4) add_rows(r * width, width, Unroll<4>{});
-      for (; r < last; ++r) add_rows(r * width, width, Unroll<1>{});
-      for (int64_t c = 0; c < (B + 1) * width; ++c) slab[c] += chunk[c];
+      for (; r + 4 <= last; r += 4) add_rows(r * width, width, Count<4>{});
+      for (; r < last; ++r) add_rows(r * width, width, Count<1>{});
+      for (int64_t c = 0; c < size; ++c) chunk[c] += piece[c];
     }
     if (rows.rest > 0) {
-      __builtin_memset(chunk, 0, (B + 1) * width * sizeof(A));
-      add_rows(rows.last * width, rows.rest * channels, Unroll<1>{});
-      for (int64_t c = 0; c < (B + 1) * width; ++c) slab[c] += chunk[c];
+      __builtin_memset(piece, 0, size * sizeof(A));
+      add_rows(rows.last * width, rows.rest * channels, Count<1>{});
+      for (int64_t c = 0; c < size; ++c) chunk[c] += piece[c];
     }
-    for (int b = 0; b <= B; ++b)
+    for (int b = 0; b <= plan.maps; ++b)
       for (int64_t c = 0; c < channels; ++c) {
         A sum = 0;
-        for (int64_t f = 0; f < plan.fold; ++f) sum += slab[b * width + f * channels + c];
-        sums[(i * (B + 1) + b) * channels + c] = sum;
+        for (int64_t f = 0; f < plan.pixels_per_row; ++f) sum += chunk[b * width + f * channels + c];
+        sums[(i * (plan.maps + 1) + b) * channels + c] = sum;
       }
   }
 }
 
-template <class T, class O, class A, int B>
+template <class T, class O, class A>
 void gradient_rows(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
                    const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<A>::lanes;
   const int64_t width = plan.width();
   const O* g = static_cast<const O*>(grad);
-  const auto row = [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
-    for_vectors<A>(columns, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-      const Vec<A> v = get(g + at + c);
-      for (int b = 0; b < B; ++b)
-        if (dy[b] != nullptr) {
-          const Vec<A> d = get(static_cast<const T*>(y[b]) + at + c) - get(center + b * width + c);
-          const Vec<A> scaled = get(scale + b * width + c) * v + get(offset + b * width + c);
-          put(static_cast<T*>(dy[b]) + at + c, scaled + get(slope + b * width + c) * d);
+  for_rows(plan, begin, end, [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
+    for_vectors<A>(columns, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
+      constexpr int V = decltype(group)::value;
+      Vec<A> value[V];
+      for (int v = 0; v < V; ++v) value[v] = get(g + at + c + v * lanes);
+      for (int b = 0; b < plan.maps; ++b) {
+        if (dy[b] == nullptr) continue;
+        const T* map = static_cast<const T*>(y[b]) + at + c;
+        T* target = static_cast<T*>(dy[b]) + at + c;
+        const int64_t first = b * width + c;
+        for (int v = 0; v < V; ++v) {
+          const int64_t column = first + v * lanes;
+          const Vec<A> d = get(map + v * lanes) - get(center + column);
+          const Vec<A> scaled = get(scale + column) * value[v] + get(offset + column);
+          put(target + v * lanes, scaled + get(slope + column) * d);
         }
+      }
     });
-  };
-  for (int64_t i = end - 1; i >= begin; --i) {
-    const Rows rows = rows_of(plan, i);
-    if (rows.rest > 0) row(rows.last * width, rows.rest * plan.channels);
-    for (int64_t r = rows.last - 1; r >= rows.first; --r) row(r * width, width);
-  }
+  });
 }
 
 // ---- NCHW: planes of `pixels` ----
@@ -358,8 +391,8 @@ void plane_moments(const T* y, int64_t n, A pivot, double& means, double& m2) {
 // body(image) for the images of task t, in order.
 template <class Body>
 inline __attribute__((always_inline)) void for_planes(const Plan& plan, int64_t t, const Body& body) {
-  const int64_t slab = t / plan.channels, channel = t % plan.channels;
-  for (int64_t n = slab * plan.slab; n < plan.end(slab, plan.images); ++n)
+  const int64_t chunk = t / plan.channels, channel = t % plan.channels;
+  for (int64_t n = chunk * plan.chunk; n < plan.end(chunk, plan.images); ++n)
     body((n * plan.channels + channel) * plan.pixels);
 }
 
@@ -367,97 +400,118 @@ template <class T, class A>
 void statistics_planes(const Plan& plan, const void* const* y, const A* pivots, double* mean, double* m2,
                        int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t)
-    for (int b = 0; b < plan.branches; ++b) {
+    for (int b = 0; b < plan.maps; ++b) {
       const A pivot = pivots[b * plan.channels + t % plan.channels];
-      double slab_mean = 0, slab_m2 = 0;
+      double chunk_mean = 0, chunk_m2 = 0;
       int64_t count = 0;
       for_planes(plan, t, [&](int64_t at) {
-        for (int64_t p = 0; p < plan.pixels; p += kPlaneChunk) {
-          const int64_t more = plan.pixels - p < kPlaneChunk ? plan.pixels - p : kPlaneChunk;
-          double chunk_mean, chunk_m2;
-          plane_moments(static_cast<const T*>(y[b]) + at + p, more, pivot, chunk_mean, chunk_m2);
-          merge(slab_mean, slab_m2, count, chunk_mean, chunk_m2, more);
+        for (int64_t p = 0; p < plan.pixels; p += kPlanePiece) {
+          const int64_t more = plan.pixels - p < kPlanePiece ? plan.pixels - p : kPlanePiece;
+          double piece_mean, piece_m2;
+          plane_moments(static_cast<const T*>(y[b]) + at + p, more, pivot, piece_mean, piece_m2);
+          merge(chunk_mean, chunk_m2, count, piece_mean, piece_m2, more);
           count += more;
         }
       });
-      const int64_t at = (t / plan.channels * plan.branches + b) * plan.channels + t % plan.channels;
-      mean[at] = slab_mean;
-      m2[at] = slab_m2;
+      const int64_t at = (t / plan.channels * plan.maps + b) * plan.channels + t % plan.channels;
+      mean[at] = chunk_mean;
+      m2[at] = chunk_m2;
     }
 }
 
-template <class T, class O, class A, int B>
+template <class T, class O, class A>
 void apply_planes(const Plan& plan, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
                   int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<A>::lanes;
   for (int64_t t = end - 1; t >= begin; --t) {
     const int64_t k = t % plan.channels;
     for_planes(plan, t, [&](int64_t at) {
-      for_vectors<A>(plan.pixels, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-        Vec<A> sum = shift[k] - Vec<A>{};
-        for (int b = 0; b < B; ++b)
-          sum += scale[b * plan.channels + k] *
-                 (get(static_cast<const T*>(y[b]) + at + c) - center[b * plan.channels + k]);
-        put(static_cast<O*>(out) + at + c, sum);
+      for_vectors<A>(plan.pixels, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
+        constexpr int V = decltype(group)::value;
+        Vec<A> sum[V];
+        for (int v = 0; v < V; ++v) sum[v] = shift[k] - Vec<A>{};
+        for (int b = 0; b < plan.maps; ++b) {
+          const T* map = static_cast<const T*>(y[b]) + at + c;
+          const A s = scale[b * plan.channels + k], m = center[b * plan.channels + k];
+          for (int v = 0; v < V; ++v) sum[v] += s * (get(map + v * lanes) - m);
+        }
+        for (int v = 0; v < V; ++v) put(static_cast<O*>(out) + at + c + v * lanes, sum[v]);
       });
     });
   }
 }
 
-template <class T, class O, class A, int B>
+template <class T, class O, class A>
 void reduce_planes(const Plan& plan, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
                    int64_t end) {
+  constexpr int64_t lanes = Simd<A>::lanes;
   const O* g = static_cast<const O*>(grad);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t k = t % plan.channels;
-    double slab[B + 1] = {};
+    double chunk[kMaxMaps + 1] = {};
+    Vec<A> piece[kMaxMaps + 1] = {};
+    int64_t filled = 0;  // elements in the piece: small planes share one
+    const auto end_piece = [&] {
+      for (int b = 0; b <= plan.maps; ++b) {
+        chunk[b] += double(lane_sum<A>(piece[b]));
+        piece[b] = Vec<A>{};
+      }
+      filled = 0;
+    };
     for_planes(plan, t, [&](int64_t plane) {
-      for (int64_t p = 0; p < plan.pixels; p += kPlaneChunk) {
+      for (int64_t p = 0; p < plan.pixels; p += kPlanePiece) {
         const int64_t at = plane + p;
-        Vec<A> chunk[B + 1] = {};
+        const int64_t n = plan.pixels - p < kPlanePiece ? plan.pixels - p : kPlanePiece;
+        const int64_t taken = (n + lanes - 1) / lanes * lanes;
+        if (filled + taken > kPlanePiece) end_piece();
+        filled += taken;
         // Lanes beyond the plane have g = 0 and add nothing.
-        const int64_t n = plan.pixels - p < kPlaneChunk ? plan.pixels - p : kPlaneChunk;
-        for_vectors<A>(n, [&](int64_t c, auto get, auto) __attribute__((always_inline)) {
-          const Vec<A> v = get(g + at + c);
-          chunk[B] += v;
-          for (int b = 0; b < B; ++b)
-            chunk[b] += v * (get(static_cast<const T*>(y[b]) + at + c) - center[b * plan.channels + k]);
+        for_vectors<A>(n, [&](int64_t c, auto group, auto get, auto) __attribute__((always_inline)) {
+          constexpr int V = decltype(group)::value;
+          Vec<A> value[V], term[V];
+          for (int v = 0; v < V; ++v) value[v] = get(g + at + c + v * lanes);
+          piece[plan.maps] += group_sum(value);
+          for (int b = 0; b < plan.maps; ++b) {
+            const T* map = static_cast<const T*>(y[b]) + at + c;
+            const A m = center[b * plan.channels + k];
+            for (int v = 0; v < V; ++v) term[v] = value[v] * (get(map + v * lanes) - m);
+            piece[b] += group_sum(term);
+          }
         });
-        for (int b = 0; b <= B; ++b) slab[b] += double(lane_sum<A>(chunk[b]));
       }
     });
-    for (int b = 0; b <= B; ++b) sums[(t / plan.channels * (B + 1) + b) * plan.channels + k] = A(slab[b]);
+    end_piece();
+    for (int b = 0; b <= plan.maps; ++b) sums[(t / plan.channels * (plan.maps + 1) + b) * plan.channels + k] = A(chunk[b]);
   }
 }
 
-template <class T, class O, class A, int B>
+template <class T, class O, class A>
 void gradient_planes(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
                      const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<A>::lanes;
   const O* g = static_cast<const O*>(grad);
   for (int64_t t = end - 1; t >= begin; --t) {
     const int64_t k = t % plan.channels;
     for_planes(plan, t, [&](int64_t at) {
-      for_vectors<A>(plan.pixels, [&](int64_t c, auto get, auto put) __attribute__((always_inline)) {
-        const Vec<A> v = get(g + at + c);
-        for (int b = 0; b < B; ++b)
-          if (dy[b] != nullptr) {
-            const int64_t bk = b * plan.channels + k;
-            const Vec<A> d = get(static_cast<const T*>(y[b]) + at + c) - center[bk];
-            put(static_cast<T*>(dy[b]) + at + c, scale[bk] * v + offset[bk] + slope[bk] * d);
-          }
+      for_vectors<A>(plan.pixels, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
+        constexpr int V = decltype(group)::value;
+        Vec<A> value[V];
+        for (int v = 0; v < V; ++v) value[v] = get(g + at + c + v * lanes);
+        for (int b = 0; b < plan.maps; ++b) {
+          if (dy[b] == nullptr) continue;
+          const T* map = static_cast<const T*>(y[b]) + at + c;
+          T* target = static_cast<T*>(dy[b]) + at + c;
+          const int64_t bk = b * plan.channels + k;
+          const A m = center[bk], factor = scale[bk], start = offset[bk], rise = slope[bk];
+          for (int v = 0; v < V; ++v)
+            put(target + v * lanes, factor * value[v] + start + rise * (get(map + v * lanes) - m));
+        }
       });
     });
   }
 }
 
-// ---- choice of the layout and the number of branches ----
-
-#define ACNET_CALL(name, ...)                                                              \
-  (plan.channels_last ? (plan.branches == 1   ? name##_rows<T, O, A, 1>(__VA_ARGS__)          \
-                         : plan.branches == 2 ? name##_rows<T, O, A, 2>(__VA_ARGS__)          \
-                                              : name##_rows<T, O, A, 3>(__VA_ARGS__))         \
-                      : (plan.branches == 1   ? name##_planes<T, O, A, 1>(__VA_ARGS__)        \
-                         : plan.branches == 2 ? name##_planes<T, O, A, 2>(__VA_ARGS__)        \
-                                              : name##_planes<T, O, A, 3>(__VA_ARGS__)))
+// ---- choice of the layout ----
 
 template <class T, class A>
 void statistics(const Plan& plan, const void* const* y, const A* pivot, double* mean, double* m2, int64_t begin,
@@ -470,19 +524,19 @@ void statistics(const Plan& plan, const void* const* y, const A* pivot, double* 
 template <class T, class O, class A>
 void apply(const Plan& plan, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
            int64_t begin, int64_t end) {
-  ACNET_CALL(apply, plan, y, center, scale, shift, out, begin, end);
+  (plan.channels_last ? apply_rows<T, O, A> : apply_planes<T, O, A>)(plan, y, center, scale, shift, out, begin, end);
 }
 template <class T, class O, class A>
 void reduce(const Plan& plan, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
             int64_t end) {
-  ACNET_CALL(reduce, plan, grad, y, center, sums, begin, end);
+  (plan.channels_last ? reduce_rows<T, O, A> : reduce_planes<T, O, A>)(plan, grad, y, center, sums, begin, end);
 }
 template <class T, class O, class A>
 void gradient(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
               const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end) {
-  ACNET_CALL(gradient, plan, grad, y, center, scale, slope, offset, dy, begin, end);
+  (plan.channels_last ? gradient_rows<T, O, A> : gradient_planes<T, O, A>)(plan, grad, y, center, scale, slope, offset,
+                                                                          dy, begin, end);
 }
-#undef ACNET_CALL
 
 }  // namespace
 

@@ -73,6 +73,11 @@ def test_compiles_to_what_can_be_launched(case: codegen.Case) -> None:
     assert codegen.compile_case(case).faults(case.dot) == []
 
 
+@pytest.mark.parametrize("case", [c for c in codegen.bn_cases(80, 8) if c.dtype == "fp32"], ids=lambda c: c.kernel)
+def test_eight_maps_compile_to_what_can_be_launched(case: codegen.Case) -> None:
+    assert codegen.compile_case(case).faults(case.dot) == []
+
+
 @pytest.mark.parametrize("case", {c.kernel: c for c in representatives()}.values(), ids=lambda c: c.kernel)
 def test_numbers_of_one_compile(case: codegen.Case) -> None:
     """A launch makes a number of 1 a constant, whose type the kernel's expressions must take too."""

@@ -151,7 +151,7 @@ class Plan(NamedTuple):
             return triton_phases.forward(x, cast, gammas, betas, self.eps, self.window)
         ys = self.maps(x, weights)
         dtype = None if self.dtype == ys[0].dtype else self.dtype
-        out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, dtype)
+        out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, [], dtype)
         return out, ys, means, variances, rstds
 
     def merged(self, weights: Sequence[Tensor]) -> Tensor:
@@ -184,20 +184,21 @@ class Plan(NamedTuple):
         owns: bool,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """(the dy_b that are needed, every dγ, dβ) from the convolutions' maps; `owns`: over their memory."""
-        given, ys = iter(kept), kept
-        if not (self.is_summed or all(convolved for _, convolved in self.branches)):
-            seen, ys = x.to(self.conv_dtype), []
-            for need, place, (_, convolved) in zip(needs_dy, self.places, self.branches, strict=True):
-                if convolved:
-                    ys.append(next(given))
-                    continue
-                y = bn_sum.like(place.apply(seen), kept[0])
-                ys.append(y.clone() if need and owns else y)  # x is never overwritten
+        if self.is_summed or all(convolved for _, convolved in self.branches):
+            ys, targets = kept, kept
+        else:
+            seen, given = x.to(self.conv_dtype), iter(kept)
+            ys, targets = [], []
+            for place, (_, convolved) in zip(self.places, self.branches, strict=True):
+                y = next(given) if convolved else bn_sum.like(place.apply(seen), kept[0])
+                ys.append(y)
+                targets.append(y if convolved else torch.empty_like(y))  # x is never overwritten
         if not owns:
             found, dgammas, dbeta = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy)
             return list(found), dgammas, dbeta
-        dgammas, dbeta = bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy)
-        return [y for y, need in zip(ys, needs_dy, strict=True) if need], dgammas, dbeta
+        dys = [target for target, need in zip(targets, needs_dy, strict=True) if need]
+        dgammas, dbeta = bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy, dys)
+        return dys, dgammas, dbeta
 
     def needs_dy(self, needs_x: bool, needs_w: Sequence[bool]) -> list[bool]:
         """Which of the maps have a gradient that something needs."""

@@ -165,7 +165,7 @@ def _triton_statistics(x: Tensor, kernels: list[Tensor], plan: branches.Plan) ->
 def _statistics_of(ys: list[Tensor], eps: list[float]) -> tuple[Tensor, Tensor]:
     """(means, rstds) of CUDA maps, B×K float64."""
     if not all(y.is_contiguous(memory_format=torch.channels_last) for y in ys):
-        _, means, _, rstds = bn_sum.bn_sum_forward(ys, [], [], eps, None)
+        _, means, _, rstds = bn_sum.bn_sum_forward(ys, [], [], eps, [], None)
         return means, rstds
     from ..ops import triton_bn_sum  # Triton is slow to import, and only CUDA needs it
 

@@ -1,9 +1,9 @@
-"""Batch norm of up to three maps and their sum, out = Σ_b (s_b·(y_b − μ_b) + β_b), forward and backward.
+"""Batch norm of up to eight maps and their sum, out = Σ_b (s_b·(y_b − μ_b) + β_b) + Σ_a z_a, forward and backward.
 
 Every map is channels_last, that is an M×K matrix with M = N·H·W. Reductions over M are written out as one partial
 result a tile, with a channel's tiles adjacent, and merged by one program a channel in a fixed order: no atomics, so
 results are the same bits in every run. Statistics follow Chan's rule (per-tile mean and M2): E[y²] − E[y]² cancels.
-Tuples hold one entry a branch.
+Tuples hold one entry a map.
 """
 # Triton's language, not Python's types.
 # mypy: ignore-errors
@@ -124,10 +124,21 @@ def merge_statistics(
 
 @triton.jit(do_not_specialize=["M"])
 def apply(
-    ys, mean_ptr, scale_ptr, bias_ptr, out_ptr, M, K, B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    ys,
+    mean_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    K,
+    B: tl.constexpr,
+    ADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """out = Σ_b s_b·(y_b − μ_b) + bias. Grid: (row blocks, channel blocks).
+    """out = Σ_b s_b·(y_b − μ_b) + bias + Σ_a z_a, ys being the B y_b and the ADDED z_a.
 
+    Grid: (row blocks, channel blocks).
     Not s_b·y_b + shift: that cancels where |μ| ≫ σ.
     """
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -141,6 +152,8 @@ def apply(
         mean, rest = mean_of(mean_ptr, b * K + k, k_live)
         y = tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32)
         out += (y - mean[None, :] - rest[None, :]) * scale[None, :]
+    for a in tl.static_range(B, B + ADDED):
+        out += tl.load(ys[a] + at, mask=live, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
 
 
@@ -165,7 +178,7 @@ def reduce_grad(
     start = tile.to(tl.int64) * ROWS
     stop = tl.minimum(start + ROWS, M)
     g_sum = tl.zeros((BLOCK_K,), tl.float32)
-    # A loop a branch reads g again, but from L2, and keeps one accumulator alive.
+    # A loop a map reads g again, but from L2, and keeps one accumulator alive.
     for b in tl.static_range(B):
         mean, rest = mean_of(mean_ptr, b * K + k, k_live)
         product = tl.zeros((BLOCK_K,), tl.float32)
@@ -199,7 +212,7 @@ def merge_grad(
     """Merges reduce_grad's partials in a fixed order. Grid: (K,).
 
     Writes dγ_b = rstd_b·Σ g(y_b − μ_b), B×K, dβ = Σ g, K, and what `apply_grad` needs, (1+2B)×K:
-    ḡ = Σg/M, then s_b = γ_b·rstd_b and e_b = −s_b·rstd_b·dγ_b/M of every branch.
+    ḡ = Σg/M, then s_b = γ_b·rstd_b and e_b = −s_b·rstd_b·dγ_b/M of every map.
     """
     k = tl.program_id(0)
     lane = tl.arange(0, BLOCK_T)

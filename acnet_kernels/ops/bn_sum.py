@@ -1,23 +1,25 @@
-"""Batch-norm sums, out = Σ_b BN_b(y_b) with the batch's own statistics, and their gradient, as operators.
+"""Batch-norm sums, out = Σ_b BN_b(y_b) + Σ_a z_a by the batch's own statistics, and their gradient, as operators.
 
-    bn_sum_forward(ys, gammas, betas, eps, dtype) -> (out, means, variances, rstds)
-        out = Σ_b γ_b·(y_b − μ_b)·rstd_b + β_b, in the layout of ys, and in `dtype`: None for that of ys.
+    bn_sum_forward(ys, gammas, betas, eps, added, dtype) -> (out, means, variances, rstds)
+        out = Σ_b (γ_b·(y_b − μ_b)·rstd_b + β_b) + Σ_a z_a, in the layout of ys, and in `dtype`: None for theirs.
     bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy) -> (dys, dgammas, dbeta)
         dys holds dy_b for every b with needs_dy[b], in order, in the dtype and layout of ys. Every branch's dβ is
-        the same Σ grad, hence one dbeta.
-    bn_sum_backward_(…same…) -> (dgammas, dbeta)
-        The same, with dy_b written over y_b where needs_dy[b].
+        the same Σ grad, hence one dbeta. The gradient of every z_a is grad.
+    bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy, dys) -> (dgammas, dbeta)
+        The same, written into `dys`, one for every b with needs_dy[b], in order: y_b itself, whose memory it takes,
+        or a map that shares no memory with anything else, as for a y_b that is needed still.
 
-Arguments: `ys`, 1 to 3 maps N×K×H×W of one shape, dtype (float32, float64, bfloat16, float16) and layout (all
-contiguous or all channels_last); `gammas` and `betas`, one (K,) a map, or [] for γ = 1 and β = 0; `eps`, a float a
-map; `dtype`, bfloat16 or float16 for float32 ys; `grad` like out. `means`, `variances` (biased) and `rstds` are
-(branches, K) float64: float32 would round away the deviation of a map whose mean is far larger. `dgammas` is
-(branches, K) and `dbeta` (K,), float64 for float64 maps, float32 otherwise.
+Arguments: `ys`, the maps y_b, and `added`, the maps z_a: 1 to 8 together, at least one of them in ys, N×K×H×W of
+one shape, dtype (float32, float64, bfloat16, float16) and layout (all contiguous or all channels_last); `gammas`
+and `betas`, one (K,) a y_b, or [] for γ = 1 and β = 0; `eps`, a float a y_b; `dtype`, bfloat16 or float16 where ys
+are float32; `grad` like out. `means`, `variances` (biased) and `rstds` are (len(ys), K) float64: float32 would
+round away the deviation of a map whose mean is far larger. `dgammas` is (len(ys), K) and `dbeta` (K,), float64 for
+float64 maps, float32 otherwise.
 Running statistics are the caller's (backends/batchnorm.py); a variance far below ε cannot be had from rstd.
 
 With ŷ_b = (y_b − μ_b)·rstd_b, M = N·H·W and g = grad:
     dβ = Σ g,   dγ_b = Σ g·ŷ_b,   dy_b = γ_b·rstd_b·(g − dβ/M − ŷ_b·dγ_b/M).
-The CPU kernels are C++ (csrc/bn_sum.cpp) where the extension is built: per-slab means and M2 merged by Chan's rule
+The CPU kernels are C++ (csrc/bn_sum.cpp) where the extension is built: per-chunk means and M2 merged by Chan's rule
 in a fixed order, the same bits for any number of threads. On CUDA, channels_last maps but float64 ones go through
 ops/triton_bn_sum.py where Triton is installed. The implementation in PyTorch, below, serves the rest.
 """
@@ -39,11 +41,13 @@ _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 if MISSING is not None:
     _COMMON = "Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy"
     _LIBRARY.define(
-        "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype)"
-        " -> (Tensor, Tensor, Tensor, Tensor)"
+        "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, Tensor[] added,"
+        " ScalarType? dtype) -> (Tensor, Tensor, Tensor, Tensor)"
     )
     _LIBRARY.define(f"bn_sum_backward(Tensor grad, Tensor[] ys, {_COMMON}) -> (Tensor[], Tensor, Tensor)")
-    _LIBRARY.define(f"bn_sum_backward_(Tensor grad, Tensor(a!)[] ys, {_COMMON}) -> (Tensor, Tensor)")
+    _LIBRARY.define(f"bn_sum_backward_(Tensor grad, Tensor[] ys, {_COMMON}, Tensor(a!)[] dys) -> (Tensor, Tensor)")
+
+MOST_MAPS = 8
 
 bn_sum_forward = torch.ops.acnet_kernels.bn_sum_forward.default
 bn_sum_backward = torch.ops.acnet_kernels.bn_sum_backward.default
@@ -55,14 +59,27 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check(ys: Sequence[Tensor]) -> None:
-    if not 1 <= len(ys) <= 3:
-        raise ValueError(f"ys must hold 1 to 3 maps, got {len(ys)}")
+def _check(ys: Sequence[Tensor], added: Sequence[Tensor] = ()) -> None:
+    if not 1 <= len(ys) <= MOST_MAPS:
+        raise ValueError(f"ys must hold 1 to {MOST_MAPS} maps, got {len(ys)}")
+    if len(ys) + len(added) > MOST_MAPS:
+        raise ValueError(
+            f"ys and added must hold at most {MOST_MAPS} maps together, got {len(ys)} and {len(added)}"
+        )
     if ys[0].dim() != 4 or ys[0].numel() == 0:
         raise ValueError(f"ys must be non-empty N×K×H×W maps, got shape {tuple(ys[0].shape)}")
-    if any(y.shape != ys[0].shape or y.dtype != ys[0].dtype for y in ys):
-        raise ValueError(f"ys must agree in shape and dtype, got {[(tuple(y.shape), y.dtype) for y in ys]}")
     check.floats(ys=ys[:1])
+    _check_like(ys[0], ys=ys, added=added)
+
+
+def _check_like(y: Tensor, **lists: Sequence[Tensor]) -> None:
+    for name, maps in lists.items():
+        for i, t in enumerate(maps):
+            if t.shape != y.shape or t.dtype != y.dtype:
+                raise ValueError(
+                    f"{name}[{i}] must agree in shape and dtype with ys[0], {y.dtype} of {tuple(y.shape)}, "
+                    f"got {t.dtype} of {tuple(t.shape)}"
+                )
 
 
 def _check_outer(y: Tensor, dtype: torch.dtype) -> None:
@@ -102,10 +119,15 @@ def _check_affine(ys: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
 
 
 def _check_forward(
-    ys: list[Tensor], gammas: list[Tensor], betas: list[Tensor], eps: list[float], dtype: torch.dtype | None
+    ys: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    eps: list[float],
+    added: list[Tensor],
+    dtype: torch.dtype | None,
 ) -> None:
-    check.one_device(ys=ys, gammas=gammas, betas=betas)
-    _check(ys)
+    check.one_device(ys=ys, gammas=gammas, betas=betas, added=added)
+    _check(ys, added)
     _check_outer(ys[0], ys[0].dtype if dtype is None else dtype)
     _check_affine(ys, gammas=gammas, betas=betas)
     check.length(len(ys), "one a map", eps=eps)
@@ -126,16 +148,47 @@ def _check_backward(
     check.contiguous(means=means, rstds=rstds)
 
 
-def _check_written(
-    grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, gammas: list[Tensor], needs_dy: list[bool]
+def _check_into(
+    grad: Tensor,
+    ys: list[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    gammas: list[Tensor],
+    needs_dy: list[bool],
+    dys: list[Tensor],
 ) -> None:
+    check.one_device(ys=ys, dys=dys)
     _check_backward(grad, ys, means, rstds, gammas, needs_dy)
-    named = [(f"ys[{b}]", y) for b, y in enumerate(ys)]
-    written = [pair for pair, need in zip(named, needs_dy, strict=True) if need]
-    for name, y in written:
-        if not (y.is_contiguous() or y.is_contiguous(memory_format=torch.channels_last)):
-            raise ValueError(f"{name} must be contiguous or channels_last, got strides {y.stride()}")
-    check.apart(written, [("grad", grad), *(pair for pair, need in zip(named, needs_dy, strict=True) if not need)])
+    check.length(sum(needs_dy), "one for each true one of needs_dy", dys=dys)
+    _check_like(ys[0], dys=dys)
+
+
+def _check_written(
+    grad: Tensor,
+    ys: list[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    gammas: list[Tensor],
+    needs_dy: list[bool],
+    dys: list[Tensor],
+) -> None:
+    _check_into(grad, ys, means, rstds, gammas, needs_dy, dys)
+    written = [(f"dys[{i}]", dy) for i, dy in enumerate(dys)]
+    for name, dy in written:
+        if not (dy.is_contiguous() or dy.is_contiguous(memory_format=torch.channels_last)):
+            raise ValueError(f"{name} must be contiguous or channels_last, got strides {dy.stride()}")
+    read = [("grad", grad), ("means", means), ("rstds", rstds)]
+    read += [(f"gammas[{b}]", gamma) for b, gamma in enumerate(gammas)]
+    for b, (y, target) in enumerate(zip(ys, _by_map(dys, needs_dy), strict=True)):
+        if target is None or (target.data_ptr(), target.stride()) != (y.data_ptr(), y.stride()):
+            read.append((f"ys[{b}]", y))
+    check.apart(written, read)
+
+
+def _by_map(dys: Sequence[Tensor], needs_dy: Sequence[bool]) -> list[Tensor | None]:
+    """dys with None for the maps that need none."""
+    given = iter(dys)
+    return [next(given) if need else None for need in needs_dy]
 
 
 def _per_channel(values: Tensor) -> Tensor:
@@ -148,6 +201,7 @@ def _forward(
     gammas: list[Tensor],
     betas: list[Tensor],
     eps: list[float],
+    added: list[Tensor],
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out_dtype = ys[0].dtype if dtype is None else dtype
@@ -165,6 +219,8 @@ def _forward(
         means.append(mean.double())
         variances.append(var.double())
         rstds.append(rstd.double())
+    for z in added:
+        total += z
     return total.to(out_dtype), torch.stack(means), torch.stack(variances), torch.stack(rstds)
 
 
@@ -192,6 +248,10 @@ def _backward_into(
     return torch.stack(dgammas), dbeta
 
 
+def _empty_dys(ys: Sequence[Tensor], needs_dy: Sequence[bool]) -> list[Tensor]:
+    return [torch.empty_like(y) for y, need in zip(ys, needs_dy, strict=True) if need]
+
+
 @check.checked(_check_backward)
 def _backward(
     grad: Tensor,
@@ -201,9 +261,8 @@ def _backward(
     gammas: list[Tensor],
     needs_dy: list[bool],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    targets = [torch.empty_like(y) if need else None for y, need in zip(ys, needs_dy, strict=True)]
-    dgammas, dbeta = _backward_into(grad, ys, means, rstds, gammas, targets)
-    return [target for target in targets if target is not None], dgammas, dbeta
+    dys = _empty_dys(ys, needs_dy)
+    return dys, *_backward_into(grad, ys, means, rstds, gammas, _by_map(dys, needs_dy))
 
 
 @check.checked(_check_written)
@@ -214,9 +273,9 @@ def _backward_(
     rstds: Tensor,
     gammas: list[Tensor],
     needs_dy: list[bool],
+    dys: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    targets = [y if need else None for y, need in zip(ys, needs_dy, strict=True)]
-    return _backward_into(grad, ys, means, rstds, gammas, targets)
+    return _backward_into(grad, ys, means, rstds, gammas, _by_map(dys, needs_dy))
 
 
 def _on_cuda(name: str, plain: Callable[..., Any], checks: Callable[..., None]) -> Callable[..., Any]:
@@ -224,7 +283,8 @@ def _on_cuda(name: str, plain: Callable[..., Any], checks: Callable[..., None]) 
 
     @check.checked(checks)
     def kernel(*args: Any) -> Any:
-        maps = [*args[0]] if name == "bn_sum_forward" else [args[0], *args[1]]
+        maps = [*args[0], *args[4]] if name == "bn_sum_forward" else [args[0], *args[1]]
+        maps += args[6] if name == "bn_sum_backward_" else []
         layout = all(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
         if not TRITON or not layout or maps[0].dtype == torch.float64:
             return plain(*args)
@@ -252,7 +312,7 @@ if MISSING is not None:
 @torch.library.register_fake("acnet_kernels::bn_sum_forward")
 @check.checked(_check_forward)
 def _(
-    ys: list[Tensor], gammas: Any, betas: Any, eps: Any, dtype: torch.dtype | None
+    ys: list[Tensor], gammas: Any, betas: Any, eps: Any, added: Any, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     means, variances, rstds = (ys[0].new_empty((len(ys), ys[0].shape[1]), dtype=torch.float64) for _ in range(3))
     return torch.empty_like(ys[0], dtype=dtype), means, variances, rstds
@@ -268,14 +328,13 @@ def _fake_parameters(grad: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 def _(
     grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, gammas: Any, needs_dy: list[bool]
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    dys = [torch.empty_like(y) for y, need in zip(ys, needs_dy, strict=True) if need]
-    return dys, *_fake_parameters(grad, means)
+    return _empty_dys(ys, needs_dy), *_fake_parameters(grad, means)
 
 
 @torch.library.register_fake("acnet_kernels::bn_sum_backward_")
-@check.checked(_check_backward)
+@check.checked(_check_into)
 def _(
-    grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, gammas: Any, needs_dy: list[bool]
+    grad: Tensor, ys: Any, means: Tensor, rstds: Tensor, gammas: Any, needs_dy: Any, dys: Any
 ) -> tuple[Tensor, Tensor]:
     return _fake_parameters(grad, means)
 
@@ -295,12 +354,13 @@ def is_channels_last(y: Tensor) -> bool:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    ys, gammas, betas, *_ = inputs
+    ys, gammas, betas, _, added, _ = inputs
     _, means, variances, rstds = output
     ctx.mark_non_differentiable(means, variances, rstds)
     ctx.count = len(ys)
     ctx.beta_dtypes = [beta.dtype for beta in betas]
     ctx.needs_dy = [y.requires_grad for y in ys]
+    ctx.needs_dz = [z.requires_grad for z in added]
     ctx.save_for_backward(*ys, means, rstds, *gammas)
 
 
@@ -308,12 +368,12 @@ def _autograd(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     saved = list(ctx.saved_tensors)
     ys, (means, rstds), gammas = saved[: ctx.count], saved[ctx.count : ctx.count + 2], saved[ctx.count + 2 :]
     dys, dgammas, dbeta = bn_sum_backward(like(grad, ys[0]), ys, means, rstds, gammas, ctx.needs_dy)
-    given = iter(dys)
     return (
-        [next(given) if need else None for need in ctx.needs_dy],
+        _by_map(dys, ctx.needs_dy),
         [d.to(gamma.dtype) for gamma, d in zip(gammas, dgammas, strict=False)],
         [dbeta.to(dtype) for dtype in ctx.beta_dtypes],
         None,
+        [grad.to(ys[0].dtype) if need else None for need in ctx.needs_dz],
         None,
     )
 

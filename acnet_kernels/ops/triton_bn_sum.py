@@ -1,4 +1,4 @@
-"""Fused batch norm and sum of up to three maps on CUDA by Triton: launches of kernels/bn_sum.py, no maths.
+"""Fused batch norm and sum of up to eight maps on CUDA by Triton: launches of kernels/bn_sum.py, no maths.
 
 All maps are N×K×H×W in channels_last and of one shape; fp32, fp16 or bf16. Arithmetic is fp32, the merge of
 the statistics fp64. Results are the same bits in every run. bn_sum_forward, bn_sum_backward and bn_sum_backward_
@@ -52,6 +52,10 @@ def check_maps(**maps: Tensor) -> None:
             )
 
 
+def _named(**lists: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"{name}[{i}]": t for name, maps in lists.items() for i, t in enumerate(maps)}
+
+
 def pixels(y: Tensor) -> int:
     """Rows of a map seen as a matrix: N·H·W."""
     return y.shape[0] * y.shape[2] * y.shape[3]
@@ -59,7 +63,7 @@ def pixels(y: Tensor) -> int:
 
 def statistics(ys: Sequence[Tensor]) -> Moments:
     """Per-tile mean and M2 of every map: one launch."""
-    check_maps(**{f"ys[{i}]": y for i, y in enumerate(ys)})
+    check_maps(**_named(ys=ys))
     M, K = pixels(ys[0]), ys[0].shape[1]
     tile = streaming_tile(K)
     tiles, rows = row_split(M, K, tile)
@@ -108,15 +112,17 @@ def _vectors(parameters: Sequence[Tensor], B: int) -> tuple[Tensor | None, ...]:
     return tuple(t.contiguous() for t in parameters) or (None,) * B
 
 
-def apply(ys: Sequence[Tensor], norms: Norms, dtype: torch.dtype | None = None) -> Tensor:
-    """Σ_b scale_b·(y_b − mean_b) + bias, with the maps' strides, in `dtype` (None: theirs): one launch."""
-    check_maps(**{f"ys[{i}]": y for i, y in enumerate(ys)})
+def apply(
+    ys: Sequence[Tensor], norms: Norms, added: Sequence[Tensor] = (), dtype: torch.dtype | None = None
+) -> Tensor:
+    """Σ_b scale_b·(y_b − mean_b) + bias + Σ added, in the maps' strides and `dtype` (None: theirs): one launch."""
+    check_maps(**_named(ys=ys, added=added))
     out = torch.empty_like(ys[0], dtype=dtype)
     M, K = pixels(out), out.shape[1]
     tile = streaming_tile(K)
     grid = (cdiv(M, tile.block_m), cdiv(K, tile.block_k))
-    sizes = {"B": len(ys), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
-    kernels.apply[grid](tuple(ys), norms.means, norms.scale, norms.bias, out, M, K, **sizes)
+    sizes = {"B": len(ys), "ADDED": len(added), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    kernels.apply[grid]((*ys, *added), norms.means, norms.scale, norms.bias, out, M, K, **sizes)
     return out
 
 
@@ -125,15 +131,16 @@ def bn_sum_forward(
     gammas: Sequence[Tensor],
     betas: Sequence[Tensor],
     eps: Sequence[float],
+    added: Sequence[Tensor],
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, means, variances, rstds) of out = Σ_b BN_b(y_b) by the batch's statistics: three launches.
+    """(out, means, variances, rstds) of out = Σ_b BN_b(y_b) + Σ added by the batch's statistics: three launches.
 
     gammas, betas: one (K,) a map, or [] for γ = 1 and β = 0. dtype: out's, None for the maps'. The statistics: B×K,
     fp64.
     """
     norms = merge_statistics(statistics(ys), gammas, betas, eps)
-    return apply(ys, norms, dtype), norms.means, norms.variances, norms.rstds
+    return apply(ys, norms, added, dtype), norms.means, norms.variances, norms.rstds
 
 
 def bn_sum_backward(
@@ -146,11 +153,10 @@ def bn_sum_backward(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """(dy_b where needs_dy[b], dγ B×K, dβ K) of bn_sum_forward, the latter in fp32: three launches.
 
-    grad is dL/dout, channels_last. Every branch's dβ is the same Σ grad.
+    grad is dL/dout, channels_last. Every map's dβ is the same Σ grad.
     """
-    dys = [torch.empty_like(y) if need else None for y, need in zip(ys, needs_dy, strict=True)]
-    dgammas, dbeta = _backward_into(grad, ys, means, rstds, gammas, dys)
-    return [dy for dy in dys if dy is not None], dgammas, dbeta
+    dys = [torch.empty_like(y) for y, need in zip(ys, needs_dy, strict=True) if need]
+    return dys, *bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy, dys)
 
 
 def bn_sum_backward_(
@@ -160,21 +166,12 @@ def bn_sum_backward_(
     rstds: Tensor,
     gammas: Sequence[Tensor],
     needs_dy: Sequence[bool],
+    dys: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """bn_sum_backward with dy_b written over y_b where needs_dy[b], which nothing else may need then."""
-    dys = [y if need else None for y, need in zip(ys, needs_dy, strict=True)]
-    return _backward_into(grad, ys, means, rstds, gammas, dys)
-
-
-def _backward_into(
-    grad: Tensor,
-    ys: Sequence[Tensor],
-    means: Tensor,
-    rstds: Tensor,
-    gammas: Sequence[Tensor],
-    dys: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor]:
-    check_maps(grad=grad, **{f"ys[{i}]": y for i, y in enumerate(ys)})
+    """bn_sum_backward with dy_b written into dys, one where needs_dy[b]: y_b itself, or a map apart."""
+    check_maps(grad=grad, **_named(ys=ys, dys=dys))
+    given = iter(dys)
+    targets = tuple(next(given) if need else None for need in needs_dy)
     B, (M, K) = len(ys), (pixels(grad), grad.shape[1])
     tile = streaming_tile(K)
     tiles, rows = row_split(M, K, tile)
@@ -188,7 +185,7 @@ def _backward_into(
     kernels.merge_grad[(K,)](
         partial, _vectors(gammas, B), rstds, dgammas, dbeta, coefficients, M, K, tiles, B=B, BLOCK_T=BLOCK_T
     )
-    if any(dy is not None for dy in dys):
+    if dys:
         grid = (cdiv(M, tile.block_m), blocks)
-        kernels.apply_grad[grid](grad, tuple(ys), tuple(dys), means, coefficients, M, K, **sizes)
+        kernels.apply_grad[grid](grad, tuple(ys), targets, means, coefficients, M, K, **sizes)
     return dgammas, dbeta

@@ -46,7 +46,7 @@ class TritonBlock(torch.autograd.Function):
         x, *rest, means, rstds = ctx.saved_tensors
         weights, gammas, ys = rest[:3], rest[3:6], rest[6:]
         grad = grad.contiguous(memory_format=torch.channels_last)
-        dgammas, dbeta = bn_sum_backward_(grad, ys, means, rstds, gammas, [True] * 3)
+        dgammas, dbeta = bn_sum_backward_(grad, ys, means, rstds, gammas, [True] * 3, ys)
         dx = triton_input_grad(ys, weights, WINDOW, x.shape[2:])
         return dx, *triton_weight_grads(x, ys, weights, WINDOW), *dgammas, *(dbeta.clone() for _ in range(3))
 

@@ -138,7 +138,7 @@ def step(t: Tensors, config: Config | None = SMALL) -> dict[str, Tensor]:
     out = triton_bn_sum.apply(ys, norms)
     found = {"out": out} | {f"y_{b}": y.clone() for b, y in zip(t.branches, ys, strict=True)}
     rest = (norms.means, norms.rstds, t.gammas, [True] * len(ys))
-    dgamma, dbeta = triton_bn_sum.bn_sum_backward_(t.grad, ys, *rest)
+    dgamma, dbeta = triton_bn_sum.bn_sum_backward_(t.grad, ys, *rest, ys)
     by_branch = t.by_branch(dict(zip(t.branches, ys, strict=True)))  # dy_b by now
     found["x"] = triton_conv.input_grad(by_branch, weights, t.window, (H, W), config=config)
     dws = triton_conv.weight_grads(t.x, by_branch, weights, t.window, config=config)

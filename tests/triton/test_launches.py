@@ -59,7 +59,7 @@ def test_launches_of_a_step(
     _, ys, norms = triton_conv.block_forward(t.x, weights, t.gammas, t.betas, t.eps, t.window)
     assert launches == [forward, "merge_statistics", "apply"]
     launches.clear()
-    triton_bn_sum.bn_sum_backward_(t.grad, ys, norms.means, norms.rstds, t.gammas, [True] * 3)
+    triton_bn_sum.bn_sum_backward_(t.grad, ys, norms.means, norms.rstds, t.gammas, [True] * 3, ys)
     triton_conv.input_grad(ys, weights, t.window, t.x.shape[2:], config=config)
     triton_conv.weight_grads(t.x, ys, weights, t.window, config=config)
     assert launches[:5] == ["reduce_grad", "merge_grad", "apply_grad", *backward]
