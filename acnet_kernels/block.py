@@ -12,8 +12,8 @@ from .backends import planner
 from .functional import plan, run
 from .geometry import BRANCHES, Geometry, IntOrPair, PaddingMode, Pair, as_int
 from .ops.fuse_blocks import Arguments
-from .ops.fusion import FoldBranch, append_branches, append_step, fold
-from .spec import Problem, Step, prefers_channels_last
+from .ops.fusion import FoldEntry, append_branches, append_step, fold
+from .spec import Problem, Step, listed, prefers_channels_last, taps_of
 from .submodules import agreed_geometry, kernel_of, read, read_for_fold, speaks_for
 
 _MODULES = {name: (f"{name}_conv", f"{name}_bn") for name in BRANCHES}
@@ -314,7 +314,7 @@ class ACBlock(nn.Module):
         if self.deploy:
             assert self.fused_conv.bias is not None
             return self.fused_conv.weight, self.fused_conv.bias
-        return fold(self.fold_step())
+        return fold(listed(self.fold_step()))
 
     def fold_step(self) -> Step:
         """The step in eval, for folding: it is one fixed convolution.
@@ -335,22 +335,19 @@ class ACBlock(nn.Module):
         """
         convs, norms = self.convs(), self.norms()
         if self.deploy or isinstance(speaks_for(convs, norms, self._built), str):
-            append_step(a, self.fold_step())
+            append_step(a, listed(self.fold_step()))
             return
-        found: list[FoldBranch | None] = []
-        for name in BRANCHES if self.norm == "branch" else ():
-            if name not in convs:
-                found.append(None)
-                continue
+        found: list[FoldEntry] = []
+        for name in convs if self.norm == "branch" else ():
             affine, buffers = norms[name]._parameters, norms[name]._buffers
             mean, var = buffers.get("running_mean"), buffers.get("running_var")
             if mean is None or var is None or "weight" not in affine:
                 break
-            found.append((*kernel_of(convs[name]), affine["weight"], affine["bias"], mean, var, norms[name].eps))
-        if len(found) == len(BRANCHES):
-            append_branches(a, found, (self._built.hor_row, self._built.ver_column))
+            found.append((taps_of(self._built, name), *kernel_of(convs[name]), affine["weight"], affine["bias"], mean, var, norms[name].eps))
+        if len(found) == len(convs):
+            append_branches(a, self.kernel_size, self._built.groups, found)
         else:  # one norm after the sum, a frozen one, or one without statistics
-            append_step(a, self.fold_step())
+            append_step(a, listed(self.fold_step()))
 
     def switch_to_deploy(self) -> None:
         """Replaces the branches by their one folded convolution, in place; a second call does nothing.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .block import ACBlock
 from .geometry import BRANCHES
 from .ops.fusion import fold
-from .spec import Branch, Norm, Step
+from .spec import Branch, Norm, Step, listed
 
 StateDict = dict[str, Any]
 # What DataParallel, DDP and AveragedModel, torch.compile, FSDP and checkpoint_wrapper put into names, anywhere.
@@ -299,7 +299,7 @@ def _match_form(state: StateDict, prefix: str, block: ACBlock) -> None:
         )
     if block.deploy and not deployed and f"{prefix}square_conv.weight" in state:
         step, taken = _step(state, prefix, block)
-        weight, bias = fold(step)
+        weight, bias = fold(listed(step))
         for name in taken:
             del state[name]
         state[f"{prefix}fused_conv.weight"], state[f"{prefix}fused_conv.bias"] = weight, bias

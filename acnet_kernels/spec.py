@@ -213,3 +213,31 @@ def _is_channels_last(t: Tensor) -> bool:
     elif t.is_contiguous(memory_format=torch.channels_last):
         return True
     return suggest_memory_format(t) == torch.channels_last
+
+
+def taps_of(geometry: Geometry, name: str) -> tuple[int, int, int, int, int]:
+    """Adapter until a geometry has taps: (row, column, rows, columns, step) of a branch."""
+    k = geometry.kernel
+    return {
+        "square": (0, 0, k, k, 1),
+        "hor": (geometry.hor_row, 0, 1, k, 1),
+        "ver": (0, geometry.ver_column, k, 1, 1),
+    }[name]
+
+
+class _Kernel(NamedTuple):
+    kernel: Pair
+    groups: int
+
+
+class _Listed(NamedTuple):
+    geometry: _Kernel
+    branches: tuple[Any, ...]
+    norm: Norm | None
+
+
+def listed(step: Step) -> Any:
+    """Adapter until a step's branches are a list."""
+    g = step.geometry
+    branches = [(taps_of(g, name), *branch) for name, branch in step.branches.items()]
+    return _Listed(_Kernel((g.kernel, g.kernel), g.groups), tuple(branches), step.norm)

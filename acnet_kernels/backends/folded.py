@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.fusion import fold_as_it_is
-from ..spec import Problem, Step, prefers_channels_last
+from ..spec import Problem, Step, listed, prefers_channels_last
 
 NAME = "folded"
 
@@ -36,7 +36,7 @@ def transient_bytes(problem: Problem) -> int:
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros); differentiable."""
     geometry = step.geometry
-    weight, bias = fold_as_it_is(step)
+    weight, bias = fold_as_it_is(listed(step))
     if weight.shape[1] == 1 and prefers_channels_last(x, step.branches["square"].weight):
         weight = weight.to(memory_format=torch.channels_last)  # dense in both layouts, and folded in the other
     place = geometry.placement("square")
