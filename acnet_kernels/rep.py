@@ -16,9 +16,9 @@ from .backends import planner
 from .functional import plan, run
 from .geometry import Geometry, IntOrPair, PaddingMode, Pair, Taps
 from .ops.fuse_blocks import Arguments
-from .ops.fusion import append_step, fold
+from .ops.fusion import FoldEntry, append_branches, append_step, fold
 from .spec import Problem, Step, prefers_channels_last
-from .submodules import Layout, Settings, Slot, Submodules, agreed_geometry, read, read_for_fold
+from .submodules import Layout, Settings, Slot, Submodules, agreed_geometry, kernel_of, read, read_for_fold, speaks_for
 
 
 def conv_bn(conv: nn.Conv2d) -> nn.Sequential:
@@ -292,7 +292,23 @@ class RepBlock(nn.Module):
         Raises:
             ValueError: as `fold_step`; a is then as it was.
         """
-        append_step(a, self.fold_step())
+        given = None if self.deploy else self.submodules()
+        geometry = "" if given is None else speaks_for(given)
+        found: list[FoldEntry] = []
+        if given is not None and not isinstance(geometry, str) and given.total is None:
+            for slot, conv, norm in zip(self._layout.slots, given.convs, given.norms, strict=True):
+                if norm is None:
+                    break
+                affine, buffers = norm._parameters, norm._buffers
+                mean, var = buffers.get("running_mean"), buffers.get("running_var")
+                if mean is None or var is None or "weight" not in affine:
+                    break
+                kernel = (None, None) if conv is None else kernel_of(conv)
+                found.append((slot.taps, *kernel, affine["weight"], affine["bias"], mean, var, norm.eps))  # type: ignore[arg-type]
+        if not isinstance(geometry, str) and len(found) == len(self._layout.slots):
+            append_branches(a, geometry.kernel, geometry.groups, found)
+        else:  # a batch norm after the sum, a frozen one, one without statistics, or none
+            append_step(a, self.fold_step())
 
     def switch_to_deploy(self) -> None:
         """Replaces the branches by their one folded convolution, in place; a second call does nothing.

@@ -16,56 +16,60 @@
 
 namespace acnet {
 
-// As the schema names them; L blocks, branch order square, hor, ver. The lists of tensors hold those that are present.
+// As the schema names them; L blocks of B entries in all. The lists of tensors hold those that are present.
 struct FuseArguments {
-  const Tensors& square;  // L
-  const Tensors& hor;
-  const Tensors& ver;
+  const Tensors& weight;
   const Tensors& gamma;
   const Tensors& beta;
   const Tensors& mean;
   const Tensors& var;
   const Tensors& conv_bias;
-  const std::vector<int64_t>& present;  // 3L: which of a branch's tensors there are, as a sum of Present
-  const std::vector<double>& eps;       // 3L
-  const std::vector<int64_t>& place;    // 2L: hor's row and ver's column
+  const std::vector<int64_t>& blocks;    // 4L: the number of entries, k_h, k_w, groups
+  const std::vector<int64_t>& branches;  // 6B: present, a sum of Present; row, column, rows, columns, step
+  const std::vector<double>& eps;        // B
 };
 
 enum Present : int64_t {
-  kHasBranch = 1, kHasGamma = 2, kHasBeta = 4, kHasMean = 8, kHasConvBias = 16, kAnyVariance = 32
+  kHasWeight = 1, kHasGamma = 2, kHasBeta = 4, kHasMean = 8, kHasVar = 16, kHasConvBias = 32,
+  kAnyVariance = 64,
+  kSum = 128  // no branch, but the batch norm after the sum of those before it
 };
-constexpr int64_t kPresentBits[kParams] = {kHasGamma, kHasBeta, kHasMean, kHasBranch, kHasConvBias};  // by Param
+constexpr int64_t kPresentBits[kParams] = {kHasGamma, kHasBeta, kHasMean, kHasVar, kHasConvBias};  // by Param
+constexpr size_t kBlockNumbers = 4, kBranchNumbers = 6;
 
 struct Fusion {
   std::vector<Block> blocks;
+  std::vector<Branch> branches;
   Tensors weights, biases;  // the outputs
   Tensors copies;           // contiguous copies of strided parameters: alive as long as the descriptors
 };
 
-constexpr const char* kSlotNames[] = {"square", "hor", "ver"};
 constexpr const char* kParamNames[] = {"gamma", "beta", "mean", "var", "conv_bias"};
 
 // Parts of messages, turned into text only when a check fails: there are thousands of checks a call.
-struct At {  // "block 3: var"
+struct At {  // "block 3: weight_out"
   size_t block;
   const char* argument;
 };
 
-struct Label {  // "block 3: var of hor"
-  size_t block;
-  int slot, param;
+struct Label {  // "block 3: var of branch 1"
+  size_t block, branch;
+  const char* argument;
+  bool sum = false;
 };
 
 inline std::ostream& operator<<(std::ostream& out, const At& at) { return out << "block " << at.block << ": " << at.argument; }
 
 inline std::ostream& operator<<(std::ostream& out, const Label& label) {
-  return out << At{label.block, kParamNames[label.param]} << " of " << kSlotNames[label.slot];
+  out << At{label.block, label.argument} << " of ";
+  return label.sum ? out << "the sum" : out << "branch " << label.branch;
 }
 
 constexpr Check require("fuse_blocks");
 
-inline uint32_t dtype_of(const View& v, size_t block, const char* argument) {
-  require.floats(v, At{block, argument});
+template <class Name>
+uint32_t dtype_of(const View& v, const Name& name) {
+  require.floats(v, name);
   switch (v.type()) {
     case ScalarType::Float: return kFloat;
     case ScalarType::Double: return kDouble;
@@ -74,84 +78,110 @@ inline uint32_t dtype_of(const View& v, size_t block, const char* argument) {
   }
 }
 
-inline void check_device(const View& v, const View& first, size_t block, const char* argument) {
-  require(v.device_type == first.device_type && v.device_index == first.device_index, At{block, argument},
-          " must be on the device of block 0's square");
-  require(v.data != nullptr || v.empty(), At{block, argument}, " has no memory behind its shape ", v.shape());
+template <class Name>
+void check_device(const View& v, const View& first, const Name& name) {
+  require(v.device_type == first.device_type && v.device_index == first.device_index, name,
+          " must be on the device of the first weight");
+  require(v.data != nullptr || v.empty(), name, " has no memory behind its shape ", v.shape());
 }
 
-inline void check_lengths(const FuseArguments& a, const Tensors* weight_out, const Tensors* bias_out) {
-  size_t const count = a.square.size();
+// The lengths of all lists, and what the numbers among them may be.
+inline void check_numbers(const FuseArguments& a, const Tensors* weight_out, const Tensors* bias_out) {
   auto check = [](const char* name, size_t got, size_t expected) {
     require(got == expected, name, " must have ", expected, " entries, got ", got);
   };
-  check("present", a.present.size(), 3 * count);
-  check("eps", a.eps.size(), 3 * count);
-  check("place", a.place.size(), 2 * count);
-  size_t kernels[kSlots] = {}, params[kParams] = {};
-  for (size_t entry = 0; entry < 3 * count; ++entry) {
-    int64_t const present = a.present[entry];
-    bool const branch = present & kHasBranch;
-    require(present >= 0 && present < 64 && (branch || (present == 0 && entry % 3 != kSquare)), "block ", entry / 3,
-            ": present of ", kSlotNames[entry % 3], " cannot be ", present);
-    kernels[entry % 3] += branch;
-    for (int param = 0; param < kParams; ++param) params[param] += (present & kPresentBits[param]) != 0;
+  size_t const count = a.blocks.size() / kBlockNumbers;
+  check("blocks", a.blocks.size(), kBlockNumbers * count);
+  size_t entries = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t* const numbers = &a.blocks[kBlockNumbers * i];
+    require(numbers[0] >= 1 && numbers[0] <= kMostBranches + 1, "block ", i, " must have from 1 to ", kMostBranches,
+            " branches, got ", numbers[0]);
+    require(std::min(numbers[1], numbers[2]) >= 1 && std::max(numbers[1], numbers[2]) <= kMostTaps, "block ", i,
+            ": kernel must be from 1 to ", kMostTaps, " a side, got (", numbers[1], ", ", numbers[2], ")");
+    entries += size_t(numbers[0]);
   }
-  check("hor", a.hor.size(), kernels[kHor]);
-  check("ver", a.ver.size(), kernels[kVer]);
+  check("branches", a.branches.size(), kBranchNumbers * entries);
+  check("eps", a.eps.size(), entries);
+  size_t weights = 0, params[kParams] = {}, entry = 0;
+  for (size_t i = 0; i < count; ++i) {
+    size_t const own = size_t(a.blocks[kBlockNumbers * i]), before = weights;
+    for (size_t b = 0; b < own; ++b, ++entry) {
+      const int64_t* const numbers = &a.branches[kBranchNumbers * entry];
+      int64_t const present = numbers[0], most = kMostTaps;
+      bool const weight = present & kHasWeight, sum = present & kSum;
+      require(present >= 0 && present < 2 * kSum && !(sum && (weight || b + 1 < own)), "block ", i, ": present of branch ",
+              b, " cannot be ", present);
+      require(sum || b < kMostBranches, "block ", i, " must have from 1 to ", kMostBranches, " branches, got ", own);
+      require(a.eps[entry] >= 0 && a.eps[entry] <= std::numeric_limits<double>::max(), Label{i, b, "eps", sum},
+              " must be finite and not negative, got ", a.eps[entry]);
+      weights += weight;
+      for (int param = 0; param < kParams; ++param) params[param] += (present & kPresentBits[param]) != 0;
+      if (sum) continue;
+      bool inside = numbers[5] >= 1 && numbers[5] <= most;
+      for (int d = 1; d <= 2; ++d) {  // in the order that keeps sums small
+        inside = inside && numbers[d] >= 0 && numbers[d] < most && numbers[d + 2] >= 1 && numbers[d + 2] <= (weight ? most : 1);
+        inside = inside && numbers[d] + (numbers[d + 2] - 1) * numbers[5] < a.blocks[kBlockNumbers * i + d];
+      }
+      require(inside, Label{i, b, "taps"}, " (row, column, rows, columns, step) must be a rectangle", weight ? "" : " of one tap",
+              " inside the kernel of ", a.blocks[kBlockNumbers * i + 1], "×", a.blocks[kBlockNumbers * i + 2], ", got ",
+              Shape{numbers + 1, 5});
+    }
+    require(weights > before, "block ", i, " must have a branch with a weight");
+  }
+  check("weight", a.weight.size(), weights);
   const Tensors* const lists[] = {&a.gamma, &a.beta, &a.mean, &a.var, &a.conv_bias};
   for (int param = 0; param < kParams; ++param) check(kParamNames[param], lists[param]->size(), params[param]);
   if (weight_out) check("weight_out", weight_out->size(), count);
   if (bias_out) check("bias_out", bias_out->size(), count);
 }
 
-inline int32_t narrow32(int64_t stride, size_t block, const char* argument) {
-  require(stride >= 0 && stride <= std::numeric_limits<int32_t>::max(), At{block, argument}, " has a stride of ",
-          stride, ": more than 2^31 - 1 elements");
-  return int32_t(stride);
+template <class Name>
+int32_t narrow32(int64_t number, const Name& name) {
+  require(number >= 0 && number <= std::numeric_limits<int32_t>::max(), name, " has a size or stride of ", number,
+          ": more than 2^31 - 1 elements");
+  return int32_t(number);
 }
 
-// A branch of rows×columns taps: its pointer, and its strides of o, c and, where it has more than one, r and s.
-inline void describe_branch(Block& block, Slot slot, const View& v, const View& square, const View& first, size_t i) {
-  const char* name = kSlotNames[slot];
-  int64_t const k = square.sizes[2], rows = slot == kHor ? 1 : k, columns = slot == kVer ? 1 : k;
-  require(v.dim == 4 && v.sizes[0] == square.sizes[0] && v.sizes[1] == square.sizes[1] && v.sizes[2] == rows &&
-              v.sizes[3] == columns,
-          At{i, name}, " must have shape (", square.sizes[0], ", ", square.sizes[1], ", ", rows, ", ", columns,
-          ") to go with square, got ", v.shape());
-  require(v.dtype == square.dtype, At{i, name}, " must have square's dtype");
-  check_device(v, first, i, name);
-  block.kernels[slot] = v.data;
-  int32_t* out = slot == kSquare ? block.square_strides : slot == kHor ? block.hor_strides : block.ver_strides;
-  *out++ = narrow32(v.strides[0], i, name);
-  *out++ = narrow32(v.strides[1], i, name);
-  if (slot != kHor) *out++ = narrow32(v.strides[2], i, name);
-  if (slot != kVer) *out++ = narrow32(v.strides[3], i, name);
+// Which order a block's kernels have: what decides the output's, and which of its kernels a plain loop can read.
+struct Order {
+  bool contiguous = true, channels_last = true;              // all kernels are dense in that order
+  bool first_contiguous = false, first_channels_last = false;  // the first is
+  bool wanted = false;                                       // channels_last, for a new output
+};
+
+// A kernel of a branch: its pointer and its strides.
+inline void describe_kernel(Branch& branch, const View& v, const View& own, const View& first, const Label& label, Order& order) {
+  require(v.has_shape({own.sizes[0], own.sizes[1], branch.rows, branch.columns}), label, " must have shape (",
+          own.sizes[0], ", ", own.sizes[1], ", ", int(branch.rows), ", ", int(branch.columns), "), got ", v.shape());
+  require(v.dtype == own.dtype, label, " must have the dtype of the block's first weight");
+  check_device(v, first, label);
+  branch.kernel = v.data;
+  for (int d = 0; d < 4; ++d) branch.strides[d] = v.sizes[d] == 1 ? 0 : narrow32(v.strides[d], label);
+  bool const contiguous = v.dense(false), channels_last = v.dense(true);
+  order.contiguous &= contiguous;
+  order.channels_last &= channels_last;
+  order.wanted |= channels_last && !contiguous;
 }
 
-// `next` counts how many of each parameter's list earlier branches have taken.
-inline void describe_norm(Block& block, int slot, const FuseArguments& a, const View& first, size_t i, size_t* next,
-                          Fusion& fusion) {
+// `next` counts how many of each parameter's list earlier entries have taken.
+inline void describe_params(Branch& branch, const FuseArguments& a, int64_t present, int64_t channels, const View& first,
+                            Label label, size_t* next, Fusion& fusion) {
   const Tensors* const lists[] = {&a.gamma, &a.beta, &a.mean, &a.var, &a.conv_bias};
-  size_t const entry = 3 * i + slot;
-  if (!block.kernels[slot]) return;
-  require(a.eps[entry] >= 0 && a.eps[entry] <= std::numeric_limits<double>::max(), "block ", i, ": eps of ",
-          kSlotNames[slot], " must be finite and not negative, got ", a.eps[entry]);
-  block.eps[slot] = a.eps[entry];
   for (int param = 0; param < kParams; ++param) {
-    if (!(a.present[entry] & kPresentBits[param])) continue;
+    if (!(present & kPresentBits[param])) continue;
     const Tensor& given = (*lists[param])[next[param]++];
+    label.argument = kParamNames[param];
     View v(given);
-    require(v.dim == 1 && v.sizes[0] == block.channels, Label{i, slot, param}, " must have shape (", block.channels,
-            ",), got ", v.shape());
-    check_device(v, first, i, kParamNames[param]);
-    uint32_t const dtype = dtype_of(v, i, kParamNames[param]);
+    require.shape(v, label, {channels});
+    check_device(v, first, label);
+    uint32_t const dtype = dtype_of(v, label);
     if (v.strides[0] != 1 && v.sizes[0] > 1) {
       fusion.copies.push_back(torch::stable::contiguous(given));
       v = View(fusion.copies.back());
     }
-    block.norms[slot][param] = v.data;
-    block.norm_dtypes |= dtype << 2 * (slot * kParams + param);
+    branch.params[param] = v.data;
+    branch.dtypes |= dtype << 2 * param & ((1 << 2 * kParams) - 1);
   }
 }
 
@@ -167,23 +197,23 @@ inline Tensor empty(const View& like, std::vector<int64_t> sizes, bool channels_
   return Tensor(handle);
 }
 
-inline void describe_output(Block& block, const View& square, const View& weight, const View& bias, const View& first, size_t i) {
-  bool same = weight.dim == 4;
-  for (int d = 0; same && d < 4; ++d) same = weight.sizes[d] == square.sizes[d];
-  require(same, At{i, "weight_out"}, " must have square's shape ", square.shape(), ", got ", weight.shape());
-  require(bias.dim == 1 && bias.sizes[0] == block.channels, At{i, "bias_out"}, " must have shape (", block.channels,
-          ",), got ", bias.shape());
-  require(weight.dtype == square.dtype, At{i, "weight_out"}, " must have square's dtype");
-  require(bias.dtype == square.dtype, At{i, "bias_out"}, " must have square's dtype");
-  check_device(weight, first, i, "weight_out");
-  check_device(bias, first, i, "bias_out");
+// An output and how its order goes with that of the block's kernels.
+inline void describe_output(Block& block, const Branch& main, const View& own, const View& weight, const View& bias,
+                            const View& first, const Order& order, size_t i) {
+  require.shape(weight, At{i, "weight_out"}, {block.channels, block.inputs, block.rows, block.columns});
+  require.shape(bias, At{i, "bias_out"}, {block.channels});
+  require(weight.dtype == own.dtype, At{i, "weight_out"}, " must have the dtype of the block's first weight");
+  require(bias.dtype == own.dtype, At{i, "bias_out"}, " must have the dtype of the block's first weight");
+  check_device(weight, first, At{i, "weight_out"});
+  check_device(bias, first, At{i, "bias_out"});
   block.channels_last = !weight.dense(false);
   require(!block.channels_last || weight.dense(true), At{i, "weight_out"}, " must be contiguous or channels_last");
   require(bias.strides[0] == 1 || bias.sizes[0] <= 1, At{i, "bias_out"}, " must be contiguous");
   block.weight = weight.data;
   block.bias = bias.data;
-  block.same_order = square.dense(block.channels_last);
-  block.aligned = block.same_order && square.aligned() && weight.aligned();
+  block.dense = block.channels_last ? order.channels_last : order.contiguous;
+  bool const same = covers_all(block, main) && (block.channels_last ? order.first_channels_last : order.first_contiguous);
+  block.aligned = same && own.aligned() && weight.aligned();
 }
 
 inline void check_apart(const FuseArguments& a, const Tensors& weight_out, const Tensors& bias_out) {
@@ -198,8 +228,8 @@ inline void check_apart(const FuseArguments& a, const Tensors& weight_out, const
     require(written[i - 1].first.end <= written[i].first.begin, written[i - 1].second, " must share no memory with ",
             written[i].second, ": both are written");
   const std::pair<const char*, const Tensors&> lists[] = {
-      {"square", a.square}, {"hor", a.hor},   {"ver", a.ver}, {"gamma", a.gamma},
-      {"beta", a.beta},     {"mean", a.mean}, {"var", a.var}, {"conv_bias", a.conv_bias}};
+      {"weight", a.weight}, {"gamma", a.gamma}, {"beta", a.beta},
+      {"mean", a.mean},     {"var", a.var},     {"conv_bias", a.conv_bias}};
   for (const auto& [name, tensors] : lists)
     for (size_t i = 0; i < tensors.size(); ++i) {
       Extent const read{View(tensors[i])};  // may overlap the first output that ends behind its begin, if any
@@ -210,50 +240,86 @@ inline void check_apart(const FuseArguments& a, const Tensors& weight_out, const
 }
 
 // Checks everything that can be told without reading data, and describes the blocks. Outputs are those given, or new
-// ones in square's memory layout. Throws before anything is written.
+// ones: channels_last where one of the block's weights is that and not contiguous. Throws before anything is written.
 inline Fusion describe_blocks(const FuseArguments& a, const Tensors* weight_out, const Tensors* bias_out) {
-  check_lengths(a, weight_out, bias_out);
-  size_t const count = a.square.size();
+  check_numbers(a, weight_out, bias_out);
+  size_t const count = a.blocks.size() / kBlockNumbers;
   Fusion fusion;
   if (count == 0) return fusion;
   fusion.blocks.resize(count);
-  View const first(a.square[0]);
-  size_t next_hor = 0, next_ver = 0, next[kParams] = {};
+  fusion.branches.resize(a.eps.size());
+  std::vector<Order> orders(count);
+  std::vector<View> firsts;  // each block's first weight
+  firsts.reserve(count);
+  View const first(a.weight[0]);
+  size_t next_weight = 0, next[kParams] = {}, entry = 0;
   for (size_t i = 0; i < count; ++i) {
-    Block& block = fusion.blocks[i] = Block{};
-    View const square(a.square[i]);
-    require(square.dim == 4 && square.sizes[0] > 0 && square.sizes[1] > 0 && square.sizes[2] == square.sizes[3] &&
-                square.sizes[2] % 2 == 1 && square.sizes[2] < 256,
-            At{i, "square"}, " must have shape (K, C, k, k) with K, C > 0 and odd k < 256, got ", square.shape());
-    block.dtype = dtype_of(square, i, "square") & 3;
-    block.channels = narrow32(square.sizes[0], i, "square");
-    block.inputs = narrow32(square.sizes[1], i, "square");
-    block.k = uint8_t(square.sizes[2]);
-    require(block.row() <= std::numeric_limits<int32_t>::max(), At{i, "square"}, " has a channel of ", block.row(),
-            " elements: more than 2^31 - 1");
-    describe_branch(block, kSquare, square, square, first, i);
-    if (a.present[3 * i + kHor]) describe_branch(block, kHor, View(a.hor[next_hor++]), square, first, i);
-    if (a.present[3 * i + kVer]) describe_branch(block, kVer, View(a.ver[next_ver++]), square, first, i);
-    int64_t const row = a.place[2 * i], column = a.place[2 * i + 1];
-    require(row >= 0 && row < block.k && column >= 0 && column < block.k, At{i, "place"},
-            " (hor's row, ver's column) must be within the kernel of ", int(block.k), ", got (", row, ", ", column, ")");
-    block.hor_row = uint8_t(row);
-    block.ver_column = uint8_t(column);
-    for (int slot = 0; slot < kSlots; ++slot) describe_norm(block, slot, a, first, i, next, fusion);
-    if (weight_out) {
-      describe_output(block, square, View((*weight_out)[i]), View((*bias_out)[i]), first, i);
+    const int64_t* const numbers = &a.blocks[kBlockNumbers * i];
+    Block& block = fusion.blocks[i];
+    size_t const begin = entry, end = begin + size_t(numbers[0]);
+    size_t kernels = 0, leading = 0;
+    for (size_t e = begin; e < end; ++e) {
+      bool const weight = a.branches[kBranchNumbers * e] & kHasWeight;
+      kernels += weight;
+      leading += kernels == 0;
     }
+    const View& own = firsts.emplace_back(a.weight[next_weight]);
+    Label const label{i, leading, "weight"};
+    require(own.dim == 4 && own.sizes[0] > 0 && own.sizes[1] > 0, label, " must have shape (K, C, rows, columns) with K, C > 0, got ",
+            own.shape());
+    block.dtype = dtype_of(own, label) & 3;
+    block.channels = narrow32(own.sizes[0], label);
+    block.inputs = narrow32(own.sizes[1], label);
+    block.rows = uint8_t(numbers[1]);
+    block.columns = uint8_t(numbers[2]);
+    block.first_branch = int32_t(begin);
+    require(block.row() <= std::numeric_limits<int32_t>::max(), "block ", i, " has a channel of ", block.row(),
+            " elements: more than 2^31 - 1");
+    require(numbers[3] >= 1 && block.channels % numbers[3] == 0, "block ", i, ": groups must divide its ", block.channels,
+            " channels, got ", numbers[3]);
+    block.normed = (a.branches[kBranchNumbers * (end - 1)] & kSum) != 0;
+    block.branches = uint8_t(end - begin - block.normed);
+    Order& order = orders[i];
+    size_t kernel = begin, identity = begin + kernels;
+    for (; entry < end; ++entry) {
+      const int64_t* const taps = &a.branches[kBranchNumbers * entry];
+      bool const weight = taps[0] & kHasWeight, sum = taps[0] & kSum;
+      Label const own_label{i, entry - begin, "weight", sum};
+      Branch& branch = fusion.branches[weight ? kernel++ : identity++];
+      branch.index = uint8_t(entry - begin);
+      branch.eps = a.eps[entry];
+      branch.any_variance = (taps[0] & kAnyVariance) != 0;
+      if (!sum) {
+        branch.row = uint8_t(taps[1]);
+        branch.column = uint8_t(taps[2]);
+        branch.rows = uint8_t(taps[3]);
+        branch.columns = uint8_t(taps[4]);
+        branch.step = uint8_t(taps[5]);
+      }
+      if (weight) {
+        View const v(a.weight[next_weight++]);
+        describe_kernel(branch, v, own, first, own_label, order);
+        if (kernel == begin + 1) order.first_contiguous = order.contiguous, order.first_channels_last = order.channels_last;
+      } else if (!sum) {
+        require(block.channels == numbers[3] * block.inputs, "block ", i, ": branch ", entry - begin,
+                ", without weight, is the identity: it needs as many channels as inputs, got ", block.channels, " and ",
+                numbers[3] * block.inputs);
+      }
+      describe_params(branch, a, taps[0], block.channels, first, own_label, next, fusion);
+    }
+    if (weight_out)
+      describe_output(block, fusion.branches[begin], own, View((*weight_out)[i]), View((*bias_out)[i]), first, order, i);
   }
   if (weight_out) {
     check_apart(a, *weight_out, *bias_out);
     return fusion;
   }
   for (size_t i = 0; i < count; ++i) {  // after all checks: an error allocates nothing
-    View const square(a.square[i]);
-    bool const channels_last = square.dense(true) && !square.dense(false);
-    fusion.weights.push_back(empty(square, {square.sizes, square.sizes + 4}, channels_last));
-    fusion.biases.push_back(empty(square, {square.sizes[0]}, false));
-    describe_output(fusion.blocks[i], square, View(fusion.weights[i]), View(fusion.biases[i]), first, i);
+    Block& block = fusion.blocks[i];
+    fusion.weights.push_back(empty(firsts[i], {block.channels, block.inputs, block.rows, block.columns}, orders[i].wanted));
+    fusion.biases.push_back(empty(firsts[i], {block.channels}, false));
+    describe_output(block, fusion.branches[block.first_branch], firsts[i], View(fusion.weights[i]),
+                    View(fusion.biases[i]), first, orders[i], i);
   }
   return fusion;
 }

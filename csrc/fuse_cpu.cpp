@@ -18,121 +18,127 @@ namespace acnet {
 namespace {
 
 constexpr int64_t kGrain = 16384;     // elements worth a thread of their own
-constexpr int kCrossElements = 2048;  // of the buffer that holds what hor and ver add: it stays in the first cache
+constexpr int kSums = 2048;        // of the buffer that an output row's sums go through: it stays in the first cache
 
-// Row o of a contiguous weight. hor and ver touch 2k−1 of each k×k kernel: they are laid out in
-// `sums` first, whose other elements stay 0 for the whole block, so that the pass over square and weight is one straight
-// vector loop. K is k where it is known at compile time, else 0.
-template <int K, class T, class A>
-ACNET_HD void fold_row(const Block& block, int64_t o, const A* scale, A* sums) {
-  int const k = K ? K : block.k, taps = k * k, hor_row = block.hor_row, ver_column = block.ver_column;
-  const T* square = static_cast<const T*>(block.kernels[kSquare]) + o * block.row();
-  const T* hor = static_cast<const T*>(block.kernels[kHor]);
-  const T* ver = static_cast<const T*>(block.kernels[kVer]);
-  if (hor) hor += o * block.inputs * k;
-  if (ver) ver += o * block.inputs * k;
+// Row o of a contiguous weight, as many kernels at a time as the buffer holds.
+template <class T, class A>
+ACNET_HD void fold_row(const Block& block, const Branch* branches, int64_t o, const A* scales, A* sums) {
+  int const taps = block.taps(), chunk = kSums / taps;
   T* weight = static_cast<T*>(block.weight) + o * block.row();
-  int const chunk = kCrossElements / taps;
   for (int first = 0; first < block.inputs; first += chunk) {
-    int const count = std::min(chunk, block.inputs - first);
-    for (int c = 0; ver && c < count; ++c)
-      for (int r = 0; r < k; ++r)
-        sums[c * taps + r * k + ver_column] = cross(scale[kHor], A(0), scale[kVer], A(ver[(first + c) * k + r]));
-    for (int c = 0; hor && c < count; ++c) {
-      for (int s = 0; s < k; ++s)
-        if (s != ver_column || !ver)
-          sums[c * taps + hor_row * k + s] = cross(scale[kHor], A(hor[(first + c) * k + s]), scale[kVer], A(0));
-      if (ver)
-        sums[c * taps + hor_row * k + ver_column] = cross(scale[kHor], A(hor[(first + c) * k + ver_column]), scale[kVer],
-                                                          A(ver[(first + c) * k + hor_row]));
+    int const count = std::min(chunk, block.inputs - first), elements = count * taps;
+    for (int b = 0; b < block.branches; ++b) {
+      const Branch& branch = branches[b];
+      A const scale = scales[b];
+      A* at = sums + branch.row * block.columns + branch.column;
+      if (!branch.kernel) {  // never the first
+        int64_t const c = o % block.inputs - first;
+        if (c >= 0 && c < count) at[c * taps] += scale;
+        continue;
+      }
+      int const own = branch.rows * branch.columns;
+      const T* x = static_cast<const T*>(branch.kernel) + (o * block.inputs + first) * own;
+      if (covers_all(block, branch)) {
+        if (b == 0) for (int i = 0; i < elements; ++i) sums[i] = scale * A(x[i]);
+        else for (int i = 0; i < elements; ++i) sums[i] += scale * A(x[i]);
+        continue;
+      }
+      if (b == 0) std::fill(sums, sums + elements, A(0));
+      for (int i = 0; i < branch.rows; ++i)
+        for (int j = 0; j < branch.columns; ++j, ++x) {
+          A* y = at + (i * block.columns + j) * branch.step;
+          for (int c = 0; c < count; ++c) y[c * taps] += scale * A(x[c * own]);
+        }
     }
-    const T* x = square + int64_t(first) * taps;
     T* y = weight + int64_t(first) * taps;
-    for (int i = 0; i < count * taps; ++i) y[i] = T(scale[kSquare] * A(x[i]) + sums[i]);
+    for (int i = 0; i < elements; ++i) y[i] = T(sums[i]);
   }
 }
 
 // Row o of a channels_last weight: each tap is a vector over the input channels.
 template <class T, class A>
-ACNET_HD void fold_row_channels_last(const Block& block, int64_t o, const A* scale) {
-  int const k = block.k;
+ACNET_HD void fold_row_channels_last(const Block& block, const Branch* branches, int64_t o, const A* scales, A* sums) {
   int64_t const n = block.inputs;
-  const T* x = static_cast<const T*>(block.kernels[kSquare]) + o * block.row();
-  const T* hor = static_cast<const T*>(block.kernels[kHor]);
-  const T* ver = static_cast<const T*>(block.kernels[kVer]);
   T* y = static_cast<T*>(block.weight) + o * block.row();
-  for (int r = 0; r < k; ++r)
-    for (int s = 0; s < k; ++s, x += n, y += n) {
-      const T* h = hor && r == block.hor_row ? hor + (o * k + s) * n : nullptr;
-      const T* v = ver && s == block.ver_column ? ver + (o * k + r) * n : nullptr;
-      A const a = scale[kSquare], b = scale[kHor], d = scale[kVer];
-      if (h && v) for (int64_t c = 0; c < n; ++c) y[c] = T(a * A(x[c]) + cross(b, A(h[c]), d, A(v[c])));
-      else if (h) for (int64_t c = 0; c < n; ++c) y[c] = T(a * A(x[c]) + cross(b, A(h[c]), d, A(0)));
-      else if (v) for (int64_t c = 0; c < n; ++c) y[c] = T(a * A(x[c]) + cross(b, A(0), d, A(v[c])));
-      else for (int64_t c = 0; c < n; ++c) y[c] = T(a * A(x[c]));
-    }
+  for (int r = 0; r < block.rows; ++r)
+    for (int s = 0; s < block.columns; ++s, y += n)
+      for (int64_t first = 0; first < n; first += kSums) {
+        int const count = int(std::min(int64_t(kSums), n - first));
+        bool begun = false;
+        for (int b = 0; b < block.branches; ++b) {
+          const Branch& branch = branches[b];
+          int const i = tap_of(r, branch.row, branch.rows, branch.step), j = tap_of(s, branch.column, branch.columns, branch.step);
+          if (i < 0 || j < 0) continue;
+          if (!begun && !branch.kernel) std::fill(sums, sums + count, A(0));
+          A const scale = scales[b];
+          if (!branch.kernel) {
+            int64_t const c = o % n - first;
+            if (c >= 0 && c < count) sums[c] += scale;
+          } else {
+            const T* x = static_cast<const T*>(branch.kernel) + ((o * branch.rows + i) * branch.columns + j) * n + first;
+            if (begun) for (int c = 0; c < count; ++c) sums[c] += scale * A(x[c]);
+            else for (int c = 0; c < count; ++c) sums[c] = scale * A(x[c]);
+          }
+          begun = true;
+        }
+        if (begun) for (int c = 0; c < count; ++c) y[first + c] = T(sums[c]);
+        else std::fill(y + first, y + first + count, T(0));
+      }
 }
 
 // Row o from tensors of any strides.
 template <class T, class A>
-ACNET_HD void fold_row_strided(const Block& block, int64_t o, const A* scale) {
-  int64_t const n = block.inputs, k = block.k;
-  int64_t const step_c = block.channels_last ? 1 : k * k, step_tap = block.channels_last ? n : 1;
+ACNET_HD void fold_row_strided(const Block& block, const Branch* branches, int64_t o, const A* scales) {
+  int64_t const n = block.inputs, taps = block.taps();
+  int64_t const step_c = block.channels_last ? 1 : taps, step_tap = block.channels_last ? n : 1;
   T* weight = static_cast<T*>(block.weight) + o * block.row();
   for (int64_t c = 0; c < n; ++c)
-    for (int r = 0; r < k; ++r)
-      for (int s = 0; s < k; ++s) {
-        A const x = load_square<T, A>(block, o, c, r, s);
-        weight[c * step_c + (r * k + s) * step_tap] = T(fold_element<T, A>(block, scale, x, o, c, r, s));
-      }
-}
-
-bool dense_branches(const Block& block) {  // hor and ver in the order of weight, as square
-  int32_t const n = block.inputs, k = block.k, c = block.channels_last ? 1 : k, tap = block.channels_last ? n : 1;
-  auto dense = [=](const int32_t* stride) { return stride[0] == n * k && (n == 1 || stride[1] == c) && (k == 1 || stride[2] == tap); };
-  return (!block.kernels[kHor] || dense(block.hor_strides)) && (!block.kernels[kVer] || dense(block.ver_strides));
+    for (int r = 0; r < block.rows; ++r)
+      for (int s = 0; s < block.columns; ++s)
+        weight[c * step_c + (r * block.columns + s) * step_tap] =
+            T(fold_element<T, A>(block, branches, scales, 0, A(0), o, c, r, s));
 }
 
 template <class T>
-ACNET_HD void fold_rows_of(const Block& block, int64_t begin, int64_t end) {
+ACNET_HD void fold_rows_of(const Block& block, const Branch* branches, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
-  bool const dense = block.same_order && dense_branches(block) && block.k * block.k <= kCrossElements;
-  alignas(64) A sums[kCrossElements];
-  if (dense && !block.channels_last) std::fill(sums, sums + kCrossElements, A(0));
+  alignas(64) A sums[kSums];
+  A scales[kMostBranches];
   for (int64_t o = begin; o < end; ++o) {
-    Channel<A> const channel = fold_channel<A>(block, o);
-    static_cast<T*>(block.bias)[o] = T(channel.bias);
-    if (!dense) fold_row_strided<T, A>(block, o, channel.scale);
-    else if (block.channels_last) fold_row_channels_last<T, A>(block, o, channel.scale);
-    else if (block.k == 3) fold_row<3, T, A>(block, o, channel.scale, sums);
-    else fold_row<0, T, A>(block, o, channel.scale, sums);
+    static_cast<T*>(block.bias)[o] = T(fold_channel<A>(block, branches, o, scales));
+    if (block.dense && block.channels_last) fold_row_channels_last<T, A>(block, branches, o, scales, sums);
+    else if (block.dense && block.taps() <= kSums) fold_row<T, A>(block, branches, o, scales, sums);
+    else fold_row_strided<T, A>(block, branches, o, scales);
   }
 }
 
-ACNET_CLONES void fold_rows(const Block& block, int64_t begin, int64_t end) {
+ACNET_CLONES void fold_rows(const Block& block, const Branch* branches, int64_t begin, int64_t end) {
   switch (block.dtype) {
-    case kFloat: return fold_rows_of<float>(block, begin, end);
-    case kDouble: return fold_rows_of<double>(block, begin, end);
-    case kHalf: return fold_rows_of<c10::Half>(block, begin, end);
-    default: return fold_rows_of<c10::BFloat16>(block, begin, end);
+    case kFloat: return fold_rows_of<float>(block, branches, begin, end);
+    case kDouble: return fold_rows_of<double>(block, branches, begin, end);
+    case kHalf: return fold_rows_of<c10::Half>(block, branches, begin, end);
+    default: return fold_rows_of<c10::BFloat16>(block, branches, begin, end);
   }
 }
 
 #ifdef ACNET_SIMD
-// The same for contiguous float32, where the instruction set ISA has a pattern for the kernel; false where not.
+// The same for contiguous float32, where the instruction set ISA has patterns for the branches; false where not.
 template <class ISA>
-bool fold_rows_simd(const Block& block, int64_t begin, int64_t end, Pattern<ISA::width>& pattern) {
-  if (block.dtype != kFloat || block.channels_last || !block.same_order || !dense_branches(block)) return false;
-  if (!block.kernels[kHor] || !block.kernels[kVer] || !pattern.prepare(block)) return false;
-  int const k = block.k;
+bool fold_rows_simd(const Block& block, const Branch* branches, int64_t begin, int64_t end, Patterns<ISA::width>& patterns) {
+  if (!patterns.prepare(block, branches)) return false;
+  int const taps = block.taps();
+  float scales[kMostBranches];
   for (int64_t o = begin; o < end; ++o) {
-    Channel<float> const channel = fold_channel<float>(block, o);
-    static_cast<float*>(block.bias)[o] = channel.bias;
-    for (int64_t e = fold_row_simd(block, o, channel.scale, pattern); e < block.row(); ++e) {
-      int64_t const c = e / (k * k);
-      int const r = int(e / k % k), s = int(e % k);
-      float const x = load_square<float, float>(block, o, c, r, s);
-      static_cast<float*>(block.weight)[o * block.row() + e] = fold_element<float>(block, channel.scale, x, o, c, r, s);
+    static_cast<float*>(block.bias)[o] = fold_channel<float>(block, branches, o, scales);
+    float* const weight = static_cast<float*>(block.weight) + o * block.row();
+    int64_t const done = fold_row_simd(block, branches, o, scales, patterns);
+    for (int64_t e = done; e < block.row(); ++e) {
+      int const tap = int(e % taps);
+      weight[e] = fold_element<float>(block, branches, scales, 0, 0.0f, o, e / taps, tap / block.columns, tap % block.columns);
+    }
+    for (int b = patterns.others + 1; b < block.branches; ++b) {
+      int64_t const at = o % block.inputs * taps + branches[b].row * block.columns + branches[b].column;
+      if (at < done) weight[at] += scales[b];
     }
   }
   return true;
@@ -142,39 +148,41 @@ bool fold_rows_simd(const Block& block, int64_t begin, int64_t end, Pattern<ISA:
 // Folds ranges of channels with the widest instructions there are; one a thread.
 class Folder {
  public:
-  void operator()(const Block& block, int64_t begin, int64_t end) {
+  void operator()(const Block& block, const Branch* branches, int64_t begin, int64_t end) {
 #ifdef ACNET_SIMD
     static bool const has_avx512 = __builtin_cpu_supports("avx512f"), has_avx2 = __builtin_cpu_supports("avx2");
-    if (has_avx512 && fold_rows_simd<Avx512>(block, begin, end, avx512_)) return;
-    if (has_avx2 && fold_rows_simd<Avx2>(block, begin, end, avx2_)) return;
+    if (has_avx512 && fold_rows_simd<Avx512>(block, branches, begin, end, avx512_)) return;
+    if (has_avx2 && fold_rows_simd<Avx2>(block, branches, begin, end, avx2_)) return;
 #endif
-    fold_rows(block, begin, end);
+    fold_rows(block, branches, begin, end);
   }
 
  private:
 #ifdef ACNET_SIMD
-  Pattern<Avx512::width> avx512_;
-  Pattern<Avx2::width> avx2_;
+  Patterns<Avx512::width> avx512_;
+  Patterns<Avx2::width> avx2_;
 #endif
 };
 
-void check_variances(const std::vector<Block>& blocks, const std::vector<int64_t>& present) {
-  for (size_t i = 0; i < blocks.size(); ++i)
-    for (int slot = 0; slot < kSlots; ++slot) {
-      if (!blocks[i].kernels[slot] || present[3 * i + slot] & kAnyVariance) continue;
-      const void* data = blocks[i].norms[slot][kVar];
-      uint32_t const dtype = blocks[i].norm_dtypes >> 2 * (slot * kParams + kVar) & 3;
-      for (int64_t o = 0; o < blocks[i].channels; ++o) {
-        double const var = load_param<double>(data, dtype, o);
-        if (var >= 0 && var + blocks[i].eps[slot] > 0 && std::isfinite(var)) continue;
-        require.fail(Label{i, slot, kVar}, " must be finite, not negative, and positive with eps added, got ", var,
-             " in channel ", o);
+void check_variances(const Fusion& fusion) {
+  for (size_t i = 0; i < fusion.blocks.size(); ++i) {
+    const Block& block = fusion.blocks[i];
+    for (int b = 0; b < block.branches + block.normed; ++b) {
+      const Branch& branch = fusion.branches[block.first_branch + b];
+      if (!branch.params[kVar] || branch.any_variance) continue;
+      for (int64_t o = 0; o < block.channels; ++o) {
+        double const var = norm_param(branch, kVar, o, 0.0);
+        if (var >= 0 && var + branch.eps > 0 && std::isfinite(var)) continue;
+        require.fail(Label{i, branch.index, "var", b == block.branches}, " must be finite, not negative, and positive with eps added, got ",
+                     var, " in channel ", o);
       }
     }
+  }
 }
 
-void run(const std::vector<Block>& blocks, const std::vector<int64_t>& present) {
-  check_variances(blocks, present);
+void run(const Fusion& fusion) {
+  check_variances(fusion);
+  const std::vector<Block>& blocks = fusion.blocks;
   std::vector<int64_t> starts(1, 0);  // of the blocks, in elements of all outputs together
   for (const Block& block : blocks) starts.push_back(starts.back() + block.numel());
   // A thread's range of elements stands for the channels that begin in it.
@@ -184,7 +192,8 @@ void run(const std::vector<Block>& blocks, const std::vector<int64_t>& present) 
     for (; i < blocks.size() && starts[i] < end; ++i) {
       int64_t const row = blocks[i].row();
       auto first_from = [&](int64_t element) { return (std::max(element - starts[i], int64_t(0)) + row - 1) / row; };
-      fold(blocks[i], first_from(begin), std::min(first_from(end), int64_t(blocks[i].channels)));
+      fold(blocks[i], &fusion.branches[blocks[i].first_branch], first_from(begin),
+           std::min(first_from(end), int64_t(blocks[i].channels)));
     }
   };
   using Range = decltype(range);
@@ -192,24 +201,21 @@ void run(const std::vector<Block>& blocks, const std::vector<int64_t>& present) 
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, starts.back(), kGrain, call, &range));
 }
 
-std::tuple<Tensors, Tensors> fuse_blocks(const Tensors& square, const Tensors& hor, const Tensors& ver,
-                                         const Tensors& gamma, const Tensors& beta, const Tensors& mean,
-                                         const Tensors& var, const Tensors& conv_bias,
-                                         const std::vector<int64_t>& present, const std::vector<double>& eps,
-                                         const std::vector<int64_t>& place) {
-  Fusion fusion = describe_blocks({square, hor, ver, gamma, beta, mean, var, conv_bias, present, eps, place}, nullptr, nullptr);
-  run(fusion.blocks, present);
+std::tuple<Tensors, Tensors> fuse_blocks(const Tensors& weight, const Tensors& gamma, const Tensors& beta,
+                                         const Tensors& mean, const Tensors& var, const Tensors& conv_bias,
+                                         const std::vector<int64_t>& blocks, const std::vector<int64_t>& branches,
+                                         const std::vector<double>& eps) {
+  Fusion fusion = describe_blocks({weight, gamma, beta, mean, var, conv_bias, blocks, branches, eps}, nullptr, nullptr);
+  run(fusion);
   return {std::move(fusion.weights), std::move(fusion.biases)};
 }
 
-void fuse_blocks_out(const Tensors& square, const Tensors& hor, const Tensors& ver,
-                     const Tensors& gamma, const Tensors& beta, const Tensors& mean,
-                     const Tensors& var, const Tensors& conv_bias,
-                     const std::vector<int64_t>& present, const std::vector<double>& eps,
-                     const std::vector<int64_t>& place, const Tensors& weight_out,
+void fuse_blocks_out(const Tensors& weight, const Tensors& gamma, const Tensors& beta, const Tensors& mean,
+                     const Tensors& var, const Tensors& conv_bias, const std::vector<int64_t>& blocks,
+                     const std::vector<int64_t>& branches, const std::vector<double>& eps, const Tensors& weight_out,
                      const Tensors& bias_out) {
-  Fusion const fusion = describe_blocks({square, hor, ver, gamma, beta, mean, var, conv_bias, present, eps, place}, &weight_out, &bias_out);
-  run(fusion.blocks, present);
+  Fusion const fusion = describe_blocks({weight, gamma, beta, mean, var, conv_bias, blocks, branches, eps}, &weight_out, &bias_out);
+  run(fusion);
 }
 
 }  // namespace
@@ -217,12 +223,11 @@ void fuse_blocks_out(const Tensors& square, const Tensors& hor, const Tensors& v
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, library) {
   library.def(
-      "fuse_blocks(Tensor[] square, Tensor[] hor, Tensor[] ver, Tensor[] gamma, Tensor[] beta, Tensor[] mean, "
-      "Tensor[] var, Tensor[] conv_bias, int[] present, float[] eps, int[] place) -> (Tensor[], Tensor[])");
+      "fuse_blocks(Tensor[] weight, Tensor[] gamma, Tensor[] beta, Tensor[] mean, Tensor[] var, Tensor[] conv_bias, "
+      "int[] blocks, int[] branches, float[] eps) -> (Tensor[], Tensor[])");
   library.def(
-      "fuse_blocks_out(Tensor[] square, Tensor[] hor, Tensor[] ver, Tensor[] gamma, Tensor[] beta, Tensor[] mean, "
-      "Tensor[] var, Tensor[] conv_bias, int[] present, float[] eps, int[] place, Tensor(a!)[] weight_out, "
-      "Tensor(b!)[] bias_out) -> ()");
+      "fuse_blocks_out(Tensor[] weight, Tensor[] gamma, Tensor[] beta, Tensor[] mean, Tensor[] var, Tensor[] conv_bias, "
+      "int[] blocks, int[] branches, float[] eps, Tensor(a!)[] weight_out, Tensor(b!)[] bias_out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(acnet_kernels, CPU, library) {

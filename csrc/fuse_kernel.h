@@ -10,30 +10,33 @@ namespace acnet {
 
 constexpr int kThreads = 256;
 constexpr int kTileElements = 4096;
-constexpr int kTileChannels = 512;  // at most as many channels meet one tile
+constexpr int kTileScales = 1536;  // at most as many scales, one a channel and branch, belong to one tile
 constexpr int kVectorBytes = 16;
+static_assert(kTileScales / kMostBranches - 2 >= kVectorBytes, "a tile of every block is a vector at least");
 
 #if defined(CUDART_VERSION) && CUDART_VERSION < 12010
 constexpr int kParameterBytes = 4096;
 #else
 constexpr int kParameterBytes = 32764;  // sm_70 and later, since CUDA 12.1
 #endif
-constexpr int kMaxBlocks = (kParameterBytes - 16) / int(sizeof(Block));
+constexpr int kMaxBlocks = (kParameterBytes - 16) / int(sizeof(Block) + 3 * sizeof(Branch));
+constexpr int kMaxBranches = 3 * kMaxBlocks;  // the norms of sums among them
 
 // The launch's parameters: descriptors travel with the launch, so that nothing is copied to the device, nothing is
 // kept alive, and a captured CUDA graph holds them by value.
 struct Launch {
   Block blocks[kMaxBlocks];
+  Branch branches[kMaxBranches];
   int32_t count;
 };
 
 struct Scales {  // the CTA's shared memory: of the channels its tile meets
-  alignas(16) unsigned char bytes[kTileChannels * kSlots * sizeof(double)];
+  alignas(16) unsigned char bytes[kTileScales * sizeof(double)];
 };
 
-// Output elements of a tile: a whole number of vectors, small enough that it meets ≤ kTileChannels channels.
+// Output elements of a tile: a whole number of vectors, small enough that the scales of the channels it meets fit.
 ACNET_HD int64_t tile_elements(const Block& block) {
-  int64_t const most = (kTileChannels - 2) * block.row() / kVectorBytes * kVectorBytes;
+  int64_t const most = (kTileScales / block.branches - 2) * block.row() / kVectorBytes * kVectorBytes;
   return most < kTileElements ? most : kTileElements;
 }
 
@@ -63,13 +66,12 @@ ACNET_HD Piece piece_of(const Block& block, int tile) {
 
 // Puts the scales of the tile's channels into shared memory, and writes the biases of those that begin in it.
 template <class T>
-ACNET_HD void fold_scales(const Block& block, const Piece& piece, int thread, Scales& shared) {
+ACNET_HD void fold_scales(const Block& block, const Branch* branches, const Piece& piece, int thread, Scales& shared) {
   using A = typename Accumulate<T>::type;
   A* scales = reinterpret_cast<A*>(shared.bytes);
   for (int64_t o = piece.channel + thread; o * block.row() < piece.end; o += kThreads) {
-    Channel<A> const channel = fold_channel<A>(block, o);
-    for (int slot = 0; slot < kSlots; ++slot) scales[(o - piece.channel) * kSlots + slot] = channel.scale[slot];
-    if (o * block.row() >= piece.begin) static_cast<T*>(block.bias)[o] = T(channel.bias);
+    A const bias = fold_channel<A>(block, branches, o, scales + (o - piece.channel) * block.branches);
+    if (o * block.row() >= piece.begin) static_cast<T*>(block.bias)[o] = T(bias);
   }
 }
 
@@ -87,13 +89,13 @@ struct Index {  // of one output element
 ACNET_HD Index index_of(const Block& block, const Piece& piece, int64_t element) {
   uint32_t const row = uint32_t(block.row()), offset = uint32_t(element - piece.channel * row);
   int64_t const o = piece.channel + offset / row;
-  int const rest = int(offset % row), k = block.k;
+  int const rest = int(offset % row), columns = block.columns, taps = block.taps();
   if (block.channels_last) {
     int const tap = rest / block.inputs;
-    return {o, rest - tap * block.inputs, tap / k, tap % k};
+    return {o, rest - tap * block.inputs, tap / columns, tap % columns};
   }
-  int const c = rest / (k * k), tap = rest - c * k * k;
-  return {o, c, tap / k, tap % k};
+  int const c = rest / taps, tap = rest - c * taps;
+  return {o, c, tap / columns, tap % columns};
 }
 
 // To the next element in memory order.
@@ -102,38 +104,38 @@ ACNET_HD void advance(const Block& block, Index& at) {
     if (++at.c < block.inputs) return;
     at.c = 0;
   }
-  if (++at.s < block.k) return;
+  if (++at.s < block.columns) return;
   at.s = 0;
-  if (++at.r < block.k) return;
+  if (++at.r < block.rows) return;
   at.r = 0;
   if (!block.channels_last && ++at.c < block.inputs) return;
   if (!block.channels_last) at.c = 0;
   ++at.o;
 }
 
-// Folds this thread's elements: vector i of the tile for i = thread, thread + kThreads, …; 16-byte accesses to square
-// and weight where both are aligned and the vector is whole.
+// Folds this thread's elements: vector i of the tile for i = thread, thread + kThreads, …; 16-byte accesses to
+// weight and to a first branch that covers all taps where both are aligned and the vector is whole.
 template <class T>
-ACNET_HD void fold_tile(const Block& block, const Piece& piece, int thread, const Scales& shared) {
+ACNET_HD void fold_tile(const Block& block, const Branch* branches, const Piece& piece, int thread, const Scales& shared) {
   using A = typename Accumulate<T>::type;
   constexpr int lanes = kVectorBytes / sizeof(T);
   const A* scales = reinterpret_cast<const A*>(shared.bytes);
   T* weight = static_cast<T*>(block.weight);
-  const T* square = static_cast<const T*>(block.kernels[kSquare]);
+  const T* first = static_cast<const T*>(branches[0].kernel);
   for (int64_t e = piece.begin + int64_t(thread) * lanes; e < piece.end; e += int64_t(kThreads) * lanes) {
     bool const whole = block.aligned && e + lanes <= piece.end;
     int const count = piece.end - e < lanes ? int(piece.end - e) : lanes;
     Vector<T> values;
-    if (whole) values = *reinterpret_cast<const Vector<T>*>(square + e);
+    if (whole) values = *reinterpret_cast<const Vector<T>*>(first + e);
     Index at = index_of(block, piece, e);
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
     for (int lane = 0; lane < lanes; ++lane) {
       if (lane >= count) break;
-      A const x = whole ? A(values.lanes[lane]) : load_square<T, A>(block, at.o, at.c, at.r, at.s);
-      const A* scale = scales + (at.o - piece.channel) * kSlots;
-      T const folded = T(fold_element<T, A>(block, scale, x, at.o, at.c, at.r, at.s));
+      const A* scale = scales + (at.o - piece.channel) * block.branches;
+      A const x = whole ? scale[0] * A(values.lanes[lane]) : A(0);
+      T const folded = T(fold_element<T, A>(block, branches, scale, whole, x, at.o, at.c, at.r, at.s));
       if (whole) values.lanes[lane] = folded;
       else weight[e + lane] = folded;
       advance(block, at);

@@ -1,6 +1,10 @@
-// Folding one block: W[o,c,r,s] = Σ_b s_b[o]·embed(W_b)[o,c,r,s], bias[o] = Σ_b (β_b + s_b·(conv_bias_b − μ_b))[o]
-// with s_b = γ_b/√(σ²_b + ε_b) (arXiv 1908.03930 §3.3). The arithmetic of one channel and of one weight element, and
-// the descriptor it reads from: shared by the CPU operator, the CUDA kernel and the tests that run the latter's body.
+// Folding one block, a list of branches: W[o,c,r,s] = Σ_b s_b[o]·embed(W_b)[o,c,r,s],
+// bias[o] = Σ_b (β_b + s_b·(conv_bias_b − μ_b))[o] with s_b = γ_b/√(σ²_b + ε_b) (arXiv 1908.03930 §3.3). A branch without
+// weight, the identity, has a diagonal of ones at its tap: output channel o reads the input channel o of its group. A
+// batch norm after the sum multiplies all s_b, and makes of the bias β + s·(bias + conv_bias − μ).
+// The arithmetic of one channel and of one weight element, and the descriptors it reads from: shared by the CPU operator,
+// the CUDA kernel and the tests that run the latter's body. Every form adds the branches with a weight in their order,
+// then the identities.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -17,36 +21,47 @@
 
 namespace acnet {
 
-enum Dtype : uint32_t { kFloat, kDouble, kHalf, kBFloat16 };  // two bits each in Block::norm_dtypes
-enum Slot { kSquare, kHor, kVer, kSlots };
+constexpr int kMostBranches = 64;  // of a block: their scales must fit a CUDA tile
+
+enum Dtype : uint32_t { kFloat, kDouble, kHalf, kBFloat16 };  // two bits each in Branch::dtypes
 enum Param { kGamma, kBeta, kMean, kVar, kConvBias, kParams };  // each (K,), contiguous; null where absent
 
-// One block's tensors. Sizes and strides count elements; they are 32-bit so that a whole network's descriptors fit
-// into a CUDA launch's parameters. Offsets are computed in 64 bits.
-struct Block {
-  void* weight;                      // out: K×C×k×k, dense, in the order that channels_last says
-  void* bias;                        // out: K
-  const void* kernels[kSlots];       // K×C×k×k, K×C×1×k, K×C×k×1; hor and ver null where absent
-  const void* norms[kSlots][kParams];
-  double eps[kSlots];
-  int32_t square_strides[4];         // of o, c, r, s
-  int32_t hor_strides[3];            // of o, c, s
-  int32_t ver_strides[3];            // of o, c, r
-  int32_t channels;                  // K
-  int32_t inputs;                    // C (per group)
-  int32_t first_tile;                // CUDA: the first of the launch's tiles that is this block's
-  uint32_t norm_dtypes;              // Dtype of norms[slot][param] at bit 2·(slot·kParams + param)
-  uint8_t k;
-  uint8_t hor_row;
-  uint8_t ver_column;
-  uint8_t dtype : 2;                 // of the kernels and the outputs
-  uint8_t channels_last : 1;         // order of weight: (o, r, s, c), else (o, c, r, s)
-  uint8_t same_order : 1;            // square is dense in the same order as weight
-  uint8_t aligned : 1;               // and both start on 16 bytes
+// Sizes and strides count elements; they are 32-bit so that a whole network's descriptors fit into a CUDA launch's
+// parameters. Offsets are computed in 64 bits.
+struct Branch {
+  const void* kernel;  // K×C×rows×columns; null for the identity
+  const void* params[kParams];
+  double eps;
+  int32_t strides[4];  // of o, c, r, s
+  uint16_t dtypes : 2 * kParams;   // Dtype of params[param] at bit 2·param
+  uint16_t any_variance : 1;       // it is taken as it is
+  uint8_t row, column, rows, columns, step;  // the taps, `step` apart, from (row, column) on
+  uint8_t index;       // among the block's branches as they were given
+};
 
-  ACNET_HD int64_t row() const { return int64_t(inputs) * k * k; }  // elements of one output channel
+struct Block {
+  void* weight;              // out: K×C×k_h×k_w, dense, in the order that channels_last says
+  void* bias;                // out: K
+  int32_t channels;          // K
+  int32_t inputs;            // C (per group)
+  int32_t first_tile;        // CUDA: the first of the launch's tiles that is this block's
+  int32_t first_branch;      // of all blocks' branches: those with a weight, then identities, then the sum's norm
+  uint8_t branches;          // without the sum's norm
+  uint8_t rows, columns;     // k_h, k_w
+  uint8_t dtype : 2;         // of the kernels and the outputs
+  uint8_t channels_last : 1; // order of weight: (o, r, s, c), else (o, c, r, s)
+  uint8_t dense : 1;         // all kernels are dense in that order
+  uint8_t aligned : 1;       // the first branch's is, covers all taps, and starts on 16 bytes, as weight
+  uint8_t normed : 1;        // the sum has a batch norm
+
+  ACNET_HD int taps() const { return int(rows) * columns; }
+  ACNET_HD int64_t row() const { return int64_t(inputs) * taps(); }  // elements of one output channel
   ACNET_HD int64_t numel() const { return channels * row(); }
 };
+
+ACNET_HD bool covers_all(const Block& block, const Branch& branch) {
+  return branch.kernel && branch.rows == block.rows && branch.columns == block.columns;
+}
 
 // What sums are accumulated in: float64 for float64 weights, float32 for all others.
 template <class T> struct Accumulate { using type = float; };
@@ -63,59 +78,65 @@ ACNET_HD A load_param(const void* data, uint32_t dtype, int64_t i) {
 }
 
 template <class A>
-struct Channel {
-  A scale[kSlots];  // 0 where the branch is absent
-  A bias;
-};
-
-template <class A>
-ACNET_HD A norm_param(const Block& block, int slot, int param, int64_t o, A absent) {
-  const void* data = block.norms[slot][param];
-  return data ? load_param<A>(data, block.norm_dtypes >> 2 * (slot * kParams + param) & 3, o) : absent;
+ACNET_HD A norm_param(const Branch& branch, int param, int64_t o, A absent) {
+  const void* data = branch.params[param];
+  return data ? load_param<A>(data, branch.dtypes >> 2 * param & 3, o) : absent;
 }
 
-// The scales and the fused bias of output channel o.
 template <class A>
-ACNET_HD Channel<A> fold_channel(const Block& block, int64_t o) {
-  Channel<A> out = {};
-#ifdef __CUDA_ARCH__
-#pragma unroll
-#endif
-  for (int slot = 0; slot < kSlots; ++slot) {
-    if (!block.kernels[slot]) continue;
-    A const var = norm_param(block, slot, kVar, o, A(1)) + A(block.eps[slot]);
-    A const scale = norm_param(block, slot, kGamma, o, A(1)) / std::sqrt(var);
-    A const offset = norm_param(block, slot, kConvBias, o, A(0)) - norm_param(block, slot, kMean, o, A(0));
-    out.scale[slot] = scale;
-    out.bias += norm_param(block, slot, kBeta, o, A(0)) + scale * offset;
+ACNET_HD A norm_scale(const Branch& branch, int64_t o) {
+  A const gamma = norm_param(branch, kGamma, o, A(1));
+  return branch.params[kVar] ? gamma / std::sqrt(norm_param(branch, kVar, o, A(1)) + A(branch.eps)) : gamma;
+}
+
+template <class A>
+ACNET_HD A norm_offset(const Branch& branch, int64_t o) {
+  return norm_param(branch, kConvBias, o, A(0)) - norm_param(branch, kMean, o, A(0));
+}
+
+// Writes the branches' scales for output channel o; returns its fused bias.
+template <class A>
+ACNET_HD A fold_channel(const Block& block, const Branch* branches, int64_t o, A* scales) {
+  A bias = 0;
+  for (int b = 0; b < block.branches; ++b) {
+    A const scale = norm_scale<A>(branches[b], o);
+    scales[b] = scale;
+    bias += norm_param(branches[b], kBeta, o, A(0)) + scale * norm_offset<A>(branches[b], o);
   }
-  return out;
+  if (block.normed) {
+    const Branch& norm = branches[block.branches];
+    A const scale = norm_scale<A>(norm, o);
+    for (int b = 0; b < block.branches; ++b) scales[b] *= scale;
+    bias = norm_param(norm, kBeta, o, A(0)) + scale * (bias + norm_offset<A>(norm, o));
+  }
+  return bias;
 }
 
-// What hor and ver add to element (r, s) of a kernel; h and v are their weights there, 0 off their row and column.
-template <class A>
-ACNET_HD A cross(A hor_scale, A h, A ver_scale, A v) { return hor_scale * h + ver_scale * v; }
+// The place of row or column `at` of the kernel among a branch's, or -1.
+ACNET_HD int tap_of(int at, int first, int count, int step) {
+  at -= first;
+  if (at < 0) return -1;
+  if (step != 1) {
+    if (at % step) return -1;
+    at /= step;
+  }
+  return at < count ? at : -1;
+}
 
-// Weight element (o, c, r, s) from tensors of any strides.
+// Adds the branches from `first` on to weight element (o, c, r, s), from tensors of any strides.
 template <class T, class A>
-ACNET_HD A fold_element(const Block& block, const A* scale, A square, int64_t o, int64_t c, int r, int s) {
-  A h = 0, v = 0;
-  if (block.kernels[kHor] && r == block.hor_row) {
-    const int32_t* stride = block.hor_strides;
-    h = A(static_cast<const T*>(block.kernels[kHor])[o * stride[0] + c * stride[1] + s * stride[2]]);
+ACNET_HD A fold_element(const Block& block, const Branch* branches, const A* scales, int first, A sum, int64_t o,
+                        int64_t c, int r, int s) {
+  for (int b = first; b < block.branches; ++b) {
+    const Branch& branch = branches[b];
+    int const i = tap_of(r, branch.row, branch.rows, branch.step), j = tap_of(s, branch.column, branch.columns, branch.step);
+    if (i < 0 || j < 0) continue;
+    const int32_t* stride = branch.strides;
+    if (branch.kernel)
+      sum += scales[b] * A(static_cast<const T*>(branch.kernel)[o * stride[0] + c * stride[1] + i * stride[2] + j * stride[3]]);
+    else if (c == o % block.inputs) sum += scales[b];
   }
-  if (block.kernels[kVer] && s == block.ver_column) {
-    const int32_t* stride = block.ver_strides;
-    v = A(static_cast<const T*>(block.kernels[kVer])[o * stride[0] + c * stride[1] + r * stride[2]]);
-  }
-  return scale[kSquare] * square + cross(scale[kHor], h, scale[kVer], v);
-}
-
-template <class T, class A>
-ACNET_HD A load_square(const Block& block, int64_t o, int64_t c, int r, int s) {
-  const int32_t* stride = block.square_strides;
-  int64_t const at = o * stride[0] + c * stride[1] + r * stride[2] + s * stride[3];
-  return A(static_cast<const T*>(block.kernels[kSquare])[at]);
+  return sum;
 }
 
 }  // namespace acnet

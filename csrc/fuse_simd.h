@@ -1,8 +1,11 @@
-// Rows of contiguous float32 weights by vector permutation. Neighbouring elements of a k×k kernel take from hor and ver
-// at irregular but periodic places: after as many vectors as a kernel has elements, the pattern starts again. So the
-// pattern is tabulated once, and each vector of results is one load of square, and a load and a permutation of hor and
-// of ver. The same operations in the same order as fold_element(): results are bit-equal (compile without contraction).
+// Rows of contiguous float32 weights by vector permutation. Neighbouring elements of a kernel take from a branch of a few
+// taps at irregular but periodic places: after as many vectors as a kernel has elements, the pattern starts again. So the
+// pattern is tabulated once, and each vector of results is one load of the first branch, which covers all taps, and a
+// load and a permutation of each other one. The same operations in the same order as fold_element(): results are
+// bit-equal (compile without contraction).
 #pragma once
+
+#include <algorithm>
 
 #include "fuse_math.h"
 
@@ -12,9 +15,11 @@
 
 namespace acnet {
 
-constexpr int kPatternMaxK = 7;  // beyond, a vector's sources from one branch may not fit into one vector
+constexpr int kPatternTaps = 49;    // of the largest kernel that has a table
+constexpr int kPatternBranches = 3;  // besides the first
 
-// Where the vectors of one period take from a branch: lanes of 32 bits, all ones or zeros in masks.
+// Where the vectors of one period take from one branch: lanes of 32 bits, all ones or zeros in masks. A branch's kernel
+// and the elements it covers have the same order, so what a vector takes lies side by side in memory.
 template <int Width>
 struct Pattern {
   struct Source {
@@ -23,38 +28,47 @@ struct Pattern {
     alignas(64) int32_t load[Width];  // which lanes may be read
     int32_t offset;                   // of the load, within the period
   };
-  struct Step {
-    Source hor, ver;
-  };
-  Step steps[kPatternMaxK * kPatternMaxK];
-  int k = 0, hor_row = -1, ver_column = -1;
+  Source steps[kPatternTaps];
+  uint8_t key[7] = {};
 
-  static void tabulate(Source& source, int first, int k, bool is_hor, int at) {
-    int const taps = k * k;
-    source.offset = first / taps * k;
-    for (int i = 0; i < Width; ++i) source.load[i] = 0;
-    for (int i = 0; i < Width; ++i) {
-      int const c = (first + i) / taps, r = (first + i) % taps / k, s = (first + i) % k;
-      bool const used = is_hor ? r == at : s == at;
-      int const lane = used ? c * k + (is_hor ? s : r) - source.offset : 0;
-      source.lane[i] = lane;
-      source.used[i] = used ? -1 : 0;
-      if (used) source.load[lane] = -1;
+  void prepare(const Block& block, const Branch& branch) {
+    uint8_t const wanted[] = {block.rows,  block.columns,  branch.row, branch.column,
+                              branch.rows, branch.columns, branch.step};
+    if (std::equal(key, key + 7, wanted)) return;
+    std::copy(wanted, wanted + 7, key);
+    int const taps = block.taps();
+    int next = 0;  // of the branch's values
+    for (int step = 0; step < taps; ++step) {
+      Source& source = steps[step];
+      source.offset = next;
+      for (int i = 0; i < Width; ++i) {
+        int const tap = (step * Width + i) % taps;
+        bool const used = tap_of(tap / block.columns, branch.row, branch.rows, branch.step) >= 0 &&
+                          tap_of(tap % block.columns, branch.column, branch.columns, branch.step) >= 0;
+        source.lane[i] = used ? next++ - source.offset : 0;
+        source.used[i] = used ? -1 : 0;
+      }
+      for (int i = 0; i < Width; ++i) source.load[i] = i < next - source.offset ? -1 : 0;
     }
   }
+};
 
-  // False where the geometry has no pattern.
-  bool prepare(const Block& block) {
-    // The elements of one vector lie in at most `kernels` kernels, which take kernels·k values of a branch.
-    int const taps = block.k * block.k, kernels = (Width - 2) / taps + 2;
-    if (block.k == 1 || block.k > kPatternMaxK || kernels * block.k > Width) return false;
-    if (k == block.k && hor_row == block.hor_row && ver_column == block.ver_column) return true;
-    k = block.k, hor_row = block.hor_row, ver_column = block.ver_column;
-    for (int i = 0; i < taps; ++i) {
-      tabulate(steps[i].hor, i * Width, k, true, hor_row);
-      tabulate(steps[i].ver, i * Width, k, false, ver_column);
+// Of one block: what prepare() found. `others` are the branches with a weight behind the first.
+template <int Width>
+struct Patterns {
+  Pattern<Width> of[kPatternBranches];
+  int others = 0;
+
+  // False where the block has no patterns.
+  bool prepare(const Block& block, const Branch* branches) {
+    if (block.dtype != kFloat || block.channels_last || !block.dense || !covers_all(block, branches[0])) return false;
+    if (block.taps() == 1 || block.taps() > kPatternTaps) return false;
+    others = 0;
+    for (int b = 1; b < block.branches && branches[b].kernel; ++b, ++others) {
+      if (others == kPatternBranches) return false;
+      of[others].prepare(block, branches[b]);
     }
-    return true;
+    return others > 0;
   }
 };
 
@@ -88,28 +102,48 @@ struct Avx512 {
   }
 };
 
-// Whole vectors of row o; returns how many elements they are. block must have passed pattern.prepare().
-#define ACNET_FOLD_ROW_SIMD(ISA, TARGET)                                                                             \
-  __attribute__((target(TARGET))) inline int64_t fold_row_simd(const Block& block, int64_t o, const float* scale,     \
-                                                               const Pattern<ISA::width>& pattern) {                  \
-    int64_t const row = block.row(), branch = int64_t(block.inputs) * block.k;                                        \
-    int const taps = block.k * block.k;                                                                               \
-    const float* square = static_cast<const float*>(block.kernels[kSquare]) + o * row;                                \
-    const float* hor = static_cast<const float*>(block.kernels[kHor]) + o * branch;                                   \
-    const float* ver = static_cast<const float*>(block.kernels[kVer]) + o * branch;                                   \
+// Whole vectors of row o, without the identities; returns how many elements they are. Others branches follow the first.
+// The block must have passed patterns.prepare().
+#define ACNET_FOLD_ROW_SIMD(ISA, TARGET)                                                                              \
+  template <int Others>                                                                                               \
+  __attribute__((target(TARGET))) int64_t fold_row_simd(const Block& block, const Branch* branches, int64_t o,        \
+                                                        const float* scales, const Patterns<ISA::width>& patterns) {  \
+    int64_t const row = block.row();                                                                                  \
+    int const taps = block.taps();                                                                                    \
+    const float* first = static_cast<const float*>(branches[0].kernel) + o * row;                                     \
     float* weight = static_cast<float*>(block.weight) + o * row;                                                      \
-    auto const a = ISA::set(scale[kSquare]), b = ISA::set(scale[kHor]), d = ISA::set(scale[kVer]);                    \
+    auto const scale = ISA::set(scales[0]);                                                                           \
+    ISA::Vector own[Others];                                                                                          \
+    const float* from[Others];                                                                                        \
+    int period[Others];                                                                                               \
+    for (int b = 0; b < Others; ++b) {                                                                                \
+      const Branch& branch = branches[b + 1];                                                                         \
+      own[b] = ISA::set(scales[b + 1]);                                                                               \
+      from[b] = static_cast<const float*>(branch.kernel) + o * block.inputs * branch.rows * branch.columns;           \
+      period[b] = ISA::width * branch.rows * branch.columns;                                                          \
+    }                                                                                                                 \
     int64_t done = 0;                                                                                                 \
-    for (int64_t period = 0; done + ISA::width <= row; ++period) {                                                    \
-      int64_t const base = period * ISA::width * block.k;                                                             \
+    while (done + ISA::width <= row) {                                                                                \
       for (int i = 0; i < taps && done + ISA::width <= row; ++i, done += ISA::width) {                                \
-        auto const& step = pattern.steps[i];                                                                          \
-        auto const h = ISA::take(hor + base + step.hor.offset, step.hor);                                             \
-        auto const v = ISA::take(ver + base + step.ver.offset, step.ver);                                             \
-        ISA::store(weight + done, a * ISA::load(square + done) + (b * h + d * v));                                    \
+        auto sum = scale * ISA::load(first + done);                                                                   \
+        for (int b = 0; b < Others; ++b) {                                                                            \
+          auto const& source = patterns.of[b].steps[i];                                                               \
+          sum = sum + own[b] * ISA::take(from[b] + source.offset, source);                                            \
+        }                                                                                                             \
+        ISA::store(weight + done, sum);                                                                               \
       }                                                                                                               \
+      for (int b = 0; b < Others; ++b) from[b] += period[b];                                                          \
     }                                                                                                                 \
     return done;                                                                                                      \
+  }                                                                                                                   \
+                                                                                                                      \
+  inline int64_t fold_row_simd(const Block& block, const Branch* branches, int64_t o, const float* scales,            \
+                               const Patterns<ISA::width>& patterns) {                                                \
+    switch (patterns.others) {                                                                                        \
+      case 1: return fold_row_simd<1>(block, branches, o, scales, patterns);                                          \
+      case 2: return fold_row_simd<2>(block, branches, o, scales, patterns);                                          \
+      default: return fold_row_simd<3>(block, branches, o, scales, patterns);                                         \
+    }                                                                                                                 \
   }
 
 ACNET_FOLD_ROW_SIMD(Avx2, "avx2")

@@ -3,8 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
-#include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -16,37 +17,34 @@ using namespace acnet;
 
 namespace {
 
-Block block_from(const py::dict& d) {
-  Block b = {};
+// A descriptor; its branches are appended to those given.
+Block block_from(const py::dict& d, std::vector<Branch>& branches) {
   auto pointer = [](const py::handle& v) { return reinterpret_cast<void*>(v.cast<uintptr_t>()); };
-  b.weight = pointer(d["weight"]);
-  b.bias = pointer(d["bias"]);
-  auto kernels = d["kernels"].cast<std::vector<uintptr_t>>();
-  auto strides = d["strides"].cast<std::vector<std::vector<int32_t>>>();
-  auto norms = d["norms"].cast<std::vector<std::vector<std::pair<uintptr_t, uint32_t>>>>();
-  auto eps = d["eps"].cast<std::vector<double>>();
-  for (int slot = 0; slot < kSlots; ++slot) {
-    b.kernels[slot] = reinterpret_cast<void*>(kernels[slot]);
-    b.eps[slot] = eps[slot];
+  Block block = {};
+  block.weight = pointer(d["weight"]);
+  block.bias = pointer(d["bias"]);
+  block.first_branch = int32_t(branches.size());
+  for (const py::handle& given : d["entries"]) {
+    Branch& branch = branches.emplace_back();
+    branch.kernel = pointer(given["kernel"]);
+    auto params = given["params"].cast<std::vector<std::pair<uintptr_t, uint32_t>>>();
     for (int param = 0; param < kParams; ++param) {
-      b.norms[slot][param] = reinterpret_cast<void*>(norms[slot][param].first);
-      b.norm_dtypes |= norms[slot][param].second << 2 * (slot * kParams + param);
+      branch.params[param] = reinterpret_cast<void*>(params[param].first);
+      branch.dtypes |= params[param].second << 2 * param & 1023;
     }
-  }
-  for (int i = 0; i < 4; ++i) b.square_strides[i] = strides[kSquare][i];
-  constexpr int hor_dims[] = {0, 1, 3}, ver_dims[] = {0, 1, 2};
-  for (int i = 0; i < 3; ++i) {
-    if (kernels[kHor]) b.hor_strides[i] = strides[kHor][hor_dims[i]];
-    if (kernels[kVer]) b.ver_strides[i] = strides[kVer][ver_dims[i]];
+    branch.eps = given["eps"].cast<double>();
+    auto strides = given["strides"].cast<std::vector<int32_t>>();
+    std::copy(strides.begin(), strides.end(), branch.strides);
+    auto taps = given["taps"].cast<std::vector<uint8_t>>();
+    branch.row = taps[0], branch.column = taps[1], branch.rows = taps[2], branch.columns = taps[3], branch.step = taps[4];
   }
   auto shape = d["shape"].cast<std::vector<int32_t>>();
-  auto place = d["place"].cast<std::vector<int>>();
+  block.channels = shape[0], block.inputs = shape[1], block.rows = uint8_t(shape[2]), block.columns = uint8_t(shape[3]);
+  block.dtype = d["dtype"].cast<int>() & 3;
   auto flags = d["flags"].cast<std::vector<bool>>();
-  b.channels = shape[0], b.inputs = shape[1], b.k = uint8_t(shape[2]);
-  b.hor_row = uint8_t(place[0]), b.ver_column = uint8_t(place[1]);
-  b.dtype = d["dtype"].cast<int>() & 3;
-  b.channels_last = flags[0], b.same_order = flags[1], b.aligned = flags[2];
-  return b;
+  block.channels_last = flags[0], block.dense = flags[1], block.aligned = flags[2], block.normed = flags[3];
+  block.branches = uint8_t(branches.size() - block.first_branch - block.normed);
+  return block;
 }
 
 // Runs call() over an output poisoned with 0xFF (a NaN no fold makes), counts what it wrote, and keeps that in `result`.
@@ -66,14 +64,14 @@ void count(T* live, std::vector<T>& result, std::vector<int>& writes, Call call)
 using Writes = std::pair<std::vector<int>, std::vector<int>>;
 
 template <class T>
-void run_tile(const Block& block, int tile, std::vector<T>& weight, std::vector<T>& bias, Writes& writes) {
+void run_tile(const Block& block, const Branch* branches, int tile, std::vector<T>& weight, std::vector<T>& bias, Writes& writes) {
   static Scales shared;
   std::memset(&shared, 0xFF, sizeof shared);
   Piece const piece = piece_of(block, tile);
   for (int thread = 0; thread < kThreads; ++thread)
-    count(static_cast<T*>(block.bias), bias, writes.second, [&] { fold_scales<T>(block, piece, thread, shared); });
+    count(static_cast<T*>(block.bias), bias, writes.second, [&] { fold_scales<T>(block, branches, piece, thread, shared); });
   for (int thread = 0; thread < kThreads; ++thread)
-    count(static_cast<T*>(block.weight), weight, writes.first, [&] { fold_tile<T>(block, piece, thread, shared); });
+    count(static_cast<T*>(block.weight), weight, writes.first, [&] { fold_tile<T>(block, branches, piece, thread, shared); });
 }
 
 template <class T>
@@ -83,7 +81,7 @@ void run_block(const Launch& launch, int first, int end, Writes& writes) {
   writes = {std::vector<int>(weight.size()), std::vector<int>(bias.size())};
   for (int tile = first; tile < end; ++tile) {
     if (&block_of(launch, tile) != &block) throw std::runtime_error("a tile is of the wrong block");
-    run_tile<T>(block, tile, weight, bias, writes);
+    run_tile<T>(block, launch.branches + block.first_branch, tile, weight, bias, writes);
   }
   std::memcpy(block.weight, static_cast<const void*>(weight.data()), weight.size() * sizeof(T));
   std::memcpy(block.bias, static_cast<const void*>(bias.data()), bias.size() * sizeof(T));
@@ -92,12 +90,15 @@ void run_block(const Launch& launch, int first, int end, Writes& writes) {
 std::vector<Writes> run(const std::vector<py::dict>& descriptions) {
   auto launch = std::make_unique<Launch>();
   std::vector<int> starts;
+  std::vector<Branch> branches;
   int64_t tiles = 0;
   for (const py::dict& d : descriptions) {
-    Block& block = launch->blocks[launch->count++] = block_from(d);
+    Block& block = launch->blocks[launch->count++] = block_from(d, branches);
     starts.push_back(block.first_tile = int32_t(tiles));
     tiles += tile_count(block);
   }
+  if (launch->count > kMaxBlocks || branches.size() > kMaxBranches) throw std::runtime_error("too much for a launch");
+  std::copy(branches.begin(), branches.end(), launch->branches);
   starts.push_back(int(tiles));
   std::vector<Writes> writes(descriptions.size());
   for (size_t i = 0; i < descriptions.size(); ++i) switch (launch->blocks[i].dtype) {
@@ -117,20 +118,26 @@ bool supports(const std::string& simd) {
 #endif
 }
 
+#ifdef ACNET_SIMD
 template <class ISA>
-int64_t rows(const Block& block) {
-  Pattern<ISA::width> pattern;
-  if (!pattern.prepare(block)) return 0;
+int64_t rows(const Block& block, const Branch* branches) {
+  Patterns<ISA::width> patterns;
+  if (!patterns.prepare(block, branches)) return 0;
   int64_t done = 0;
-  for (int64_t o = 0; o < block.channels; ++o)
-    done = fold_row_simd(block, o, fold_channel<float>(block, o).scale, pattern);
+  float scales[kMostBranches];
+  for (int64_t o = 0; o < block.channels; ++o) {
+    fold_channel<float>(block, branches, o, scales);
+    done = fold_row_simd(block, branches, o, scales, patterns);
+  }
   return done;
 }
+#endif
 
 int64_t fold_rows_simd(const std::string& simd, const py::dict& description) {
 #ifdef ACNET_SIMD
-  Block const block = block_from(description);
-  return simd == "avx512" ? rows<Avx512>(block) : rows<Avx2>(block);
+  std::vector<Branch> branches;
+  Block const block = block_from(description, branches);
+  return simd == "avx512" ? rows<Avx512>(block, branches.data()) : rows<Avx2>(block, branches.data());
 #else
   return 0;
 #endif

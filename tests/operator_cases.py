@@ -408,19 +408,33 @@ def recompute_step_backward_results(
 # ---- folding, running statistics ----
 
 
+def taps_of(r: random.Random, kernel: tuple[int, int]) -> tuple[int, int, int, int, int]:
+    """A rectangle of a kernel's taps: row, column, rows, columns, step."""
+    step = r.choice([1, 1, 2])
+    counts = [r.randint(1, (k - 1) // step + 1) for k in kernel]
+    places = [r.randint(0, k - 1 - (n - 1) * step) for k, n in zip(kernel, counts, strict=True)]
+    return places[0], places[1], counts[0], counts[1], step
+
+
 def fuse_blocks(r: random.Random) -> list[Any]:
     a = fusing.Arguments.empty()
     for _ in range(r.randint(1, 3)):
-        dtype, k, out, c = r.choice(FLOATS), r.choice([1, 3, 5]), r.randint(1, 4), r.randint(1, 4)
+        dtype, kernel, groups = r.choice(FLOATS), (r.randint(1, 5), r.randint(1, 5)), r.randint(1, 2)
+        c = r.randint(1, 3)
+        out = groups * r.choice([c, c, r.randint(1, 3)])
         found: list[Any] = []
-        for shape in ((k, k), (1, k), (k, 1)):
-            if found and r.random() < 0.2:
-                found.append(None)
-                continue
+        for i in range(r.randint(1, 4)):
             vectors = [torch.randn(out) if r.random() < 0.8 else None for _ in range(4)]
-            weight = torch.randn(out, c, *shape).to(dtype)
-            found.append((weight, *vectors, torch.rand(out) + 0.1, 1e-5))
-        append_branches(a, found, (r.randrange(k), r.randrange(k)))
+            norm = (*vectors, torch.rand(out) + 0.1 if r.random() < 0.8 else None, 1e-5)
+            taps = (0, 0, *kernel, 1) if i == 0 else taps_of(r, kernel)
+            if i and r.random() < 0.3 and out == groups * c:
+                found.append(((*taps[:2], 1, 1, 1), None, *norm))
+            else:
+                found.append((taps, torch.randn(out, c, *taps[2:4]).to(dtype), *norm))
+        r.shuffle(found)
+        if r.random() < 0.3:
+            found.append((None, None, *norm))  # a batch norm after the sum
+        append_branches(a, kernel, groups, found)
     return list(a)
 
 
@@ -430,11 +444,8 @@ def fuse_blocks_results(*args: Any) -> list[Any]:
 
 def fuse_blocks_out(r: random.Random) -> list[Any]:
     args = fuse_blocks(r)
-    return [
-        *args,
-        [layout_of(r, torch.randn_like(w)) for w in args[0]],
-        [torch.randn_like(w[:, 0, 0, 0]) for w in args[0]],
-    ]
+    weights, biases = fusing.fuse_blocks(*args)
+    return [*args, [layout_of(r, torch.randn_like(w)) for w in weights], [torch.randn_like(b) for b in biases]]
 
 
 def fuse_blocks_out_results(*args: Any) -> list[Any]:

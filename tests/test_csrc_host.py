@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from fusion_cases import CONFIGS, arguments, assert_close, random_block, strided, truth
+from fusion_cases import (
+    CONFIGS,
+    ORDINARY,
+    Step,
+    arguments,
+    assert_close,
+    first_weight,
+    mapped,
+    random_step,
+    strided,
+    truth,
+)
 
 CSRC = Path(__file__).parent.parent / "csrc"
 INCLUDE = Path(torch.__file__).parent / "include"
@@ -39,97 +50,99 @@ def host(tmp_path_factory):
 
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-SLOTS = ("square", "hor", "ver")
 
 
-def describe(block, weight, bias) -> dict:
+def describe(step, weight, bias) -> dict:
     """What the C++ operator puts into a descriptor."""
-    step = block.step()
-    square = step.branches["square"].weight
-    norms, eps = [], []
-    for name in SLOTS:
-        branch = step.branches.get(name)
-        norm = None if branch is None else branch.norm
-        tensors = (None,) * 5 if norm is None else (*norm[:4], branch.bias)
-        norms.append([(0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype]) for t in tensors])
-        eps.append(0.0 if norm is None else norm.eps)
-    kernels = [step.branches[name].weight if name in step.branches else None for name in SLOTS]
-    channels_last = not weight.is_contiguous()
-    same = square.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    aligned = same and square.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
+    k_h, k_w = step.geometry.kernel
+    entries = []
+    for taps, kernel, conv_bias, norm in sorted(step.branches, key=lambda branch: branch.weight is None):
+        tensors = (*(norm[:4] if norm is not None else (None,) * 4), conv_bias)
+        entries.append(entry(kernel, taps or (k_h // 2, k_w // 2, 1, 1, 1), tensors, norm))
+    if step.norm is not None:
+        entries.append(entry(None, (0,) * 5, (*step.norm[:4], None), step.norm))
+    kernels = [branch.weight for branch in step.branches if branch.weight is not None]
+    dense = all(kernel.is_contiguous(memory_format=layout) for kernel in kernels)
+    same = kernels[0].shape[2:] == weight.shape[2:] and kernels[0].is_contiguous(memory_format=layout)
+    aligned = same and kernels[0].data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
     return {
         "weight": weight.data_ptr(),
         "bias": bias.data_ptr(),
-        "kernels": [0 if t is None else t.data_ptr() for t in kernels],
-        "strides": [[] if t is None else list(t.stride()) for t in kernels],
-        "norms": norms,
-        "eps": eps,
-        "shape": list(square.shape[:3]),
-        "place": [step.geometry.hor_row, step.geometry.ver_column],
-        "dtype": DTYPES[square.dtype],
-        "flags": [channels_last, same, aligned],
+        "entries": entries,
+        "shape": list(weight.shape),
+        "dtype": DTYPES[weight.dtype],
+        "flags": [layout == torch.channels_last, dense, aligned, step.norm is not None],
     }
 
 
-def outputs(block, layout):
-    square = block.square_conv.weight
-    weight = torch.full(square.shape, float("nan"), dtype=square.dtype).to(memory_format=layout)
-    return weight, torch.full((len(square),), float("nan"), dtype=square.dtype)
+def entry(kernel, taps, tensors, norm) -> dict:
+    return {
+        "kernel": 0 if kernel is None else kernel.data_ptr(),
+        "strides": [0] * 4 if kernel is None else list(kernel.stride()),
+        "taps": list(taps),
+        "params": [(0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype]) for t in tensors],
+        "eps": 0.0 if norm is None else norm.eps,
+    }
 
 
-def launch(host, blocks, layout=torch.contiguous_format):
+def outputs(step: Step, layout):
+    weight = first_weight(step)
+    shape = (*weight.shape[:2], *step.geometry.kernel)
+    out = torch.full(shape, float("nan"), dtype=weight.dtype).contiguous(memory_format=layout)
+    return out, torch.full((len(weight),), float("nan"), dtype=weight.dtype)
+
+
+def launch(host, steps, layout=torch.contiguous_format):
     """Runs all blocks in one launch; returns the outputs and how often each was written."""
-    out = [outputs(block, layout) for block in blocks]
-    written = host.launch([describe(block, *pair) for block, pair in zip(blocks, out, strict=True)])
+    out = [outputs(step, layout) for step in steps]
+    written = host.launch([describe(step, *pair) for step, pair in zip(steps, out, strict=True)])
     return out, written
-
-
-# hor and ver of the blocks with one norm for the sum share its tensors: the operator's own tests cover that.
-PER_BRANCH = [config for config in CONFIGS if config.get("norm") != "sum"]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_thread_of_a_launch(host, dtype, layout):
-    blocks = [random_block(dtype, conv_bias=i % 2 == 0, **config) for i, config in enumerate(PER_BRANCH)]
-    blocks = [block.to(memory_format=layout) for block in blocks]
-    out, written = launch(host, blocks, layout)
-    for block, pair, (weight_writes, bias_writes) in zip(blocks, out, written, strict=True):
+    steps = [
+        random_step(config, dtype, conv_bias=i % 2 == 0, layout=layout) for i, config in enumerate(CONFIGS.values())
+    ]
+    out, written = launch(host, steps, layout)
+    for step, pair, (weight_writes, bias_writes) in zip(steps, out, written, strict=True):
         assert set(weight_writes) == {1}, "a weight element is not written exactly once"
         assert set(bias_writes) == {1}, "a bias element is not written exactly once"
-        assert_close(pair, truth(block), dtype)
+        assert_close(pair, truth(step), dtype)
 
 
 def test_equals_the_cpu_operator(host):
-    blocks = [random_block(**config) for config in PER_BRANCH]
-    out, _ = launch(host, blocks)
-    with torch.no_grad():
-        weights, biases = torch.ops.acnet_kernels.fuse_blocks(*arguments(blocks))
+    steps = [random_step(config) for config in CONFIGS.values()]
+    out, _ = launch(host, steps)
+    weights, biases = torch.ops.acnet_kernels.fuse_blocks(*arguments(steps))
     for (weight, bias), expected, expected_bias in zip(out, weights, biases, strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(bias, expected_bias, rtol=1e-6, atol=1e-6)
 
 
 def test_mixed_dtypes_and_strided_weights_in_one_launch(host):
-    blocks = [random_block(dtype, torch.float32, **CONFIGS[0]) for dtype in DTYPES if dtype != torch.float64]
-    for conv in blocks[0].convs().values():
-        conv.weight = torch.nn.Parameter(strided(conv.weight.detach()))
-    out, written = launch(host, blocks)
-    for block, pair, writes in zip(blocks, out, written, strict=True):
+    steps = [random_step(ORDINARY[0], dtype, torch.float32) for dtype in DTYPES if dtype != torch.float64]
+    steps[0] = mapped(steps[0], lambda t: strided(t) if t.dim() == 4 else t)
+    out, written = launch(host, steps)
+    for step, pair, writes in zip(steps, out, written, strict=True):
         assert all(set(w) == {1} for w in writes)
-        assert_close(pair, truth(block), block.square_conv.weight.dtype)
+        assert_close(pair, truth(step), first_weight(step).dtype)
 
 
 @pytest.mark.parametrize("simd", ["avx2", "avx512"])
 def test_vector_rows_equal_the_element_form(host, simd):
     if not host.supports(simd):
         pytest.skip(f"this processor has no {simd}")
-    for config in CONFIGS[:4]:
-        block = random_block(**config)
-        vector, element = outputs(block, torch.contiguous_format), outputs(block, torch.contiguous_format)
-        done = host.fold_rows_simd(simd, describe(block, *vector))
-        host.launch([describe(block, *element)])
-        if config["kernel_size"] == 3:
-            assert done > 0
+    names = ("3x5", "dilated", "two", "nested", "norm of the sum", "long rows", "depthwise")
+    for config in (*ORDINARY, *(CONFIGS[name] for name in names)):
+        step = random_step(config)
+        step = step._replace(branches=tuple(branch for branch in step.branches if branch.weight is not None))
+        vector, element = outputs(step, torch.contiguous_format), outputs(step, torch.contiguous_format)
+        done = host.fold_rows_simd(simd, describe(step, *vector))
+        host.launch([describe(step, *element)])
+        row = config.inputs * config.kernel[0] * config.kernel[1]
+        assert row - 16 < done <= row
         rows, expected = vector[0].flatten(1)[:, :done], element[0].flatten(1)[:, :done]
         assert torch.equal(rows, expected)

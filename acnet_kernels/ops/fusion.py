@@ -1,4 +1,4 @@
-"""Folding blocks, all in one operator call: W = Σ_b s_b·embed(W_b) and its bias (arXiv 1908.03930 §3.3)."""
+"""Folding blocks, all in one operator call: W = Σ_b s_b·embed(W_b) and a bias (arXiv 1908.03930 §3.3)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Step
-from .fuse_blocks import ANY_VARIANCE, BETA, BRANCH, CONV_BIAS, ERROR, GAMMA, MEAN, Arguments, decomposed
+from ..spec import Norm, Step
+from .fuse_blocks import ANY_VARIANCE, BETA, CONV_BIAS, ERROR, GAMMA, MEAN, SUM, VAR, WEIGHT, Arguments, decomposed
 
 _fuse_blocks = torch.ops.acnet_kernels.fuse_blocks.default
 _fuse_blocks_out = torch.ops.acnet_kernels.fuse_blocks_out.default
 
 
 def fold(step: Step) -> tuple[Tensor, Tensor]:
-    """(weight K×C/groups×k×k, bias K) of the one convolution that equals the block in eval; as `fold_steps`."""
+    """(weight K×C/groups×k_h×k_w, bias K) of the one convolution that equals the block in eval; as `fold_steps`."""
     return fold_steps([step])[0]
 
 
@@ -25,16 +25,17 @@ def fold_as_it_is(step: Step) -> tuple[Tensor, Tensor]:
     nn.BatchNorm2d's."""
     arguments = Arguments.empty()
     append_step(arguments, step)
-    return fold_arguments(arguments._replace(present=[p and p | ANY_VARIANCE for p in arguments.present]))[0]
+    arguments.branches[::6] = [present | ANY_VARIANCE for present in arguments.branches[::6]]
+    return fold_arguments(arguments)[0]
 
 
 def fold_steps(
     steps: Sequence[Step], out: Sequence[tuple[Tensor, Tensor]] | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """One (weight K×C/groups×k×k, bias K) a step: the one convolution that equals the block in eval.
+    """One (weight K×C/groups×k_h×k_w, bias K) a step: the one convolution that equals the block in eval.
 
-    Computed in float32 (float64 for float64 weights), in the square weight's dtype and memory format, for all
-    steps in one call. Blocks may differ in everything but their device. Differentiable in every weight,
+    Computed in float32 (float64 for float64 weights), for all steps in one call, in the weights' dtype, and
+    channels_last where one of them is that and not contiguous. Blocks may differ in everything but their device. Differentiable in every weight,
     convolution bias, γ and β unless `out` is given.
 
     Args:
@@ -44,7 +45,7 @@ def fold_steps(
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, a missing running variance, or on the CPU a
-            negative or non-finite one; names block and argument. Nothing has been written then.
+            negative or non-finite one; names block, branch and argument. Nothing has been written then.
     """
     arguments = Arguments.empty()
     for step in steps:
@@ -83,83 +84,81 @@ def _call(operator: Any, arguments: tuple[Any, ...], differentiable: bool) -> An
         return operator(*arguments)
 
 
-# weight, conv_bias, gamma, beta, mean, var, eps: what the operator's lists hold of one branch.
-FoldBranch = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor, float]
-_COMPLETE = (BRANCH | GAMMA | BETA | MEAN,) * 3
+# taps, weight, conv_bias, gamma, beta, mean, var, eps: what the operator's lists hold of one entry. The identity has no
+# weight; a batch norm after the sum is the last entry, without taps.
+FoldEntry = tuple[
+    tuple[int, int, int, int, int] | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    float,
+]
+_USUAL = WEIGHT | GAMMA | BETA | MEAN | VAR
 
 
 def append_step(a: Arguments, step: Step) -> None:
     """Appends one block to the operator's lists.
 
     Raises:
-        ValueError: a batch norm has no running variance; a is then of no more use.
+        ValueError: a batch norm has no running variance; a is then as it was.
     """
-    total = step.norm
-    found: list[FoldBranch | None] = []
-    k = step.geometry.kernel[0]
-    by = {(b.taps.rows > 1, b.taps.columns > 1) if k > 1 else i: b for i, b in enumerate(step.branches)}
-    place = [k // 2, k // 2]
-    for i, name in enumerate(((True, True), (False, True), (True, False))):
-        branch = by.get(name if k > 1 else i)
-        if branch is not None and i:
-            place[i - 1] = branch.taps[i - 1]
-        if branch is None:
-            found.append(None)
-            continue
-        norm = branch.norm if total is None else total
-        assert norm is not None
-        if norm.running_var is None:
-            raise ValueError(
-                f"block {len(a.place) // 2}: var of {name} is missing: a batch norm without running statistics "
-                "normalises by the batch, and no fixed convolution equals it"
-            )
-        # The norm of the sum: its μ and β count once, its scale for every branch.
-        once = total is None or i == 0
-        beta, mean = (norm.beta, norm.running_mean) if once else (None, None)
-        found.append((branch.weight, branch.bias, norm.gamma, beta, mean, norm.running_var, norm.eps))
-    append_branches(a, found, tuple(place))
+    rows, columns = step.geometry.kernel
+    centre = (rows // 2, columns // 2, 1, 1, 1)  # where the identity sits, whose map is as large as x
+    found = [
+        (taps or centre, weight, bias, *_tensors_of(norm, a, name or f"branch {i}"))
+        for i, (taps, weight, bias, norm, name) in enumerate(step.branches)
+    ]
+    if step.norm is not None:
+        found.append((None, None, None, *_tensors_of(step.norm, a, "the sum")))
+    append_branches(a, step.geometry.kernel, step.geometry.groups, found)
 
 
-def append_branches(a: Arguments, found: list[FoldBranch | None], place: tuple[int, int]) -> None:
-    """Appends one block, its square, hor and ver, to the operator's lists; place is hor's row and ver's column."""
-    a.place.extend(place)
-    square, hor, ver = found
-    if square is not None and hor is not None and ver is not None:
-        # Nearly always everything but a convolution bias is there, so all at once: this runs for every block.
-        (w0, c0, g0, b0, m0, v0, e0), (w1, c1, g1, b1, m1, v1, e1), (w2, c2, g2, b2, m2, v2, e2) = square, hor, ver
+def _tensors_of(norm: Norm | None, a: Arguments, name: str) -> tuple[Any, ...]:
+    if norm is None:
+        return None, None, None, None, 0.0
+    if norm.running_var is None:
+        raise ValueError(
+            f"block {len(a.blocks) // 4}: var of {name} is missing: a batch norm without running statistics "
+            "normalises by the batch, and no fixed convolution equals it"
+        )
+    return norm.gamma, norm.beta, norm.running_mean, norm.running_var, norm.eps
+
+
+def append_branches(a: Arguments, kernel: tuple[int, int], groups: int, found: Sequence[FoldEntry]) -> None:
+    """Appends one block of these entries to the operator's lists."""
+    weights, gammas, betas, means, variances, biases, blocks, branches, epsilons = a
+    blocks.extend((len(found), *kernel, groups))
+    for taps, weight, conv_bias, gamma, beta, mean, var, eps in found:
+        epsilons.append(eps)
         if (
-            c0 is c1 is c2 is None
-            and (g0 is not None and g1 is not None and g2 is not None)
-            and (b0 is not None and b1 is not None and b2 is not None)
-            and (m0 is not None and m1 is not None and m2 is not None)
-        ):
-            a.square.append(w0)
-            a.hor.append(w1)
-            a.ver.append(w2)
-            a.gamma.extend((g0, g1, g2))
-            a.beta.extend((b0, b1, b2))
-            a.mean.extend((m0, m1, m2))
-            a.var.extend((v0, v1, v2))
-            a.eps.extend((e0, e1, e2))
-            a.present.extend(_COMPLETE)
-            return
-    for branch, kernels in zip(found, (a.square, a.hor, a.ver), strict=True):
-        if branch is None:
-            a.present.append(0)
-            a.eps.append(0.0)
+            conv_bias is None
+            and weight is not None
+            and taps is not None
+            and gamma is not None
+            and beta is not None
+            and mean is not None
+            and var is not None
+        ):  # nearly always, so all at once: this runs for every branch of a network
+            weights.append(weight)
+            gammas.append(gamma)
+            betas.append(beta)
+            means.append(mean)
+            variances.append(var)
+            branches.extend((_USUAL, *taps))
             continue
-        weight, conv_bias, gamma, beta, mean, var, eps = branch
-        kernels.append(weight)
-        a.var.append(var)
-        a.eps.append(eps)
-        present = BRANCH
+        present = SUM if taps is None else 0
         for bit, tensor, tensors in (
-            (GAMMA, gamma, a.gamma),
-            (BETA, beta, a.beta),
-            (MEAN, mean, a.mean),
-            (CONV_BIAS, conv_bias, a.conv_bias),
+            (WEIGHT, weight, weights),
+            (GAMMA, gamma, gammas),
+            (BETA, beta, betas),
+            (MEAN, mean, means),
+            (VAR, var, variances),
+            (CONV_BIAS, conv_bias, biases),
         ):
             if tensor is not None:
                 present |= bit
                 tensors.append(tensor)
-        a.present.append(present)
+        branches.extend((present, *(taps or (0, 0, 0, 0, 0))))
