@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
+from ._torch_compat import is_batched, is_wrapped_by_transform
 from .backends import planner
 from .geometry import MOST_BRANCHES, Geometry
 from .spec import TENSORS, TORCH_FUNC, Branch, Norm, Problem, Step, autocast_dtype, problem_of
@@ -126,18 +126,17 @@ def _check_devices(x: Tensor, step: Step) -> None:
 
 def _check_transform(step: Step, x: Tensor, transform: str) -> None:
     """Refuses what a transform cannot do, before a counter or a statistic has changed."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for norm in step.norms:
         if norm.group is not None:
             raise ValueError(f"SyncBatchNorm has no rule for {transform}: call eval() on it first")
         if transform != TORCH_FUNC or not norm.batch_stats or norm.running_mean is None:
             continue
-        if torch._C._functorch.is_batchedtensor(x) and not torch._C._functorch.is_batchedtensor(norm.running_mean):
+        if is_batched(x) and not is_batched(norm.running_mean):
             raise ValueError(
                 "running statistics cannot be updated in place under torch.func.vmap: call eval(), use batch norms "
                 "with track_running_stats=False, or batch the buffers too (torch.func.stack_module_state)"
             )
-        if not wrapped(norm.running_mean):
+        if not is_wrapped_by_transform(norm.running_mean):
             raise ValueError(
                 "running statistics cannot be updated in place inside a torch.func transform that captures them: "
                 "pass the buffers as arguments through torch.func.functional_call, or call eval()"

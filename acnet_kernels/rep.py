@@ -18,7 +18,17 @@ from .geometry import Geometry, IntOrPair, PaddingMode, Pair, Taps
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import FoldEntry, append_branches, append_step, fold
 from .spec import Problem, Step, prefers_channels_last
-from .submodules import Layout, Settings, Slot, Submodules, agreed_geometry, kernel_of, read, read_for_fold, speaks_for
+from .submodules import (
+    Layout,
+    Settings,
+    Slot,
+    Submodules,
+    agreed_geometry,
+    kernel_of,
+    read,
+    read_for_fold,
+    speaks_for,
+)
 
 
 def conv_bn(conv: nn.Conv2d) -> nn.Sequential:

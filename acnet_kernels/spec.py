@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
+from ._torch_compat import in_forward_mode, suggest_memory_format, transform_stack
 from .geometry import Geometry, Pair, Taps
 
 TORCH_FUNC = "a torch.func transform"  # grad, vmap, jvp …
@@ -201,18 +201,16 @@ def problem_of(step: Step, x: Tensor) -> Problem:
 def _transform(step: Step, x: Tensor) -> str:
     if torch.compiler.is_compiling():  # Dynamo traces transforms in its own way, and cannot read the stack
         return ""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if transform_stack() is not None:
         return TORCH_FUNC
-    if forward_ad._current_level >= 0 and any(
-        map(has_tangent, (x, *(t for _, own in step.tensors() for t in own)))
-    ):
+    if in_forward_mode() and any(map(has_tangent, (x, *(t for _, own in step.tensors() for t in own)))):
         return "forward-mode differentiation"
     return ""
 
 
 def has_tangent(t: Tensor | None) -> bool:
     """Whether forward-mode differentiation goes through t."""
-    return t is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+    return t is not None and in_forward_mode() and forward_ad.unpack_dual(t).tangent is not None
 
 
 def autocast_dtype(dtype: torch.dtype, device: str) -> torch.dtype:

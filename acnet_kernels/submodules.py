@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ._torch_compat import BatchNormBase, has_global_hooks
 from .geometry import Geometry, PaddingMode, Pair, Taps
 from .spec import Branch, Norm, Step
 
@@ -127,12 +126,7 @@ def read(given: Submodules) -> Step | str:
 
 def speaks_for(given: Submodules) -> Geometry | str:
     """The predicate of `read`, which takes its arguments: the geometry if it holds, else why it does not."""
-    if (
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    ):
+    if has_global_hooks():
         return "a global module hook is registered"
     compiling = torch.compiler.is_compiling()
     for conv in given.convs:
@@ -220,9 +214,9 @@ def _is_known_norm(norm: nn.Module) -> bool:
 
 @functools.cache
 def _changes_nothing(kind: type) -> bool:
-    if not issubclass(kind, _BatchNorm) or issubclass(kind, (nn.BatchNorm1d, nn.BatchNorm3d)):
+    if not issubclass(kind, BatchNormBase) or issubclass(kind, (nn.BatchNorm1d, nn.BatchNorm3d)):
         return False
-    known = (nn.BatchNorm2d, nn.SyncBatchNorm, *_BatchNorm.__mro__)
+    known = (nn.BatchNorm2d, nn.SyncBatchNorm, *BatchNormBase.__mro__)
     return all(set(dict(vars(base))) <= _HARMLESS for base in kind.__mro__ if base not in known)
 
 

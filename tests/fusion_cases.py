@@ -177,7 +177,9 @@ def summed_maps(step: Step, x: torch.Tensor) -> torch.Tensor:
     total = torch.zeros((), dtype=x.dtype)
     for taps, kernel, conv_bias, norm in step.branches:
         row, column, rows, columns, dilation = taps or Taps(k_h // 2, k_w // 2, 1, 1)
-        seen = x[:, :, row : row + height + (rows - 1) * dilation, column : column + width + (columns - 1) * dilation]
+        seen = x[
+            :, :, row : row + height + (rows - 1) * dilation, column : column + width + (columns - 1) * dilation
+        ]
         y = seen if kernel is None else F.conv2d(seen, kernel, None, 1, 0, dilation, groups)
         total = total + normed(norm, y if conv_bias is None else y + conv_bias[:, None, None])
     return normed(step.norm, total)

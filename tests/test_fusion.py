@@ -9,7 +9,6 @@ from fusion_cases import (
     DTYPES,
     arguments,
     assert_close,
-    first_weight,
     mapped,
     random_step,
     strided,
@@ -133,7 +132,8 @@ def test_no_blocks():
 
 
 @pytest.mark.parametrize(
-    "name", ["cross", "5x5 in groups", "two", "norm of the sum", "RepVGG in groups", "nested", "even", "dilated", "holes"]
+    "name",
+    ["cross", "5x5 in groups", "two", "norm of the sum", "RepVGG in groups", "nested", "even", "dilated", "holes"],
 )
 def test_gradients_of_every_tensor(name):
     config = CONFIGS[name]
@@ -191,7 +191,9 @@ def test_compiles_without_a_break(name):
     step = mapped(random_step(CONFIGS[name]), lambda t: t.requires_grad_())
     leaves: list[torch.Tensor] = []
     mapped(step, leaves.append)
-    trained = [t for t in leaves if all(t is not s for n in norms_of(step) for s in (n.running_mean, n.running_var))]
+    trained = [
+        t for t in leaves if all(t is not s for n in norms_of(step) for s in (n.running_mean, n.running_var))
+    ]
 
     def total(step):
         return sum((w * w).sum() + b.sum() for w, b in fold_steps([step]))
@@ -290,7 +292,10 @@ BAD = {
         spoil("weight", 0, torch.ones(4, 2, 3)),
         r"block 0: weight of branch 0 must have shape \(K, C, rows, columns\) with K, C > 0, got \(4, 2, 3\)",
     ),
-    "empty": (spoil("weight", 3, torch.ones(0, 2, 3, 3)), r"block 1: weight of branch 0 must have shape \(K, C, rows"),
+    "empty": (
+        spoil("weight", 3, torch.ones(0, 2, 3, 3)),
+        r"block 1: weight of branch 0 must have shape \(K, C, rows",
+    ),
     "weight": (
         spoil("weight", 4, torch.ones(4, 2, 3, 1)),
         r"block 1: weight of branch 1 must have shape \(4, 2, 1, 1\), got \(4, 2, 3, 1\)",
@@ -397,7 +402,9 @@ def test_fold_steps_raises_value_error():
 def test_a_missing_variance_is_named(name):
     good, step = two_blocks()
     without = step.norm._replace(running_var=None)
-    branches = [branch._replace(norm=without) if name == f"branch {i}" else branch for i, branch in enumerate(step.branches)]
+    branches = [
+        branch._replace(norm=without) if name == f"branch {i}" else branch for i, branch in enumerate(step.branches)
+    ]
     step = step._replace(branches=tuple(branches), norm=without if name == "the sum" else step.norm)
     with pytest.raises(ValueError, match=f"block 1: var of {name} is missing"):
         fold_steps([good, step])

@@ -9,18 +9,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "acnet_kernels"
-# Modules that still take theirs from PyTorch itself.
-YET_TO_FOLLOW = (
-    "functional.py",
-    "spec.py",
-    "submodules.py",
-    "backends/batchnorm.py",
-    "backends/branches.py",
-    "backends/convolution.py",
-    "backends/nodes.py",
-    "ops/bn_sum.py",
-    "ops/fusion.py",
-)
 
 
 def chain(node):
@@ -50,7 +38,7 @@ def test_all_are_in_one_module():
     found = {str(path): private_names(path.read_text()) for path in PACKAGE.rglob("*.py")}
     compat = found.pop(str(PACKAGE / "_torch_compat.py"))
     assert "torch.utils._pytree" in compat
-    assert {path: names for path, names in found.items() if names and not path.endswith(YET_TO_FOLLOW)} == {}
+    assert {path: names for path, names in found.items() if names} == {}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._torch_compat import below_autograd, foreach_add_, foreach_mul_
 from ..ops import running
 from ..ops._extension import MISSING
 from ..spec import Norm
@@ -81,7 +82,7 @@ def update_running(
         means = torch.stack(moved)
     if MISSING is None and means.is_cpu and not torch.compiler.is_compiling():
         factors = [math.nan if momentum is None else momentum for momentum in momenta]
-        with torch._C._AutoDispatchBelowAutograd():  # nothing here is differentiated
+        with below_autograd():  # nothing here is differentiated
             running.update_running_(running_means, running_vars, counters, means, variances, factors, count)
     else:
         _update_running(running_means, running_vars, counters, means, variances, momenta, count)
@@ -104,7 +105,7 @@ def _update_running(
                 f"shape {tuple(counter.shape)}"
             )
     if counters:
-        torch._foreach_add_(counters, 1)
+        foreach_add_(counters, 1)
     if not momenta or count == 0:
         return
     variances = variances * (count / (count - 1))
@@ -115,8 +116,8 @@ def _update_running(
         for target, value in zip(targets, values, strict=True):
             move(target, value, factor.to(target.dtype))
     elif all(momentum == momenta[0] for momentum in momenta):  # as `move` does, in two calls
-        torch._foreach_mul_(targets, 1 - momenta[0])
-        torch._foreach_add_(targets, values, alpha=momenta[0])
+        foreach_mul_(targets, 1 - momenta[0])
+        foreach_add_(targets, values, alpha=momenta[0])
     else:
         for target, value, momentum in zip(targets, values, momenta * 2, strict=True):
             assert momentum is not None

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._torch_compat import below_autograd, keeps_graph, top_saved_tensors_hooks
 from ..geometry import Geometry, Placement
 from ..kernels.window import Window
 from ..ops import bn_sum
@@ -246,12 +247,12 @@ class _Step(torch.autograd.Function):
         if x.device.type == "cpu":
             _keep_freed_memory()
         # Nothing here is differentiated: calls need not pass the dispatcher's autograd layer.
-        with nodes.without_autocast(x.device.type), torch._C._AutoDispatchBelowAutograd():
+        with nodes.without_autocast(x.device.type), below_autograd():
             out, ys, means, variances, rstds = plan.forward(x, weights, gammas, betas)
         update(means, variances)
         ctx.plan = plan
         # A hook on saved tensors may keep what it was given.
-        ctx.owns_maps = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        ctx.owns_maps = top_saved_tensors_hooks(True) is None
         kept = (
             ys if plan.is_summed else [y for y, (_, convolved) in zip(ys, plan.branches, strict=True) if convolved]
         )
@@ -278,8 +279,8 @@ class _Step(torch.autograd.Function):
             needs_x, needs_w = needs[2], plan.split(needs[3:])[0]
             needs_dy = plan.needs_dy(needs_x, needs_w)
             grad = bn_sum.like(grad, kept[0])
-            owns = ctx.owns_maps and not torch._C._autograd._get_current_graph_task_keep_graph()
-            with torch._C._AutoDispatchBelowAutograd():
+            owns = ctx.owns_maps and not keeps_graph()
+            with below_autograd():
                 dys, dgammas, dbeta = plan.map_gradients(grad, x, kept, means, rstds, gammas, needs_dy, owns)
             dx, dws = convolution_gradients(plan, dys, x, weights, needs_x, needs_w)
         dgammas = dgammas.unbind() if plan.affine else ()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._torch_compat import mkldnn_accumulates, mkldnn_add_convolution, mkldnn_enabled, mkldnn_has_float16
 from ..geometry import Geometry, Pair, Placement, Taps
 from ..spec import Problem
 from .cpuinfo import slow_half_types
@@ -71,21 +72,15 @@ def identity_kernel(like: Tensor, groups: int) -> Tensor:
 
 @functools.cache
 def _vendor_accumulates() -> bool:
-    # oneDNN's convolution with a sum, which torch.compile uses; elsewhere than on x86-64 it may be a slow loop.
-    has_operator = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
-    return has_operator and platform.machine() in ("x86_64", "AMD64")
-
-
-@functools.cache
-def _vendor_has_float16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    # Elsewhere than on x86-64 it may be a slow loop.
+    return mkldnn_accumulates() and platform.machine() in ("x86_64", "AMD64")
 
 
 def _in_one_pass(out: Tensor) -> bool:
     dense = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
     fits = out.is_cpu and out.dtype in _DTYPES and out.numel() > 0 and dense
-    usable = fits and _vendor_accumulates() and torch._C._get_mkldnn_enabled()
-    return usable and (out.dtype != torch.float16 or _vendor_has_float16())
+    usable = fits and _vendor_accumulates() and mkldnn_enabled()
+    return usable and (out.dtype != torch.float16 or mkldnn_has_float16())
 
 
 def add_convolution(out: Tensor, x: Tensor, weight: Tensor, padding: Pair, dilation: Pair, groups: int) -> None:
@@ -97,9 +92,7 @@ def add_convolution(out: Tensor, x: Tensor, weight: Tensor, padding: Pair, dilat
     if not _in_one_pass(out):
         out += F.conv2d(x, weight, None, 1, padding, dilation, groups)
         return
-    torch.ops.mkldnn._convolution_pointwise_.binary(
-        out, x, weight, None, padding, (1, 1), dilation, groups, "add", 1.0, None, [], ""
-    )
+    mkldnn_add_convolution(out, x, weight, padding, dilation, groups)
 
 
 def transposed_kernel(weight: Tensor, groups: int) -> Tensor:

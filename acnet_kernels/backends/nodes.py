@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch_compat import below_autograd, is_batched, is_differentiated_by_transform, is_legacy_batched
 from ..ops.bn_sum import accumulation_dtype
 from ..spec import has_tangent
 
@@ -56,7 +57,7 @@ class _Node(torch.autograd.Function):
     def forward(
         ctx: Any, recorded: Recorded, arguments: tuple[Any, ...], update: Update, *_: Tensor
     ) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             output = recorded.operator(*arguments)
         update(output[1], output[2])
         recorded.setup(ctx, arguments, output)
@@ -83,13 +84,12 @@ def wants_definition(grad: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():  # Dynamo knows what grad is, and cannot ask
         return torch.is_grad_enabled()
-    functorch = torch._C._functorch
-    if functorch.is_gradtrackingtensor(grad):
+    if is_differentiated_by_transform(grad):
         raise RuntimeError(
             "a torch.func transform cannot differentiate the gradient of a block's step taken outside it: call the "
             "block inside the transform, or use backend='eager'"
         )
-    batched = functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
+    batched = is_batched(grad) or is_legacy_batched(grad)
     return batched or has_tangent(grad) or torch.is_grad_enabled()
 
 

@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
+from .._torch_compat import suggest_memory_format
 from . import check
 from ._extension import MISSING, TRITON
 
