@@ -12,7 +12,7 @@ import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, NamedTuple, SupportsIndex, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +48,16 @@ def as_pair(name: str, value: IntOrPair, least: int) -> Pair:
     if min(pair) < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
     return pair
+
+
+class Taps(NamedTuple):
+    """A branch's taps: a rectangle of the block's kernel, of rows × columns taps that are `step` apart."""
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+    step: int = 1
 
 
 @dataclass(frozen=True)
