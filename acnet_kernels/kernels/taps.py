@@ -35,6 +35,38 @@ def wanting(window, axis):
 
 
 @triton.constexpr_function
+def wants_column(window, branch, column):
+    """Whether the branch wants a column."""
+    return wanting(window, 1)[column] >> branch & 1 == 1
+
+
+@triton.constexpr_function
+def first_row(window):
+    """The first row that a branch wants."""
+    return min(t[0] for t in window[-1])
+
+
+@triton.constexpr_function
+def end_row(window):
+    """One more than the last row that a branch wants."""
+    return max(t[0] + (t[2] - 1) * t[4] + 1 for t in window[-1])
+
+
+@triton.constexpr_function
+def wants_every_row(window, branch):
+    """Whether the branch wants all rows from first_row to end_row."""
+    return window[-1][branch][2] == end_row(window) - first_row(window)
+
+
+@triton.jit
+def wants_row(row, WINDOW: tl.constexpr, BRANCH: tl.constexpr):
+    """Whether the branch wants a row."""
+    TAPS: tl.constexpr = WINDOW.branches[BRANCH]
+    down = row - TAPS.row
+    return (down >= 0) & (down < TAPS.rows * TAPS.step) & (down % TAPS.step == 0)
+
+
+@triton.constexpr_function
 def pieces(window, mask):
     """(rows, columns) of each piece of the taps that the branches in mask want and no others."""
     rows, columns = wanting(window, 0), wanting(window, 1)
