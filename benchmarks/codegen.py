@@ -47,7 +47,7 @@ STREAMED = (4, 3, None)  # Triton's own warps and stages
 
 
 def window_of(kernel: int) -> Window:
-    """ACNet's k×k block, padded to keep its input's size: all taps, those of the centre row, of the centre column."""
+    """ACNet's k×k block, padded to keep its input's size: all taps, the centre row's, the centre column's."""
     half = kernel // 2
     branches = (Taps(0, 0, kernel, kernel), Taps(half, 0, 1, kernel), Taps(0, half, kernel, 1))
     return Window(kernel, kernel, 1, 1, half, half, 1, 1, 1, branches)

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import BRANCHES, Geometry, Placement
-from ..kernels.window import Window
 from ..ops import bn_sum
 from ..spec import Norm, Problem, Step, autocast_dtype
 from . import nodes
@@ -120,7 +119,7 @@ class Plan(NamedTuple):
             from . import triton_phases  # Triton is slow to import
 
             x, cast = x.to(self.conv_dtype), [weight.to(self.conv_dtype) for weight in weights]
-            return triton_phases.forward(x, self.names, cast, gammas, betas, self.eps, self.window)
+            return triton_phases.forward(x, cast, gammas, betas, self.eps, self.window)
         ys = self.maps(x, weights)
         dtype = None if self.dtype == ys[0].dtype else self.dtype
         out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, dtype)
@@ -235,9 +234,9 @@ def convolution_gradients(
         from . import triton_phases
 
         if needs_x and plan.phases.dgrad == TRITON:
-            dx, needs_x = triton_phases.input_grad(dys, plan.names, weights, plan.window, x.shape[2:]), False
-        if needs_w[0] and plan.phases.wgrad == TRITON:  # its kernel is built around the square's taps
-            dws = triton_phases.weight_grads(x, by_branch, plan.names, weights, plan.window, needs_w)
+            dx, needs_x = triton_phases.input_grad(dys, weights, plan.window, x.shape[2:]), False
+        if any(needs_w) and plan.phases.wgrad == TRITON:
+            dws = triton_phases.weight_grads(x, by_branch, weights, plan.window, needs_w)
             needs_w = (False,) * len(weights)
     for b, (dy, place, weight, need) in enumerate(zip(by_branch, plan.places, weights, needs_w, strict=True)):
         if dy is None or not (needs_x or need):
@@ -352,7 +351,11 @@ def _plan(
     phases: Phases,
 ) -> Plan:
     places = tuple(geometry.placement(name) for name in names)
-    window = tuple(Window.of(geometry)) if TRITON in phases else ()
+    window: tuple[int, ...] = ()
+    if TRITON in phases:
+        from . import triton_phases
+
+        window = tuple(triton_phases.window_of(geometry, names).flatten())
     return Plan(geometry, names, places, eps, affine, dtype, conv_dtype, phases, window)
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import BRANCHES, Geometry
+from ..geometry import Geometry
 from ..ops import bn_sum
 from ..ops import recompute as ops
 from ..ops._extension import TRITON
@@ -145,16 +145,15 @@ def _triton_statistics(x: Tensor, kernels: dict[str, Tensor], plan: branches.Pla
     """(means, variances, rstds) of every y_b, B×K float64, in two launches."""
     from ..ops import triton_conv  # Triton is slow to import, and only CUDA needs it
     from ..ops.triton_bn_sum import merge_statistics
+    from .triton_phases import window_of
 
     if len(plan.eps) < len(kernels):
         kernels = {"square": summed_kernel(kernels, plan.geometry)}
     x = x.contiguous(memory_format=torch.channels_last)
-    weights = [
-        None if (weight := kernels.get(name)) is None else weight.contiguous(memory_format=torch.channels_last)
-        for name in BRANCHES
-    ]
+    weights = [weight.contiguous(memory_format=torch.channels_last) for weight in kernels.values()]
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        _, moments = triton_conv.conv_forward(x, weights, triton_conv.Window.of(plan.geometry), store=False)
+        window = window_of(plan.geometry, kernels)
+        _, moments = triton_conv.conv_forward(x, weights, window, store=False)
         norms = merge_statistics(moments, [], [], plan.eps)
     return norms.means, norms.variances, norms.rstds
 

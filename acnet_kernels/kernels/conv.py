@@ -1,7 +1,7 @@
 """Forward: all branches' convolutions from one reading of the input, with their batch statistics.
 
-Implicit GEMM on channels_last maps: M = N·OH·OW pixels × K channels, reduced over C/groups·taps. One fp32 accumulator
-a branch; an x tile is loaded once for every branch that wants its tap (taps.py).
+Implicit GEMM on channels_last maps: M = N·OH·OW pixels × K channels, reduced over C/groups·taps. One fp32
+accumulator a branch; an x tile is loaded once for every branch that wants its tap (taps.py).
 """
 # Triton's language, not Python's types.
 # mypy: ignore-errors
@@ -10,7 +10,18 @@ import triton
 import triton.language as tl
 
 from .bn_sum import store_moments, tile_moments
-from .taps import branch_count, dot, index, replaced, size_of, split_pixel, tap_at, tap_count, tap_number, weight_tile
+from .taps import (
+    branch_count,
+    dot,
+    index,
+    replaced,
+    size_of,
+    split_pixel,
+    tap_at,
+    tap_count,
+    tap_number,
+    weight_tile,
+)
 
 
 @triton.jit(do_not_specialize=["M", "TILES"])
@@ -41,7 +52,7 @@ def conv_branches(
 ):
     """y_b = W_b * x and every tile's mean and M2.
 
-    weights, ys: one entry a branch of the window; partial: B×2×K×TILES for B branches, TILES = ⌈M / BLOCK_M⌉. CG, KG:
+    weights, ys: one entry for each of the window's B branches; partial: B×2×K×TILES, TILES = ⌈M / BLOCK_M⌉. CG, KG:
     a group's channels, in and out. CHANNELS_LAST: the weights are.
     STORE = False leaves the statistics alone (the recompute variant). INT64_OFFSETS: see taps.index.
     Grid: TILES × groups·⌈KG / BLOCK_K⌉, flat, channel blocks fastest: programs sharing an x tile run together.

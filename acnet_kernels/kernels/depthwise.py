@@ -17,15 +17,15 @@ from .taps import (
     branch_count,
     end_row,
     first_row,
+    has_all_rows,
+    has_column,
+    has_row,
     index,
     replaced,
     size_of,
     split_pixel,
     tap_number,
     wanting,
-    wants_column,
-    wants_every_row,
-    wants_row,
 )
 
 
@@ -91,7 +91,7 @@ def depthwise_branches(
                     x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & mask_k[None, :], other=0.0)
                     x = x.to(tl.float32)
                     for b in tl.static_range(BRANCHES):
-                        if wants_column(WINDOW, b, col) and (wants_every_row(WINDOW, b) or wants_row(row, WINDOW, b)):
+                        if has_column(WINDOW, b, col) and (has_all_rows(WINDOW, b) or has_row(row, WINDOW, b)):
                             tap = tap_number(row, col, WINDOW, b)
                             product = x * _weight(weights[b], k, mask_k, tap, size_of(WINDOW, b))
                             accs = replaced(accs, b, accs[b] + product)
@@ -156,10 +156,10 @@ def depthwise_dgrad(
                 for j in range(KG):
                     k = c * KG + j
                     for b in tl.static_range(branch_count(WINDOW)):
-                        if wants_column(WINDOW, b, col) and (wants_every_row(WINDOW, b) or wants_row(row, WINDOW, b)):
-                            dy = tl.load(dys[b] + at[:, None] + k[None, :], mask=inside, other=0.0).to(tl.float32)
+                        if has_column(WINDOW, b, col) and (has_all_rows(WINDOW, b) or has_row(row, WINDOW, b)):
+                            dy = tl.load(dys[b] + at[:, None] + k[None, :], mask=inside, other=0.0)
                             tap = tap_number(row, col, WINDOW, b)
-                            acc += dy * _weight(weights[b], k, mask_c, tap, size_of(WINDOW, b))
+                            acc += dy.to(tl.float32) * _weight(weights[b], k, mask_c, tap, size_of(WINDOW, b))
     out = dx_ptr + m[:, None] * C + c[None, :]
     tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
 
@@ -223,12 +223,12 @@ def depthwise_wgrad(
             inside = in_row & (j < WINDOW.branches[b].columns) & (w >= 0) & (w < W)
             x_at = ((row_at + w) * C)[:, :, None] + c[None, None, :]
             x = tl.load(x_ptr + x_at, mask=inside[:, :, None] & mask_k[None, None, :], other=0.0)
-            mask_dy = mask_m if wants_every_row(WINDOW, b) else mask_m & wants_row(row, WINDOW, b)
+            mask_dy = mask_m if has_all_rows(WINDOW, b) else mask_m & has_row(row, WINDOW, b)
             dy = tl.load(dys[b] + at, mask=mask_dy[:, None] & mask_k[None, :], other=0.0)
             accs = replaced(accs, b, accs[b] + x.to(tl.float32) * dy.to(tl.float32)[:, None, :])
     for b in tl.static_range(BRANCHES):
         j = tl.arange(0, tile_columns(WINDOW, b))[:, None]
         tap = tap_number(row, WINDOW.branches[b].column, WINDOW, b) + j
-        mask = mask_k[None, :] & (j < WINDOW.branches[b].columns) & wants_row(row, WINDOW, b)
+        mask = mask_k[None, :] & (j < WINDOW.branches[b].columns) & has_row(row, WINDOW, b)
         dw = dws[b] + into + (k * size_of(WINDOW, b))[None, :] + tap
         tl.store(dw, tl.sum(accs[b], 0).to(dws[b].dtype.element_ty), mask=mask)

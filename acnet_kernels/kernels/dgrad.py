@@ -1,8 +1,8 @@
 """The input's gradient: one accumulator over the taps of every branch's dy.
 
-Implicit GEMM: input pixels × C channels, reduced over K/groups·taps of all branches. With a stride, pixels of one residue
-(row mod stride, column mod stride), a phase, meet the same taps; a program's pixels are all of one phase, so no
-product is computed only to be masked.
+Implicit GEMM: input pixels × C channels, reduced over K/groups·(taps of all branches). With a stride, pixels of one
+residue (row mod stride, column mod stride), a phase, meet the same taps; a program's pixels are all of one phase,
+so no product is computed only to be masked.
 """
 # Triton's language, not Python's types.
 # mypy: ignore-errors
@@ -30,7 +30,7 @@ def steps(window, branch, axis):
 
 @triton.jit
 def _met(phase, WINDOW: tl.constexpr, BRANCH: tl.constexpr, AXIS: tl.constexpr):
-    """Which of the branch's own taps along an axis the phase meets: (the first, their number, pixel of dy it reads)."""
+    """(first, number) of the branch's own taps on an axis that the phase meets, and the first's pixel of dy."""
     TAPS: tl.constexpr = WINDOW.branches[BRANCH][2 + AXIS]
     STRIDE: tl.constexpr = WINDOW[2 + AXIS]
     DIL: tl.constexpr = dilation(WINDOW, BRANCH, AXIS)

@@ -1,13 +1,15 @@
 """Which taps the branches want, and where a tap reads.
 
-WINDOW is a window.Window. A row of the window is wanted by a set of its branches and so is a column; a tap is wanted
+WINDOW is a window.Window. A row of the window is wanted by some of its branches and so is a column; a tap is wanted
 by the branches that want both. MASK stands for a set of branches, branch b by bit b. The kernels loop over the taps
-of one mask at a time, which keeps each loop's operands few: unrolling the taps gives every tap its own
-multi-buffered shared memory (811 KB on sm_90). Of rows that the same branches want, the taps of a mask are rows ×
-columns, a piece: three crossing rectangles have one piece a mask, and a rectangle around another has two.
+of one mask at a time, which keeps each loop's operands few: unrolling the taps gives every tap its own multi-buffered
+shared memory (811 KB on sm_90). In the rows that the same branches want, the taps of a mask are a piece, rows ×
+columns. A kernel's taps off a row and a column of it are one piece, the taps around a smaller rectangle are two.
 """
 # Triton's language, not Python's types.
 # mypy: ignore-errors
+
+import itertools
 
 import triton
 import triton.language as tl
@@ -35,8 +37,8 @@ def wanting(window, axis):
 
 
 @triton.constexpr_function
-def wants_column(window, branch, column):
-    """Whether the branch wants a column."""
+def has_column(window, branch, column):
+    """Whether the branch has taps in a column."""
     return wanting(window, 1)[column] >> branch & 1 == 1
 
 
@@ -53,14 +55,14 @@ def end_row(window):
 
 
 @triton.constexpr_function
-def wants_every_row(window, branch):
-    """Whether the branch wants all rows from first_row to end_row."""
+def has_all_rows(window, branch):
+    """Whether the branch has taps in all rows from first_row to end_row."""
     return window[-1][branch][2] == end_row(window) - first_row(window)
 
 
 @triton.jit
-def wants_row(row, WINDOW: tl.constexpr, BRANCH: tl.constexpr):
-    """Whether the branch wants a row."""
+def has_row(row, WINDOW: tl.constexpr, BRANCH: tl.constexpr):
+    """Whether the branch has taps in a row."""
     TAPS: tl.constexpr = WINDOW.branches[BRANCH]
     down = row - TAPS.row
     return (down >= 0) & (down < TAPS.rows * TAPS.step) & (down % TAPS.step == 0)
@@ -105,7 +107,7 @@ def line_count(window, mask, piece, axis):
 def progression(window, mask, piece, axis):
     """(first, step, (index, by), …): line i of a piece is first + i·step, and `by` more from each index on."""
     lines = pieces(window, mask)[piece][axis]
-    gaps = [after - before for before, after in zip(lines, lines[1:])]
+    gaps = [after - before for before, after in itertools.pairwise(lines)]
     step = max(gaps, key=gaps.count, default=0)
     return lines[0], step, *((i + 1, gap - step) for i, gap in enumerate(gaps) if gap != step)
 
@@ -152,7 +154,7 @@ def tap_number(row, col, WINDOW: tl.constexpr, BRANCH: tl.constexpr):
 @triton.jit
 def replaced(items, i: tl.constexpr, item):
     """The tuple with another item i."""
-    return items[:i] + (item,) + items[i + 1 :]
+    return items[:i] + (item,) + items[i + 1 :]  # noqa: RUF005 (Triton's tuples know no star)
 
 
 @triton.jit

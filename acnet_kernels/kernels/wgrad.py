@@ -63,8 +63,8 @@ def conv_wgrad(
     """dW_b over pixels split·ROWS … of every split.
 
     dws: a pointer a branch, in the weights' memory format; split s writes STRIDE·s elements behind it. The rest is
-    as conv_branches takes it. Grid: (groups·⌈KG / BLOCK_K⌉·⌈CG / BLOCK_C⌉, taps that a branch wants, splits); taps of
-    all branches come first, as their programs take longest.
+    as conv_branches takes it. Grid: (groups·⌈KG / BLOCK_K⌉·⌈CG / BLOCK_C⌉, taps that a branch wants, splits); taps
+    that all want come first, as their programs take longest.
     """
     BRANCHES: tl.constexpr = branch_count(WINDOW)
     group, in_group, c = weight_block(tl.program_id(0), KG, CG, BLOCK_K, BLOCK_C)
@@ -104,9 +104,10 @@ def conv_wgrad(
 
 @triton.jit(do_not_specialize=["SPLITS", "STRIDE"])
 def sum_splits(partials, dws, sizes, SPLITS, STRIDE, BLOCK: tl.constexpr):
-    """dws[b] = Σ_s of sizes[b] numbers at partials[b] + s·STRIDE, s ascending. Grid: (largest's blocks, tensors)."""
+    """dws[b] = Σ_s of sizes[b] numbers at partials[b] + s·STRIDE, s ascending. Grid: (most blocks, tensors)."""
+    TENSORS: tl.constexpr = len(dws)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    for b in tl.static_range(len(dws)):
+    for b in tl.static_range(TENSORS):
         if tl.program_id(1) == b:
             mask = at < sizes[b]
             total = tl.zeros((BLOCK,), tl.float32)

@@ -35,7 +35,7 @@ class Window(NamedTuple):
         if geometry.padding_mode != "zeros":
             raise ValueError(f"padding_mode must be 'zeros', got {geometry.padding_mode!r}: pad the input first")
         g = geometry
-        return cls(*g.kernel, *g.stride, *g.padding, *g.dilation, g.groups, tuple(branches))
+        return cls(*g.kernel, *g.stride, *g.padding, *g.dilation, g.groups, tuple(branches))  # type: ignore
 
     @classmethod
     def unflatten(cls, numbers: Sequence[int]) -> Window:
@@ -43,15 +43,17 @@ class Window(NamedTuple):
         count, rest = divmod(len(numbers) - _NUMBERS, _OF_A_BRANCH)
         if rest or not 1 <= count <= MOST_BRANCHES:
             raise ValueError(
-                f"window must have {_NUMBERS} numbers and {_OF_A_BRANCH} for each of 1 to {MOST_BRANCHES} branches, "
-                f"got {len(numbers)}"
+                f"window must have {_NUMBERS} numbers and {_OF_A_BRANCH} for each of 1 to {MOST_BRANCHES} "
+                f"branches, got {len(numbers)}"
             )
         starts = range(_NUMBERS, len(numbers), _OF_A_BRANCH)
-        return cls(*numbers[:_NUMBERS], tuple([Taps(*numbers[i : i + _OF_A_BRANCH]) for i in starts]))
+        branches = tuple([Taps(*numbers[i : i + _OF_A_BRANCH]) for i in starts])
+        return cls._make((*numbers[:_NUMBERS], branches))
 
     def flatten(self) -> list[int]:
         """The window as operators take it."""
-        return [*self[:_NUMBERS], *(number for taps in self.branches for number in taps)]
+        *numbers, branches = self
+        return [*numbers, *(number for taps in branches for number in taps)]
 
     def only(self, chosen: Iterable[int]) -> Window:
         """The same window with these of its branches."""
