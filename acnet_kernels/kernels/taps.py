@@ -2,7 +2,7 @@
 
 WINDOW is a window.Window. A row of the window is wanted by some of its branches and so is a column; a tap is wanted
 by the branches that want both. MASK stands for a set of branches, branch b by bit b. The kernels loop over the taps
-of one mask at a time, which keeps each loop's operands few: unrolling the taps gives every tap its own multi-buffered
+of one mask at a time, which keeps each loop's operands few: unrolling the taps gives every tap its own buffers in
 shared memory (811 KB on sm_90). In the rows that the same branches want, the taps of a mask are a piece, rows ×
 columns. A kernel's taps off a row and a column of it are one piece, the taps around a smaller rectangle are two.
 """
