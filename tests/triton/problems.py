@@ -68,9 +68,7 @@ PROBLEMS = [
     Problem("dilation_stride", (2, 3, 8, 9), 4, conv={"padding": 2, "dilation": (2, 3), "stride": 2}),
     Problem("kernel_5", (1, 4, 6, 5), 5, (5, 5), acnet(5), conv={"padding": 2}),
     Problem("crop", (2, 3, 6, 5), 4, conv={"padding": 0}),
-    Problem(
-        "crop_5", (1, 3, 7, 6), 4, (5, 5), acnet(5), channels_last=False, conv={"padding": 1, "stride": 2}
-    ),
+    Problem("crop_5", (1, 3, 7, 6), 4, (5, 5), acnet(5), channels_last=False, conv={"padding": 1, "stride": 2}),
     Problem("shift", (1, 4, 5, 6), 3, branches=acnet(3, (1, -1)), conv={"padding": 1}),
     Problem("groups", (2, 6, 5, 4), 8, conv={"padding": 1, "groups": 2}),
     Problem("kernel_1", (2, 3, 4, 3), 5, (1, 1), acnet(1)),
@@ -117,15 +115,22 @@ SHAPES: dict[str, tuple[Pair, tuple[Taps, ...], Pair]] = {
     "apart": ((3, 6), (Taps(0, 0, 2, 2), Taps(2, 3, 1, 2, 2), Taps(1, 5, 2, 1)), (0, 1)),
 }
 SHAPED = [
-    Problem(f"{name}_{kind}_{stride}", shape, K, kernel, branches, stride == 1, conv)
-    for name, (kernel, branches, padding) in SHAPES.items()
-    for kind, shape, K, groups in (
-        ("dense", (2, 5, 7, 9), 6, 1),
-        ("groups", (1, 6, 8, 7), 4, 2),
-        ("depthwise", (2, 3, 8, 9), 6, 3),
+    Problem(
+        f"{name}_{kind}",
+        shape,
+        K,
+        kernel,
+        branches,
+        stride == 1,
+        {"padding": padding, "stride": stride, "groups": groups},
     )
-    for stride in (1, 2)
-    for conv in [{"padding": padding, "stride": stride, "groups": groups}]
+    for name, (kernel, branches, padding) in SHAPES.items()
+    for kind, shape, K, groups, stride in (
+        ("dense", (2, 5, 7, 9), 6, 1, 1),
+        ("groups_stride", (1, 6, 8, 7), 4, 2, 2),
+        ("depthwise", (1, 3, 7, 9), 6, 3, 1),
+        ("depthwise_stride", (2, 3, 8, 9), 3, 3, 2),
+    )
 ]
 
 
@@ -149,22 +154,38 @@ class Tensors:
         self.betas = [torch.randn(problem.K).to(device) for _ in problem.branches]
         self.grad = random(N, problem.K, *self.window.output_size(H, W))
 
+    def maps(self, x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+        """Every branch's map by F.conv2d, its weight a whole kernel with zeros for the taps that it lacks."""
+        p, found = self.problem, []
+        for taps, w in zip(p.branches, weights, strict=True):
+            whole = w.new_zeros((*w.shape[:2], *p.kernel))
+            rows = slice(taps.row, taps.row + taps.rows * taps.step, taps.step)
+            whole[:, :, rows, taps.column : taps.column + taps.columns * taps.step : taps.step] = w
+            settings = (p.pair("stride"), p.pair("padding"), p.pair("dilation"), p.groups)
+            found.append(F.conv2d(x, whole, None, *settings))
+        return found
+
+    def convolutions(self, dys: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The branches' maps, and x's and the weights' gradients where the maps' are dys, by F.conv2d in dtype."""
+        x, *weights = (t.to(dtype).detach().requires_grad_() for t in (self.x, *self.weights))
+        ys = self.maps(x, weights)
+        dx, *dws = torch.autograd.grad(ys, [x, *weights], [dy.to(dtype) for dy in dys])
+        named = {"y": [y.detach() for y in ys], "w": dws}
+        return {"out": sum(named["y"]), "x": dx} | {
+            f"{name}{b}": t for name, tensors in named.items() for b, t in enumerate(tensors)
+        }
+
     def eager(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Output, branch maps and every gradient by F.conv2d and F.batch_norm in dtype (x's by default)."""
-        p, params = self.problem, torch.float64 if dtype == torch.float64 else torch.float32
+        params = torch.float64 if dtype == torch.float64 else torch.float32
         dtype = dtype or self.x.dtype
         x = self.x.to(dtype).detach().requires_grad_()
         weights = [w.to(dtype).detach().requires_grad_() for w in self.weights]
         gammas = [t.to(params).detach().requires_grad_() for t in self.gammas]
         betas = [t.to(params).detach().requires_grad_() for t in self.betas]
         found, out = {}, torch.zeros((), dtype=dtype, device=x.device)
-        for b, (taps, w, gamma, beta, eps) in enumerate(
-            zip(p.branches, weights, gammas, betas, self.eps, strict=True)
-        ):
-            whole = w.new_zeros((*w.shape[:2], *p.kernel))
-            rows = slice(taps.row, taps.row + taps.rows * taps.step, taps.step)
-            whole[:, :, rows, taps.column : taps.column + taps.columns * taps.step : taps.step] = w
-            y = F.conv2d(x, whole, None, p.pair("stride"), p.pair("padding"), p.pair("dilation"), p.groups)
+        norms = zip(self.maps(x, weights), gammas, betas, self.eps, strict=True)
+        for b, (y, gamma, beta, eps) in enumerate(norms):
             found[f"y{b}"] = y.detach()
             out = out + F.batch_norm(y, None, None, gamma, beta, True, 0.0, eps)
         out.backward(self.grad.to(dtype))
