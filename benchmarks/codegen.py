@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from acnet_kernels.geometry import Geometry
+from acnet_kernels.geometry import Taps
 from acnet_kernels.kernels import autocorrelation, bn_sum, configs, conv, depthwise, dgrad, wgrad
 from acnet_kernels.kernels.configs import Config
 from acnet_kernels.kernels.window import Window
@@ -44,28 +44,37 @@ MERGING = (bn_sum.merge_statistics, bn_sum.merge_grad, wgrad.sum_splits)
 REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 STREAMED = (4, 3, None)  # Triton's own warps and stages
-WINDOW = Window.of(Geometry.make(3, padding=1))
+
+
+def window_of(kernel: int) -> Window:
+    """ACNet's k×k block, padded to keep its input's size: all taps, the centre row's, the centre column's."""
+    half = kernel // 2
+    branches = (Taps(0, 0, kernel, kernel), Taps(half, 0, 1, kernel), Taps(0, half, kernel, 1))
+    return Window(kernel, kernel, 1, 1, half, half, 1, 1, 1, branches)
+
+
+WINDOW = window_of(3)
 ANY = dict.fromkeys(("C", "K", "CG", "KG"), "i32")
 # Ways a problem may differ from the plain one (3×3, stride 1, channels in multiples of 16, channels_last weights),
 # and the kernels that it makes different.
 VARIATIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "stride 2": ({"WINDOW": WINDOW._replace(stride_h=2, stride_w=2)}, ("dgrad",)),
-    "5x5": ({"WINDOW": Window.of(Geometry.make(5, padding=2))}, ("conv",)),
+    "5x5": ({"WINDOW": window_of(5)}, ("conv",)),
     "contiguous weights": ({"CHANNELS_LAST": False}, ("conv", "dgrad")),
     "statistics alone": ({"STORE": False}, ("conv",)),
     "any channels": (ANY, configs.KINDS),
-    "64-bit": ({"WIDE": True}, configs.KINDS),
-    "64-bit, any channels": ({"WIDE": True, **ANY}, configs.KINDS),
+    "64-bit": ({"INT64_OFFSETS": True}, configs.KINDS),
+    "64-bit, any channels": ({"INT64_OFFSETS": True, **ANY}, configs.KINDS),
 }
 # Those of the depthwise kernels; KG = 2 is a channel multiplier.
 DEPTHWISE_VARIATIONS: dict[str, dict[str, Any]] = {
     "": {},
     "stride 2": VARIATIONS["stride 2"][0],
     "5x5": VARIATIONS["5x5"][0],
-    "9x9": {"WINDOW": Window.of(Geometry.make(9, padding=4))},
+    "9x9": {"WINDOW": window_of(9)},
     "statistics alone": {"STORE": False},
     "multiplier": {"KG": "i32"},
-    "64-bit, any channels": {"WIDE": True, **ANY, "KG": "i32"},
+    "64-bit, any channels": {"INT64_OFFSETS": True, **ANY, "KG": "i32"},
 }
 
 
@@ -137,9 +146,9 @@ def conv_case(kind: str, arch: int, dtype: str, mode: str, config: Config, varia
         "WINDOW": WINDOW,
         "CHANNELS_LAST": True,
         "STORE": True,
-        "WIDE": False,
+        "INT64_OFFSETS": False,
         "PRECISION": "tf32x3" if mode == "tf32x3" else "tf32",
-        "UPCAST": False,
+        "INTERPRETER_FP32": False,
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "BLOCK_C": config.block_c,
@@ -163,7 +172,7 @@ def conv_cases(arch: int) -> Iterator[Case]:
         for other in others:
             yield conv_case(kind, arch, other, mode, table[arch][0])
         for variation, (changes, kinds) in VARIATIONS.items():
-            spare = "WIDE" in changes or "C" in changes
+            spare = "INT64_OFFSETS" in changes or "C" in changes
             if kind in kinds and (mode == "half" or spare):
                 config = configs.SPARE[kind, mode] if spare else table[arch][0]
                 yield conv_case(kind, arch, dtype, mode, config, variation)
@@ -195,10 +204,9 @@ def bn_cases(arch: int, count: int = 3) -> Iterator[Case]:
 def depthwise_case(kind: str, arch: int, dtype: str, channels: int, variation: str = "") -> Case:
     """A depthwise kernel's compilation on `channels` channels; `variation` is one of DEPTHWISE_VARIATIONS."""
     changes = DEPTHWISE_VARIATIONS[variation]
-    kernel = changes.get("WINDOW", WINDOW).kernel
-    config = configs.depthwise(kind, channels, kernel)
+    config = configs.depthwise(kind, channels, changes.get("WINDOW", WINDOW).kernel_w)
     plain = conv_case(kind, arch, dtype, "half", config).arguments
-    arguments = {**plain, "KG": 1, "BLOCK_T": configs.power_of_two(kernel), **changes}
+    arguments = {**plain, "KG": 1, **changes}
     if not arguments["STORE"]:
         arguments["ys"] = (None,) * 3
     without_c = (*config[:2], *config[3:])
@@ -223,7 +231,8 @@ def moments_cases(arch: int) -> Iterator[Case]:
     numbers = ("M", "ROWS", "STRIDE", "FIRST", "ROW", "COL", "WIDTH", "H", "W", "N", "PIXELS")
     pointers = ("x_pivot_ptr", "y_pivot_ptr", "pivot_ptr", "products_ptr", "total_ptr")
     common = {**dict.fromkeys(numbers, "i32"), **dict.fromkeys(pointers, "*fp32")}
-    common |= {**dict.fromkeys(("C", "K", "CG", "KG"), "i32:16"), "WIDE": False, "UPCAST": False, "BLOCK": 1024}
+    common |= {**dict.fromkeys(("C", "K", "CG", "KG"), "i32:16"), "BLOCK": 1024}
+    common |= {"INT64_OFFSETS": False, "INTERPRETER_FP32": False}
     for mode, table in configs.CORRELATION.items():
         for dtype in ("bf16", "fp16") if mode == "half" else ("fp32",):
             maps = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}

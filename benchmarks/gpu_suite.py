@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from acnet_kernels import convert, doctor, tune
 from acnet_kernels.backends import branches, stopwatch
+from acnet_kernels.block import taps_of
 from acnet_kernels.geometry import Geometry
 from acnet_kernels.kernels import configs
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
@@ -102,7 +103,7 @@ class Inputs:
         self.betas = [torch.randn(C, device=device) for _ in SIZES]
         self.eps = [1e-5] * 3
         self.pivot = torch.zeros(C, device=device)
-        self.window = Window.of(Geometry.make(3, padding=1, groups=groups))
+        self.window = Window.of(Geometry.make(3, padding=1, groups=groups), taps_of(3).values())
 
 
 # The half plane of shifts that a 3×3 window's second moments need.

@@ -16,7 +16,7 @@ from torch import Tensor
 import acnet_kernels
 from acnet_kernels.backends import moments_algebra as algebra
 from acnet_kernels.block import taps_of
-from acnet_kernels.geometry import Geometry
+from acnet_kernels.geometry import Geometry, Taps
 from acnet_kernels.kernels.window import Window
 from acnet_kernels.ops import fuse_blocks as fusing
 from acnet_kernels.ops import recompute
@@ -408,14 +408,6 @@ def recompute_step_backward_results(
 # ---- folding, running statistics ----
 
 
-def taps_of(r: random.Random, kernel: tuple[int, int]) -> tuple[int, int, int, int, int]:
-    """A rectangle of a kernel's taps: row, column, rows, columns, step."""
-    step = r.choice([1, 1, 2])
-    counts = [r.randint(1, (k - 1) // step + 1) for k in kernel]
-    places = [r.randint(0, k - 1 - (n - 1) * step) for k, n in zip(kernel, counts, strict=True)]
-    return places[0], places[1], counts[0], counts[1], step
-
-
 def fuse_blocks(r: random.Random) -> list[Any]:
     a = fusing.Arguments.empty()
     for _ in range(r.randint(1, 3)):
@@ -426,7 +418,7 @@ def fuse_blocks(r: random.Random) -> list[Any]:
         for i in range(r.randint(1, 4)):
             vectors = [torch.randn(out) if r.random() < 0.8 else None for _ in range(4)]
             norm = (*vectors, torch.rand(out) + 0.1 if r.random() < 0.8 else None, 1e-5)
-            taps = (0, 0, *kernel, 1) if i == 0 else taps_of(r, kernel)
+            taps = (0, 0, *kernel, 1) if i == 0 else some_taps(r, *kernel)
             if i and r.random() < 0.3 and out == groups * c:
                 found.append(((*taps[:2], 1, 1, 1), None, *norm))
             else:
@@ -479,29 +471,38 @@ def update_running_results(
 
 
 def triton_forward(r: random.Random) -> list[Any]:
-    x, weights, gammas, betas, _, names, geometry, *_ = recompute_step(r)
-    given = dict(zip(names, weights, strict=True))
-    eps = [1e-5] * len(names)
-    gammas, betas = ([torch.randn(len(weights[0])) for _ in names] if t else [] for t in (gammas, betas))
-    window = list(Window.of(recompute.unpack(geometry)))
-    return to_meta([last(x), *(given.get(name) for name in BRANCHES), gammas, betas, eps, window])
+    rows, columns = r.randint(1, 5), r.randint(1, 5)
+    groups, c, out = r.randint(1, 2), r.randint(1, 3), r.randint(1, 3)
+    branches = [some_taps(r, rows, columns) for _ in range(r.randint(1, 3))]
+    settings = (*r.choices([1, 2], k=2), rows // 2, columns // 2, *r.choices([1, 2], k=2), groups)
+    window = Window(rows, columns, *settings, tuple(branches))
+    dtype = r.choice((torch.float32, torch.float16, torch.bfloat16))
+    x = torch.randn(r.randint(1, 3), groups * c, r.randint(7, 9), r.randint(7, 9)).to(dtype)
+    weights = [torch.randn(groups * out, c, taps.rows, taps.columns).to(dtype) for taps in branches]
+    affine = ([torch.randn(groups * out) for _ in branches] if r.random() < 0.7 else [] for _ in range(2))
+    return to_meta([last(x), weights, *affine, [1e-5] * len(branches), window.flatten()])
 
 
-def triton_outputs(x: Any, square: Any, hor: Any, ver: Any, gammas: Any, betas: Any, eps: Any, window: Any) -> Any:
-    stride, padding, dilation = window[1:3], window[3:5], window[5:7]
-    return F.conv2d(x, square, None, stride, padding, dilation, window[9])
+def some_taps(r: random.Random, rows: int, columns: int) -> Taps:
+    step, row, column = r.randint(1, 2), r.randrange(rows), r.randrange(columns)
+    most_rows, most_columns = (rows - row + step - 1) // step, (columns - column + step - 1) // step
+    return Taps(row, column, r.randint(1, most_rows), r.randint(1, most_columns), step)
+
+
+def triton_map(x: Tensor, weights: list[Tensor], numbers: list[int]) -> Tensor:
+    """A map of the shape of every branch's."""
+    window = Window.unflatten(numbers)
+    return last(x.new_empty(len(x), len(weights[0]), *window.output_size(*x.shape[2:])))
 
 
 def triton_input_grad(r: random.Random) -> list[Any]:
-    x, *weights, gammas, betas, eps, window = triton_forward(r)
-    dy = last(triton_outputs(x, *weights, gammas, betas, eps, window))
-    return [[torch.empty_like(dy) for w in weights if w is not None], weights, window, [*x.shape[2:]]]
+    x, weights, *_, window = triton_forward(r)
+    return [[triton_map(x, weights, window) for _ in weights], weights, window, [*x.shape[2:]]]
 
 
 def triton_weight_grads(r: random.Random) -> list[Any]:
-    x, *weights, gammas, betas, eps, window = triton_forward(r)
-    dy = last(triton_outputs(x, *weights, gammas, betas, eps, window))
-    return [x, [torch.empty_like(dy) for w in weights if w is not None], weights, window]
+    x, weights, *_, window = triton_forward(r)
+    return [x, [triton_map(x, weights, window) for _ in weights], weights, window]
 
 
 def to_meta(value: Any) -> Any:

@@ -46,18 +46,18 @@ def test_whatever_is_chosen_is_compiled(arch: int) -> None:
     for kind in configs.KINDS:
         for mode in configs.MODES:
             for M, KG, CG in itertools.product((1, 1568, 25088, 401408), (1, 8, 16, 48, 64, 512), (3, 16, 96, 256)):
-                for wide in (False, True):
-                    config = configs.choose(kind, arch, mode, wide, M, KG, CG, 1)
+                for int64_offsets in (False, True):
+                    config = configs.choose(kind, arch, mode, int64_offsets, M, KG, CG, 1)
                     assert (codegen.KERNELS[kind].__name__, mode, tuple(config)) in compiled
-                    assert config == configs.SPARE[kind, mode] or not (wide or KG % 16 or CG % 16)
+                    assert config == configs.SPARE[kind, mode] or not (int64_offsets or KG % 16 or CG % 16)
     for channels in range(1, 300):
-        for kernel in (1, 3, 5, 7, 9):
+        for columns in (1, 3, 5, 7, 9):
             for kind in configs.KINDS:
-                config = configs.depthwise(kind, channels, kernel)
+                config = configs.depthwise(kind, channels, columns)
                 assert (codegen.DEPTHWISE[kind].__name__, "", (*config[:2], *config[3:])) in compiled
         for mode in configs.CORRELATION:
-            for wide in (False, True):
-                config = configs.correlation(mode, wide, channels, 300 - channels)
+            for int64_offsets in (False, True):
+                config = configs.correlation(mode, int64_offsets, channels, 300 - channels)
                 assert ("cross_correlation", mode, tuple(config)) in compiled
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .._torch_compat import below_autograd, keeps_graph, top_saved_tensors_hooks
 from ..geometry import Geometry, Placement
-from ..kernels.window import Window
+from ..kernels.window import MOST_BRANCHES, Window
 from ..ops import bn_sum
 from ..ops.recompute import Branches
 from ..spec import Norm, Problem, Step, autocast_dtype
@@ -44,7 +44,7 @@ from .convolution import (
     merge_kernels,
     tap_view,
 )
-from .phases import ALL_TRITON, ALL_VENDOR, MOST, TRITON, Phases, assignments, label, phases_of
+from .phases import ALL_TRITON, ALL_VENDOR, TRITON, Phases, assignments, label, phases_of
 
 NAME = "branches"
 
@@ -134,7 +134,7 @@ class Plan(NamedTuple):
     @property
     def is_triton(self) -> bool:
         """Whether Triton's kernels take these branches."""
-        return all(convolved for _, convolved in self.branches) and (self.is_summed or len(self.branches) <= MOST)
+        return all(convolved for _, convolved in self.branches) and (self.is_summed or len(self.branches) <= MOST_BRANCHES)
 
     @property
     def is_summed(self) -> bool:
@@ -313,7 +313,7 @@ def convolution_gradients(
 
         if needs_x and plan.phases.dgrad == TRITON:
             dx, needs_x = triton_phases.input_grad(dys, weights, plan.window, x.shape[2:]), False
-        if plan.phases.wgrad == TRITON:
+        if any(needs_w) and plan.phases.wgrad == TRITON:
             dws = triton_phases.weight_grads(x, by_branch, weights, plan.window, needs_w)
             needs_w = (False,) * len(weights)
     for b, (dy, place, weight, need) in enumerate(zip(by_branch, places, weights, needs_w, strict=True)):
@@ -440,7 +440,7 @@ def _plan(
     phases: Phases,
 ) -> Plan:
     places = tuple([geometry.placement(taps) for taps, _ in branches])
-    window = Window.of(geometry, [taps for taps, _ in branches]).numbers() if TRITON in phases else ()
+    window = tuple(Window.of(geometry, [taps for taps, _ in branches]).flatten()) if TRITON in phases else ()
     return Plan(geometry, branches, places, eps, affine, dtype, conv_dtype, phases, window)
 
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.window import MOST_BRANCHES
 from ..ops._extension import TRITON as INSTALLED
 from ..spec import BRANCH, Problem, Step, problem_of
 from . import timings
@@ -51,7 +52,6 @@ VECTOR_FLOPS = 40e12
 BANDWIDTH = 2.7e12
 LAUNCH = 8e-6
 SHARE = 0.7
-MOST = 3  # branches of one kernel, each of which has an accumulator
 LEAST_BLOCK = 16  # channels of the narrowest tile of a matrix product
 
 
@@ -65,8 +65,8 @@ def declines(problem: Problem) -> str | None:
         return "not every branch has a batch norm of its own alone"
     if not all(problem.convolved):
         return "a branch is the identity"
-    if len(problem.branches) > MOST:
-        return f"it adds up {MOST} branches at most in one kernel, not {len(problem.branches)}"
+    if len(problem.branches) > MOST_BRANCHES:
+        return f"it adds up {MOST_BRANCHES} branches at most in one kernel, not {len(problem.branches)}"
     if problem.dtype not in DTYPES:
         return f"it has no kernels for {problem.dtype}"
     if not problem.channels_last:

@@ -34,8 +34,8 @@ def cross_correlation(
     KG,
     H,
     W,
-    WIDE: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
+    INTERPRETER_FP32: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -55,7 +55,7 @@ def cross_correlation(
     k_live = in_group < KG
     c_live = of_group < CG
     split = tl.program_id(2)
-    start = index(split, WIDE) * ROWS
+    start = index(split, INT64_OFFSETS) * ROWS
     stop = tl.minimum(start + ROWS, M)
     x_pivot = tl.load(x_pivot_ptr + c, mask=c_live, other=0.0)
     y_pivot = tl.load(y_pivot_ptr + k, mask=k_live, other=0.0)
@@ -67,7 +67,7 @@ def cross_correlation(
     for centred in tl.static_range(2):  # pivots are subtracted, in fp32, where there are any
         if pivots == centred:
             for first in range(start, stop, BLOCK_M):
-                m = first + index(tl.arange(0, BLOCK_M), WIDE)
+                m = first + index(tl.arange(0, BLOCK_M), INT64_OFFSETS)
                 _, h, w = split_pixel(m, H, W)
                 inside = (m < stop) & (h + row >= 0) & (h + row < H) & (w + col >= 0) & (w + col < W)
                 y = tl.load(y_ptr + m[:, None] * K + k[None, :], mask=inside[:, None] & k_live[None, :], other=0.0)
@@ -76,7 +76,7 @@ def cross_correlation(
                 if centred:
                     y = tl.where(inside[:, None], y.to(tl.float32) - y_pivot[None, :], 0.0)
                     x = x.to(tl.float32) - x_pivot[None, :]
-                acc = dot(tl.trans(y), x, acc, "ieee", UPCAST)
+                acc = dot(tl.trans(y), x, acc, "ieee", INTERPRETER_FP32)
     at = ((shift * (K // KG) + group) * KG + in_group)[:, None] * CG + of_group[None, :]
     products = products_ptr + split.to(tl.int64) * STRIDE + at
     tl.store(products, acc, mask=k_live[:, None] & c_live[None, :])

@@ -137,12 +137,12 @@ def block_of(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def choose(kind: str, family: int, mode: str, wide: bool, M: int, KG: int, CG: int, groups: int) -> Config:
+def choose(kind: str, family: int, mode: str, int64_offsets: bool, M: int, KG: int, CG: int, groups: int) -> Config:
     """The configuration for M output pixels and `groups` groups of KG output and CG input channels.
 
-    wide: offsets are 64-bit.
+    int64_offsets: a map has 2³¹ elements or more.
     """
-    if wide or KG % 16 or CG % 16:
+    if int64_offsets or KG % 16 or CG % 16:
         return SPARE[kind, mode]
     channels = {"conv": KG, "dgrad": CG, "wgrad": min(KG, CG)}[kind]
     options = TABLE[kind, mode][family]
@@ -200,10 +200,13 @@ def power_of_two(count: int) -> int:
 DEPTHWISE = {"conv": 512, "dgrad": 1024, "wgrad": 2048}
 
 
-def depthwise(kind: str, channels: int, kernel: int) -> Config:
-    """The tile of a depthwise phase over `channels` channels of what it computes; there is no block_c."""
+def depthwise(kind: str, channels: int, columns: int) -> Config:
+    """The tile of a depthwise phase over `channels` channels of what it computes; there is no block_c.
+
+    columns: of the widest branch.
+    """
     block_k = min(64, streaming_tile(channels).block_k)  # so that neighbouring pixels share a program
-    elements = DEPTHWISE[kind] // (power_of_two(max(kernel, 3)) if kind == "wgrad" else 1)
+    elements = DEPTHWISE[kind] // (power_of_two(max(columns, 3)) if kind == "wgrad" else 1)
     return Config(max(1, elements // block_k), block_k, 1, 4, 3)
 
 
@@ -214,7 +217,7 @@ CORRELATION = {
 }
 
 
-def correlation(mode: str, wide: bool, KG: int, CG: int) -> Config:
+def correlation(mode: str, int64_offsets: bool, KG: int, CG: int) -> Config:
     """The tile of second moments of KG with CG channels a group; the widest leaves no registers to spare."""
-    widest = min(block_of(min(KG, CG)), 32 if wide or KG % 16 or CG % 16 else 64)
+    widest = min(block_of(min(KG, CG)), 32 if int64_offsets or KG % 16 or CG % 16 else 64)
     return next((c for c in CORRELATION[mode] if c.block_k <= widest), CORRELATION[mode][-1])

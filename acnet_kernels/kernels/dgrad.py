@@ -1,8 +1,8 @@
-"""The input's gradient: one accumulator over the taps of all three branches' dy.
+"""The input's gradient: one accumulator over the taps of every branch's dy.
 
-Implicit GEMM: input pixels × C channels, reduced over K/groups·(k² + 2k). With a stride, pixels of one residue
-(row mod stride, column mod stride), a phase, meet the same taps; a program's pixels are all of one phase, so no
-product is computed only to be masked.
+Implicit GEMM: input pixels × C channels, reduced over K/groups·(taps of all branches). With a stride, pixels of one
+residue (row mod stride, column mod stride), a phase, meet the same taps; a program's pixels are all of one phase,
+so no product is computed only to be masked.
 """
 # Triton's language, not Python's types.
 # mypy: ignore-errors
@@ -12,22 +12,33 @@ import math
 import triton
 import triton.language as tl
 
-from .taps import dot, index, split_pixel, weight_tile
+from .taps import branch_count, dot, index, size_of, split_pixel, weight_tile
 
 
 @triton.constexpr_function
-def tap_step(stride, dilation):
-    """Distance between two taps that the same phase meets."""
-    return stride // math.gcd(stride, dilation)
+def dilation(window, branch, axis):
+    """Distance between two of the branch's own taps along an axis (0: rows), in pixels of the input."""
+    return window[6 + axis] * window[-1][branch][4]
+
+
+@triton.constexpr_function
+def steps(window, branch, axis):
+    """(the branch's taps, pixels of dy) between two taps that the same phase meets."""
+    common = math.gcd(window[2 + axis], dilation(window, branch, axis))
+    return window[2 + axis] // common, dilation(window, branch, axis) // common
 
 
 @triton.jit
-def _first_tap(at, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DIL: tl.constexpr):
-    """Smallest tap r with at − r·DIL a multiple of STRIDE; KERNEL if there is none."""
-    first = at * 0 + KERNEL
-    for i in tl.static_range(KERNEL):
-        first = tl.where((at - (KERNEL - 1 - i) * DIL) % STRIDE == 0, KERNEL - 1 - i, first)
-    return first
+def _met(phase, WINDOW: tl.constexpr, BRANCH: tl.constexpr, AXIS: tl.constexpr):
+    """(first, number) of the branch's own taps on an axis that the phase meets, and the first's pixel of dy."""
+    TAPS: tl.constexpr = WINDOW.branches[BRANCH][2 + AXIS]
+    STRIDE: tl.constexpr = WINDOW[2 + AXIS]
+    DIL: tl.constexpr = dilation(WINDOW, BRANCH, AXIS)
+    at = phase + WINDOW[4 + AXIS] - WINDOW.branches[BRANCH][AXIS] * WINDOW[6 + AXIS]
+    first = at * 0 + TAPS
+    for i in tl.static_range(TAPS):
+        first = tl.where((at - (TAPS - 1 - i) * DIL) % STRIDE == 0, TAPS - 1 - i, first)
+    return first, tl.cdiv(TAPS - first, steps(WINDOW, BRANCH, AXIS)[0]), (at - first * DIL) // STRIDE
 
 
 @triton.jit(do_not_specialize=["N", "TILES"])
@@ -47,9 +58,9 @@ def conv_dgrad(
     OW,
     WINDOW: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETER_FP32: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -65,57 +76,40 @@ def conv_dgrad(
     rest = tl.program_id(0) // per_tile
     group = tl.program_id(0) % per_tile // blocks
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_live = c < CG
+    mask_c = c < CG
     phase = rest // TILES
     phase_h = phase // WINDOW.stride_w
     phase_w = phase % WINDOW.stride_w
     # Rows and columns of this phase; none where the map is smaller than the stride.
-    rows = tl.cdiv(H - phase_h, WINDOW.stride_h)
-    cols = tl.cdiv(W - phase_w, WINDOW.stride_w)
-    m = index(rest % TILES, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n, h, w = split_pixel(m, tl.maximum(rows, 1), tl.maximum(cols, 1))
-    live = (n < N) & (rows > 0) & (cols > 0)
+    phase_rows = tl.cdiv(H - phase_h, WINDOW.stride_h)
+    phase_cols = tl.cdiv(W - phase_w, WINDOW.stride_w)
+    m = index(rest % TILES, INT64_OFFSETS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n, h, w = split_pixel(m, tl.maximum(phase_rows, 1), tl.maximum(phase_cols, 1))
+    mask_m = (n < N) & (phase_rows > 0) & (phase_cols > 0)
     pixel = (n * OH + h) * OW + w
-
-    at_h = phase_h + WINDOW.pad_h
-    at_w = phase_w + WINDOW.pad_w
-    row0 = _first_tap(at_h, WINDOW.kernel, WINDOW.stride_h, WINDOW.dil_h)
-    col0 = _first_tap(at_w, WINDOW.kernel, WINDOW.stride_w, WINDOW.dil_w)
-    row_taps = tl.cdiv(WINDOW.kernel - row0, tap_step(WINDOW.stride_h, WINDOW.dil_h))
-    col_taps = tl.cdiv(WINDOW.kernel - col0, tap_step(WINDOW.stride_w, WINDOW.dil_w))
-    on_row = ((at_h - WINDOW.hor_row * WINDOW.dil_h) % WINDOW.stride_h == 0).to(tl.int32)
-    on_col = ((at_w - WINDOW.ver_col * WINDOW.dil_w) % WINDOW.stride_w == 0).to(tl.int32)
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     chunks = tl.cdiv(KG, BLOCK_K)
-    for b in tl.static_range(3):
-        if weights[b] is not None:
-            # hor has one row of taps, ver one column, if this phase meets it.
-            first_row = WINDOW.hor_row if b == 1 else row0
-            first_col = WINDOW.ver_col if b == 2 else col0
-            down_taps = on_row if b == 1 else row_taps
-            across_taps = on_col if b == 2 else col_taps
-            for i in range(down_taps * across_taps * chunks):
-                row = first_row + i // chunks // across_taps * tap_step(WINDOW.stride_h, WINDOW.dil_h)
-                col = first_col + i // chunks % across_taps * tap_step(WINDOW.stride_w, WINDOW.dil_w)
-                k = i % chunks * BLOCK_K + tl.arange(0, BLOCK_K)
-                k_live = k < KG
-                # Exact divisions: the phase meets these taps.
-                down = (at_h - row * WINDOW.dil_h) // WINDOW.stride_h
-                right = (at_w - col * WINDOW.dil_w) // WINDOW.stride_w
-                inside = live & (h + down >= 0) & (h + down < OH) & (w + right >= 0) & (w + right < OW)
-                at = (pixel + down * OW + right) * K + group * KG
-                dy = tl.load(dys[b] + at[:, None] + k[None, :], mask=inside[:, None] & k_live[None, :], other=0.0)
-                weight = weight_tile(
-                    weights[b],
-                    ((group * KG + k)[:, None], c[None, :], k_live[:, None], c_live[None, :]),
-                    WINDOW.kernel * row + col if b == 0 else (col if b == 1 else row),
-                    CG,
-                    WINDOW.kernel * WINDOW.kernel if b == 0 else WINDOW.kernel,
-                    CHANNELS_LAST,
-                )
-                acc = dot(dy, weight, acc, PRECISION, UPCAST)
+    for b in tl.static_range(branch_count(WINDOW)):
+        row0, rows, down0 = _met(phase_h, WINDOW, b, 0)
+        col0, cols, right0 = _met(phase_w, WINDOW, b, 1)
+        for i in range(rows * cols * chunks):
+            i_h = i // chunks // cols
+            i_w = i // chunks % cols
+            row = row0 + i_h * steps(WINDOW, b, 0)[0]
+            col = col0 + i_w * steps(WINDOW, b, 1)[0]
+            down = down0 - i_h * steps(WINDOW, b, 0)[1]
+            right = right0 - i_w * steps(WINDOW, b, 1)[1]
+            k = i % chunks * BLOCK_K + tl.arange(0, BLOCK_K)
+            mask_k = k < KG
+            inside = mask_m & (h + down >= 0) & (h + down < OH) & (w + right >= 0) & (w + right < OW)
+            at = (pixel + down * OW + right) * K + group * KG
+            dy = tl.load(dys[b] + at[:, None] + k[None, :], mask=inside[:, None] & mask_k[None, :], other=0.0)
+            place = ((group * KG + k)[:, None], c[None, :], mask_k[:, None], mask_c[None, :])
+            tap = row * WINDOW.branches[b].columns + col
+            weight = weight_tile(weights[b], place, tap, CG, size_of(WINDOW, b), CHANNELS_LAST)
+            acc = dot(dy, weight, acc, PRECISION, INTERPRETER_FP32)
     out = ((n * H + h * WINDOW.stride_h + phase_h) * W + w * WINDOW.stride_w + phase_w) * C + group * CG
     tl.store(
-        dx_ptr + out[:, None] + c[None, :], acc.to(dx_ptr.dtype.element_ty), mask=live[:, None] & c_live[None, :]
+        dx_ptr + out[:, None] + c[None, :], acc.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :]
     )

@@ -69,8 +69,8 @@ def cross_correlation(
     N, C, H, W = x.shape
     K, M = y.shape[1], N * H * W
     CG, KG = C // groups, K // groups
-    wide = max(x.numel(), y.numel()) >= 2**31
-    config = configs.correlation("half" if x.dtype != torch.float32 else "ieee", wide, KG, CG)
+    int64_offsets = max(x.numel(), y.numel()) >= 2**31
+    config = configs.correlation("half" if x.dtype != torch.float32 else "ieee", int64_offsets, KG, CG)
     products = torch.empty((len(rows), groups, KG, CG), dtype=torch.float32, device=x.device)
     blocks = groups * cdiv(KG, config.block_k) * cdiv(CG, config.block_c)
     splits, share = configs.pixel_split(M, blocks * len(rows), config.block_m)
@@ -92,18 +92,15 @@ def cross_correlation(
         KG,
         H,
         W,
-        WIDE=wide,
-        UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
+        INT64_OFFSETS=int64_offsets,
+        INTERPRETER_FP32=INTERPRETED and x.dtype == torch.bfloat16,
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_C=config.block_c,
         **config.options,
     )
     if splits > 1:
-        absent = (None, None)
-        sum_splits[cdiv(size, _BLOCK), 3, 1](
-            (target, *absent), (products, *absent), (size, 0, 0), splits, size, BLOCK=_BLOCK
-        )
+        sum_splits[cdiv(size, _BLOCK), 1, 1]((target,), (products,), (size,), splits, size, BLOCK=_BLOCK)
     total = torch.empty((H, W, K), dtype=torch.float32, device=x.device)
     centred_total[(cdiv(total.numel(), _BLOCK),)](y, y_pivot, total, N, H * W, K, BLOCK=_BLOCK)
     return products, total.permute(2, 0, 1)

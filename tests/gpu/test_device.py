@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from oracle import rel
 from torch import Tensor
 
+from acnet_kernels.block import taps_of
 from acnet_kernels.geometry import Geometry
 from acnet_kernels.ops.autocorrelation import autocorrelation
 from acnet_kernels.ops.triton_block import triton_forward, triton_input_grad, triton_weight_grads
@@ -17,7 +18,7 @@ from acnet_kernels.ops.triton_bn_sum import bn_sum_backward_
 from acnet_kernels.ops.triton_conv import Window, conv_forward, input_grad, weight_grads
 
 DEVICE = "cuda"
-WINDOW = Window.of(Geometry.make(3, padding=1))
+WINDOW = Window.of(Geometry.make(3, padding=1), taps_of(3).values())
 SIZES, PADDINGS = ((3, 3), (1, 3), (3, 1)), ((1, 1), (0, 1), (1, 0))
 EPS = [1e-5] * 3
 TRAINING = (3, 8, 64, 16)  # epochs, batches, images in each, channels
@@ -84,7 +85,7 @@ def test_hundred_runs_give_the_same_bits() -> None:
 
 def test_hundred_runs_of_depthwise_phases_and_second_moments_give_the_same_bits() -> None:
     C = 96
-    window = Window.of(Geometry.make(3, padding=1, groups=C))
+    window = Window.of(Geometry.make(3, padding=1, groups=C), taps_of(3).values())
     x, dys = map_of(8, C, 29, 31, dtype=torch.bfloat16), [map_of(8, C, 29, 31, dtype=torch.bfloat16)] * 3
     weights = weights_of(C, 1, torch.bfloat16)
     pivot = torch.zeros(C, device=DEVICE)

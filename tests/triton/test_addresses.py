@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from problems import PROBLEMS
 
-from acnet_kernels.geometry import Geometry
 from acnet_kernels.kernels import autocorrelation, bn_sum, conv, depthwise, dgrad, wgrad
-from acnet_kernels.kernels.window import Window
 from acnet_kernels.ops.triton_conv import INTERPRETED
 
 H, W, C = 8192, 16411, 16  # 2³¹ elements and 4.5 million more
 M = H * W
 FAR = 3 * 2**30  # bytes; every other map of these cases is smaller
 BLOCK = 64
-WINDOW = {"WINDOW": Window.of(Geometry.make(3, padding=1))}
-OPTIONS = {"CHANNELS_LAST": True, "WIDE": True, "PRECISION": "tf32", "UPCAST": False}
+WINDOW = {"WINDOW": PROBLEMS[0].window}
+OPTIONS = {"CHANNELS_LAST": True, "INT64_OFFSETS": True, "PRECISION": "tf32", "INTERPRETER_FP32": False}
 OPTIONS |= {"BLOCK_M": BLOCK, "BLOCK_K": 16, "BLOCK_C": 16}
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="addresses are recorded by Triton's interpreter alone")
@@ -117,7 +116,7 @@ def test_weight_gradient_reads_where_it_should(last: Last) -> None:
     assert last.found == elements(LAST_TILE)
 
 
-DEPTHWISE = {"WIDE": True, "BLOCK_M": BLOCK, "BLOCK_K": 16, **WINDOW}
+DEPTHWISE = {"INT64_OFFSETS": True, "BLOCK_M": BLOCK, "BLOCK_K": 16, **WINDOW}
 
 
 def test_depthwise_phases_write_and_read_where_they_should(last: Last) -> None:
@@ -139,14 +138,13 @@ def test_depthwise_phases_write_and_read_where_they_should(last: Last) -> None:
     assert last.found == elements(neighbours(LAST_TILE))
     last.found.clear()
     last.index = (0, 0, tiles - 1)
-    splits = {**DEPTHWISE, "BLOCK_T": 4}
-    depthwise.depthwise_wgrad[(1, 3, 1)](one, three, (small,) * 3, M, BLOCK, 0, 1, C, C, *size, **splits)
+    depthwise.depthwise_wgrad[(1, 3, 1)](one, three, (small,) * 3, M, BLOCK, 0, 1, C, C, *size, **DEPTHWISE)
     assert last.found == elements(LAST_TILE)
 
 
 def test_second_moments_read_where_they_should(last: Last) -> None:
     one, small, splits = last.base, torch.zeros(16), -(-M // BLOCK)
-    options = {"WIDE": True, "UPCAST": False, "BLOCK_M": BLOCK, "BLOCK_K": 16, "BLOCK_C": 16}
+    options = {"INT64_OFFSETS": True, "INTERPRETER_FP32": False, "BLOCK_M": BLOCK, "BLOCK_K": 16, "BLOCK_C": 16}
     last.index = (0, 0, splits - 1)
     for channels in ((C, 1), (1, C)):
         last.found.clear()

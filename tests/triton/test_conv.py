@@ -1,11 +1,15 @@
 """The convolution kernels and the whole step against float64."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
 from oracle import FLOORS, assert_as_good_as, border, rel
-from problems import BRANCHES, DEPTHWISE, PROBLEMS, SMALL, TF32_FLOOR, Problem, Tensors, step
+from problems import DEPTHWISE, PROBLEMS, SHAPED, SHAPES, SMALL, TF32_FLOOR, Problem, Tensors, acnet, step
 
-from acnet_kernels.geometry import Geometry
+from acnet_kernels.geometry import Taps
+from acnet_kernels.kernels import taps
 from acnet_kernels.ops import triton_bn_sum, triton_conv
 from acnet_kernels.ops.triton_conv import Window
 
@@ -19,11 +23,50 @@ def test_step_is_as_exact_as_eager(problem: Problem, dtype: torch.dtype, device:
     t = Tensors(problem, dtype, device)
     got, eager, true = step(t), t.eager(), t.truth()
     assert_as_good_as(got, eager, true)
-    for name in got.keys() & {f"y_{b}" for b in BRANCHES}:
-        assert rel(border(got[name]), border(true[name])) <= FLOORS[dtype]
+    for b in range(len(t.weights)):
+        assert rel(border(got[f"y{b}"]), border(true[f"y{b}"])) <= FLOORS[dtype]
 
 
-@pytest.mark.parametrize("name", ["primes", "stride", "kernel_5", "groups", "no_hor"])
+@pytest.mark.parametrize(
+    ("problem", "dtype"),
+    [
+        *((p, torch.float32) for p in SHAPED),
+        *((p, torch.float16) for p in SHAPED if p.name.startswith(("mobileone", "two_dilated"))),
+    ],
+    ids=str,
+)
+def test_any_branches(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
+    """The convolutions alone: of one weight a channel a batch norm has no gradient but what rounding leaves."""
+    t = Tensors(problem, dtype, device)
+    ys, moments = triton_conv.conv_forward(t.x, t.weights, t.window, config=SMALL)
+    dys = [torch.randn(y.shape).to(y).contiguous(memory_format=torch.channels_last) for y in ys]
+    dx = triton_conv.input_grad(dys, t.weights, t.window, t.x.shape[2:], config=SMALL)
+    dws = triton_conv.weight_grads(t.x, dys, t.weights, t.window, config=SMALL)
+    got = (
+        {"out": sum(ys), "x": dx} | {f"y{b}": y for b, y in enumerate(ys)} | {f"w{b}": w for b, w in enumerate(dws)}
+    )
+    eager, true = t.convolutions(dys, dtype), t.convolutions(dys, torch.float64)
+    assert_as_good_as(got, eager, true)
+    norms = triton_bn_sum.merge_statistics(moments, [], [], t.eps)
+    for b, y in enumerate(ys):
+        assert rel(border(y), border(true[f"y{b}"])) <= FLOORS[dtype]
+        assert rel(norms.means[b], y.double().mean((0, 2, 3))) < 1e-5
+        assert rel(norms.variances[b], y.double().var((0, 2, 3), correction=0)) < 1e-5
+
+
+@pytest.mark.parametrize("problem", [p for p in SHAPED if p.name.startswith("two_dilated")], ids=str)
+def test_a_branch_has_the_same_bits_alone(problem: Problem, device: torch.device) -> None:
+    """Where a weight's or a map's neighbours need no gradient, the window of the others is run alone."""
+    t = Tensors(problem, torch.float32, device)
+    ys = triton_conv.conv_forward(t.x, t.weights, t.window, config=SMALL)[0]
+    dws = triton_conv.weight_grads(t.x, ys, t.weights, t.window, config=SMALL)
+    for chosen in ([1], [2, 0]):
+        own, maps, window = [t.weights[b] for b in chosen], [ys[b] for b in chosen], t.window.only(chosen)
+        found = triton_conv.weight_grads(t.x, maps, own, window, config=SMALL)
+        assert all(torch.equal(dw, dws[b]) for dw, b in zip(found, chosen, strict=True))
+
+
+@pytest.mark.parametrize("name", ["primes", "stride", "kernel_5", "groups", "no_row"])
 def test_tf32_is_taken_where_it_is_allowed_and_has_its_own_bound(
     name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -32,7 +75,7 @@ def test_tf32_is_taken_where_it_is_allowed_and_has_its_own_bound(
     got, true = step(t), t.truth()
     errors = {key: rel(got[key], true[key]) for key in true}
     assert max(errors.values()) <= TF32_FLOOR, errors
-    assert min(errors[f"y_{b}"] for b in t.branches) > FLOORS[torch.float32], errors
+    assert min(errors[f"y{b}"] for b in range(len(t.weights))) > FLOORS[torch.float32], errors
 
 
 @BOTH_KINDS
@@ -59,8 +102,8 @@ def test_64_bit_offsets_change_nothing(
 
 
 def _widened(plan):
-    assert not plan.options["WIDE"]
-    return plan._replace(options={**plan.options, "WIDE": True})
+    assert not plan.options["INT64_OFFSETS"]
+    return plan._replace(options={**plan.options, "INT64_OFFSETS": True})
 
 
 @pytest.mark.parametrize(
@@ -68,28 +111,28 @@ def _widened(plan):
     [((8, 64, 2048, 2047), 64, False), ((8, 64, 2048, 2048), 64, True), ((1, 1, 8192, 8192), 32, True)],
 )
 def test_wide_from_the_first_map_of_two_to_the_31(shape: tuple[int, ...], K: int, wide: bool) -> None:
-    window = Window.of(Geometry.make(3, padding=1))
+    window = PROBLEMS[0].window
     for kind in ("conv", "dgrad", "wgrad"):
         plan = triton_conv._plan(kind, shape, K, window, True, torch.float16, "tf32", torch.device("cpu"), SMALL)
-        assert plan.options["WIDE"] == wide
+        assert plan.options["INT64_OFFSETS"] == wide
 
 
 @BOTH_KINDS
 def test_statistics_alone(problem: Problem, device: torch.device) -> None:
     """store=False leaves no maps and the statistics of the fp32 results: what the recompute variant runs."""
     t = Tensors(problem, torch.float16, device)
-    maps, moments = triton_conv.conv_forward(t.x, t.by_branch(), t.window, store=False, config=SMALL)
+    maps, moments = triton_conv.conv_forward(t.x, t.weights, t.window, store=False, config=SMALL)
     norms = triton_bn_sum.merge_statistics(moments, t.gammas, t.betas, t.eps)
     true = t.truth()
-    assert maps == (None, None, None)
-    for i, b in enumerate(t.branches):
-        var = true[f"y_{b}"].var((0, 2, 3), correction=0)
-        assert rel(norms.means[i], true[f"y_{b}"].mean((0, 2, 3))) < 1e-5
-        assert rel(norms.rstds[i], (var + t.eps[i]).rsqrt()) < 1e-5
+    assert maps == []
+    for b, eps in enumerate(t.eps):
+        var = true[f"y{b}"].var((0, 2, 3), correction=0)
+        assert rel(norms.means[b], true[f"y{b}"].mean((0, 2, 3))) < 1e-5
+        assert rel(norms.rstds[b], (var + eps).rsqrt()) < 1e-5
 
 
 def test_empty_batch(device: torch.device) -> None:
-    window, x = Window.of(Geometry.make(3, padding=1)), torch.empty(0, 4, 5, 5, device=device)
+    window, x = PROBLEMS[0].window, torch.empty(0, 4, 5, 5, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     weights = [torch.randn(6, 4, *lines, device=device) for lines in ((3, 3), (1, 3), (3, 1))]
     ys, moments = triton_conv.conv_forward(x, weights, window)
@@ -104,25 +147,83 @@ def test_empty_batch(device: torch.device) -> None:
     [
         ({"x": lambda t: t.x.contiguous()}, "x must be 4-D in channels_last"),
         ({"x": lambda t: t.x[:, :3].contiguous(memory_format=torch.channels_last)}, r"weights\[0\] of shape"),
-        ({"weights": lambda t: (None, *t.by_branch()[1:])}, "weights must be"),
-        ({"weights": lambda t: (t.by_branch()[0], t.by_branch()[2], None)}, r"weights\[1\] must be"),
-        ({"weights": lambda t: (t.by_branch()[0].double(), None, None)}, r"weights\[0\] must be"),
-        ({"weights": lambda t: (t.by_branch()[0].contiguous(), *t.by_branch()[1:])}, "all be contiguous or all be"),
+        ({"weights": lambda t: t.weights[1:]}, "weights must hold a tensor for each branch"),
+        ({"weights": lambda t: [t.weights[0], t.weights[2], t.weights[1]]}, r"weights\[1\] must be"),
+        ({"weights": lambda t: [t.weights[0].double(), *t.weights[1:]]}, r"weights\[0\] must be"),
+        ({"weights": lambda t: [t.weights[0].contiguous(), *t.weights[1:]]}, "all be contiguous or all be"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change: dict, message: str, device: torch.device) -> None:
     t = Tensors(PROBLEMS[0], torch.float32, device)
-    arguments = {"x": t.x, "weights": t.by_branch()} | {name: make(t) for name, make in change.items()}
+    arguments = {"x": t.x, "weights": t.weights} | {name: make(t) for name, make in change.items()}
     with pytest.raises(ValueError, match=message):
         triton_conv.conv_forward(**arguments, window=t.window)
 
 
 def test_gradients_that_do_not_fit_are_named(device: torch.device) -> None:
     t = Tensors(PROBLEMS[0], torch.float32, device)
-    dys = triton_conv.conv_forward(t.x, t.by_branch(), t.window, config=SMALL)[0]
+    dys = triton_conv.conv_forward(t.x, t.weights, t.window, config=SMALL)[0]
     with pytest.raises(ValueError, match="dys must hold a tensor for each"):
-        triton_conv.input_grad((dys[0], None, dys[2]), t.by_branch(), t.window, t.x.shape[2:])
+        triton_conv.input_grad(dys[:2], t.weights, t.window, t.x.shape[2:])
     with pytest.raises(ValueError, match="dys must be 8×3"):
-        triton_conv.input_grad(dys, t.by_branch(), t.window, (8, 3))
-    with pytest.raises(ValueError, match="padding_mode must be 'zeros'"):
-        Window.of(Geometry.make(3, padding=1, padding_mode="reflect"))
+        triton_conv.input_grad(dys, t.weights, t.window, (8, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stride_h": 0}, "sizes above 0"),
+        ({"pad_w": -1}, "padding from 0 on"),
+        ({"kernel_w": 256}, "a kernel of 1 to 255 rows and columns"),
+        ({"dil_h": 2**31}, "numbers below 2³¹"),
+        ({"branches": ()}, "1 to 3 branches"),
+        ({"branches": (Taps(0, 0, 1, 1),) * 4}, "1 to 3 branches"),
+        *(
+            ({"branches": (Taps(0, 0, 3, 3), Taps(*taps))}, "branches of taps in its kernel")
+            for taps in ((-1, 0, 3, 3), (1, 0, 3, 3), (0, 3, 1, 1), (0, 0, 0, 1), (0, 0, 1, 1, 0), (0, 0, 3, 1, 2))
+        ),
+    ],
+)
+def test_windows_that_cannot_be_are_named(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        triton_conv.checked_size(PROBLEMS[0].window._replace(**change), (1, 3, 9, 9))
+
+
+def test_window_as_numbers() -> None:
+    """Operators take a window as a list of numbers, of which 1 to 3 branches can be."""
+    for window in (p.window for p in (*PROBLEMS, *SHAPED)):
+        assert Window.unflatten(window.flatten()) == window
+    numbers = PROBLEMS[0].window.flatten()
+    for wrong in ([], numbers[:9], numbers[:-1], numbers + numbers[-5:]):
+        with pytest.raises(ValueError, match="window must have 9 numbers and 5 for each of 1 to 3 branches, got"):
+            Window.unflatten(wrong)
+
+
+def test_window_of_a_geometry() -> None:
+    given = SimpleNamespace(
+        kernel=(3, 5), stride=(1, 2), padding=(0, 1), dilation=(2, 1), groups=4, padding_mode="zeros"
+    )
+    branches = [Taps(0, 0, 3, 5), Taps(1, 0, 1, 5)]
+    assert Window.of(given, branches) == Window(3, 5, 1, 2, 0, 1, 2, 1, 4, tuple(branches))
+    given.padding_mode = "reflect"
+    with pytest.raises(ValueError, match="padding_mode must be 'zeros', got 'reflect'"):
+        Window.of(given, branches)
+
+
+@pytest.mark.parametrize("branches", [acnet(5, (-2, 1)), *(shape[1] for shape in SHAPES.values())], ids=str)
+def test_every_tap_is_one_of_its_branches_own(branches: tuple[Taps, ...]) -> None:
+    """The pieces of all masks name each wanted tap once, with the branches that want it."""
+    window = PROBLEMS[0].window._replace(kernel_h=9, kernel_w=8, branches=branches)
+    wanted: dict[tuple[int, int], int] = {}
+    for b, t in enumerate(branches):
+        for i, j in itertools.product(range(t.rows), range(t.columns)):
+            at = t.row + i * t.step, t.column + j * t.step
+            wanted[at] = wanted.get(at, 0) | 1 << b
+    found = [
+        (tap, mask)
+        for mask in range(1, 2 ** len(branches))
+        for rows, columns in taps.pieces(window, mask)
+        for tap in itertools.product(rows, columns)
+    ]
+    assert len(found) == len(wanted) == taps.taps_above(window, 0)
+    assert dict(found) == wanted

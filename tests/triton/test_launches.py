@@ -55,7 +55,7 @@ def test_launches_of_a_step(
 ) -> None:
     t = Tensors(problem, torch.float32, device)
     forward, *backward = convolutions
-    weights = t.by_branch()
+    weights = t.weights
     _, ys, norms = triton_conv.block_forward(t.x, weights, t.gammas, t.betas, t.eps, t.window)
     assert launches == [forward, "merge_statistics", "apply"]
     launches.clear()
@@ -123,9 +123,9 @@ def test_the_fastest_assignment_measured_runs(
     monkeypatch.setattr(timings, "_known", {})
     phases._decided.cache_clear()
     monkeypatch.setattr(stopwatch, "WARM_UP", 1)  # in which a step does run
-    best = phases.Phases("triton", "vendor", "vendor")
+    best = phases.Phases(phases.TRITON, phases.VENDOR, phases.VENDOR)
     clock = FakeClock(monkeypatch, {"eager": 3.0, **{phases.label(a): 2.0 for a in EVERY}, phases.label(best): 1.0})
-    block, x = block_of(Problem("", (1, 3, 3, 4), 4, geometry={"padding": 1}), device)
+    block, x = block_of(Problem("", (1, 3, 3, 4), 4, conv={"padding": 1}), device)
     block.backend = "auto"
     (layer,) = tune(block, x).layers
     assert {phases.label(a) for a in EVERY} < set(clock.calls)
@@ -136,7 +136,7 @@ def test_the_fastest_assignment_measured_runs(
     assert "forward by triton, dgrad by vendor, wgrad by vendor (measured 1 ms a step" in str(explain(block, x))
 
 
-EVERY = list(itertools.starmap(phases.Phases, itertools.product(("vendor", "triton"), repeat=3)))
+EVERY = list(itertools.starmap(phases.Phases, itertools.product((phases.VENDOR, phases.TRITON), repeat=3)))
 
 
 def test_launches_of_second_moments(

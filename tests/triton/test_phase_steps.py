@@ -1,4 +1,4 @@
-"""A whole training step of a block, each of its phases by Triton or by the vendor, against float64."""
+"""A whole training step of a block, each of its phases by Triton or by the library, against float64."""
 
 import copy
 
@@ -21,13 +21,13 @@ WHOLE = [
     "dilation_stride",
     "crop",
     "groups",
-    "no_hor",
-    "square_alone",
+    "no_row",
+    "alone",
     "depthwise_stride",
     "depthwise_5",
-    "depthwise_no_hor",
+    "depthwise_no_row",
 ]
-STEP = Problem("step", (2, 4, 4, 5), 6, geometry={"padding": 1})
+STEP = Problem("step", (2, 4, 4, 5), 6, conv={"padding": 1})
 SHIFTED = NAMED["depthwise_shift"]
 EVERY = [Phases(f, d, w) for f in (VENDOR, TRITON) for d in (VENDOR, TRITON) for w in (VENDOR, TRITON)]
 MIXED = [a for a in EVERY if a not in (ALL_TRITON, ALL_VENDOR)]
@@ -69,7 +69,7 @@ def test_mixed_phases(
 )
 def test_other_blocks(options: dict, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     assign(monkeypatch, ALL_TRITON)
-    check(*block_of(Problem("", (2, 3, 4, 5), 4, geometry={"padding": 1, **options}), device))
+    check(*block_of(Problem("", (2, 3, 4, 5), 4, conv={"padding": 1, **options}), device))
 
 
 def test_weights_of_several_formats_and_an_input_in_nchw(
@@ -169,7 +169,7 @@ def test_eval_launches_nothing(device: torch.device, monkeypatch: pytest.MonkeyP
 def test_compiles_without_a_break(
     assignment: Phases, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The operator of the whole forward where all phases are Triton's, the vendor's convolutions otherwise."""
+    """The operator of the whole forward where all phases are Triton's, the library's convolutions otherwise."""
     monkeypatch.undo()  # Dynamo cannot trace what poisons memory
     assign(monkeypatch, assignment)
     block, x = block_of(STEP, device)
