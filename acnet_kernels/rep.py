@@ -314,7 +314,7 @@ class RepBlock(nn.Module):
                 if mean is None or var is None or "weight" not in affine:
                     break
                 kernel = (None, None) if conv is None else kernel_of(conv)
-                found.append((slot.taps, *kernel, affine["weight"], affine["bias"], mean, var, norm.eps))  # type: ignore[arg-type]
+                found.append((slot.taps, *kernel, affine["weight"], affine["bias"], mean, var, norm.eps))
         if not isinstance(geometry, str) and len(found) == len(self._layout.slots):
             append_branches(a, geometry.kernel, geometry.groups, found)
         else:  # a batch norm after the sum, a frozen one, one without statistics, or none

@@ -283,8 +283,8 @@ class _Step(torch.autograd.Function):
             with below_autograd():
                 dys, dgammas, dbeta = plan.map_gradients(grad, x, kept, means, rstds, gammas, needs_dy, owns)
             dx, dws = convolution_gradients(plan, dys, x, weights, needs_x, needs_w)
-        dgammas = dgammas.unbind() if plan.affine else ()
-        return None, None, dx, *dws, *dgammas, *[dbeta] * (len(needs) - 3 - len(weights) - plan.affine)
+        of_gammas = dgammas.unbind() if plan.affine else ()
+        return None, None, dx, *dws, *of_gammas, *[dbeta] * (len(needs) - 3 - len(weights) - plan.affine)
 
 
 def convolution_gradients(

@@ -35,7 +35,7 @@ class Window(NamedTuple):
         if geometry.padding_mode != "zeros":
             raise ValueError(f"padding_mode must be 'zeros', got {geometry.padding_mode!r}: pad the input first")
         g = geometry
-        return cls(*g.kernel, *g.stride, *g.padding, *g.dilation, g.groups, tuple(branches))  # type: ignore
+        return cls(*g.kernel, *g.stride, *g.padding, *g.dilation, g.groups, tuple(branches))
 
     @classmethod
     def unflatten(cls, numbers: Sequence[int]) -> Window:

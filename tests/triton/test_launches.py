@@ -107,7 +107,7 @@ ONCE = [
     (configs, "choose"),
     (configs, "depthwise"),
     (configs, "power_of_two"),
-    (geometry.Geometry, "_place"),
+    (geometry, "_place"),
     (triton_conv.Window, "of"),
     (triton_conv.Window, "output_size"),
 ]

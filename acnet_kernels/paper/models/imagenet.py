@@ -51,6 +51,7 @@ def build(name: str, num_classes: int, in_channels: int, block: str, options: di
     squares = {key: m.weight for key, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     model = convert(model)
     for key, found in blocks_of(model).items():
+        assert isinstance(found, ACBlock)
         kernel = found.kernel_size[0]
         settings = {**VARIANTS[block](kernel), **options}
         shape = (found.in_channels, found.out_channels, kernel, found.stride, found.padding)
