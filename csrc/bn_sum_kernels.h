@@ -341,7 +341,7 @@ void gradient_rows(const Plan& plan, const void* grad, const void* const* y, con
   for_rows(plan, begin, end, [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
     for_vectors<A>(columns, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
       constexpr int V = decltype(group)::value;
-      Vec<A> value[V];
+      Vec<A> value[V], found[V];
       for (int v = 0; v < V; ++v) value[v] = get(g + at + c + v * lanes);
       for (int b = 0; b < plan.maps; ++b) {
         if (dy[b] == nullptr) continue;
@@ -351,9 +351,9 @@ void gradient_rows(const Plan& plan, const void* grad, const void* const* y, con
         for (int v = 0; v < V; ++v) {
           const int64_t column = first + v * lanes;
           const Vec<A> d = get(map + v * lanes) - get(center + column);
-          const Vec<A> scaled = get(scale + column) * value[v] + get(offset + column);
-          put(target + v * lanes, scaled + get(slope + column) * d);
+          found[v] = get(scale + column) * value[v] + get(offset + column) + get(slope + column) * d;
         }
+        for (int v = 0; v < V; ++v) put(target + v * lanes, found[v]);
       }
     });
   });
@@ -495,7 +495,7 @@ void gradient_planes(const Plan& plan, const void* grad, const void* const* y, c
     for_planes(plan, t, [&](int64_t at) {
       for_vectors<A>(plan.pixels, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
         constexpr int V = decltype(group)::value;
-        Vec<A> value[V];
+        Vec<A> value[V], found[V];
         for (int v = 0; v < V; ++v) value[v] = get(g + at + c + v * lanes);
         for (int b = 0; b < plan.maps; ++b) {
           if (dy[b] == nullptr) continue;
@@ -503,8 +503,8 @@ void gradient_planes(const Plan& plan, const void* grad, const void* const* y, c
           T* target = static_cast<T*>(dy[b]) + at + c;
           const int64_t bk = b * plan.channels + k;
           const A m = center[bk], factor = scale[bk], start = offset[bk], rise = slope[bk];
-          for (int v = 0; v < V; ++v)
-            put(target + v * lanes, factor * value[v] + start + rise * (get(map + v * lanes) - m));
+          for (int v = 0; v < V; ++v) found[v] = factor * value[v] + start + rise * (get(map + v * lanes) - m);
+          for (int v = 0; v < V; ++v) put(target + v * lanes, found[v]);
         }
       });
     });
