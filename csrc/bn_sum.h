@@ -1,4 +1,4 @@
-// Batch-norm sums on the CPU: out = Σ_b BN_b(y_b) + Σ_a z_a and its gradient, over up to eight N×K×H×W maps y_b and z_a.
+// Batch-norm sums on the CPU: out = Σ_b BN_b(y_b) + Σ_a z_a and its gradient, over up to eight N×K×H×W maps.
 //
 // Four passes over the maps, each written once (bn_sum_kernels.h) and compiled for several instruction sets
 // (bn_sum_{generic,avx2,avx512}.cpp). bn_sum.cpp holds the operators: it cuts the maps into chunks, runs the passes

@@ -125,10 +125,10 @@ template <class T, class A, int V, class Get>
 inline __attribute__((always_inline)) void block_moments(const T* y, int64_t rows, int64_t width, const A* pivots,
                                                          A* mean, A* m2, const Get& get) {
   constexpr int64_t lanes = Simd<A>::lanes;
-  Vec<A> pivot[V], sum[V], squares[V];
+  Vec<A> pivot[V], sum[V], sums2[V];
   for (int v = 0; v < V; ++v) {
     pivot[v] = get(pivots + v * lanes);
-    sum[v] = squares[v] = Vec<A>{};
+    sum[v] = sums2[v] = Vec<A>{};
   }
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4)
@@ -148,33 +148,33 @@ inline __attribute__((always_inline)) void block_moments(const T* y, int64_t row
       const T* p = y + r * width + v * lanes;
       const Vec<A> d0 = get(p) - pivot[v] - sum[v], d1 = get(p + width) - pivot[v] - sum[v];
       const Vec<A> d2 = get(p + 2 * width) - pivot[v] - sum[v], d3 = get(p + 3 * width) - pivot[v] - sum[v];
-      squares[v] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+      sums2[v] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
     }
   for (; r < rows; ++r)
     for (int v = 0; v < V; ++v) {
       const Vec<A> d = get(y + r * width + v * lanes) - pivot[v] - sum[v];
-      squares[v] += d * d;
+      sums2[v] += d * d;
     }
-  for (int v = 0; v < V; ++v) store(m2 + v * lanes, squares[v]);
+  for (int v = 0; v < V; ++v) store(m2 + v * lanes, sums2[v]);
 }
 
 // mean and M2 of each column of rows×width at y, less the column's pivot.
 template <class T, class A>
 void column_moments(const T* y, int64_t rows, int64_t width, const A* pivot, double* mean, double* m2) {
   constexpr int64_t lanes = Simd<A>::lanes, wide = 4 * lanes;
-  A sums[wide], squares[wide];
+  A sums[wide], sums2[wide];
   for (int64_t c = 0, n; c < width; c += n) {
     n = width - c >= wide ? wide : width - c >= lanes ? lanes : width - c;
     const auto whole = [](auto* p) __attribute__((always_inline)) { return load(p); };
     if (n == wide)
-      block_moments<T, A, 4>(y + c, rows, width, pivot + c, sums, squares, whole);
+      block_moments<T, A, 4>(y + c, rows, width, pivot + c, sums, sums2, whole);
     else if (n == lanes)
-      block_moments<T, A, 1>(y + c, rows, width, pivot + c, sums, squares, whole);
+      block_moments<T, A, 1>(y + c, rows, width, pivot + c, sums, sums2, whole);
     else
-      block_moments<T, A, 1>(y + c, rows, width, pivot + c, sums, squares, [n](auto* p) { return load_part<A>(p, n); });
+      block_moments<T, A, 1>(y + c, rows, width, pivot + c, sums, sums2, [n](auto* p) { return load_part<A>(p, n); });
     for (int64_t i = 0; i < n; ++i) {
       mean[c + i] = double(sums[i]) / double(rows);
-      m2[c + i] = double(squares[i]);
+      m2[c + i] = double(sums2[i]);
     }
   }
 }
@@ -185,7 +185,8 @@ struct Rows {
 };
 inline Rows rows_of(const Plan& plan, int64_t i) {
   const int64_t total = plan.images * plan.pixels;
-  return {i * plan.chunk, plan.end(i, total / plan.pixels_per_row), i == plan.chunks - 1 ? total % plan.pixels_per_row : 0};
+  const int64_t rest = i == plan.chunks - 1 ? total % plan.pixels_per_row : 0;
+  return {i * plan.chunk, plan.end(i, total / plan.pixels_per_row), rest};
 }
 
 // Scratch memory of one task.
@@ -341,7 +342,7 @@ void gradient_rows(const Plan& plan, const void* grad, const void* const* y, con
   for_rows(plan, begin, end, [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
     for_vectors<A>(columns, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
       constexpr int V = decltype(group)::value;
-      Vec<A> value[V];
+      Vec<A> value[V], found[V];
       for (int v = 0; v < V; ++v) value[v] = get(g + at + c + v * lanes);
       for (int b = 0; b < plan.maps; ++b) {
         if (dy[b] == nullptr) continue;
@@ -351,9 +352,9 @@ void gradient_rows(const Plan& plan, const void* grad, const void* const* y, con
         for (int v = 0; v < V; ++v) {
           const int64_t column = first + v * lanes;
           const Vec<A> d = get(map + v * lanes) - get(center + column);
-          const Vec<A> scaled = get(scale + column) * value[v] + get(offset + column);
-          put(target + v * lanes, scaled + get(slope + column) * d);
+          found[v] = get(scale + column) * value[v] + get(offset + column) + get(slope + column) * d;
         }
+        for (int v = 0; v < V; ++v) put(target + v * lanes, found[v]);
       }
     });
   });
@@ -365,27 +366,27 @@ void gradient_rows(const Plan& plan, const void* grad, const void* const* y, con
 template <class T, class A>
 void plane_moments(const T* y, int64_t n, A pivot, double& means, double& m2) {
   const int64_t whole = n / Simd<A>::lanes * Simd<A>::lanes;
-  Vec<A> sums = {}, squares = {};
+  Vec<A> sums = {}, sums2 = {};
   for (int64_t c = 0; c < whole; c += Simd<A>::lanes) sums += load(y + c) - pivot;
-  A sum = lane_sum<A>(sums), square = 0;
+  A sum = lane_sum<A>(sums), sum2 = 0;
   for (int64_t c = whole; c < n; ++c) sum += load_part<A>(y + c, 1)[0] - pivot;
   const A mean = sum / A(n);
   sums = Vec<A>{};
   for (int64_t c = 0; c < whole; c += Simd<A>::lanes) {
     const Vec<A> d = load(y + c) - pivot - mean;
     sums += d;
-    squares += d * d;
+    sums2 += d * d;
   }
   sum = lane_sum<A>(sums);
-  square = lane_sum<A>(squares);
+  sum2 = lane_sum<A>(sums2);
   for (int64_t c = whole; c < n; ++c) {
     const A d = load_part<A>(y + c, 1)[0] - pivot - mean;
     sum += d;
-    square += d * d;
+    sum2 += d * d;
   }
   const double left = double(sum) / double(n);
   means = double(mean) + left;
-  m2 = double(square) - double(sum) * left;
+  m2 = double(sum2) - double(sum) * left;
 }
 
 // body(image) for the images of task t, in order.
@@ -481,7 +482,8 @@ void reduce_planes(const Plan& plan, const void* grad, const void* const* y, con
       }
     });
     end_piece();
-    for (int b = 0; b <= plan.maps; ++b) sums[(t / plan.channels * (plan.maps + 1) + b) * plan.channels + k] = A(chunk[b]);
+    A* chunk_sums = sums + t / plan.channels * (plan.maps + 1) * plan.channels + k;
+    for (int b = 0; b <= plan.maps; ++b) chunk_sums[b * plan.channels] = A(chunk[b]);
   }
 }
 
@@ -495,7 +497,7 @@ void gradient_planes(const Plan& plan, const void* grad, const void* const* y, c
     for_planes(plan, t, [&](int64_t at) {
       for_vectors<A>(plan.pixels, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
         constexpr int V = decltype(group)::value;
-        Vec<A> value[V];
+        Vec<A> value[V], found[V];
         for (int v = 0; v < V; ++v) value[v] = get(g + at + c + v * lanes);
         for (int b = 0; b < plan.maps; ++b) {
           if (dy[b] == nullptr) continue;
@@ -503,8 +505,8 @@ void gradient_planes(const Plan& plan, const void* grad, const void* const* y, c
           T* target = static_cast<T*>(dy[b]) + at + c;
           const int64_t bk = b * plan.channels + k;
           const A m = center[bk], factor = scale[bk], start = offset[bk], rise = slope[bk];
-          for (int v = 0; v < V; ++v)
-            put(target + v * lanes, factor * value[v] + start + rise * (get(map + v * lanes) - m));
+          for (int v = 0; v < V; ++v) found[v] = factor * value[v] + start + rise * (get(map + v * lanes) - m);
+          for (int v = 0; v < V; ++v) put(target + v * lanes, found[v]);
         }
       });
     });
