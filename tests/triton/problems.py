@@ -140,14 +140,14 @@ class Tensors:
     def __init__(self, problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
         self.problem, self.window, self.eps = problem, problem.window, [1e-5, 1e-3, 1e-4][: len(problem.branches)]
         N, C, H, W = problem.shape
-        layout = torch.channels_last if problem.channels_last else torch.contiguous_format
+        self.layout = torch.channels_last if problem.channels_last else torch.contiguous_format
 
         def random(*shape: int, layout: torch.memory_format = torch.channels_last) -> Tensor:
             return (torch.randn(shape) + 0.3).to(device, dtype).contiguous(memory_format=layout)
 
         self.x = random(N, C, H, W)
         self.weights = [
-            random(problem.K, C // problem.groups, taps.rows, taps.columns, layout=layout)
+            random(problem.K, C // problem.groups, taps.rows, taps.columns, layout=self.layout)
             for taps in problem.branches
         ]
         self.gammas = [(torch.rand(problem.K) + 0.5).to(device) for _ in problem.branches]
@@ -162,7 +162,7 @@ class Tensors:
             rows = slice(taps.row, taps.row + taps.rows * taps.step, taps.step)
             whole[:, :, rows, taps.column : taps.column + taps.columns * taps.step : taps.step] = w
             settings = (p.pair("stride"), p.pair("padding"), p.pair("dilation"), p.groups)
-            found.append(F.conv2d(x, whole, None, *settings))
+            found.append(F.conv2d(x, whole.contiguous(memory_format=self.layout), None, *settings))
         return found
 
     def convolutions(self, dys: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
