@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "fuse_blocks.h"
 #include "fuse_simd.h"
@@ -20,22 +21,29 @@ namespace {
 constexpr int64_t kGrain = 16384;     // elements worth a thread of their own
 constexpr int kSums = 2048;        // of the buffer that an output row's sums go through: it stays in the first cache
 
-// Row o of a contiguous weight, as many kernels at a time as the buffer holds.
+// The identities' elements of row o anew, with what the branches that have a weight give there.
 template <class T, class A>
-ACNET_HD void fold_row(const Block& block, const Branch* branches, int64_t o, const A* scales, A* sums) {
+ACNET_HD void add_identities(const Block& block, const Branch* branches, int64_t o, const A* scales) {
+  for (int b = block.branches - 1; !branches[b].kernel; --b) {
+    int const c = int(o % block.inputs), r = branches[b].row, s = branches[b].column, tap = r * block.columns + s;
+    int64_t const at = block.channels_last ? int64_t(tap) * block.inputs + c : int64_t(c) * block.taps() + tap;
+    static_cast<T*>(block.weight)[o * block.row() + at] = T(fold_element<T, A>(block, branches, scales, 0, A(0), o, c, r, s));
+  }
+}
+
+// Row o of a contiguous weight without the identities, as many kernels at a time as the buffer holds.
+template <class T, class A>
+ACNET_HD void fold_row(const Block& block, const Branch* branches, int64_t o, const A* scales, A* buffer) {
   int const taps = block.taps(), chunk = kSums / taps;
   T* weight = static_cast<T*>(block.weight) + o * block.row();
   for (int first = 0; first < block.inputs; first += chunk) {
     int const count = std::min(chunk, block.inputs - first), elements = count * taps;
-    for (int b = 0; b < block.branches; ++b) {
+    T* const y = weight + int64_t(first) * taps;
+    A* sums = buffer;
+    if constexpr (std::is_same_v<T, A>) sums = y;
+    for (int b = 0; b < block.branches && branches[b].kernel; ++b) {
       const Branch& branch = branches[b];
       A const scale = scales[b];
-      A* at = sums + branch.row * block.columns + branch.column;
-      if (!branch.kernel) {  // never the first
-        int64_t const c = o % block.inputs - first;
-        if (c >= 0 && c < count) at[c * taps] += scale;
-        continue;
-      }
       int const own = branch.rows * branch.columns;
       const T* x = static_cast<const T*>(branch.kernel) + (o * block.inputs + first) * own;
       if (covers_all(block, branch)) {
@@ -46,44 +54,80 @@ ACNET_HD void fold_row(const Block& block, const Branch* branches, int64_t o, co
       if (b == 0) std::fill(sums, sums + elements, A(0));
       for (int i = 0; i < branch.rows; ++i)
         for (int j = 0; j < branch.columns; ++j, ++x) {
-          A* y = at + (i * block.columns + j) * branch.step;
-          for (int c = 0; c < count; ++c) y[c * taps] += scale * A(x[c * own]);
+          A* at = sums + (branch.row + i * branch.step) * block.columns + branch.column + j * branch.step;
+          for (int c = 0; c < count; ++c) at[c * taps] += scale * A(x[c * own]);
         }
     }
-    T* y = weight + int64_t(first) * taps;
-    for (int i = 0; i < elements; ++i) y[i] = T(sums[i]);
+    if constexpr (!std::is_same_v<T, A>) for (int i = 0; i < elements; ++i) y[i] = T(sums[i]);
   }
 }
 
-// Row o of a channels_last weight: each tap is a vector over the input channels.
-template <class T, class A>
-ACNET_HD void fold_row_channels_last(const Block& block, const Branch* branches, int64_t o, const A* scales, A* sums) {
-  int64_t const n = block.inputs;
-  T* y = static_cast<T*>(block.weight) + o * block.row();
-  for (int r = 0; r < block.rows; ++r)
-    for (int s = 0; s < block.columns; ++s, y += n)
-      for (int64_t first = 0; first < n; first += kSums) {
-        int const count = int(std::min(int64_t(kSums), n - first));
-        bool begun = false;
-        for (int b = 0; b < block.branches; ++b) {
+// Which kernels cover each tap of a block, in the order of its taps, and where they do.
+class Cover {
+ public:
+  struct Entry {
+    int branch;
+    int64_t offset;  // in a row of its own kernel
+  };
+
+  void fill(const Block& block, const Branch* branches) {
+    for (int r = 0; r < block.rows; ++r)
+      for (int s = 0; s < block.columns; ++s) {
+        for (int b = 0; b < block.branches && branches[b].kernel; ++b) {
           const Branch& branch = branches[b];
           int const i = tap_of(r, branch.row, branch.rows, branch.step), j = tap_of(s, branch.column, branch.columns, branch.step);
-          if (i < 0 || j < 0) continue;
-          if (!begun && !branch.kernel) std::fill(sums, sums + count, A(0));
-          A const scale = scales[b];
-          if (!branch.kernel) {
-            int64_t const c = o % n - first;
-            if (c >= 0 && c < count) sums[c] += scale;
-          } else {
-            const T* x = static_cast<const T*>(branch.kernel) + ((o * branch.rows + i) * branch.columns + j) * n + first;
-            if (begun) for (int c = 0; c < count; ++c) sums[c] += scale * A(x[c]);
-            else for (int c = 0; c < count; ++c) sums[c] = scale * A(x[c]);
-          }
-          begun = true;
+          if (i >= 0 && j >= 0) entries_.push_back({b, int64_t(i * branch.columns + j) * block.inputs});
         }
-        if (begun) for (int c = 0; c < count; ++c) y[first + c] = T(sums[c]);
-        else std::fill(y + first, y + first + count, T(0));
+        ends_.push_back(entries_.size());
       }
+  }
+
+  const Entry* begin(int tap) const { return entries_.data() + (tap ? ends_[tap - 1] : 0); }
+  const Entry* end(int tap) const { return entries_.data() + ends_[tap]; }
+
+ private:
+  std::vector<Entry> entries_;
+  std::vector<size_t> ends_;
+};
+
+// Row o of a channels_last weight without the identities: each tap is a vector over the input channels.
+template <class T, class A>
+ACNET_HD void fold_row_channels_last(const Block& block, const Branch* branches, const Cover& cover, int64_t o, const A* scales,
+                                     A* sums) {
+  int64_t const n = block.inputs;
+  T* y = static_cast<T*>(block.weight) + o * block.row();
+  const T* rows[kMostBranches];
+  for (int b = 0; b < block.branches && branches[b].kernel; ++b)
+    rows[b] = static_cast<const T*>(branches[b].kernel) + o * branches[b].rows * branches[b].columns * n;
+  for (int tap = 0, taps = block.taps(); tap < taps; ++tap, y += n) {
+    const Cover::Entry *const first = cover.begin(tap), *const end = cover.end(tap);
+    auto kernel = [&](const Cover::Entry& entry) __attribute__((always_inline)) { return rows[entry.branch] + entry.offset; };
+    if (first == end) {
+      std::fill(y, y + n, T(0));
+    } else if (end - first == 1) {
+      const T* x = kernel(first[0]);
+      A const a = scales[first[0].branch];
+      for (int64_t c = 0; c < n; ++c) y[c] = T(a * A(x[c]));
+    } else if (end - first == 2) {
+      const T *x = kernel(first[0]), *z = kernel(first[1]);
+      A const a = scales[first[0].branch], b = scales[first[1].branch];
+      for (int64_t c = 0; c < n; ++c) y[c] = T(a * A(x[c]) + b * A(z[c]));
+    } else if (end - first == 3) {
+      const T *x = kernel(first[0]), *z = kernel(first[1]), *w = kernel(first[2]);
+      A const a = scales[first[0].branch], b = scales[first[1].branch], d = scales[first[2].branch];
+      for (int64_t c = 0; c < n; ++c) y[c] = T(a * A(x[c]) + b * A(z[c]) + d * A(w[c]));
+    } else {
+      for (int64_t begin = 0; begin < n; begin += kSums) {
+        int const count = int(std::min(int64_t(kSums), n - begin));
+        std::fill(sums, sums + count, A(0));
+        for (const Cover::Entry* entry = first; entry != end; ++entry) {
+          const T* x = kernel(*entry) + begin;
+          for (int c = 0; c < count; ++c) sums[c] += scales[entry->branch] * A(x[c]);
+        }
+        for (int c = 0; c < count; ++c) y[begin + c] = T(sums[c]);
+      }
+    }
+  }
 }
 
 // Row o from tensors of any strides.
@@ -104,11 +148,18 @@ ACNET_HD void fold_rows_of(const Block& block, const Branch* branches, int64_t b
   using A = typename Accumulate<T>::type;
   alignas(64) A sums[kSums];
   A scales[kMostBranches];
+  bool const plain = block.dense && block.taps() <= kSums;
+  Cover cover;
+  if (plain && block.channels_last) cover.fill(block, branches);
   for (int64_t o = begin; o < end; ++o) {
     static_cast<T*>(block.bias)[o] = T(fold_channel<A>(block, branches, o, scales));
-    if (block.dense && block.channels_last) fold_row_channels_last<T, A>(block, branches, o, scales, sums);
-    else if (block.dense && block.taps() <= kSums) fold_row<T, A>(block, branches, o, scales, sums);
-    else fold_row_strided<T, A>(block, branches, o, scales);
+    if (!plain) {
+      fold_row_strided<T, A>(block, branches, o, scales);
+      continue;
+    }
+    if (block.channels_last) fold_row_channels_last<T, A>(block, branches, cover, o, scales, sums);
+    else fold_row<T, A>(block, branches, o, scales, sums);
+    add_identities<T, A>(block, branches, o, scales);
   }
 }
 
@@ -131,15 +182,11 @@ bool fold_rows_simd(const Block& block, const Branch* branches, int64_t begin, i
   for (int64_t o = begin; o < end; ++o) {
     static_cast<float*>(block.bias)[o] = fold_channel<float>(block, branches, o, scales);
     float* const weight = static_cast<float*>(block.weight) + o * block.row();
-    int64_t const done = fold_row_simd(block, branches, o, scales, patterns);
-    for (int64_t e = done; e < block.row(); ++e) {
+    for (int64_t e = fold_row_simd(block, branches, o, scales, patterns); e < block.row(); ++e) {
       int const tap = int(e % taps);
       weight[e] = fold_element<float>(block, branches, scales, 0, 0.0f, o, e / taps, tap / block.columns, tap % block.columns);
     }
-    for (int b = patterns.others + 1; b < block.branches; ++b) {
-      int64_t const at = o % block.inputs * taps + branches[b].row * block.columns + branches[b].column;
-      if (at < done) weight[at] += scales[b];
-    }
+    add_identities<float>(block, branches, o, scales);
   }
   return true;
 }

@@ -7,32 +7,22 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from acnet_kernels.geometry import Taps
 from acnet_kernels.ops.fuse_blocks import Arguments
 from acnet_kernels.ops.fusion import append_step
-from acnet_kernels.spec import Norm
-
-
-class Taps(NamedTuple):
-    row: int
-    column: int
-    rows: int
-    columns: int
-    step: int = 1
-
-
-class Branch(NamedTuple):
-    taps: Taps | None
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    norm: Norm | None
+from acnet_kernels.spec import Branch, Norm
 
 
 class Geometry(NamedTuple):
+    """What of a step's geometry a fold depends on."""
+
     kernel: tuple[int, int]
     groups: int
 
 
 class Step(NamedTuple):
+    """As spec.Step."""
+
     geometry: Geometry
     branches: tuple[Branch, ...]
     norm: Norm | None
@@ -148,7 +138,7 @@ def truth(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
     out, inputs = first_weight(step).shape[:2]
     weight = torch.zeros(out, inputs, k_h, k_w, dtype=torch.float64)
     bias = torch.zeros(out, dtype=torch.float64)
-    for taps, kernel, conv_bias, norm in step.branches:
+    for taps, kernel, conv_bias, norm, _ in step.branches:
         embedded = torch.zeros_like(weight)
         if kernel is None:
             for o in range(out):
@@ -175,7 +165,7 @@ def summed_maps(step: Step, x: torch.Tensor) -> torch.Tensor:
     (k_h, k_w), groups = step.geometry
     height, width = x.shape[2] - k_h + 1, x.shape[3] - k_w + 1
     total = torch.zeros((), dtype=x.dtype)
-    for taps, kernel, conv_bias, norm in step.branches:
+    for taps, kernel, conv_bias, norm, _ in step.branches:
         row, column, rows, columns, dilation = taps or Taps(k_h // 2, k_w // 2, 1, 1)
         seen = x[
             :, :, row : row + height + (rows - 1) * dilation, column : column + width + (columns - 1) * dilation

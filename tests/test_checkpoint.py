@@ -288,15 +288,15 @@ def test_what_would_lose_something_is_refused(name, spoil, words):
 @pytest.mark.parametrize(
     ("name", "spoil", "words"),
     [
-        ("square_conv.weight", lambda t: t.to(torch.complex64), "square must be float32"),
-        ("square_bn.bias", lambda t: torch.complex(t, t), "beta must be float32"),
+        ("square_conv.weight", lambda t: t.to(torch.complex64), "weight of branch 0 must be float32"),
+        ("square_bn.bias", lambda t: torch.complex(t, t), "beta of branch 0 must be float32"),
         ("hor_conv.weight", lambda t: t.to("meta"), "hor_conv.weight must be .*, got torch.float32 on meta"),
         (
             "hor_conv.weight",
             lambda t: t.to_sparse(),
             "hor_conv.weight must be .*, got torch.float32 in torch.sparse_coo",
         ),
-        ("hor_conv.weight", lambda t: t[:1], r"hor must have shape \(4, 3, 1, 3\)"),
+        ("hor_conv.weight", lambda t: t[:1], r"weight of branch 1 must have shape \(4, 3, 1, 3\)"),
         ("hor_bn.running_var", lambda t: t.tolist(), "hor_bn.running_var must be .*, got a list"),
     ],
 )

@@ -57,7 +57,7 @@ def describe(step, weight, bias) -> dict:
     layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
     k_h, k_w = step.geometry.kernel
     entries = []
-    for taps, kernel, conv_bias, norm in sorted(step.branches, key=lambda branch: branch.weight is None):
+    for taps, kernel, conv_bias, norm, _ in sorted(step.branches, key=lambda branch: branch.weight is None):
         tensors = (*(norm[:4] if norm is not None else (None,) * 4), conv_bias)
         entries.append(entry(kernel, taps or (k_h // 2, k_w // 2, 1, 1, 1), tensors, norm))
     if step.norm is not None:

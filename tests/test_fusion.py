@@ -313,6 +313,10 @@ BAD = {
         spoil("weight", 0, torch.ones(4, 2, 3, 3).int()),
         "block 0: weight of branch 0 must be float32, float64",
     ),
+    "sparse": (
+        spoil("gamma", 5, torch.ones(4).to_sparse()),
+        "block 1: gamma of the sum must be strided, got torch.sparse_coo",
+    ),
     "param": (
         spoil("mean", 4, torch.ones(5)),
         r"block 1: mean of branch 2 must have shape \(4,\), got \(5,\)",

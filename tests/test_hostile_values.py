@@ -161,9 +161,9 @@ def test_poisoned_running_statistics_speak_in_eval_and_are_refused_by_the_fold(b
             assert torch.equal(kinds(t), kinds(want[name])), name
         torch.testing.assert_close(t[finite], want[name][finite], rtol=1e-4, atol=1e-4, msg=name)
     if buffer == "running_var" and value != 0:
-        with pytest.raises(ValueError, match="var of hor must be finite, not negative"):
+        with pytest.raises(ValueError, match="var of branch 1 must be finite, not negative"):
             acnet_kernels.fold(block)
-        with pytest.raises(ValueError, match="var of hor must be finite, not negative"):
+        with pytest.raises(ValueError, match="var of branch 1 must be finite, not negative"):
             acnet_kernels.fuse(nn.Sequential(block))
 
 

@@ -134,7 +134,9 @@ class Plan(NamedTuple):
     @property
     def is_triton(self) -> bool:
         """Whether Triton's kernels take these branches."""
-        return all(convolved for _, convolved in self.branches) and (self.is_summed or len(self.branches) <= MOST_BRANCHES)
+        return all(convolved for _, convolved in self.branches) and (
+            self.is_summed or len(self.branches) <= MOST_BRANCHES
+        )
 
     @property
     def is_summed(self) -> bool:

@@ -1,23 +1,24 @@
 """The operators acnet_kernels::fuse_blocks and fuse_blocks_out: what is not C++ about them.
 
-Both take L blocks as flat lists: `blocks` has four numbers a block (its entries, k_h, k_w, groups), `branches` six an
-entry (present, row, column, rows, columns, step), eps one. `present` says which tensors an entry has, as a sum of the
-constants below; the lists weight, gamma, beta, mean, var and conv_bias hold these alone, entry after entry, and no
-None for the others: `register_autograd` does not see into a list with None. An entry is
+Both take L blocks as flat lists: `blocks` has four numbers a block (its entries, k_h, k_w, groups), `branches` has
+six an entry (present, row, column, rows, columns, step), eps one. `present` says which tensors an entry has, as a
+sum of the constants below; the lists weight, gamma, beta, mean, var and conv_bias hold these alone, entry after
+entry, and no None for the others: `register_autograd` does not see into a list with None. An entry is
 
-- a branch: weight (K×C/groups×rows×columns), whose taps lie `step` apart in the k_h×k_w kernel, from (row, column) on;
-- the identity, where there is no weight: a diagonal of ones at the tap (row, column), input channel o of its group to
-  output channel o, where K == C;
-- SUM, a block's last entry at most: the batch norm after the sum of the entries before it; its taps mean nothing.
+- a branch: its weight (K×C/groups×rows×columns) has taps `step` apart in the k_h×k_w kernel, from (row, column) on;
+- the identity, where there is no weight: a diagonal of ones at the tap (row, column), from each input channel of a
+  group to the output channel of the same number, where K == C;
+- SUM, only as a block's last entry: the batch norm after the sum of the entries before it; its taps mean nothing.
 
 Branches may cover the same taps, and leave some uncovered. A block has from 1 to 64, one with a weight at least.
-`fuse_blocks` returns L weights (K×C/groups×k_h×k_w, channels_last where one of the block's weights is that and not
-contiguous, else contiguous) and L biases (K,), in the dtype that all weights of the block have; `fuse_blocks_out` writes
-into L given ones, which must share no memory with the inputs, and records no gradient.
+`fuse_blocks` returns L weights (K×C/groups×k_h×k_w, channels_last where one of the block's weights is that and
+not contiguous, else contiguous) and L biases (K,), in the dtype that all weights of the block have;
+`fuse_blocks_out` writes into L given ones, which must share no memory with the inputs, and records no gradient.
 
 A block's result is W = Σ_b s_b·embed(W_b), bias = Σ_b (β_b + s_b·(conv_bias_b − μ_b)), s_b = γ_b/√(σ²_b + ε_b)
-(arXiv 1908.03930 §3.3), and of a SUM s·W, β + s·(bias + conv_bias − μ), computed in float32, or in float64 for float64
-weights. γ, β, μ, σ², conv_bias are (K,); an absent μ, β or conv_bias counts as 0, an absent γ, or σ² with its ε, as 1.
+(arXiv 1908.03930 §3.3), and of a SUM s·W, β + s·(bias + conv_bias − μ), computed in float32, or in float64 for
+float64 weights. γ, β, μ, σ², conv_bias are (K,); an absent μ, β or conv_bias counts as 0, an absent γ, or σ² with
+its ε, as 1.
 
 CPU and CUDA kernels are C++ where the extension is built. Everywhere else, and on other devices, the operators are
 the PyTorch code below. Variances are checked on the CPU, but for those of entries with ANY_VARIANCE; elsewhere
@@ -290,6 +291,8 @@ def _check_block(first: Tensor, i: int, block: _Block) -> None:
 def _check_device(first: Tensor, tensor: Tensor, label: str) -> None:
     if tensor.device != first.device:
         raise ValueError(f"{label} must be on the device of the first weight")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{label} must be strided, got {tensor.layout}")
 
 
 def _check_out(first: Tensor, i: int, block: _Block, weight: Tensor, bias: Tensor) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch_compat import below_autograd
 from ..spec import Norm, Step
 from .fuse_blocks import ANY_VARIANCE, BETA, CONV_BIAS, ERROR, GAMMA, MEAN, SUM, VAR, WEIGHT, Arguments, decomposed
 
@@ -35,9 +34,9 @@ def fold_steps(
 ) -> list[tuple[Tensor, Tensor]]:
     """One (weight K×C/groups×k_h×k_w, bias K) a step: the one convolution that equals the block in eval.
 
-    Computed in float32 (float64 for float64 weights), for all steps in one call, in the weights' dtype, and
-    channels_last where one of them is that and not contiguous. Blocks may differ in everything but their device. Differentiable in every weight,
-    convolution bias, γ and β unless `out` is given.
+    Computed in float32 (float64 for float64 weights), for all steps in one call. In the dtype of a step's weights,
+    and channels_last where one of them is that and not contiguous. Blocks may differ in everything but their
+    device. Differentiable in every weight, convolution bias, γ and β unless `out` is given.
 
     Args:
         steps: what `ACBlock.step()` returns. Every batch norm must have running statistics.
@@ -81,12 +80,12 @@ def _call(operator: Any, arguments: tuple[Any, ...], differentiable: bool) -> An
         return operator(*arguments)
     # Straight to the kernel: for a whole network's tensors, finding out that none needs a gradient takes as long
     # as the call itself.
-    with below_autograd():
+    with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
 
 
-# taps, weight, conv_bias, gamma, beta, mean, var, eps: what the operator's lists hold of one entry. The identity has no
-# weight; a batch norm after the sum is the last entry, without taps.
+# taps, weight, conv_bias, gamma, beta, mean, var, eps: what the operator's lists hold of one entry. The identity
+# has no weight; a batch norm after the sum is the last entry, without taps.
 FoldEntry = tuple[
     tuple[int, int, int, int, int] | None,
     Tensor | None,
@@ -108,16 +107,23 @@ def append_step(a: Arguments, step: Step) -> None:
     """
     rows, columns = step.geometry.kernel
     centre = (rows // 2, columns // 2, 1, 1, 1)  # where the identity sits, whose map is as large as x
-    found = [
-        (taps or centre, weight, bias, *_tensors_of(norm, a, name or f"branch {i}"))
-        for i, (taps, weight, bias, norm, name) in enumerate(step.branches)
+    found: list[FoldEntry] = [
+        (
+            branch.taps or centre,
+            branch.weight,
+            branch.bias,
+            *_tensors_of(branch.norm, a, branch.name or f"branch {i}"),
+        )
+        for i, branch in enumerate(step.branches)
     ]
     if step.norm is not None:
         found.append((None, None, None, *_tensors_of(step.norm, a, "the sum")))
     append_branches(a, step.geometry.kernel, step.geometry.groups, found)
 
 
-def _tensors_of(norm: Norm | None, a: Arguments, name: str) -> tuple[Any, ...]:
+def _tensors_of(
+    norm: Norm | None, a: Arguments, name: str
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]:
     if norm is None:
         return None, None, None, None, 0.0
     if norm.running_var is None:
