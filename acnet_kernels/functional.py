@@ -36,9 +36,9 @@ def acblock(
     Raises:
         TypeError: x has another dtype than a weight, and autocast does not cast both.
         ValueError: x is not 4-D, has other channels than the weights, or gives an empty output, or one value a
-            channel to normalise by; a tensor is on another device than x; a branch lies outside the kernel, does not
-            fit the others, or is an identity where maps change their size; backend is unknown; running statistics
-            would have to change inside a torch.func transform that cannot change them.
+            channel to normalise by; a tensor is on another device than x; a branch lies outside the kernel, does
+            not fit the others, or is an identity where maps change their size; backend is unknown; running
+            statistics would have to change inside a torch.func transform that cannot change them.
     """
     return run(x, step_of(branches, geometry, norm), backend)
 
@@ -72,8 +72,8 @@ def step_of(branches: Iterable[Branch], geometry: Geometry, norm: Norm | None) -
             centre = geometry.centre
             if centre is None or taps not in (None, centre) or C * geometry.groups != K:
                 raise ValueError(
-                    f"branches[{i}], the identity, needs as many channels out as in, stride 1 and an odd kernel with "
-                    f"the padding that keeps a map's size, got {C * geometry.groups} in, {K} out and {geometry}"
+                    f"branches[{i}], the identity, needs as many channels out as in, stride 1 and an odd kernel "
+                    f"padded to keep a map's size, got {C * geometry.groups} in, {K} out and {geometry}"
                 )
             taps = centre
         elif taps is None:

@@ -1,4 +1,4 @@
-"""MobileOneBlock: n copies of a k×k convolution, a 1×1 and identity, each with its batch norm (arXiv 2206.04040)."""
+"""MobileOneBlock: n copies of a k×k convolution, 1×1 and identity, each with its batch norm (arXiv 2206.04040)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class MobileOneBlock(RepBlock):
     """A MobileOne layer: ReLU(Σ_b BN_b(W_b * x)).
 
     Its branches are `num_conv_branches` k×k convolutions, a 1×1 where k > 1, and the identity where shapes allow.
-    Constructor, attribute and state-dict names are the original code's: rbr_conv.{i}.{conv,bn}, rbr_scale.{conv,bn},
-    rbr_skip (a batch norm, or None), activation; folded: reparam_conv.
+    Constructor, attribute and state-dict names are the original code's: rbr_conv.{i}.{conv,bn},
+    rbr_scale.{conv,bn}, rbr_skip (a batch norm, or None), activation; folded: reparam_conv.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as nn.Conv2d; an odd
-            kernel, padded so that the 1×1 convolution reads its centre.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as nn.Conv2d; odd,
+            and padded so that the 1×1 convolution reads its centre.
         inference_mode: build the folded form.
         num_conv_branches: n, 1 to 6.
         backend: how training steps are computed, as ACBlock's.

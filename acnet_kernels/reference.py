@@ -1,8 +1,8 @@
 """The definition of a block of parallel branches in plain PyTorch: what every other path is tested against.
 
-out = Σ_b BN_b(W_b * x), and of that sum a batch norm where one follows it (arXiv 1908.03930 §3.2). Here each branch's
-kernel is laid into an empty whole one, so the geometry follows from one convolution's rules and nothing else. Any
-float dtype.
+out = Σ_b BN_b(W_b * x), and of that sum a batch norm where one follows it (arXiv 1908.03930 §3.2). Here each
+branch's kernel is laid into an empty whole one, so the geometry follows from one convolution's rules and nothing
+else. Any float dtype.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Norm(NamedTuple):
-    """A batch norm: γ and β, each (K,) or None, ε, and the (mean, variance) to normalise by, None for the batch's."""
+    """A batch norm: γ and β, each (K,) or None, ε, and the (mean, variance) to use, None for the batch's."""
 
     gamma: Tensor | None = None
     beta: Tensor | None = None

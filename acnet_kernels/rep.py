@@ -275,7 +275,7 @@ class RepBlock(nn.Module):
         return {slot.name: conv for slot, conv in found if conv is not None}
 
     def get_equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
-        """(weight K×C/groups×rows×columns, bias K) of the convolution that equals the block in eval; differentiable.
+        """(weight K×C/groups×rows×columns, bias K) of the convolution that the block is in eval; differentiable.
 
         Raises:
             ValueError: a batch norm keeps no running statistics, so no fixed convolution equals the block.
@@ -361,7 +361,7 @@ class RepBlock(nn.Module):
         return list(dict.fromkeys([*(path[0] for path in paths), *([layout.total] if layout.total else [])]))
 
     def folded_conv(self, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-        """The nn.Conv2d of this weight (K×C/groups×rows×columns) and bias (K) where the block is, trained as it is."""
+        """The nn.Conv2d of this weight and bias (as `become`) where the block is, trained as it is."""
         channels = weight.shape[1] * self.groups, weight.shape[0]
         conv = self._whole_conv(channels, self.geometry, {"device": "meta"})
         like = self._kernel()
@@ -376,8 +376,8 @@ class RepBlock(nn.Module):
         """As nn.Module.train; warns when a deployed block is set to train: its batch norms are gone."""
         if mode and self.deploy and not self.training:
             warnings.warn(
-                f"train() on a deployed {type(self).__name__}: it is one convolution with a bias now and trains without "
-                "batch norm; train the undeployed block instead",
+                f"train() on a deployed {type(self).__name__}: it is one convolution with a bias now and trains "
+                "without batch norm; train the undeployed block instead",
                 stacklevel=2,
             )
         super().train(mode)

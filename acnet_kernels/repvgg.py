@@ -17,8 +17,8 @@ class RepVGGBlock(RepBlock):
     rbr_identity (a batch norm, or None), nonlinearity; deployed: rbr_reparam.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as nn.Conv2d; an odd
-            kernel, padded so that the 1×1 convolution reads its centre.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as nn.Conv2d; odd,
+            and padded so that the 1×1 convolution reads its centre.
         deploy: build the folded form.
         backend: how training steps are computed, as ACBlock's.
         device, dtype: of parameters and buffers.

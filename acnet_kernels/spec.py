@@ -98,11 +98,12 @@ BRANCH, SUM, MIXED = "branch", "sum", "mixed"  # which batch norms there are: se
 class Problem:
     """What the choice of a backend may depend on: shapes, dtypes and flags, no tensors.
 
-    `dtype` is what the convolutions compute in (autocast taken into account), `input_dtype` what the input
-    came in; `convolved` says of each branch whether it is a convolution, or the identity, `normed` whether it has a
-    batch norm, and `total` whether one follows the sum; `batch_stats` has one entry a batch norm; `grad` says
-    whether anything needs a gradient, `synced` whether statistics span processes; `transform` names what is at work
-    that has rules for PyTorch's own operators alone ('' for nothing); `weight_dtype` is the kernels' own, from which autocast casts them.
+    `dtype` is what the convolutions compute in (autocast taken into account), `input_dtype` what the input has;
+    `convolved` says of each branch whether it is a convolution, or the identity, `normed` whether it has a batch
+    norm, and `total` whether one follows the sum; `batch_stats` has one entry a batch norm; `grad` says whether
+    anything needs a gradient, `synced` whether statistics span processes; `transform` names what is at work that
+    has rules for PyTorch's own operators alone ('' for nothing); `weight_dtype` is the kernels' own, from which
+    autocast casts them.
     """
 
     shape: tuple[int, int, int, int]

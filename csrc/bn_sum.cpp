@@ -213,7 +213,8 @@ double plain_mean(const Tensor& y, int64_t channel) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
-                                                   Tensors added, std::optional<ScalarType> dtype) {
+                                                   std::optional<Tensors> others, std::optional<ScalarType> dtype) {
+  const Tensors added = others.value_or(Tensors{});
   constexpr Check check("bn_sum_forward");
   const std::vector<View> maps = maps_of(check, ys, added);
   const size_t normed = ys.size();
@@ -406,7 +407,7 @@ std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
-  m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, Tensor[] added, ScalarType? dtype)"
+  m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, Tensor[]? added, ScalarType? dtype)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "bn_sum_backward(Tensor grad, Tensor[] ys, Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy)"

@@ -16,34 +16,41 @@ from acnet_kernels.ops.fusion import fold_steps
 C = 6
 WHOLE = Taps(0, 0, 3, 3)
 CENTRE = Taps(1, 1, 1, 1)
-ONE, IDENTITY = ("conv", CENTRE, True), ("identity", None, True)
+ALL, ONE, IDENTITY = ("conv", WHOLE, True), ("conv", CENTRE, True), ("identity", None, True)
+BARE, BARE_ONE, BARE_IDENTITY = ("conv", WHOLE, False), ("conv", CENTRE, False), ("identity", None, False)
+
+
+def convs(*taps: Taps) -> list[tuple[str, Taps, bool]]:
+    return [("conv", own, True) for own in taps]
+
+
 # Name → (geometry's arguments, (kind, taps, whether it has a batch norm) a branch, whether one follows the sum).
 SHAPES = {
-    "repvgg": ({}, [("conv", WHOLE, True), ONE, IDENTITY], False),
-    "repvgg of stride 2": ({"stride": 2}, [("conv", WHOLE, True), ONE], False),
-    "mobileone": ({"groups": C}, [*[("conv", WHOLE, True)] * 4, ONE, IDENTITY], False),
-    "mobileone pointwise": ({"kernel_size": 1, "padding": 0}, [*[("conv", Taps(0, 0, 1, 1), True)] * 2, ("identity", None, True)], False),
-    "textnet": ({}, [("conv", WHOLE, True), ("conv", Taps(1, 0, 1, 3), True), ("conv", Taps(0, 1, 3, 1), True), IDENTITY], False),
-    "eight": ({}, [*[("conv", WHOLE, True)] * 3, *[ONE] * 3, *[IDENTITY] * 2], False),
-    "repvit": ({"groups": C}, [("conv", WHOLE, True), ("conv", CENTRE, False), ("identity", None, False)], True),
-    "sum with the identity": ({}, [("conv", WHOLE, False), ("conv", CENTRE, False), ("identity", None, False)], True),
-    "residual": ({}, [("conv", WHOLE, True), ("identity", None, False)], False),
-    "residual of one without": ({}, [("conv", WHOLE, True), ("conv", CENTRE, False)], False),
+    "repvgg": ({}, [ALL, ONE, IDENTITY], False),
+    "repvgg of stride 2": ({"stride": 2}, [ALL, ONE], False),
+    "mobileone": ({"groups": C}, [*[ALL] * 4, ONE, IDENTITY], False),
+    "mobileone pointwise": ({"kernel_size": 1, "padding": 0}, [*convs(*[Taps(0, 0, 1, 1)] * 2), IDENTITY], False),
+    "textnet": ({}, [ALL, *convs(Taps(1, 0, 1, 3), Taps(0, 1, 3, 1)), IDENTITY], False),
+    "eight": ({}, [*[ALL] * 3, *[ONE] * 3, *[IDENTITY] * 2], False),
+    "repvit": ({"groups": C}, [ALL, BARE_ONE, BARE_IDENTITY], True),
+    "sum with the identity": ({}, [BARE, BARE_ONE, BARE_IDENTITY], True),
+    "residual": ({}, [ALL, BARE_IDENTITY], False),
+    "residual of one without": ({}, [ALL, BARE_ONE], False),
     "large": (
         {"kernel_size": 7, "padding": 3, "groups": C},
-        [("conv", Taps(0, 0, 7, 7), True), ("conv", Taps(1, 1, 5, 5), True), ("conv", Taps(1, 1, 3, 3, 2), True)],
+        convs(Taps(0, 0, 7, 7), Taps(1, 1, 5, 5), Taps(1, 1, 3, 3, 2)),
         False,
     ),
     "rectangular": (
         {"kernel_size": (3, 5), "padding": (1, 2)},
-        [("conv", Taps(0, 0, 3, 5), True), ("conv", Taps(1, 0, 1, 5), True), ("identity", None, True)],
+        [*convs(Taps(0, 0, 3, 5), Taps(1, 0, 1, 5)), IDENTITY],
         False,
     ),
-    "corners": ({"padding": 2, "dilation": (1, 2)}, [("conv", Taps(0, 0, 2, 2), True), ("conv", Taps(1, 1, 2, 2), True)], False),
-    "even": ({"kernel_size": (2, 4), "padding": 1}, [("conv", Taps(0, 0, 2, 4), True), ("conv", Taps(1, 2, 1, 1), True)], False),
-    "identity alone normalised": ({}, [("conv", WHOLE, False), IDENTITY], False),
-    "reflected": ({"padding_mode": "reflect"}, [("conv", WHOLE, True), ONE, IDENTITY], False),
-}  # fmt: skip
+    "corners": ({"padding": 2, "dilation": (1, 2)}, convs(Taps(0, 0, 2, 2), Taps(1, 1, 2, 2)), False),
+    "even": ({"kernel_size": (2, 4), "padding": 1}, convs(Taps(0, 0, 2, 4), Taps(1, 2, 1, 1)), False),
+    "identity alone normalised": ({}, [BARE, IDENTITY], False),
+    "reflected": ({"padding_mode": "reflect"}, [ALL, ONE, IDENTITY], False),
+}
 BACKENDS = ("eager", "branches", "moments", "recompute")
 
 
@@ -91,9 +98,8 @@ def modules(block: Block, x: Tensor) -> Tensor:
         if isinstance(conv, nn.Conv2d):
             place = g.placement(taps)
             seen = place.apply(x, g.padding_mode)
-            padded = torch.nn.functional.pad(
-                seen, (place.padding[1],) * 2 + (place.padding[0],) * 2, "constant" if g.padding_mode == "zeros" else g.padding_mode
-            )  # fmt: skip
+            mode = "constant" if g.padding_mode == "zeros" else g.padding_mode
+            padded = torch.nn.functional.pad(seen, (place.padding[1],) * 2 + (place.padding[0],) * 2, mode)
             y = torch.nn.functional.conv2d(padded, conv.weight, conv.bias, g.stride, 0, place.dilation, g.groups)
         out = out + norm(y)
     return out if block.total is None else block.total(out)
@@ -171,20 +177,27 @@ def test_gradients_of_every_order_and_half_of_them(shape, backend):
         assert rel(found, true[name]) < 1e-10
 
 
+WHOLE_BRANCH = Branch(WHOLE, torch.ones(C, C, 3, 3))
+
+
 @pytest.mark.parametrize(
     ("branches", "arguments", "words"),
     [
         ([], {}, "branches must be 1 to 8 with one weight at least, got 0 with 0"),
         ([Branch(None, None)], {}, "got 1 with 0"),
-        ([Branch(WHOLE, torch.ones(C, C, 3, 3))] * 9, {}, "got 9 with 9"),
-        ([Branch(WHOLE, torch.ones(C, C, 3, 2))], {}, r"branches\[0\].weight must be \(6, 6, 3, 3\), got \(6, 6, 3, 2\)"),
-        ([Branch(Taps(1, 1, 3, 3), torch.ones(C, C, 3, 3))], {}, r"branches\[0\].taps must lie inside the 3×3 kernel"),
+        ([WHOLE_BRANCH] * 9, {}, "got 9 with 9"),
+        (
+            [Branch(WHOLE, torch.ones(C, C, 3, 2))],
+            {},
+            r"branches\[0\].weight must be \(6, 6, 3, 3\), got \(6, 6, 3, 2\)",
+        ),
+        ([Branch(Taps(1, 1, 3, 3), torch.ones(C, C, 3, 3))], {}, r"branches\[0\].taps must lie inside the 3×3"),
         ([Branch(None, torch.ones(C, C, 3, 3))], {}, r"branches\[0\].taps must say which taps"),
-        ([Branch(WHOLE, torch.ones(C, C, 3, 3)), Branch(None, None)], {"stride": 2}, r"branches\[1\], the identity, needs"),
-        ([Branch(WHOLE, torch.ones(C, C, 3, 3)), Branch(WHOLE, None)], {}, r"branches\[1\], the identity, needs"),
+        ([WHOLE_BRANCH, Branch(None, None)], {"stride": 2}, r"branches\[1\], the identity, needs"),
+        ([WHOLE_BRANCH, Branch(WHOLE, None)], {}, r"branches\[1\], the identity, needs"),
         ([Branch(WHOLE, torch.ones(2, C, 3, 3)), Branch(None, None)], {}, r"got 6 in, 2 out"),
     ],
-)  # fmt: skip
+)
 def test_lists_that_are_no_blocks(branches, arguments, words):
     geometry = Geometry.make(**{"kernel_size": 3, "padding": 1} | arguments)
     with pytest.raises(ValueError, match=words):

@@ -96,7 +96,7 @@ def test_without_gradients_the_forward_alone_is_chosen():
     ("change", "why"),
     [
         ({"device": "cpu"}, "kernels are for cuda, not cpu"),
-        ({"norm": "sum"}, "one batch norm follows the sum"),
+        ({"norm": "sum"}, "not every branch has a batch norm of its own alone"),
         ({"dtype": torch.float64}, "no kernels for torch.float64"),
         ({"channels_last": False}, "not channels_last"),
     ],
@@ -176,7 +176,7 @@ def test_explain_says_what_runs_and_why(monkeypatch):
     block = ACBlock(8, 8, 3, padding=1, backend="branches", norm="sum").to(memory_format=torch.channels_last)
     reason = explain(block, (2, 8, 6, 6)).blocks[0].reason
     assert "forward by vendor" in reason
-    assert "(no phase is Triton's: one batch norm follows the sum" in reason
+    assert "(no phase is Triton's: not every branch has a batch norm of its own alone" in reason
 
 
 def test_a_step_on_the_cpu_asks_nothing(monkeypatch):

@@ -9,12 +9,12 @@
         The same, written into `dys`, one for every b with needs_dy[b], in order: y_b itself, whose memory it takes,
         or a map that shares no memory with anything else, as for a y_b that is needed still.
 
-Arguments: `ys`, the maps y_b, and `added`, the maps z_a: 1 to 8 together, at least one of them in ys, N×K×H×W of
-one shape, dtype (float32, float64, bfloat16, float16) and layout (all contiguous or all channels_last); `gammas`
-and `betas`, one (K,) a y_b, or [] for γ = 1 and β = 0; `eps`, a float a y_b; `dtype`, bfloat16 or float16 where ys
-are float32; `grad` like out. `means`, `variances` (biased) and `rstds` are (len(ys), K) float64: float32 would
-round away the deviation of a map whose mean is far larger. `dgammas` is (len(ys), K) and `dbeta` (K,), float64 for
-float64 maps, float32 otherwise.
+Arguments: `ys`, the maps y_b, and `added`, the maps z_a (None for none, as AOTInductor makes of an empty list): 1
+to 8 together, at least one of them in ys, N×K×H×W of one shape, dtype (float32, float64, bfloat16, float16) and
+layout (all contiguous or all channels_last); `gammas` and `betas`, one (K,) a y_b, or [] for γ = 1 and β = 0;
+`eps`, a float a y_b; `dtype`, bfloat16 or float16 where ys are float32; `grad` like out. `means`, `variances`
+(biased) and `rstds` are (len(ys), K) float64: float32 would round away the deviation of a map whose mean is far
+larger. `dgammas` is (len(ys), K) and `dbeta` (K,), float64 for float64 maps, float32 otherwise.
 Running statistics are the caller's (backends/batchnorm.py); a variance far below ε cannot be had from rstd.
 
 With ŷ_b = (y_b − μ_b)·rstd_b, M = N·H·W and g = grad:
@@ -41,7 +41,7 @@ _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 if MISSING is not None:
     _COMMON = "Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy"
     _LIBRARY.define(
-        "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, Tensor[] added,"
+        "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, Tensor[]? added,"
         " ScalarType? dtype) -> (Tensor, Tensor, Tensor, Tensor)"
     )
     _LIBRARY.define(f"bn_sum_backward(Tensor grad, Tensor[] ys, {_COMMON}) -> (Tensor[], Tensor, Tensor)")
@@ -123,11 +123,11 @@ def _check_forward(
     gammas: list[Tensor],
     betas: list[Tensor],
     eps: list[float],
-    added: list[Tensor],
+    added: list[Tensor] | None,
     dtype: torch.dtype | None,
 ) -> None:
     check.one_device(ys=ys, gammas=gammas, betas=betas, added=added)
-    _check(ys, added)
+    _check(ys, added or ())
     _check_outer(ys[0], ys[0].dtype if dtype is None else dtype)
     _check_affine(ys, gammas=gammas, betas=betas)
     check.length(len(ys), "one a map", eps=eps)
@@ -201,7 +201,7 @@ def _forward(
     gammas: list[Tensor],
     betas: list[Tensor],
     eps: list[float],
-    added: list[Tensor],
+    added: list[Tensor] | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out_dtype = ys[0].dtype if dtype is None else dtype
@@ -219,7 +219,7 @@ def _forward(
         means.append(mean.double())
         variances.append(var.double())
         rstds.append(rstd.double())
-    for z in added:
+    for z in added or ():
         total += z
     return total.to(out_dtype), torch.stack(means), torch.stack(variances), torch.stack(rstds)
 
@@ -360,7 +360,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.count = len(ys)
     ctx.beta_dtypes = [beta.dtype for beta in betas]
     ctx.needs_dy = [y.requires_grad for y in ys]
-    ctx.needs_dz = [z.requires_grad for z in added]
+    ctx.needs_dz = None if added is None else [z.requires_grad for z in added]
     ctx.save_for_backward(*ys, means, rstds, *gammas)
 
 
@@ -373,7 +373,7 @@ def _autograd(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
         [d.to(gamma.dtype) for gamma, d in zip(gammas, dgammas, strict=False)],
         [dbeta.to(dtype) for dtype in ctx.beta_dtypes],
         None,
-        [grad.to(ys[0].dtype) if need else None for need in ctx.needs_dz],
+        ctx.needs_dz and [grad.to(ys[0].dtype) if need else None for need in ctx.needs_dz],
         None,
     )
 

@@ -7,9 +7,9 @@
                             need_gammas) -> (dx, dws, dgammas, dbeta)
         Gradients of what is needed; dws holds those of the weights that need one, the others are empty.
 
-Arguments: `weights` holds one entry a convolution, `eps` and, unless [], `gammas` and `betas` one a batch norm: one a
-branch, or one after their sum; `taps` and `geometry` are what `pack_taps` and `pack` make of them. `means`, `variances` (biased) and
-`rstds`: B×K, float64.
+Arguments: `weights` holds one entry a convolution, `eps` and, unless [], `gammas` and `betas` one a batch norm: one
+a branch, or one after their sum; `taps` and `geometry` are what `pack_taps` and `pack` make of them. `means`,
+`variances` (biased) and `rstds`: B×K, float64.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def bn_sum_forward(
     gammas: Sequence[Tensor],
     betas: Sequence[Tensor],
     eps: Sequence[float],
-    added: Sequence[Tensor],
+    added: Sequence[Tensor] | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, means, variances, rstds) of out = Σ_b BN_b(y_b) + Σ added by the batch's statistics: three launches.
@@ -140,7 +140,7 @@ def bn_sum_forward(
     fp64.
     """
     norms = merge_statistics(statistics(ys), gammas, betas, eps)
-    return apply(ys, norms, added, dtype), norms.means, norms.variances, norms.rstds
+    return apply(ys, norms, added or (), dtype), norms.means, norms.variances, norms.rstds
 
 
 def bn_sum_backward(

@@ -1,6 +1,8 @@
 """The convolution kernels and the whole step against float64."""
 
+import collections
 import itertools
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -17,11 +19,27 @@ BOTH_KINDS = pytest.mark.parametrize("problem", [PROBLEMS[0], DEPTHWISE[0]], ids
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+def check_medians(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
+    """The oracle's rule for the medians of fresh draws' errors."""
+    mine, eagers = collections.defaultdict(list), collections.defaultdict(list)
+    for _ in range(15):
+        t = Tensors(problem, dtype, device)
+        got, eager, true = step(t), t.eager(), t.truth()
+        for name in true:
+            mine[name].append(rel(got[name], true[name]))
+            eagers[name].append(rel(eager[name], true[name]))
+    for name, errors in mine.items():
+        assert statistics.median(errors) <= max(2 * statistics.median(eagers[name]), FLOORS[dtype]), name
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", [*PROBLEMS, *DEPTHWISE], ids=str)
 def test_step_is_as_exact_as_eager(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
     t = Tensors(problem, dtype, device)
     got, eager, true = step(t), t.eager(), t.truth()
+    if problem.name == "one_pixel":  # two values normalise to ±1 whatever they are: one draw's errors are chance
+        check_medians(problem, dtype, device)
+        return
     assert_as_good_as(got, eager, true)
     for b in range(len(t.weights)):
         assert rel(border(got[f"y{b}"]), border(true[f"y{b}"])) <= FLOORS[dtype]

@@ -2,14 +2,20 @@
 
 import pytest
 import torch
-from blocks import geometry_of, names_of
 from oracle import FLOORS, border, rel
 from problems import DEPTHWISE, PROBLEMS, Problem, Tensors
 
 from acnet_kernels.backends import recompute
+from acnet_kernels.geometry import Geometry
 from acnet_kernels.ops import recompute as ops
 
 CHOSEN = [p for p in (*PROBLEMS, *DEPTHWISE) if p.name in ("stride", "crop_5", "no_row", "depthwise_shift")]
+
+
+def packed(problem: Problem) -> tuple[list[int], list[int]]:
+    """The problem's taps and geometry as recompute's operators take them."""
+    taps = ops.pack_taps(tuple((taps, True) for taps in problem.branches))
+    return taps, ops.pack(Geometry.make(problem.kernel, **problem.conv))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -18,7 +24,7 @@ def test_step(problem: Problem, dtype: torch.dtype, device: torch.device, monkey
     asked = []
     monkeypatch.setattr(recompute, "_has_triton", lambda x: asked.append(x) or True)
     t = Tensors(problem, dtype, device)
-    constants = (t.eps, list(names_of(t.problem)), ops.pack(geometry_of(t.problem)))
+    constants = (t.eps, *packed(t.problem))
     out, means, variances, rstds = ops.recompute_step(t.x, t.weights, t.gammas, t.betas, *constants, dtype, True)
     assert asked
     true, eager = t.truth(), t.eager()
@@ -39,7 +45,7 @@ def test_what_the_forwards_statistics_round_does_not_reach_the_gradient(
     """Triton's products are not the library's, TF32 above all; the mean's difference times Σg must not be in dγ."""
     monkeypatch.setattr(recompute, "_has_triton", lambda x: True)
     t = Tensors(CHOSEN[0], torch.float32, device)
-    constants = (t.eps, list(names_of(t.problem)), ops.pack(geometry_of(t.problem)))
+    constants = (t.eps, *packed(t.problem))
     x, weights = t.x.contiguous(memory_format=layout), t.weights
     out, means, _, rstds = ops.recompute_step(x, weights, t.gammas, t.betas, *constants, torch.float32, True)
     grad, needs = torch.rand_like(out) + 1, (True, [True] * len(weights), True)
