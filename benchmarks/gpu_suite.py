@@ -28,12 +28,10 @@ from torch import Tensor, nn
 
 from acnet_kernels import convert, doctor, tune
 from acnet_kernels.backends import branches, stopwatch
-from acnet_kernels.geometry import Geometry
 from acnet_kernels.kernels import configs
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
-from acnet_kernels.ops.triton_conv import Window
 
-from . import ceilings, contenders, fusion, harness, network, stand_in
+from . import ceilings, codegen, contenders, fusion, harness, network, stand_in
 from .shapes import Shape
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / part) for part in ("", "triton")]
@@ -102,7 +100,7 @@ class Inputs:
         self.betas = [torch.randn(C, device=device) for _ in SIZES]
         self.eps = [1e-5] * 3
         self.pivot = torch.zeros(C, device=device)
-        self.window = Window.of(Geometry.make(3, padding=1, groups=groups))
+        self.window = codegen.WINDOW._replace(groups=groups)
 
 
 # The half plane of shifts that a 3×3 window's second moments need.

@@ -135,7 +135,7 @@ def tap_at(i, WINDOW: tl.constexpr, MASK: tl.constexpr):
         j = i - tap_count(WINDOW, MASK, piece)
         # A piece of one row needs no division.
         down = 0 * j if line_count(WINDOW, MASK, piece, 0) == 1 else j // line_count(WINDOW, MASK, piece, 1)
-        right = j - down * line_count(WINDOW, MASK, piece, 1)
+        right = j if line_count(WINDOW, MASK, piece, 0) == 1 else j % line_count(WINDOW, MASK, piece, 1)
         if piece == 0:
             row, col = _line(down, WINDOW, MASK, piece, 0), _line(right, WINDOW, MASK, piece, 1)
         else:
