@@ -65,7 +65,7 @@ def has_row(row, WINDOW: tl.constexpr, BRANCH: tl.constexpr):
     """Whether the branch has taps in a row."""
     TAPS: tl.constexpr = WINDOW.branches[BRANCH]
     down = row - TAPS.row
-    return (down >= 0) & (down < TAPS.rows * TAPS.step) & (down % TAPS.step == 0)
+    return down == 0 if TAPS.rows == 1 else (down >= 0) & (down < TAPS.rows * TAPS.step) & (down % TAPS.step == 0)
 
 
 @triton.constexpr_function
