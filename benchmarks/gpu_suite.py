@@ -28,13 +28,10 @@ from torch import Tensor, nn
 
 from acnet_kernels import convert, doctor, tune
 from acnet_kernels.backends import branches, stopwatch
-from acnet_kernels.block import taps_of
-from acnet_kernels.geometry import Geometry
 from acnet_kernels.kernels import configs
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
-from acnet_kernels.ops.triton_conv import Window
 
-from . import ceilings, contenders, fusion, harness, network, stand_in
+from . import ceilings, codegen, contenders, fusion, harness, network, stand_in
 from .shapes import Shape
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / part) for part in ("", "triton")]
@@ -64,7 +61,7 @@ SHAPES = (
 # MobileOne-S0's depthwise layers, one a stage.
 DEPTHWISE_SHAPES = tuple(square(64, C, H, groups=C) for C, H in ((48, 56), (128, 28), (256, 14), (1024, 7)))
 # Between them they launch every kernel, with and without split sums.
-EQUIVALENT = ("primes", "several_tiles", "stride", "kernel_5", "no_hor", "depthwise", "depthwise_5", "one_channel")
+EQUIVALENT = ("primes", "several_tiles", "stride", "kernel_5", "no_row", "depthwise", "depthwise_5", "one_channel")
 PADDINGS = ((1, 1), (0, 1), (1, 0))  # square, hor, ver as the vendor computes them
 SIZES = ((3, 3), (1, 3), (3, 1))
 # Contenders that no kernel of ours is part of.
@@ -103,7 +100,7 @@ class Inputs:
         self.betas = [torch.randn(C, device=device) for _ in SIZES]
         self.eps = [1e-5] * 3
         self.pivot = torch.zeros(C, device=device)
-        self.window = Window.of(Geometry.make(3, padding=1, groups=groups), taps_of(3).values())
+        self.window = codegen.WINDOW._replace(groups=groups)
 
 
 # The half plane of shifts that a 3×3 window's second moments need.
@@ -165,7 +162,7 @@ PHASES: dict[str, Contenders] = {
     },
     "batch norms": {
         "vendor": vendor_batch_norms,
-        "triton": lambda i: triton_bn_sum.bn_sum_forward(i.dys, i.gammas, i.betas, i.eps, [], None),
+        "triton": lambda i: triton_bn_sum.bn_sum_forward(i.dys, i.gammas, i.betas, i.eps, None, None),
     },
 }
 
@@ -463,17 +460,17 @@ PARTS: dict[str, Callable[[Suite], None]] = {
 
 def passes(t: Tensors) -> dict[str, Tensor]:
     """What `step` does not launch: the statistics of the library's maps, and second moments."""
-    ys = [y.contiguous(memory_format=torch.channels_last) for name, y in t.eager().items() if name[:2] == "y_"]
-    out = triton_bn_sum.bn_sum_forward(ys, t.gammas, t.betas, t.eps, [], None)[0]
+    ys = [y.contiguous(memory_format=torch.channels_last) for name, y in t.eager().items() if name.startswith("y")]
+    out = triton_bn_sum.bn_sum_forward(ys, t.gammas, t.betas, t.eps, None, None)[0]
     zero = torch.zeros(t.x.shape[1], device=t.x.device)
-    products, _ = triton_autocorrelation.cross_correlation(t.x, zero, t.x, zero, [0, 0], [0, 1], t.geometry.groups)
+    products, _ = triton_autocorrelation.cross_correlation(t.x, zero, t.x, zero, [0, 0], [0, 1], t.window.groups)
     return {"out": out, "moments": products}
 
 
 def moments_of(t: Tensors) -> Tensor:
     """The second moments of `passes` in float64."""
     x, zero = t.x.double(), torch.zeros(t.x.shape[1], device=t.x.device, dtype=torch.float64)
-    return autocorrelation._plain(x, zero, x, zero, [0, 0], [0, 1], t.geometry.groups)[0]
+    return autocorrelation._plain(x, zero, x, zero, [0, 0], [0, 1], t.window.groups)[0]
 
 
 def assigned(contender: contenders.Contender) -> dict[str, list[Callable[[], object]]]:

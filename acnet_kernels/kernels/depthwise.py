@@ -216,15 +216,16 @@ def depthwise_wgrad(
         w0 = (ow * WINDOW.stride_w - WINDOW.pad_w)[:, None]
         row_at = ((n * H + h) * W)[:, None]
         in_row = (mask_m & (h >= 0) & (h < H))[:, None]
+        mask_y = mask_m[:, None] & mask_k[None, :]
         at = m[:, None] * K + k[None, :]
         for b in tl.static_range(BRANCHES):
             j = tl.arange(0, tile_columns(WINDOW, b))[None, :]
             w = w0 + (WINDOW.branches[b].column + j * WINDOW.branches[b].step) * WINDOW.dil_w
             inside = in_row & (j < WINDOW.branches[b].columns) & (w >= 0) & (w < W)
             x_at = ((row_at + w) * C)[:, :, None] + c[None, None, :]
+            mask_dy = mask_y if has_all_rows(WINDOW, b) else mask_y & has_row(row, WINDOW, b)
+            dy = tl.load(dys[b] + at, mask=mask_dy, other=0.0)
             x = tl.load(x_ptr + x_at, mask=inside[:, :, None] & mask_k[None, None, :], other=0.0)
-            mask_dy = mask_m if has_all_rows(WINDOW, b) else mask_m & has_row(row, WINDOW, b)
-            dy = tl.load(dys[b] + at, mask=mask_dy[:, None] & mask_k[None, :], other=0.0)
             accs = replaced(accs, b, accs[b] + x.to(tl.float32) * dy.to(tl.float32)[:, None, :])
     for b in tl.static_range(BRANCHES):
         j = tl.arange(0, tile_columns(WINDOW, b))[:, None]

@@ -65,7 +65,7 @@ def has_row(row, WINDOW: tl.constexpr, BRANCH: tl.constexpr):
     """Whether the branch has taps in a row."""
     TAPS: tl.constexpr = WINDOW.branches[BRANCH]
     down = row - TAPS.row
-    return (down >= 0) & (down < TAPS.rows * TAPS.step) & (down % TAPS.step == 0)
+    return down == 0 if TAPS.rows == 1 else (down >= 0) & (down < TAPS.rows * TAPS.step) & (down % TAPS.step == 0)
 
 
 @triton.constexpr_function
@@ -135,7 +135,7 @@ def tap_at(i, WINDOW: tl.constexpr, MASK: tl.constexpr):
         j = i - tap_count(WINDOW, MASK, piece)
         # A piece of one row needs no division.
         down = 0 * j if line_count(WINDOW, MASK, piece, 0) == 1 else j // line_count(WINDOW, MASK, piece, 1)
-        right = j - down * line_count(WINDOW, MASK, piece, 1)
+        right = j if line_count(WINDOW, MASK, piece, 0) == 1 else j % line_count(WINDOW, MASK, piece, 1)
         if piece == 0:
             row, col = _line(down, WINDOW, MASK, piece, 0), _line(right, WINDOW, MASK, piece, 1)
         else:

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from oracle import rel
 from torch import Tensor
 
-from acnet_kernels.block import taps_of
-from acnet_kernels.geometry import Geometry
+from acnet_kernels.geometry import Taps
 from acnet_kernels.ops.autocorrelation import autocorrelation
 from acnet_kernels.ops.triton_block import triton_forward, triton_input_grad, triton_weight_grads
 from acnet_kernels.ops.triton_bn_sum import bn_sum_backward_
 from acnet_kernels.ops.triton_conv import Window, conv_forward, input_grad, weight_grads
 
 DEVICE = "cuda"
-WINDOW = Window.of(Geometry.make(3, padding=1), taps_of(3).values())
+WINDOW = Window(3, 3, 1, 1, 1, 1, 1, 1, 1, (Taps(0, 0, 3, 3), Taps(1, 0, 1, 3), Taps(0, 1, 3, 1)))
+NUMBERS = WINDOW.flatten()
 SIZES, PADDINGS = ((3, 3), (1, 3), (3, 1)), ((1, 1), (0, 1), (1, 0))
 EPS = [1e-5] * 3
 TRAINING = (3, 8, 64, 16)  # epochs, batches, images in each, channels
@@ -38,7 +38,7 @@ class TritonBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         weights, gammas, betas = (list(parameters[i : i + 3]) for i in (0, 3, 6))
-        out, ys, means, _, rstds = triton_forward(x, *weights, gammas, betas, EPS, WINDOW)
+        out, ys, means, _, rstds = triton_forward(x, weights, gammas, betas, EPS, NUMBERS)
         ctx.save_for_backward(x, *weights, *gammas, *ys, means, rstds)
         return out
 
@@ -48,8 +48,8 @@ class TritonBlock(torch.autograd.Function):
         weights, gammas, ys = rest[:3], rest[3:6], rest[6:]
         grad = grad.contiguous(memory_format=torch.channels_last)
         dgammas, dbeta = bn_sum_backward_(grad, ys, means, rstds, gammas, [True] * 3, ys)
-        dx = triton_input_grad(ys, weights, WINDOW, x.shape[2:])
-        return dx, *triton_weight_grads(x, ys, weights, WINDOW), *dgammas, *(dbeta.clone() for _ in range(3))
+        dx = triton_input_grad(ys, weights, NUMBERS, x.shape[2:])
+        return dx, *triton_weight_grads(x, ys, weights, NUMBERS), *dgammas, *(dbeta.clone() for _ in range(3))
 
 
 def eager_block(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def test_hundred_runs_give_the_same_bits() -> None:
 
 def test_hundred_runs_of_depthwise_phases_and_second_moments_give_the_same_bits() -> None:
     C = 96
-    window = Window.of(Geometry.make(3, padding=1, groups=C), taps_of(3).values())
+    window = WINDOW._replace(groups=C)
     x, dys = map_of(8, C, 29, 31, dtype=torch.bfloat16), [map_of(8, C, 29, 31, dtype=torch.bfloat16)] * 3
     weights = weights_of(C, 1, torch.bfloat16)
     pivot = torch.zeros(C, device=DEVICE)
