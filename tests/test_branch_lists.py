@@ -1,6 +1,7 @@
 """Lists of branches beyond ACNet's three, through every backend, against the definition in float64."""
 
 import copy
+import random
 
 import oracle
 import pytest
@@ -175,6 +176,49 @@ def test_gradients_of_every_order_and_half_of_them(shape, backend):
         some.items(), torch.autograd.grad(block(x), list(some.values()), grad), strict=True
     ):
         assert rel(found, true[name]) < 1e-10
+
+
+def random_list(r: random.Random) -> tuple[dict, list, bool]:
+    """A geometry, branches and whether a batch norm follows, as in SHAPES."""
+    kernel = (r.randint(1, 5), r.randint(1, 5)) if r.random() < 0.5 else (3, 3)
+    arguments = {
+        "kernel_size": kernel,
+        "stride": r.choice([1, 1, 2]),
+        "padding": (kernel[0] // 2, kernel[1] // 2) if r.random() < 0.7 else r.randint(0, 2),
+        "dilation": r.choice([1, 1, 2]),
+        "groups": r.choice([1, 2, C]),
+        "padding_mode": r.choice(["zeros", "zeros", "reflect", "circular"]),
+    }
+    normed = r.choice(["all", "all", "all", "none", "some"])
+    found = []
+    for i in range(r.randint(1, 6)):
+        step = r.choice([1, 1, 2])
+        rows, columns = (r.randint(1, (k - 1) // step + 1) for k in kernel)
+        row, column = (r.randint(0, k - 1 - (n - 1) * step) for k, n in zip(kernel, (rows, columns), strict=True))
+        own = normed == "all" or (normed == "some" and (i == 0 or r.random() < 0.5))
+        if i and r.random() < 0.3 and Geometry.make(**arguments).centre is not None:
+            found.append(("identity", None, own))
+        else:
+            found.append(("conv", Taps(row, column, rows, columns, step), own))
+    return arguments, found, normed == "none" or (normed == "some" and r.random() < 0.5)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_lists(seed, monkeypatch):
+    r = random.Random(seed)
+    monkeypatch.setitem(SHAPES, "random", random_list(r))
+    layout = r.choice([torch.contiguous_format, torch.channels_last])
+    x = torch.randn(3, C, r.randint(9, 12), r.randint(9, 12)).double().to(memory_format=layout)
+    torch.manual_seed(seed)
+    block = oracle.scramble(Block("random", "eager", bias=r.random() < 0.3)).double().to(memory_format=layout)
+    grad = torch.randn(block(x).shape).double()
+    true = truth(block, x, grad)
+    largest = max(t.norm() for t in true.values())
+    for block.backend in BACKENDS:
+        for training in (True, False):
+            got, want = oracle.run(block.train(training), x, grad), truth(block, x, grad)
+            for name, t in want.items():
+                assert (got[name] - t).norm() <= 1e-9 * max(t.norm(), largest), (block.backend, name)
 
 
 WHOLE_BRANCH = Branch(WHOLE, torch.ones(C, C, 3, 3))
