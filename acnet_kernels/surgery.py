@@ -54,8 +54,8 @@ def convert(
 
     Args:
         model: any module; itself an nn.Conv2d, the block is returned.
-        kernel_sizes: the square kernels to convert; 7×7 stems and 1×1 stay unless named here.
-        init: 'fresh' initialises the blocks anew; 'from_conv' keeps the function: the square branch takes the
+        kernel_sizes: the sides of kernels to convert; 7×7 stems and 1×1 stay unless named here.
+        init: 'fresh' initialises the blocks anew; 'from_conv' keeps the function: the branch of all taps takes the
             convolution and its batch norm over, γ = 0 silences the others until training wakes them. Eval
             outputs are then equal before and after; so are training outputs where the batch norm was absorbed. A
             batch norm that is not trained (in eval without gradients, or torchvision's or detectron2's
@@ -250,7 +250,7 @@ class _Builder:
                 bn.running_mean -= conv.bias  # s·(y + b − μ) = s·(y − (μ − b))
             if is_frozen(bn) or not (bn.training or bn.weight.requires_grad):
                 # A γ that nothing trains would silence a branch for good: its kernel starts at 0 instead, s at 1.
-                for name in ("hor", "ver"):
+                for name in block.branches[1:]:
                     own = copy.deepcopy(bn)
                     own.weight.fill_(1)
                     own.bias.zero_()

@@ -14,7 +14,7 @@ from .phases import CONVOLUTIONS
 OURS = "auto"  # what a user gets
 LOSS = 1.03  # times the other's median from which it is called a loss
 SHORT, IDLE = 5.0, 0.15  # a step of fewer ms, whose work takes less of them at the ceilings, is bound by its calls
-VENDOR_BOUND = 0.75  # share of the vendor's convolutions in a step from which they are the reason
+LIBRARY_BOUND = 0.75  # share of the library's convolutions in a step from which they are the reason
 REGRESSION = 1.05
 
 
@@ -100,17 +100,17 @@ def why(rival: str, step: dict[str, dict[str, float]], tops: dict[str, float]) -
         return "the step's phases were not measured"
     times = {name: values["time_ms"] for name, values in step.items()}
     total = sum(times.values())
-    vendor = sum(times.get(name, 0) for name in CONVOLUTIONS) / total
+    library = sum(times.get(name, 0) for name in CONVOLUTIONS) / total
     largest = max(times, key=lambda name: times[name])
     if rival == "eager" and "batch norm forward" in times:
         return "the planner takes eager here: the same operators"
     work = sum(1e3 * max(p["gflop"] / tops["gemm"], p["gbyte"] / tops["copy"]) for p in step.values()) / total
     if total < SHORT and work < IDLE:
         return f"calls are the cost of so short a step: its work would take {work:.0%} of it at the ceilings"
-    if vendor >= VENDOR_BOUND:
-        return f"the vendor's convolutions are {vendor:.0%} of the step"
+    if library >= LIBRARY_BOUND:
+        return f"the library's convolutions are {library:.0%} of the step"
     if rival in COMPILED and largest in CONVOLUTIONS:
-        return f"the compiler fuses what surrounds the convolutions, {vendor:.0%} of the step"
+        return f"the compiler fuses what surrounds the convolutions, {library:.0%} of the step"
     return f"{largest} takes {times[largest] / total:.0%} of the step"
 
 

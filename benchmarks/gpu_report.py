@@ -87,8 +87,8 @@ def sections(rows: Sequence[Row]) -> Iterator[tuple[str, tuple[str, ...], list[t
     phases = measured(rows, lambda mode: mode.removeprefix("depthwise ") in PHASES)
     lines = []
     for m in phases:
-        a, b = m.shown("vendor"), m.shown("triton")
-        walls = (m.shown("vendor", "time_ms"), m.shown("triton", "time_ms"))
+        a, b = m.shown("library"), m.shown("triton")
+        walls = (m.shown("library", "time_ms"), m.shown("triton", "time_ms"))
         lines.append((m.shape, m.dtype, m.mode, a, b, ratio(a, b), best_rate(m, tops), *walls))
     yield "Phases, ms of device time; last with launches", (*header, "library", "triton"), lines
 
@@ -96,8 +96,8 @@ def sections(rows: Sequence[Row]) -> Iterator[tuple[str, tuple[str, ...], list[t
         lines = []
         for m in measured(rows, lambda mode: mode == "block step"):
             best = m.fastest(lambda name: name.startswith("branches ("), metric)
-            vendor = m.shown("branches (vendor vendor vendor)", metric)
-            ours = (vendor, best.removeprefix("branches "), m.shown(best, metric))
+            library = m.shown("branches (library library library)", metric)
+            ours = (library, best.removeprefix("branches "), m.shown(best, metric))
             gain = ratio(m.shown("eager", metric), m.shown(best, metric))
             lines.append((m.shape, m.dtype, *(m.shown(name, metric) for name in PEERS), *ours, gain))
         header = ("shape", "dtype", *PEERS, "branches, all the library's", "best assignment", "its", "eager / best")

@@ -62,10 +62,10 @@ SHAPES = (
 DEPTHWISE_SHAPES = tuple(square(64, C, H, groups=C) for C, H in ((48, 56), (128, 28), (256, 14), (1024, 7)))
 # Between them they launch every kernel, with and without split sums.
 EQUIVALENT = ("primes", "several_tiles", "stride", "kernel_5", "no_row", "depthwise", "depthwise_5", "one_channel")
-PADDINGS = ((1, 1), (0, 1), (1, 0))  # square, hor, ver as the vendor computes them
+PADDINGS = ((1, 1), (0, 1), (1, 0))  # square, hor, ver as the library computes them
 SIZES = ((3, 3), (1, 3), (3, 1))
 # Contenders that no kernel of ours is part of.
-LIBRARY = ("vendor", "eager", "conv+bn", "3k", "compile", "plain")
+LIBRARY = ("library", "eager", "conv+bn", "3k", "compile", "plain")
 
 
 @contextlib.contextmanager
@@ -107,11 +107,11 @@ class Inputs:
 SHIFTS = [(row, column) for row in range(3) for column in range(-2 if row else 0, 3)]
 
 
-def vendor_conv(i: Inputs) -> list[Tensor]:
+def library_conv(i: Inputs) -> list[Tensor]:
     return [F.conv2d(i.x, w, None, 1, p, 1, i.window.groups) for w, p in zip(i.weights, PADDINGS, strict=True)]
 
 
-def vendor_backward(i: Inputs, dys: list[Tensor], mask: list[bool]) -> list[tuple[Tensor | None, ...]]:
+def library_backward(i: Inputs, dys: list[Tensor], mask: list[bool]) -> list[tuple[Tensor | None, ...]]:
     """(dx, dW, None) of each branch, those that mask wants."""
     backward = torch.ops.aten.convolution_backward
     return [
@@ -120,12 +120,12 @@ def vendor_backward(i: Inputs, dys: list[Tensor], mask: list[bool]) -> list[tupl
     ]
 
 
-def vendor_dgrad(i: Inputs) -> Tensor:
-    parts = [dx for dx, _, _ in vendor_backward(i, i.dys, [True, False, False]) if dx is not None]
+def library_dgrad(i: Inputs) -> Tensor:
+    parts = [dx for dx, _, _ in library_backward(i, i.dys, [True, False, False]) if dx is not None]
     return parts[0].add_(parts[1]).add_(parts[2])
 
 
-def vendor_batch_norms(i: Inputs) -> Tensor:
+def library_batch_norms(i: Inputs) -> Tensor:
     first, *others = (
         F.batch_norm(y, None, None, g, b, True, 0.0, e)
         for y, g, b, e in zip(i.dys, i.gammas, i.betas, i.eps, strict=True)
@@ -141,15 +141,15 @@ def second_moments(implementation: Callable[..., object], i: Inputs) -> object:
 Contenders = dict[str, Callable[[Inputs], object]]
 CONVOLUTIONS: dict[str, Contenders] = {
     "conv": {
-        "vendor": vendor_conv,
+        "library": library_conv,
         "triton": lambda i: triton_conv.conv_forward(i.x, i.weights, i.window),
     },
     "dgrad": {
-        "vendor": vendor_dgrad,
+        "library": library_dgrad,
         "triton": lambda i: triton_conv.input_grad(i.dys, i.weights, i.window, tuple(i.x.shape[2:])),
     },
     "wgrad": {
-        "vendor": lambda i: vendor_backward(i, i.dys, [False, True, False]),
+        "library": lambda i: library_backward(i, i.dys, [False, True, False]),
         "triton": lambda i: triton_conv.weight_grads(i.x, i.dys, i.weights, i.window),
     },
 }
@@ -157,11 +157,11 @@ CONVOLUTIONS: dict[str, Contenders] = {
 PHASES: dict[str, Contenders] = {
     **CONVOLUTIONS,
     "second moments": {
-        "vendor": lambda i: second_moments(autocorrelation._plain, i),
+        "library": lambda i: second_moments(autocorrelation._plain, i),
         "triton": lambda i: second_moments(triton_autocorrelation.cross_correlation, i),
     },
     "batch norms": {
-        "vendor": vendor_batch_norms,
+        "library": library_batch_norms,
         "triton": lambda i: triton_bn_sum.bn_sum_forward(i.dys, i.gammas, i.betas, i.eps, None, None),
     },
 }

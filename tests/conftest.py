@@ -20,7 +20,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def native_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half-precision convolutions by the vendor's own, as on a GPU or a CPU with AMX, wherever the tests run."""
+    """Half-precision convolutions by the library's own, as on a GPU or a CPU with AMX, wherever the tests run."""
     monkeypatch.setattr(convolution, "_SLOW_HALF_TYPES", frozenset())
 
 

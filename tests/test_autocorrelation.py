@@ -71,18 +71,18 @@ def test_half_plane_and_its_mirror_are_the_whole_plane(groups):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_maps_lose_nothing_that_a_vendors_gradient_rounds_away(dtype):
+def test_half_precision_maps_lose_nothing_that_a_library_gradient_rounds_away(dtype):
     x = torch.randn(64, 8, 16, 16).to(dtype).to(memory_format=torch.channels_last)
     zero = torch.zeros(8)
     shifts = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     expected, _ = definition(x, zero, x, zero, shifts, 1)
     weight = torch.empty(8, 8, 3, 3, dtype=dtype)
-    vendor = torch.ops.aten.convolution_backward(
+    library = torch.ops.aten.convolution_backward(
         x, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
     )[1]
-    vendor = vendor.permute(2, 3, 0, 1).reshape(9, 1, 8, 8)
+    library = library.permute(2, 3, 0, 1).reshape(9, 1, 8, 8)
     ours, _ = compute("operator", x, zero, x, zero, shifts, 1)
-    assert error(ours, expected) < 1e-6 < 1e-5 < error(vendor, expected)
+    assert error(ours, expected) < 1e-6 < 1e-5 < error(library, expected)
 
 
 @pytest.mark.skipif(ops.MISSING is not None, reason=f"only the C++ kernel promises it: {ops.MISSING}")

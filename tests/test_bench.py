@@ -197,14 +197,14 @@ def test_the_better_layout_counts():
     ("ours", "made_of", "reason"),
     [
         (10.2, BRANCHES, None),
-        (11.0, BRANCHES, "the vendor's convolutions are 90% of the step"),
+        (11.0, BRANCHES, "the library's convolutions are 90% of the step"),
         (11.0, [*BRANCHES, *phase("auto", "cross_correlation", 10.0)], "cross_correlation takes 50% of the step"),
         (
             11.0,
             [*BRANCHES, *phase("auto", "batch norm forward", 1)],
             "the planner takes eager here: the same operators",
         ),
-        (11.0, phase("auto", "convolution forward", 4.0), "the vendor's convolutions are 100% of the step"),
+        (11.0, phase("auto", "convolution forward", 4.0), "the library's convolutions are 100% of the step"),
         (11.0, phase("auto", "bn_sum_forward", 4.0), "calls are the cost of so short a step"),
         (11.0, [], "the step's phases were not measured"),
     ],
@@ -264,9 +264,9 @@ def test_the_first_paragraph_says_where_we_lose_and_why(tmp_path):
     report.write(tmp_path, report.Results())
     first = (tmp_path / "report.md").read_text().split("\n\n")[1]
     assert first.startswith("**Where we lose.**")
-    vendor = "the vendor's convolutions are 90% of the step"
-    assert f"3% behind eager's better layout on 1 of 2 shapes: 8x8x8x8->8 1.20×: {vendor}." in first
-    assert f"the faster of torch.compile and the 3K trick on 1 of 2 shapes: 8x8x8x8->8 1.33×: {vendor}." in first
+    library = "the library's convolutions are 90% of the step"
+    assert f"3% behind eager's better layout on 1 of 2 shapes: 8x8x8x8->8 1.20×: {library}." in first
+    assert f"the faster of torch.compile and the 3K trick on 1 of 2 shapes: 8x8x8x8->8 1.33×: {library}." in first
     assert "`moments` alone takes 3.0 times eager's step at the median" in first
     assert "cross_correlation takes 100% of the step" in first
     assert "Plain conv+BN, the bound, takes 0.42–0.42 of `auto`" in first

@@ -1,4 +1,4 @@
-"""Our own ways to a convolution's gradients against the vendor's."""
+"""Our own ways to a convolution's gradients against the library's."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_any_padding_and_dilation(columns, kernel, rows, padding, dilation):
     assert rel(got, true) < 1e-6
 
 
-def test_wide_kernels_small_maps_and_other_layouts_are_the_vendors():
+def test_wide_kernels_small_maps_and_other_layouts_are_the_library():
     geometry, taps = Geometry.make(3, padding=1), taps_of(3)
     place, square = geometry.placement(taps["ver"]), geometry.placement(taps["square"])
     large, small = torch.randn(2, 64, 16, 16), torch.randn(2, 64, 4, 4)

@@ -59,7 +59,7 @@ def result(b, x, out, **more):
 def check_against_whole(results, b, x, grad, sizes, autocast=None, device="cpu"):
     """Every process's part together against one process that has the whole batch.
 
-    Eager, too, convolves each part alone: a vendor rounds a large batch and a small one differently, and where the
+    Eager, too, convolves each part alone: a library rounds a large batch and a small one differently, and where the
     mean is far above the deviation that difference is seen.
     """
     true = oracle.truth(b, x, grad)

@@ -121,7 +121,7 @@ def check(data):
     often = ("train", "train", "momentum=None") if arguments["backend"] in USE_MOMENTS else ()
     mode = data.draw(st.sampled_from(MODES + often))
     x = data.draw(inputs(arguments["in_channels"]))
-    if vendor_reads_garbage(b, x):
+    if library_reads_garbage(b, x):
         event("nn.Conv2d itself is wrong")
         return
     b = prepare(b, mode, x.dtype)
@@ -141,7 +141,7 @@ def check(data):
     check_folding(b, x)
 
 
-def vendor_reads_garbage(b, x):
+def library_reads_garbage(b, x):
     """Whether oneDNN's convolution reads memory that it never wrote: nn.Conv2d is wrong then, now and then (CPU).
 
     Seen with torch 2.10 to 2.14.1 at a column stride above 1: bfloat16 images narrower than the kernel, and one

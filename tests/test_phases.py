@@ -7,7 +7,7 @@ import torch
 
 from acnet_kernels import ACBlock, explain
 from acnet_kernels.backends import constants, machine, phases, planner, timings
-from acnet_kernels.backends.phases import ALL_TRITON, ALL_VENDOR, TRITON, VENDOR, Phases, label
+from acnet_kernels.backends.phases import ALL_LIBRARY, ALL_TRITON, LIBRARY, TRITON, Phases, label
 
 KIND = machine.Machine(machine.CUDA, "some GPU")
 
@@ -41,23 +41,23 @@ def choice(p, measured=()):
 
 
 def test_where_memory_is_all_that_costs_a_map_moved_counts(monkeypatch):
-    """The passes over maps of design: 13 forward by the vendor and 8 by Triton, and so on."""
+    """The passes over maps of design: 13 forward by the library and 8 by Triton, and so on."""
     monkeypatch.setattr(phases, "BANDWIDTH", 1.0)
     monkeypatch.setattr(phases, "LAUNCH", 0.0)
     p = problem(2, 16, 8)
     passes = {
-        phase: tuple(1e-3 * times[who] / p.output_bytes for who in (VENDOR, TRITON))
+        phase: tuple(1e-3 * times[who] / p.output_bytes for who in (LIBRARY, TRITON))
         for phase, times in phases.predict(p).items()
     }
     assert passes == {"forward": (13, 8), "dgrad": (12, 4), "wgrad": (6, 4)}
 
 
-def test_where_multiply_adds_are_all_that_costs_the_vendor_is_faster(monkeypatch):
+def test_where_multiply_adds_are_all_that_costs_the_library_is_faster(monkeypatch):
     monkeypatch.setattr(phases, "BANDWIDTH", float("inf"))
     monkeypatch.setattr(phases, "LAUNCH", 0.0)
     for times in phases.predict(problem(2, 16, 8)).values():
-        assert times[VENDOR] == pytest.approx(1e3 * 15 * 2 * 2 * 64 * 16 * 16 / phases.TENSOR_FLOPS)
-        assert times[TRITON] == pytest.approx(times[VENDOR] / phases.SHARE)
+        assert times[LIBRARY] == pytest.approx(1e3 * 15 * 2 * 2 * 64 * 16 * 16 / phases.TENSOR_FLOPS)
+        assert times[TRITON] == pytest.approx(times[LIBRARY] / phases.SHARE)
 
 
 def test_where_launches_are_all_that_costs_they_count(monkeypatch):
@@ -68,11 +68,11 @@ def test_where_launches_are_all_that_costs_they_count(monkeypatch):
     assert found == {"forward": (6, 3), "dgrad": (5, 1), "wgrad": (3, 2)}
 
 
-def test_narrow_maps_are_predicted_tritons_and_wide_ones_the_vendors_phase_by_phase():
+def test_narrow_maps_are_predicted_tritons_and_wide_ones_the_library_phase_by_phase():
     assert phases.predicted_best(SMALL) == ALL_TRITON
-    assert phases.predicted_best(LARGE) == ALL_VENDOR
-    assert phases.predicted_best(MIDDLE) == Phases(TRITON, TRITON, VENDOR)
-    assert phases.predicted_best(replace(SMALL, grad=False)) == Phases(TRITON, VENDOR, VENDOR)
+    assert phases.predicted_best(LARGE) == ALL_LIBRARY
+    assert phases.predicted_best(MIDDLE) == Phases(TRITON, TRITON, LIBRARY)
+    assert phases.predicted_best(replace(SMALL, grad=False)) == Phases(TRITON, LIBRARY, LIBRARY)
     assert phases.predicted_best(problem(512, 512, 28, groups=512)) == ALL_TRITON
 
 
@@ -80,16 +80,16 @@ def test_narrow_maps_are_predicted_tritons_and_wide_ones_the_vendors_phase_by_ph
 
 
 def test_nothing_is_tritons_before_it_is_measured():
-    assert choice(SMALL) == ALL_VENDOR
+    assert choice(SMALL) == ALL_LIBRARY
     why = phases.choose(SMALL, {}).why
     assert "Triton's phases await measurement" in why
     assert "predicted" in why
-    assert choice(SMALL, {label(ALL_TRITON): 1.0, label(ALL_VENDOR): 2.0}) == ALL_TRITON
+    assert choice(SMALL, {label(ALL_TRITON): 1.0, label(ALL_LIBRARY): 2.0}) == ALL_TRITON
 
 
 def test_without_gradients_the_forward_alone_is_chosen():
     p = replace(SMALL, grad=False)
-    assert phases.assignments(p) == [ALL_VENDOR, Phases(TRITON, VENDOR, VENDOR)]
+    assert phases.assignments(p) == [ALL_LIBRARY, Phases(TRITON, LIBRARY, LIBRARY)]
 
 
 @pytest.mark.parametrize(
@@ -101,16 +101,16 @@ def test_without_gradients_the_forward_alone_is_chosen():
         ({"channels_last": False}, "not channels_last"),
     ],
 )
-def test_what_triton_cannot_run_is_the_vendors(change, why):
+def test_what_triton_cannot_run_is_the_library(change, why):
     found = phases.choose(replace(SMALL, **change), {label(ALL_TRITON): 1.0})
-    assert found.phases == ALL_VENDOR
+    assert found.phases == ALL_LIBRARY
     assert why in found.why
-    assert phases.assignments(replace(SMALL, **change)) == [ALL_VENDOR]
+    assert phases.assignments(replace(SMALL, **change)) == [ALL_LIBRARY]
 
 
-def test_without_triton_all_is_the_vendors(monkeypatch):
+def test_without_triton_all_is_the_library(monkeypatch):
     monkeypatch.setattr(phases, "INSTALLED", False)
-    assert phases.chosen(SMALL).phases == ALL_VENDOR
+    assert phases.chosen(SMALL).phases == ALL_LIBRARY
     assert "not installed" in phases.chosen(SMALL).why
 
 
@@ -133,16 +133,16 @@ def test_every_geometry_is_covered():
 def test_measured_times_come_before_the_model():
     found = phases.assignments(LARGE)
     assert len(found) == 8
-    assert found[0] == ALL_VENDOR
+    assert found[0] == ALL_LIBRARY
     measured = {label(a): 2.0 for a in found} | {"eager": 0.1, "branches": 0.1}
-    assert choice(LARGE, measured) == ALL_VENDOR  # alike: the first
-    best = Phases(VENDOR, TRITON, TRITON)
+    assert choice(LARGE, measured) == ALL_LIBRARY  # alike: the first
+    best = Phases(LIBRARY, TRITON, TRITON)
     assert choice(LARGE, measured | {label(best): 1.0}) == best
     assert "measured 1 ms a step" in phases.choose(LARGE, measured | {label(best): 1.0}).why
 
 
 def test_every_assignment_is_timed_and_the_fastest_counts_for_branches():
-    best, timed = Phases(TRITON, VENDOR, TRITON), []
+    best, timed = Phases(TRITON, LIBRARY, TRITON), []
 
     def watch(p, contenders, autocast):
         timed.extend(c.NAME for c in contenders)
@@ -171,11 +171,11 @@ def test_explain_says_what_runs_and_why(monkeypatch):
     block = ACBlock(8, 8, 3, padding=1, backend="branches").to(memory_format=torch.channels_last)
     reason = explain(block, (2, 8, 6, 6)).blocks[0].reason
     assert reason.startswith(
-        "requested; forward by vendor, dgrad by vendor, wgrad by vendor (Triton's phases await"
+        "requested; forward by library, dgrad by library, wgrad by library (Triton's phases await"
     )
     block = ACBlock(8, 8, 3, padding=1, backend="branches", norm="sum").to(memory_format=torch.channels_last)
     reason = explain(block, (2, 8, 6, 6)).blocks[0].reason
-    assert "forward by vendor" in reason
+    assert "forward by library" in reason
     assert "(no phase is Triton's: not every branch has a batch norm of its own alone" in reason
 
 

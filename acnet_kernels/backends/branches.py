@@ -1,13 +1,13 @@
-"""Three convolutions, with all their batch norms and additions done by two operators (ops/bn_sum.py).
+"""Every branch's convolution, with all batch norms and additions done by two operators (ops/bn_sum.py).
 
 Forward: y_b = W_b * x, then out = Σ_b BN_b(y_b) in two passes over the maps. Backward: two passes write every dy_b,
-over y_b's memory where nothing else can hold it, then come the vendor's convolution gradients, dx summed within
-them where the vendor can (backends/convolution.py), in place otherwise. Saved: x as it came, y_b, and two numbers a
-channel and branch.
+over y_b's memory where nothing else can hold it, then come the library's convolution gradients, dx summed within them
+where the library can (backends/convolution.py), in place otherwise. The identity's map is x, and its dy the first
+summand of dx. Saved: x as it came, the convolutions' y_b, and two numbers a channel and branch.
 
-On CUDA each phase (forward, dgrad, wgrad) is the vendor's convolutions or one of Triton's kernels for all branches
+On CUDA each phase (forward, dgrad, wgrad) is the library's convolutions or one of Triton's kernels for all branches
 at once, as backends/phases.py chooses, and the batch-norm passes over channels_last maps are Triton's. Under
-torch.compile Triton's kernels run where they are chosen for all three phases, the vendor's convolutions otherwise.
+torch.compile Triton's kernels run where they are chosen for all three phases, the library's convolutions otherwise.
 
 A batch norm after the sum of the branches needs that sum alone: it is added up from the branches' own convolutions,
 as in eager (one convolution by the summed kernel would round larger terms), and differentiated as one convolution.
@@ -44,7 +44,7 @@ from .convolution import (
     merge_kernels,
     tap_view,
 )
-from .phases import ALL_TRITON, ALL_VENDOR, TRITON, Phases, assignments, label, phases_of
+from .phases import ALL_LIBRARY, ALL_TRITON, TRITON, Phases, assignments, label, phases_of
 
 NAME = "branches"
 
@@ -219,7 +219,7 @@ class Plan(NamedTuple):
 def _composed(plan: Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(out, means, variances) from operators that torch.compile can trace and differentiate."""
     if plan.phases != ALL_TRITON:  # the gradient of its operator is by Triton too
-        plan = plan._replace(phases=ALL_VENDOR)
+        plan = plan._replace(phases=ALL_LIBRARY)
     # AOTInductor of torch 2.10 and 2.11 hands an operator another dtype than it is given: it is given none.
     given = plan._replace(dtype=plan.conv_dtype) if torch.compiler.is_exporting() else plan
     with nodes.without_autocast(x.device.type):
@@ -425,7 +425,7 @@ def plan_of(
     affine: int,
     dtype: torch.dtype,
     device: str,
-    phases: Phases = ALL_VENDOR,
+    phases: Phases = ALL_LIBRARY,
 ) -> Plan:
     """The plan of a step; `affine` says how many γ there are, `dtype` is the output's."""
     make = _plan if torch.compiler.is_compiling() else _cached_plan  # Dynamo looks through a cache, and warns

@@ -24,15 +24,15 @@ _SLOW_HALF_TYPES = slow_half_types()
 
 
 def convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """What the vendor's convolutions of a step of this dtype compute in: one cast in, one out."""
+    """What the library's convolutions of a step of this dtype compute in: one cast in, one out."""
     return torch.float32 if device == "cpu" and dtype in _SLOW_HALF_TYPES else dtype
 
 
 def gradient_bytes(problem: Problem, dtype: torch.dtype) -> int:
     """Bytes that the gradients of all branches' convolutions take at most, computed in this dtype.
 
-    dx, and each dW twice, the second time in the vendor's order. A dx of several branches that cannot be summed
-    within their convolutions has the next one's beside it, and a map that the vendor reorders.
+    dx, and each dW twice, the second time in the library's order. A dx of several branches that cannot be summed
+    within their convolutions has the next one's beside it, and a map that the library reorders.
     """
     x, _ = problem.map_bytes(dtype)
     in_one_pass = (
@@ -40,7 +40,7 @@ def gradient_bytes(problem: Problem, dtype: torch.dtype) -> int:
         and problem.channels_last
         and problem.geometry.stride == (1, 1)
         and x // dtype.itemsize >= LEAST_MAP
-        and _vendor_accumulates()
+        and _library_accumulates()
     )
     convolutions = len(problem.batch_stats)  # a sum of the branches is differentiated as one
     return (1 if convolutions == 1 or in_one_pass else 3) * x + 2 * problem.weights * dtype.itemsize
@@ -71,7 +71,7 @@ def identity_kernel(like: Tensor, groups: int) -> Tensor:
 
 
 @functools.cache
-def _vendor_accumulates() -> bool:
+def _library_accumulates() -> bool:
     # Elsewhere than on x86-64 it may be a slow loop.
     return mkldnn_accumulates() and platform.machine() in ("x86_64", "AMD64")
 
@@ -79,12 +79,12 @@ def _vendor_accumulates() -> bool:
 def _in_one_pass(out: Tensor) -> bool:
     dense = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
     fits = out.is_cpu and out.dtype in _DTYPES and out.numel() > 0 and dense
-    usable = fits and _vendor_accumulates() and mkldnn_enabled()
+    usable = fits and _library_accumulates() and mkldnn_enabled()
     return usable and (out.dtype != torch.float16 or mkldnn_has_float16())
 
 
 def add_convolution(out: Tensor, x: Tensor, weight: Tensor, padding: Pair, dilation: Pair, groups: int) -> None:
-    """out += conv2d(x, weight) at stride 1, within the vendor's convolution where it can, so without its own pass.
+    """out += conv2d(x, weight) at stride 1, within the library's convolution where it can, so without its own pass.
 
     Args:
         out: N×K×H'×W', dense; x: N×C×H×W; weight: K×(C/groups)×rows×columns; all of one dtype.
@@ -111,7 +111,7 @@ def add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor, place: Placement,
         dy: N×K×H'×W' of dx's dtype; weight: K×(C/groups)×rows×columns of that dtype too.
 
     Returns:
-        Whether it did; dx is untouched where the vendor has no such convolution for the case.
+        Whether it did; dx is untouched where the library has no such convolution for the case.
     """
     left, right, top, bottom = place.edges
     pays = dx.numel() >= max(LEAST_MAP, LEAST_MAPS_OF_KERNEL * weight.numel())
@@ -126,7 +126,7 @@ def add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor, place: Placement,
 
 
 def column_weight_gradient(dy: Tensor, x: Tensor, place: Placement, stride: Pair, groups: int) -> Tensor | None:
-    """The gradient of a k×1 kernel in y = conv2d(x, kernel) where matrix products beat the vendor's, else None.
+    """The gradient of a k×1 kernel in y = conv2d(x, kernel) where matrix products beat the library's, else None.
 
     A tap is a matrix product an image of dy's pixels with those of x some rows away, which channels_last has as
     they are; oneDNN's weight gradient takes up to 1.5 times as long for columns as for rows.

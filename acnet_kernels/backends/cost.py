@@ -5,7 +5,7 @@ milliseconds, fitted by benchmarks/fit.py to the measured steps of one kind of m
 
     time(problem, backend) = Σ price[group][feature] · count[group][feature]
 
-Backends that run the same vendor convolutions share their prices, so that what the model gets wrong about an odd
+Backends that run the same library convolutions share their prices, so that what the model gets wrong about an odd
 convolution it gets wrong for all of them alike, and the choice between them rests on what they do differently.
 Groups are told apart by phase, dtype and layout.
 

@@ -36,7 +36,7 @@ def transient_bytes(problem: Problem) -> int:
     forward = y if len(problem.branches) == 1 else 2 * y if problem.norm == SUM else 3 * y
     if not problem.grad:
         return forward
-    copied = 0 if problem.channels_last else y  # by the vendor, which reorders
+    copied = 0 if problem.channels_last else y  # by the library, which reorders
     return max(forward, x + y + copied + 2 * problem.weights * problem.dtype.itemsize)
 
 

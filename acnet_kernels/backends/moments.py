@@ -62,7 +62,7 @@ def declines(problem: Problem) -> str | None:
     if not all(problem.batch_stats):
         return "a batch norm normalises by its running statistics"
     if geometry.kernel[0] != geometry.kernel[1] or geometry.kernel[0] % 2 == 0:
-        return f"kernel_size {geometry.kernel} is not odd and square, for which the identities hold"
+        return f"kernel_size {geometry.kernel} is not one odd number twice, for which the identities hold"
     for name, value, wanted in (
         ("stride", geometry.stride, (1, 1)),
         ("dilation", geometry.dilation, (1, 1)),
@@ -617,7 +617,7 @@ def _as_conv(matrix: Tensor, k: int) -> Tensor:
 
 
 def _rounds_by_the_level(dtype: torch.dtype, x: Tensor) -> bool:
-    # Whether the vendor's convolutions, in half precision or TF32, round so coarsely that nothing but the maps'
+    # Whether the library's convolutions, in half precision or TF32, round so coarsely that nothing but the maps'
     # spread may go through them.
     return dtype.itemsize == 2 or (x.device.type != "cpu" and dtype == torch.float32)
 

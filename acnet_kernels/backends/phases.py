@@ -1,18 +1,18 @@
-"""Which of a step's convolutions Triton runs on CUDA and which the vendor: one rule, phase by phase.
+"""Which of a step's convolutions Triton runs on CUDA and which the library: one rule, phase by phase.
 
 Triton's kernels compute the convolutions of all branches at once: forward, they leave the batch statistics behind;
-backward, they add the branches' dx up. So they move less memory, while the vendor's multiply faster. Which counts
+backward, they add the branches' dx up. So they move less memory, while the library's multiply faster. Which counts
 for more depends on the shape, and is found by measuring: `tune()`, and the planner at first sight of a shape where
 cudnn.benchmark is on, time a step under every assignment, and the fastest is kept. Until then all convolutions are
-the vendor's, between Triton's batch-norm passes. What a model for an H100's peak rates predicts is only said:
+the library's, between Triton's batch-norm passes. What a model for an H100's peak rates predicts is only said:
 
     a launch takes max(its multiply-adds, its bytes) and LAUNCH seconds; n branches, M pixels of output
-    phase    vendor                                            Triton
+    phase    library                                            Triton
     forward  n convolutions; statistics n, apply n+1 maps      one launch: x, n maps; apply n+1 maps
     dgrad    n convolutions, n−1 additions of 3 input maps     one launch: n maps, dx
     wgrad    n convolutions                                    one launch and a sum: x, n maps
 
-A convolution of the vendor's moves x and y. Triton's multiply-adds are taken to be at SHARE of the vendor's rate.
+A convolution of the library's moves x and y. Triton's multiply-adds are taken to be at SHARE of the library's rate.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from ..spec import BRANCH, Problem, Step, problem_of
 from . import timings
 from .machine import Machine, this_machine
 
-VENDOR, TRITON = "vendor", "triton"
+LIBRARY, TRITON = "library", "triton"
 DEVICE = "cuda"  # what the kernels are for
 
 
 class Phases(NamedTuple):
-    """What runs each phase: VENDOR or TRITON."""
+    """What runs each phase: LIBRARY or TRITON."""
 
     forward: str
     dgrad: str
     wgrad: str
 
 
-ALL_VENDOR, ALL_TRITON = Phases(VENDOR, VENDOR, VENDOR), Phases(TRITON, TRITON, TRITON)
+ALL_LIBRARY, ALL_TRITON = Phases(LIBRARY, LIBRARY, LIBRARY), Phases(TRITON, TRITON, TRITON)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Multiply-adds count as two operations. Sustained rates, not the data sheet's.
@@ -75,11 +75,11 @@ def declines(problem: Problem) -> str | None:
 
 
 def assignments(problem: Problem) -> list[Phases]:
-    """Every assignment that the problem can run under, all of the vendor's first."""
+    """Every assignment that the problem can run under, all of the library's first."""
     if declines(problem) is not None:
-        return [ALL_VENDOR]
-    backward = (VENDOR, TRITON) if problem.grad else (VENDOR,)
-    return list(itertools.starmap(Phases, itertools.product((VENDOR, TRITON), backward, backward)))
+        return [ALL_LIBRARY]
+    backward = (LIBRARY, TRITON) if problem.grad else (LIBRARY,)
+    return list(itertools.starmap(Phases, itertools.product((LIBRARY, TRITON), backward, backward)))
 
 
 def label(phases: Phases) -> str:
@@ -88,7 +88,7 @@ def label(phases: Phases) -> str:
 
 
 def predict(problem: Problem) -> dict[str, dict[str, float]]:
-    """Phase that runs → VENDOR and TRITON → milliseconds, by the model above."""
+    """Phase that runs → LIBRARY and TRITON → milliseconds, by the model above."""
     geometry, branches = problem.geometry, len(problem.branches)
     n, c, *_ = problem.shape
     rows, columns = problem.output_size
@@ -110,13 +110,15 @@ def predict(problem: Problem) -> dict[str, dict[str, float]]:
         "wgrad": (convolutions + branches * LAUNCH, at_once + 2 * LAUNCH),
     }
     running = seconds if problem.grad else ("forward",)
-    return {phase: dict(zip((VENDOR, TRITON), (1e3 * t for t in seconds[phase]), strict=True)) for phase in running}
+    return {
+        phase: dict(zip((LIBRARY, TRITON), (1e3 * t for t in seconds[phase]), strict=True)) for phase in running
+    }
 
 
 def predicted_best(problem: Problem) -> Phases:
     """The assignment that the model predicts to take the least time."""
-    faster = {phase: TRITON for phase, t in predict(problem).items() if t[TRITON] < t[VENDOR]}
-    return ALL_VENDOR if declines(problem) is not None else ALL_VENDOR._replace(**faster)
+    faster = {phase: TRITON for phase, t in predict(problem).items() if t[TRITON] < t[LIBRARY]}
+    return ALL_LIBRARY if declines(problem) is not None else ALL_LIBRARY._replace(**faster)
 
 
 class Choice(NamedTuple):
@@ -139,13 +141,15 @@ def choose(problem: Problem, measured: Mapping[str, float]) -> Choice:
     """
     why = declines(problem)
     if why is not None:
-        return Choice(ALL_VENDOR, f"no phase is Triton's: {why}")
+        return Choice(ALL_LIBRARY, f"no phase is Triton's: {why}")
     timed = {phases: measured[label(phases)] for phases in assignments(problem) if label(phases) in measured}
     if timed:
         best = min(timed, key=timed.__getitem__)
         return Choice(best, f"measured {timed[best]:.3g} ms a step, other assignments to {max(timed.values()):.3g}")
-    times = ", ".join(f"{phase} {t[VENDOR]:.2g} and {t[TRITON]:.2g}" for phase, t in predict(problem).items())
-    return Choice(ALL_VENDOR, f"Triton's phases await measurement; predicted, in ms by vendor and Triton: {times}")
+    times = ", ".join(f"{phase} {t[LIBRARY]:.2g} and {t[TRITON]:.2g}" for phase, t in predict(problem).items())
+    return Choice(
+        ALL_LIBRARY, f"Triton's phases await measurement; predicted, in ms by library and Triton: {times}"
+    )
 
 
 def chosen(problem: Problem) -> Choice:
@@ -164,7 +168,7 @@ def _decided(problem: Problem, machine: Machine, version: int) -> Choice:
 def phases_of(step: Step, x: Tensor) -> Phases:
     """What runs each phase of this step; x is padded already where the padding mode is not zeros."""
     if x.device.type != DEVICE or not INSTALLED:
-        return ALL_VENDOR
+        return ALL_LIBRARY
     problem = problem_of(step, x)
     if torch.compiler.is_compiling():
         from . import constants  # slow to import, and only a compiler needs it

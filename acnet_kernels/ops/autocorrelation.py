@@ -24,7 +24,7 @@ def cross_correlation(
 ) -> tuple[Tensor, Tensor]:
     """Σ_p ỹ[p]·x̃[p+d]ᵀ for each shift d, with x̃ = x − x_pivot and ỹ = y − y_pivot, zero outside the image.
 
-    Accumulated and returned in float32 (float64 for float64 maps), whatever the maps' dtype: a vendor's weight
+    Accumulated and returned in float32 (float64 for float64 maps), whatever the maps' dtype: a library's weight
     gradient rounds its result to theirs. The C++ kernel's order of summation depends on the shapes alone, not on
     the number of threads.
 

@@ -11,9 +11,9 @@ from steps import check
 
 from acnet_kernels import ACBlock, explain, tune
 from acnet_kernels.backends import branches, phases, timings
-from acnet_kernels.backends.phases import ALL_TRITON, TRITON, VENDOR, Phases
+from acnet_kernels.backends.phases import ALL_TRITON, LIBRARY, TRITON, Phases
 
-EVERY = list(itertools.starmap(Phases, itertools.product((VENDOR, TRITON), repeat=3)))
+EVERY = list(itertools.starmap(Phases, itertools.product((LIBRARY, TRITON), repeat=3)))
 # Channels in and out, input size, options.
 BLOCKS = {
     "wide": (64, 96, (28, 27), {}),

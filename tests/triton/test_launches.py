@@ -123,7 +123,7 @@ def test_the_fastest_assignment_measured_runs(
     monkeypatch.setattr(timings, "_known", {})
     phases._decided.cache_clear()
     monkeypatch.setattr(stopwatch, "WARM_UP", 1)  # in which a step does run
-    best = phases.Phases(phases.TRITON, phases.VENDOR, phases.VENDOR)
+    best = phases.Phases(phases.TRITON, phases.LIBRARY, phases.LIBRARY)
     clock = FakeClock(monkeypatch, {"eager": 3.0, **{phases.label(a): 2.0 for a in EVERY}, phases.label(best): 1.0})
     block, x = block_of(Problem("", (1, 3, 3, 4), 4, conv={"padding": 1}), device)
     block.backend = "auto"
@@ -133,10 +133,10 @@ def test_the_fastest_assignment_measured_runs(
     launches.clear()
     block(x).sum().backward()
     assert launches == ["conv_branches", "merge_statistics", "apply", "reduce_grad", "merge_grad", "apply_grad"]
-    assert "forward by triton, dgrad by vendor, wgrad by vendor (measured 1 ms a step" in str(explain(block, x))
+    assert "forward by triton, dgrad by library, wgrad by library (measured 1 ms a step" in str(explain(block, x))
 
 
-EVERY = list(itertools.starmap(phases.Phases, itertools.product((phases.VENDOR, phases.TRITON), repeat=3)))
+EVERY = list(itertools.starmap(phases.Phases, itertools.product((phases.LIBRARY, phases.TRITON), repeat=3)))
 
 
 def test_launches_of_second_moments(

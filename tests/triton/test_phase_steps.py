@@ -11,7 +11,7 @@ from steps import as_eager, check
 from torch import Tensor
 
 from acnet_kernels.backends import branches
-from acnet_kernels.backends.phases import ALL_TRITON, ALL_VENDOR, TRITON, VENDOR, Phases
+from acnet_kernels.backends.phases import ALL_LIBRARY, ALL_TRITON, LIBRARY, TRITON, Phases
 
 NAMED = {p.name: p for p in (*PROBLEMS, *DEPTHWISE)}
 WHOLE = [
@@ -29,8 +29,8 @@ WHOLE = [
 ]
 STEP = Problem("step", (2, 4, 4, 5), 6, conv={"padding": 1})
 SHIFTED = NAMED["depthwise_shift"]
-EVERY = [Phases(f, d, w) for f in (VENDOR, TRITON) for d in (VENDOR, TRITON) for w in (VENDOR, TRITON)]
-MIXED = [a for a in EVERY if a not in (ALL_TRITON, ALL_VENDOR)]
+EVERY = [Phases(f, d, w) for f in (LIBRARY, TRITON) for d in (LIBRARY, TRITON) for w in (LIBRARY, TRITON)]
+MIXED = [a for a in EVERY if a not in (ALL_TRITON, ALL_LIBRARY)]
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_autocast(name: str, dtype: torch.dtype, device: torch.device, monkeypat
 
 @pytest.mark.parametrize(
     ("assignment", "problem"),
-    [*((a, STEP) for a in (*MIXED, ALL_VENDOR)), (MIXED[0], SHIFTED), (MIXED[-1], SHIFTED)],
+    [*((a, STEP) for a in (*MIXED, ALL_LIBRARY)), (MIXED[0], SHIFTED), (MIXED[-1], SHIFTED)],
     ids=str,
 )
 def test_mixed_phases(
@@ -86,7 +86,7 @@ def test_weights_of_several_formats_and_an_input_in_nchw(
     ("kept", "assignment"),
     [
         *((kept, ALL_TRITON) for kept in ("", "x", "hor_conv.weight", "square_conv.weight", "ver_bn", "conv")),
-        *((kept, Phases(TRITON, VENDOR, TRITON)) for kept in ("hor_conv.weight", "conv")),
+        *((kept, Phases(TRITON, LIBRARY, TRITON)) for kept in ("hor_conv.weight", "conv")),
     ],
     ids=str,
 )
