@@ -7,16 +7,16 @@ if sys.argv[:1] == ["-m"] and find_spec("torch") is None:  # `python -m acnet_ke
     sys.exit("python -m acnet_kernels: PyTorch is not installed; pip install torch")
 
 from . import checkpoint
+from .autotune import tune
 from .backends.planner import memory_saver
 from .block import ACBlock
+from .conversion import convert, fold, fuse
 from .explanation import explain
 from .functional import acblock
 from .geometry import Geometry, Taps
 from .mobileone import MobileOneBlock
 from .repvgg import RepVGGBlock
 from .spec import Branch, Norm
-from .surgery import convert, fold, fuse
-from .tuning import tune
 
 __version__ = "0.1.0"
 __all__ = [

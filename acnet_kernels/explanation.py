@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .backends import branches, cost, eager, folded, phases, planner
 from .backends.machine import this_machine
+from .conversion import RECORD, Conversion, blocks_of
 from .observing import as_input, in_modes, undisturbed
 from .rep import RepBlock
-from .surgery import RECORD, Conversion, blocks_of
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ._torch_compat import TorchDispatchMode, tree_leaves
+from .conv_bn_pairs import Other, Usage, is_norm
 from .rep import RepBlock
-from .tracing import Other, Usage, is_norm
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

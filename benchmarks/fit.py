@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import cost, eager, planner, timings
+from acnet_kernels.backends import cost, eager, planner, timing_cache
 from acnet_kernels.backends.machine import CPU, CUDA, FAST_HALF_CPU
 from acnet_kernels.functional import describe
 from acnet_kernels.spec import Problem
@@ -253,7 +253,8 @@ def predicted_fast_half(measured: Prices) -> dict[str, dict[str, float]]:
 def best_of(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
     """Problem → backend → milliseconds of a step, as the planner looks them up."""
     return {
-        timings.key(case.problem): {name: float(f"{ms:.5g}") for name, ms in case.steps.items()} for case in cases
+        timing_cache.key(case.problem): {name: float(f"{ms:.5g}") for name, ms in case.steps.items()}
+        for case in cases
     }
 
 
@@ -271,7 +272,7 @@ def judge(
             f"{case.steps[b]:.3g} ({predicted.get(b, float('nan')):.3g})" if b in case.steps else ""
             for b in backends
         )
-        what = timings.key(case.problem).removeprefix("step ")
+        what = timing_cache.key(case.problem).removeprefix("step ")
         lines.append((what, *cells, name, f"{case.regret(name):.1%}", f"{case.regret(other):.1%}"))
     header = ("step", *(f"{name}, ms (predicted)" for name in backends), "chosen", "regret", "unseen")
     rows = [harness.table(header, lines)]

@@ -27,7 +27,7 @@ import triton
 from torch import Tensor, nn
 
 from acnet_kernels import convert, doctor, tune
-from acnet_kernels.backends import branches, stopwatch
+from acnet_kernels.backends import branches, timer
 from acnet_kernels.kernels import configs
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
 
@@ -365,7 +365,7 @@ class Suite:
     def networks(self) -> None:
         """A training step of whole networks: eager, plain, and by the planner after tune()."""
         if self.rehearsed or self.share is not None:
-            stopwatch.WARM_UP, stopwatch.ROUNDS, stopwatch.SECONDS = 0, 1, 0.0
+            timer.WARM_UP, timer.ROUNDS, timer.SECONDS = 0, 1, 0.0
         for (name, (batch, size)), kind in itertools.product(NETWORKS.items(), self.dtypes):
             if self.late(f"networks from {name} {kind}"):
                 return

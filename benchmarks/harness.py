@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from acnet_kernels.backends import stopwatch
+from acnet_kernels.backends import timer
 
 from .machine import cache_bytes, clock_mhz, environment, machine_class
 
@@ -123,7 +123,7 @@ class DeviceClock(CpuClock):
 
     def milliseconds(self, call: Callable[[], Any]) -> float:
         """Between the first kernel's beginning and the last one's end."""
-        return stopwatch.running(call, torch.device("cuda", torch.cuda.current_device()))
+        return timer.running(call, torch.device("cuda", torch.cuda.current_device()))
 
 
 def clock_of(device: torch.device | str) -> Clock:

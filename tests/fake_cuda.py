@@ -16,7 +16,7 @@ class FakeCuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.host = self.free = 0.0  # now, and when the device will have done what is launched
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: self.wait())
-        monkeypatch.setattr("acnet_kernels.backends.stopwatch.cuda_sleep", lambda _: self.launch(0, self.SLEEP))
+        monkeypatch.setattr("acnet_kernels.backends.timer.cuda_sleep", lambda _: self.launch(0, self.SLEEP))
         monkeypatch.setattr(torch.cuda, "Event", lambda **_: Event(self))
         monkeypatch.setattr("time.perf_counter_ns", lambda: round(self.host * 1e6))
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from acnet_kernels.backends import cost, machine, planner, timings
+from acnet_kernels.backends import cost, machine, planner, timing_cache
 from benchmarks import fit, harness
 
 FILES = fit.csv_files([fit.RESULTS])
@@ -44,7 +44,7 @@ def test_the_models_choice_is_near_the_best(devices):
 def test_where_times_are_known_no_choice_is_slower_than_eager(devices):
     for device, (kind, cases) in devices.items():
         for case in cases:
-            name = chosen(case, kind, cost.measured()[device][timings.key(case.problem)])
+            name = chosen(case, kind, cost.measured()[device][timing_cache.key(case.problem)])
             assert case.regret(name) <= 0.03
             assert case.loss(name) <= 0.03
 
@@ -53,7 +53,7 @@ def test_the_best_layout_of_auto_is_no_slower_than_the_best_of_eager(devices):
     for device, (kind, cases) in devices.items():
         times = {}
         for case in cases:
-            name = chosen(case, kind, cost.measured()[device][timings.key(case.problem)])
+            name = chosen(case, kind, cost.measured()[device][timing_cache.key(case.problem)])
             auto, eager = times.setdefault((case.shape, case.problem.dtype), ([], []))
             auto.append(case.steps[name])
             eager.append(case.steps["eager"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import convolution, cost, cpuinfo, machine, planner, timings
+from acnet_kernels.backends import convolution, cost, cpuinfo, machine, planner, timing_cache
 from benchmarks import machine as benchmark_machine
 from benchmarks.fit import problem_of
 
@@ -30,7 +30,7 @@ class Processor:
         monkeypatch.setattr(cpuinfo, "Path", lambda _: self.info)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         monkeypatch.setattr(benchmark_machine.os, "cpu_count", lambda: 2)
-        monkeypatch.setattr(timings, "_known", {})
+        monkeypatch.setattr(timing_cache, "_known", {})
         monkeypatch.setenv("ACNET_KERNELS_CACHE", str(tmp_path / "cache"))
         self.be(EMERALD_RAPIDS)
 
@@ -76,14 +76,14 @@ def test_committed_results_are_those_of_the_processor_without_amx(processor):
 def test_times_measured_without_amx_decide_there_and_nowhere_else(processor, dtype):
     problem = problem_of("128x16x32x32->16", dtype, "channels_last", "cpu")
     plain = processor.be(EMERALD_RAPIDS)
-    shipped = timings.lookup(problem, plain)
-    assert shipped == (cost.measured()[plain.name][timings.key(problem)], timings.BENCHMARK)
+    shipped = timing_cache.lookup(problem, plain)
+    assert shipped == (cost.measured()[plain.name][timing_cache.key(problem)], timing_cache.BENCHMARK)
     assert planner.times(problem).measured.items() <= shipped.milliseconds.items()
     assert "measured" in planner.choose(problem).reason
     for units in ({"amx": True}, {"amx": True, "amx_fp16": True}):
         other = processor.be(EMERALD_RAPIDS, **units)
         assert other.kind == machine.FAST_HALF_CPU
-        assert timings.lookup(problem, other) is None
+        assert timing_cache.lookup(problem, other) is None
         assert "measured" not in planner.choose(problem).reason
         assert not (RESULTS / benchmark_machine.machine_class()).exists()
 
@@ -99,18 +99,18 @@ def test_tuned_times_of_each_are_kept_apart(processor):
         {"info": EMERALD_RAPIDS.replace("207", "143")},
     ]
     for number, kind in enumerate(kinds, 1):
-        timings._known.clear()
-        timings.store(processor.be(**kind), {timings.key(problem): {"eager": float(number)}})
-    assert len(list(timings.cache_dir().glob("*.json"))) == len(kinds)
+        timing_cache._known.clear()
+        timing_cache.store(processor.be(**kind), {timing_cache.key(problem): {"eager": float(number)}})
+    assert len(list(timing_cache.cache_dir().glob("*.json"))) == len(kinds)
     for number, kind in enumerate(kinds, 1):
-        timings._known.clear()
-        assert timings.lookup(problem, processor.be(**kind)) == ({"eager": float(number)}, timings.TUNED)
+        timing_cache._known.clear()
+        assert timing_cache.lookup(problem, processor.be(**kind)) == ({"eager": float(number)}, timing_cache.TUNED)
 
 
 def test_what_pytorchs_kernels_may_use_tells_machines_apart(processor, monkeypatch):
-    before = timings.cache_path(processor.be(EMERALD_RAPIDS))
+    before = timing_cache.cache_path(processor.be(EMERALD_RAPIDS))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2 of ATEN_CPU_CAPABILITY")
-    assert timings.cache_path(processor.be(EMERALD_RAPIDS)) != before
+    assert timing_cache.cache_path(processor.be(EMERALD_RAPIDS)) != before
 
 
 def test_names(processor):

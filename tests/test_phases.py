@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from acnet_kernels import ACBlock, explain
-from acnet_kernels.backends import constants, machine, phases, planner, timings
+from acnet_kernels.backends import constants, machine, phases, planner, timing_cache
 from acnet_kernels.backends.phases import ALL_LIBRARY, ALL_TRITON, LIBRARY, TRITON, Phases, label
 
 KIND = machine.Machine(machine.CUDA, "some GPU")
@@ -15,7 +15,7 @@ KIND = machine.Machine(machine.CUDA, "some GPU")
 @pytest.fixture(autouse=True)
 def _a_gpu(monkeypatch):
     """Of which nothing is measured, in a process that has Triton."""
-    monkeypatch.setattr(timings, "_known", {KIND: {}})
+    monkeypatch.setattr(timing_cache, "_known", {KIND: {}})
     monkeypatch.setattr(phases, "this_machine", lambda device: KIND)
     monkeypatch.setattr(planner, "this_machine", lambda device: KIND)
     monkeypatch.setattr(phases, "INSTALLED", True)
@@ -153,7 +153,7 @@ def test_every_assignment_is_timed_and_the_fastest_counts_for_branches():
     assert timed == ["eager", *(label(a) for a in phases.assignments(MIDDLE)), "moments", "recompute"]
     assert found["branches"] == 1.0
     assert phases.chosen(MIDDLE).phases != best
-    timings.remember(MIDDLE, KIND, found, timings.TUNED)
+    timing_cache.remember(MIDDLE, KIND, found, timing_cache.TUNED)
     assert phases.chosen(MIDDLE).phases == best
     assert planner.times(MIDDLE).measured == dict.fromkeys(("eager", "moments", "recompute"), 2.0) | {
         "branches": 1.0

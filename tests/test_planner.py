@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import branches, cost, machine, planner, stopwatch, timings
+from acnet_kernels.backends import branches, cost, machine, planner, timer, timing_cache
 from acnet_kernels.spec import problem_of
 
 
@@ -21,7 +21,7 @@ from acnet_kernels.spec import problem_of
 def _alone(monkeypatch, tmp_path):
     """No times of other tests, and the C++ extension as if built."""
     monkeypatch.setenv("ACNET_KERNELS_CACHE", str(tmp_path))
-    monkeypatch.setattr(timings, "_known", {})
+    monkeypatch.setattr(timing_cache, "_known", {})
     monkeypatch.setattr(planner.bn_sum, "MISSING", None)
     planner._decided.cache_clear()
     yield
@@ -122,7 +122,7 @@ def test_what_is_learnt_later_counts(monkeypatch):
     pretend(monkeypatch, {"eager": 2.0, "branches": 1.0})
     p = problem(2, 4, 9, 9)
     assert planner.choose(p).backend is branches
-    timings.remember(p, machine.this_machine("cpu"), {"eager": 1.0, "branches": 2.0}, timings.TUNED)
+    timing_cache.remember(p, machine.this_machine("cpu"), {"eager": 1.0, "branches": 2.0}, timing_cache.TUNED)
     assert planner.choose(p).backend.NAME == "eager"
     assert planner.choose(replace(p, channels_last=True)).backend is branches  # of that nothing is known
     assert planner.times(p).measured == {"eager": 1.0, "branches": 2.0}
@@ -132,7 +132,7 @@ def test_the_benchmarks_times_count_on_their_device_alone(monkeypatch):
     pretend(monkeypatch, {"eager": 2.0, "branches": 1.0})
     p = problem(2, 4, 9, 9)
     monkeypatch.setattr(
-        cost, "measured", lambda: {"some processor": {timings.key(p): {"eager": 1.0, "branches": 3.0}}}
+        cost, "measured", lambda: {"some processor": {timing_cache.key(p): {"eager": 1.0, "branches": 3.0}}}
     )
     assert planner.choose(p).backend is branches
     monkeypatch.setattr(planner, "this_machine", lambda device: machine.Machine(machine.CPU, "some processor"))
@@ -351,7 +351,9 @@ def test_a_size_that_another_makes_static_compiles():
 def test_a_graph_of_one_size_takes_that_sizes_choice(monkeypatch):
     block, ran = ACBlock(4, 6, 3, padding=1), []
     x = torch.randn(3, 4, 8, 9)
-    timings.remember(block.plan(x)[0], machine.this_machine("cpu"), {"eager": 9.0, "branches": 1.0}, timings.TUNED)
+    timing_cache.remember(
+        block.plan(x)[0], machine.this_machine("cpu"), {"eager": 9.0, "branches": 1.0}, timing_cache.TUNED
+    )
     forward = branches.forward
     monkeypatch.setattr(branches, "forward", lambda x, step: ran.append(1) or forward(x, step))
     monkeypatch.setattr(planner, "_times_at_first_sight", lambda problem: pytest.fail("timed while compiling"))
@@ -450,10 +452,12 @@ def test_the_step_that_is_timed_first_is_the_step_it_would_have_been(clock, opti
 def test_without_gradients_the_forward_is_timed(clock):
     with torch.no_grad():
         assert ACBlock(4, 8, 3, padding=1).plan(torch.randn(2, 4, 9, 9))[1].backend is branches
-    assert {key.split()[0] for known in timings._known.values() for key in known if "2x4x9x9" in key} == {"forward"}
+    assert {key.split()[0] for known in timing_cache._known.values() for key in known if "2x4x9x9" in key} == {
+        "forward"
+    }
 
 
-# --- the stopwatch itself ---------------------------------------------------------------------------------
+# --- the timer itself ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -466,7 +470,7 @@ def test_scratch_tensors_make_the_same_problem(options, autocast):
     x = torch.randn(2, 4, 9, 8).to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         p = block.plan(x)[0]
-        scratch = stopwatch.Scratch(p, autocast, torch.device("cpu"))
+        scratch = timer.Scratch(p, autocast, torch.device("cpu"))
         assert problem_of(scratch.step, scratch.x) == p
     for name in planner.candidates(p):
         scratch.run(planner.BACKENDS[name])
@@ -474,4 +478,4 @@ def test_scratch_tensors_make_the_same_problem(options, autocast):
 
 
 def test_a_call_takes_some_time():
-    assert stopwatch.milliseconds(lambda: None, torch.device("cpu")) > 0
+    assert timer.milliseconds(lambda: None, torch.device("cpu")) > 0

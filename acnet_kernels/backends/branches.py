@@ -1,9 +1,9 @@
 """Every branch's convolution, with all batch norms and additions done by two operators (ops/bn_sum.py).
 
 Forward: y_b = W_b * x, then out = Σ_b BN_b(y_b) in two passes over the maps. Backward: two passes write every dy_b,
-over y_b's memory where nothing else can hold it, then come the library's convolution gradients, dx summed within them
-where the library can (backends/convolution.py), in place otherwise. The identity's map is x, and its dy the first
-summand of dx. Saved: x as it came, the convolutions' y_b, and two numbers a channel and branch.
+over y_b's memory where nothing else can hold it, then come the library's convolution gradients, dx summed within
+them where the library can (backends/convolution.py), in place otherwise. The identity's map is x, and its dy the
+first summand of dx. Saved: x as it came, the convolutions' y_b, and two numbers a channel and branch.
 
 On CUDA each phase (forward, dgrad, wgrad) is the library's convolutions or one of Triton's kernels for all branches
 at once, as backends/phases.py chooses, and the batch-norm passes over channels_last maps are Triton's. Under
@@ -472,7 +472,7 @@ def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
 
 
 class Variant(NamedTuple):
-    """This backend under one assignment of its phases, as a stopwatch times it."""
+    """This backend under one assignment of its phases, as a timer times it."""
 
     NAME: str
     phases: Phases

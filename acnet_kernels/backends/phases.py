@@ -28,7 +28,7 @@ from torch import Tensor
 from ..kernels.window import MOST_BRANCHES
 from ..ops._extension import TRITON as INSTALLED
 from ..spec import BRANCH, Problem, Step, problem_of
-from . import timings
+from . import timing_cache
 from .machine import Machine, this_machine
 
 LIBRARY, TRITON = "library", "triton"
@@ -156,12 +156,12 @@ def chosen(problem: Problem) -> Choice:
     """choose() by what is known now about times on this machine."""
     if declines(problem) is not None:
         return choose(problem, {})
-    return _decided(problem, this_machine(problem.device), timings.version())
+    return _decided(problem, this_machine(problem.device), timing_cache.version())
 
 
 @functools.lru_cache(4096)
 def _decided(problem: Problem, machine: Machine, version: int) -> Choice:
-    known = timings.lookup(problem, machine)
+    known = timing_cache.lookup(problem, machine)
     return choose(problem, known.milliseconds if known else {})
 
 

@@ -16,7 +16,7 @@ import torch
 from .._torch_compat import graph_task_id
 from ..ops import bn_sum
 from ..spec import Problem
-from . import branches, cost, eager, folded, moments, recompute, stopwatch, synced, timings
+from . import branches, cost, eager, folded, moments, recompute, synced, timer, timing_cache
 from .machine import Machine, this_machine
 
 # In order of simplicity: where two are about as fast, 'auto' takes the first.
@@ -119,16 +119,16 @@ def candidates(problem: Problem) -> list[str]:
     return [m.NAME for m in modules if m.unavailable() is None and m.declines(problem) is None]
 
 
-def contenders(problem: Problem) -> list[stopwatch.Contender]:
+def contenders(problem: Problem) -> list[timer.Contender]:
     """What there is to time: the candidates, but `branches` under every assignment of its phases."""
-    found: list[stopwatch.Contender] = []
+    found: list[timer.Contender] = []
     for name in candidates(problem):
         found.extend(branches.variants(problem) if name == branches.NAME else [BACKENDS[name]])
     return found
 
 
 def measure(problem: Problem, autocast: bool, watch: Callable[..., dict[str, float]]) -> dict[str, float]:
-    """What `watch`, a stopwatch's function, measures of the contenders: name → milliseconds of a step.
+    """What `watch`, a timer's function, measures of the contenders: name → milliseconds of a step.
 
     The time of `branches` is that of the fastest of its assignments, which are filed too, under phases.label.
     """
@@ -141,7 +141,7 @@ def times(problem: Problem) -> Times:
     """What is known about the candidates' times for problem."""
     names, machine = candidates(problem), this_machine(problem.device)
     predicted = {name: ms for name in names if (ms := cost.predict(problem, name, machine.kind)) is not None}
-    measured = timings.lookup(problem, machine)
+    measured = timing_cache.lookup(problem, machine)
     return Times(
         predicted,
         {name: ms for name, ms in measured.milliseconds.items() if name in names} if measured else {},
@@ -161,16 +161,16 @@ def fastest(times: Mapping[str, float], margins: Mapping[str, float]) -> str:
 
 def decided(problem: Problem, timed: bool) -> tuple[str, str]:
     """(backend, why) of the candidate that takes the least time, as far as is known; `timed`: finds out first."""
-    return _decided(problem, this_machine(problem.device), timings.version(), timed, bn_sum.MISSING)
+    return _decided(problem, this_machine(problem.device), timing_cache.version(), timed, bn_sum.MISSING)
 
 
 @functools.lru_cache(4096)
 def _decided(problem: Problem, machine: Machine, version: int, timed: bool, missing: str | None) -> tuple[str, str]:
     """decided() on this machine, once for each version of what is known."""
     known = times(problem)
-    if timed and timings.lookup(problem, machine) is None:
-        measured = measure(problem, torch.is_autocast_enabled(problem.device), stopwatch.measure_apart)
-        timings.remember(problem, machine, measured, timings.FIRST_SIGHT)
+    if timed and timing_cache.lookup(problem, machine) is None:
+        measured = measure(problem, torch.is_autocast_enabled(problem.device), timer.measure_apart)
+        timing_cache.remember(problem, machine, measured, timing_cache.FIRST_SIGHT)
         known = known._replace(measured=measured)
     name, why = decide(problem, machine.kind, known)
     if name == branches.NAME and problem.device != "cuda" and missing is not None:

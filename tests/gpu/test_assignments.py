@@ -10,7 +10,7 @@ from oracle import rel, run, scramble
 from steps import check
 
 from acnet_kernels import ACBlock, explain, tune
-from acnet_kernels.backends import branches, phases, timings
+from acnet_kernels.backends import branches, phases, timing_cache
 from acnet_kernels.backends.phases import ALL_TRITON, LIBRARY, TRITON, Phases
 
 EVERY = list(itertools.starmap(Phases, itertools.product((LIBRARY, TRITON), repeat=3)))
@@ -60,8 +60,8 @@ def test_the_rules_choice_runs_uncompiled_and_compiled() -> None:
     assert rel(traced, plain) < 1e-2
 
 
-def test_tuning_times_every_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timings, "_known", {})
+def test_autotune_times_every_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing_cache, "_known", {})
     block, x = block_of("wide")
     block.backend = "auto"
     with torch.autocast("cuda", torch.bfloat16):

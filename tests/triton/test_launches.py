@@ -11,7 +11,7 @@ from problems import DEPTHWISE, PROBLEMS, SMALL, Problem, Tensors
 from torch import Tensor
 
 from acnet_kernels import explain, geometry, tune
-from acnet_kernels.backends import moments, phases, stopwatch, timings
+from acnet_kernels.backends import moments, phases, timer, timing_cache
 from acnet_kernels.backends.phases import ALL_TRITON
 from acnet_kernels.kernels import configs
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
@@ -120,9 +120,9 @@ def test_the_fastest_assignment_measured_runs(
     if INTERPRETED:
         monkeypatch.setattr(phases, "DEVICE", "cpu")
     on_device_path(monkeypatch)
-    monkeypatch.setattr(timings, "_known", {})
+    monkeypatch.setattr(timing_cache, "_known", {})
     phases._decided.cache_clear()
-    monkeypatch.setattr(stopwatch, "WARM_UP", 1)  # in which a step does run
+    monkeypatch.setattr(timer, "WARM_UP", 1)  # in which a step does run
     best = phases.Phases(phases.TRITON, phases.LIBRARY, phases.LIBRARY)
     clock = FakeClock(monkeypatch, {"eager": 3.0, **{phases.label(a): 2.0 for a in EVERY}, phases.label(best): 1.0})
     block, x = block_of(Problem("", (1, 3, 3, 4), 4, conv={"padding": 1}), device)

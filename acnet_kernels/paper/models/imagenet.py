@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ...block import ACBlock
+from ...conversion import blocks_of, convert
 from ...errors import require
-from ...surgery import blocks_of, convert
 from .blocks import VARIANTS, constructor
 
 # Name → the smallest images, in pixels a side, that leave something to the last layer.

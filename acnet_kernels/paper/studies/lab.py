@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from ...arguments import make_directory
-from ...surgery import fuse
+from ...conversion import fuse
 from ..training import checkpoints
 from ..training.data import Data, open_data
 from ..training.loop import LAST, Observer, Recipe, Trainer, build_model

@@ -12,8 +12,8 @@ from torch import nn
 
 from ...arguments import choose_device, make_directory, number
 from ...backends import planner
+from ...conversion import fuse
 from ...errors import UserError, require
-from ...surgery import fuse
 from .. import models
 from . import checkpoints, distributed, interrupt, report
 from .data import NAMES, open_data

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ...arguments import choose_device, make_directory
+from ...conversion import blocks_of
 from ...errors import UserError, require
 from ...explanation import explain
-from ...surgery import blocks_of
 from . import interrupt, measure, report
 from .command import add_machine_arguments, finish
 from .data import Batch, Data, find_fashion_mnist, open_data

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...surgery import blocks_of
+from ...conversion import blocks_of
 from .data import Data
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from .block import ACBlock
+from .conv_bn_pairs import Usage, trace
 from .observing import as_call, observe
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import fold_arguments
 from .rep import RepBlock
 from .spec import prefers_channels_last
 from .submodules import is_frozen, refresh
-from .tracing import Usage, trace
 
 Skip = Callable[[str, nn.Conv2d], bool] | Collection[str] | None
 RECORD = "_acnet_conversions"

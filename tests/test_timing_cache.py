@@ -15,7 +15,7 @@ import torch
 
 import acnet_kernels
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import cost, planner, stopwatch, timings
+from acnet_kernels.backends import cost, planner, timer, timing_cache
 from acnet_kernels.backends.machine import Machine, this_machine
 
 MACHINE = Machine("cpu", "a processor, 2 threads")
@@ -26,7 +26,7 @@ TIMES = {"step float32 nchw 1x2x3x4->5 k3": {"eager": 1.5, "branches": 0.5}}
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
     monkeypatch.setenv("ACNET_KERNELS_CACHE", str(tmp_path / "own"))
-    monkeypatch.setattr(timings, "_known", {})
+    monkeypatch.setattr(timing_cache, "_known", {})
     return tmp_path / "own"
 
 
@@ -40,7 +40,7 @@ def problem(*shape, **options):
 
 def test_a_key_says_all_that_times_depend_on():
     p = problem(2, 4, 9, 8)
-    assert timings.key(p) == "step float32 nchw 2x4x9x8->8 k3"
+    assert timing_cache.key(p) == "step float32 nchw 2x4x9x8->8 k3"
     distinct = [
         p,
         replace(p, grad=False),
@@ -56,8 +56,8 @@ def test_a_key_says_all_that_times_depend_on():
         problem(2, 4, 9, 8, branches=("square", "hor")),
         problem(2, 4, 9, 8, norm="sum"),
     ]
-    assert len({timings.key(q) for q in distinct}) == len(distinct)
-    assert timings.key(replace(p, input_dtype=torch.bfloat16)) == timings.key(p)
+    assert len({timing_cache.key(q) for q in distinct}) == len(distinct)
+    assert timing_cache.key(replace(p, input_dtype=torch.bfloat16)) == timing_cache.key(p)
 
 
 # --- the file ---------------------------------------------------------------------------------------------
@@ -65,43 +65,43 @@ def test_a_key_says_all_that_times_depend_on():
 
 def test_what_is_stored_is_found_by_the_next_process(monkeypatch):
     p = problem(2, 4, 9, 8)
-    assert timings.lookup(p, MACHINE) is None
-    path = timings.store(MACHINE, {timings.key(p): {"eager": 2.0, "branches": 1.0}})
-    assert timings.lookup(p, MACHINE) is None  # this process has read it already
-    monkeypatch.setattr(timings, "_known", {})
-    assert timings.lookup(p, MACHINE) == ({"eager": 2.0, "branches": 1.0}, timings.TUNED)
-    assert timings.lookup(p, OTHER) is None
+    assert timing_cache.lookup(p, MACHINE) is None
+    path = timing_cache.store(MACHINE, {timing_cache.key(p): {"eager": 2.0, "branches": 1.0}})
+    assert timing_cache.lookup(p, MACHINE) is None  # this process has read it already
+    monkeypatch.setattr(timing_cache, "_known", {})
+    assert timing_cache.lookup(p, MACHINE) == ({"eager": 2.0, "branches": 1.0}, timing_cache.TUNED)
+    assert timing_cache.lookup(p, OTHER) is None
     assert [f.name for f in path.parent.iterdir() if f.suffix != ".lock"] == [path.name]
 
 
 def test_the_file_is_read_once(monkeypatch):
     reads = []
-    monkeypatch.setattr(timings, "load", lambda machine: reads.append(machine) or {})
+    monkeypatch.setattr(timing_cache, "load", lambda machine: reads.append(machine) or {})
     for _ in range(3):
-        timings.lookup(problem(2, 4, 9, 8), MACHINE)
+        timing_cache.lookup(problem(2, 4, 9, 8), MACHINE)
     assert reads == [MACHINE]
 
 
 def test_tuned_times_come_before_the_benchmarks(monkeypatch):
     p, q = problem(2, 4, 9, 8), problem(3, 4, 9, 8)
-    shipped = {timings.key(p): {"eager": 1.0}, timings.key(q): {"eager": 2.0}}
+    shipped = {timing_cache.key(p): {"eager": 1.0}, timing_cache.key(q): {"eager": 2.0}}
     monkeypatch.setattr(cost, "measured", lambda: {MACHINE.name: shipped})
-    timings.store(MACHINE, {timings.key(p): {"eager": 3.0}})
-    assert timings.lookup(p, MACHINE) == ({"eager": 3.0}, timings.TUNED)
-    assert timings.lookup(q, MACHINE) == ({"eager": 2.0}, timings.BENCHMARK)
-    assert timings.lookup(q, OTHER) is None
-    timings.remember(q, MACHINE, {"eager": 4.0}, timings.FIRST_SIGHT)
-    assert timings.lookup(q, MACHINE) == ({"eager": 4.0}, timings.FIRST_SIGHT)
+    timing_cache.store(MACHINE, {timing_cache.key(p): {"eager": 3.0}})
+    assert timing_cache.lookup(p, MACHINE) == ({"eager": 3.0}, timing_cache.TUNED)
+    assert timing_cache.lookup(q, MACHINE) == ({"eager": 2.0}, timing_cache.BENCHMARK)
+    assert timing_cache.lookup(q, OTHER) is None
+    timing_cache.remember(q, MACHINE, {"eager": 4.0}, timing_cache.FIRST_SIGHT)
+    assert timing_cache.lookup(q, MACHINE) == ({"eager": 4.0}, timing_cache.FIRST_SIGHT)
 
 
 def test_where_the_file_lies(monkeypatch, folder, tmp_path):
-    assert timings.cache_path(MACHINE).parent == folder
+    assert timing_cache.cache_path(MACHINE).parent == folder
     monkeypatch.delenv("ACNET_KERNELS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert timings.cache_dir() == tmp_path / "xdg" / "acnet_kernels"
+    assert timing_cache.cache_dir() == tmp_path / "xdg" / "acnet_kernels"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert timings.cache_dir() == tmp_path / ".cache" / "acnet_kernels"
+    assert timing_cache.cache_dir() == tmp_path / ".cache" / "acnet_kernels"
 
 
 @pytest.fixture
@@ -128,12 +128,12 @@ def test_without_a_home_there_is_no_cache_and_every_step_runs(recwarn):
     acnet_kernels.explain(block.train(), x)
     assert not recwarn
     with pytest.raises(FileNotFoundError, match=r"home directory. Set ACNET_KERNELS_CACHE"):
-        timings.cache_dir()
+        timing_cache.cache_dir()
 
 
 @pytest.mark.usefixtures("homeless")
 def test_without_a_home_tuned_times_are_kept_in_this_process_with_one_warning(monkeypatch):
-    monkeypatch.setattr(stopwatch, "measure", lambda problem, backends, autocast: {"eager": 1.0, "branches": 9.0})
+    monkeypatch.setattr(timer, "measure", lambda problem, backends, autocast: {"eager": 1.0, "branches": 9.0})
     block = ACBlock(4, 8, 3, padding=1)
     with pytest.warns(UserWarning, match="tuned times cannot be kept: .* Set ACNET_KERNELS_CACHE") as warned:
         report = acnet_kernels.tune(block, (2, 4, 9, 8))
@@ -143,7 +143,7 @@ def test_without_a_home_tuned_times_are_kept_in_this_process_with_one_warning(mo
 
 
 def test_a_damaged_file_is_warned_of_once_and_every_step_runs():
-    path = timings.cache_path(this_machine("cpu"))
+    path = timing_cache.cache_path(this_machine("cpu"))
     path.parent.mkdir()
     path.write_text("[" * 100_000)
     block, x = ACBlock(4, 8, 3, padding=1), torch.randn(2, 4, 9, 8)
@@ -158,26 +158,26 @@ def test_a_damaged_file_is_warned_of_once_and_every_step_runs():
 
 @pytest.mark.parametrize("versioned", ["torch", "triton", "package"])
 def test_other_versions_have_a_file_of_their_own(monkeypatch, versioned):
-    before = timings.cache_path(MACHINE)
-    timings.store(MACHINE, TIMES)
+    before = timing_cache.cache_path(MACHINE)
+    timing_cache.store(MACHINE, TIMES)
     if versioned == "torch":
         monkeypatch.setattr(torch, "__version__", "9.9.9")
     elif versioned == "triton":
-        monkeypatch.setattr(timings.metadata, "version", lambda name: "9.9.9")
+        monkeypatch.setattr(timing_cache.metadata, "version", lambda name: "9.9.9")
     else:
         monkeypatch.setattr(acnet_kernels, "__version__", "9.9.9")
-    assert timings.cache_path(MACHINE) != before
-    assert timings.load(MACHINE) == {}
+    assert timing_cache.cache_path(MACHINE) != before
+    assert timing_cache.load(MACHINE) == {}
 
 
-CONTENT = {"format": timings.FORMAT, "identity": timings.identity(MACHINE), "milliseconds": TIMES}
+CONTENT = {"format": timing_cache.FORMAT, "identity": timing_cache.identity(MACHINE), "milliseconds": TIMES}
 
 
 def test_a_sound_file_is_taken(recwarn):
-    path = timings.cache_path(MACHINE)
+    path = timing_cache.cache_path(MACHINE)
     path.parent.mkdir()
     path.write_text(json.dumps(CONTENT))
-    assert timings.load(MACHINE) == TIMES
+    assert timing_cache.load(MACHINE) == TIMES
     assert not recwarn
 
 
@@ -189,7 +189,7 @@ def test_a_sound_file_is_taken(recwarn):
         ("[1, 2]", "format 1"),
         (json.dumps(CONTENT | {"format": 2}), "format 1"),
         (json.dumps(CONTENT | {"identity": CONTENT["identity"] | {"torch": "1.0"}}), "it is of .*'torch': '1.0'"),
-        (json.dumps(CONTENT | {"identity": timings.identity(OTHER)}), "it is of .*4 threads"),
+        (json.dumps(CONTENT | {"identity": timing_cache.identity(OTHER)}), "it is of .*4 threads"),
         (json.dumps({"format": 1, "identity": CONTENT["identity"]}), "not finite positive numbers"),
         *(
             (json.dumps(CONTENT | {"milliseconds": {"step": row}}), "not finite positive numbers")
@@ -214,44 +214,44 @@ def test_a_sound_file_is_taken(recwarn):
     ],
 )
 def test_a_damaged_or_foreign_file_is_ignored_and_named_and_written_over(text, why):
-    path = timings.cache_path(MACHINE)
+    path = timing_cache.cache_path(MACHINE)
     path.parent.mkdir()
     path.write_text(text)
     with pytest.warns(UserWarning, match=f"ignoring the tuned times in {path}: .*{why}"):
-        assert timings.lookup(problem(2, 4, 9, 8), MACHINE) is None
+        assert timing_cache.lookup(problem(2, 4, 9, 8), MACHINE) is None
     with pytest.warns(UserWarning, match="ignoring the tuned times"):
-        timings.store(MACHINE, TIMES)
-    assert timings.load(MACHINE) == TIMES
+        timing_cache.store(MACHINE, TIMES)
+    assert timing_cache.load(MACHINE) == TIMES
 
 
 def test_bytes_that_are_no_text_are_ignored_too():
-    path = timings.cache_path(MACHINE)
+    path = timing_cache.cache_path(MACHINE)
     path.parent.mkdir()
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.warns(UserWarning, match="ignoring the tuned times"):
-        assert timings.load(MACHINE) == {}
+        assert timing_cache.load(MACHINE) == {}
 
 
 # --- writing ----------------------------------------------------------------------------------------------
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, folder):
-    timings.store(MACHINE, TIMES)
+    timing_cache.store(MACHINE, TIMES)
     before = sorted(folder.iterdir())
 
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "the disk is full")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match=f"disk is full: '{timings.cache_path(MACHINE)}'"):
-        timings.store(MACHINE, {"another": {"eager": 1.0}})
+    with pytest.raises(OSError, match=f"disk is full: '{timing_cache.cache_path(MACHINE)}'"):
+        timing_cache.store(MACHINE, {"another": {"eager": 1.0}})
     assert sorted(folder.iterdir()) == before
-    assert timings.load(MACHINE) == TIMES
+    assert timing_cache.load(MACHINE) == TIMES
 
 
 def test_the_file_changes_at_once(monkeypatch):
-    timings.store(MACHINE, TIMES)
-    path, replaced = timings.cache_path(MACHINE), []
+    timing_cache.store(MACHINE, TIMES)
+    path, replaced = timing_cache.cache_path(MACHINE), []
     put = os.replace
 
     def look(source, target):
@@ -261,23 +261,24 @@ def test_the_file_changes_at_once(monkeypatch):
         put(source, target)
 
     monkeypatch.setattr(os, "replace", look)
-    timings.store(MACHINE, {"another": {"eager": 1.0}})
+    timing_cache.store(MACHINE, {"another": {"eager": 1.0}})
     assert replaced == [path]
-    assert timings.load(MACHINE) == TIMES | {"another": {"eager": 1.0}}
+    assert timing_cache.load(MACHINE) == TIMES | {"another": {"eager": 1.0}}
 
 
 def test_who_stores_at_the_same_time_loses_nothing(monkeypatch):
     pytest.importorskip("fcntl", reason="without flock two writers at once may lose the one's times")
-    load = timings.load
+    load = timing_cache.load
 
     def slowly(machine):
         found = load(machine)
         time.sleep(0.01)  # all would have read the same file by now
         return found
 
-    monkeypatch.setattr(timings, "load", slowly)
+    monkeypatch.setattr(timing_cache, "load", slowly)
     threads = [
-        threading.Thread(target=timings.store, args=(MACHINE, {f"step {i}": {"eager": 1.0 + i}})) for i in range(8)
+        threading.Thread(target=timing_cache.store, args=(MACHINE, {f"step {i}": {"eager": 1.0 + i}}))
+        for i in range(8)
     ]
     for thread in threads:
         thread.start()

@@ -9,7 +9,7 @@ from torch import nn
 
 import acnet_kernels as ak
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import cost, machine, planner, timings
+from acnet_kernels.backends import cost, machine, planner, timing_cache
 from acnet_kernels.spec import problem_of
 
 TIMES = {"eager": 3.0, "branches": 2.0, "moments": 1.0, "recompute": 4.0}
@@ -18,7 +18,7 @@ TIMES = {"eager": 3.0, "branches": 2.0, "moments": 1.0, "recompute": 4.0}
 @pytest.fixture(autouse=True)
 def clock(monkeypatch, tmp_path):
     monkeypatch.setenv("ACNET_KERNELS_CACHE", str(tmp_path / "tuned"))
-    monkeypatch.setattr(timings, "_known", {})
+    monkeypatch.setattr(timing_cache, "_known", {})
     planner._decided.cache_clear()
     yield FakeClock(monkeypatch, TIMES)
     planner._decided.cache_clear()
@@ -101,7 +101,7 @@ def test_the_model_is_left_bit_for_bit_as_it_was():
 def test_times_outlive_the_process(clock, monkeypatch):
     net = network()
     ak.tune(net, (2, 3, 9, 8))
-    monkeypatch.setattr(timings, "_known", {})  # as a new process has it
+    monkeypatch.setattr(timing_cache, "_known", {})  # as a new process has it
     planner._decided.cache_clear()
     before = len(clock.calls)
     table = ak.explain(net, (2, 3, 9, 8))
@@ -130,16 +130,16 @@ def test_explain_shows_predicted_and_measured_times():
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_steps_have_the_layers_own_dtype_and_layout(channels_last, monkeypatch):
     seen = []
-    measure = ak.tuning.stopwatch.measure
+    measure = ak.autotune.timer.measure
 
     def spy(problem, backends, autocast):
-        scratch = ak.tuning.stopwatch.Scratch(problem, autocast, torch.device("cpu"))
+        scratch = ak.autotune.timer.Scratch(problem, autocast, torch.device("cpu"))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             assert problem_of(scratch.step, scratch.x) == problem
         seen.append((problem, autocast))
         return measure(problem, backends, autocast)
 
-    monkeypatch.setattr(ak.tuning.stopwatch, "measure", spy)
+    monkeypatch.setattr(ak.autotune.timer, "measure", spy)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net = nn.Sequential(ACBlock(3, 8, 3, padding=1), ACBlock(8, 8, 3, padding=1)).to(memory_format=layout)
     with torch.autocast("cpu", torch.bfloat16):

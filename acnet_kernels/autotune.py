@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .backends import planner, stopwatch, timings
+from .backends import planner, timer, timing_cache
 from .backends.machine import this_machine
+from .conversion import blocks_of
 from .explanation import table, visit
 from .observing import as_input
 from .rep import RepBlock
 from .spec import Problem
-from .surgery import blocks_of
 
 
 @dataclass(frozen=True)
@@ -88,26 +88,26 @@ def tune(model: nn.Module, example: Sequence[int] | Tensor) -> TuningReport:
         left.pop(name, None)
         problem = block.plan(t)[0]
         autocast = torch.is_autocast_enabled(t.device.type)
-        names = steps.setdefault(timings.key(problem), (problem, autocast, []))[2]
+        names = steps.setdefault(timing_cache.key(problem), (problem, autocast, []))[2]
         if name not in names:
             names.append(name)
 
     visit(model, x, look)
     layers = []
     machine = this_machine(x.device.type)
-    found: timings.Times = {}
+    found: timing_cache.Times = {}
     for key, (problem, autocast, names) in steps.items():
-        times = planner.measure(problem, autocast, stopwatch.measure)
+        times = planner.measure(problem, autocast, timer.measure)
         if not times:
             left |= dict.fromkeys(names, "the device has not the memory to time it")
             continue
-        timings.remember(problem, machine, times, timings.TUNED)
+        timing_cache.remember(problem, machine, times, timing_cache.TUNED)
         found[key] = times
         layers.append(LayerTimes(tuple(names), key, times, planner.choose(problem).backend.NAME))
     path = None
     if found:
         try:
-            path = timings.store(machine, found)
+            path = timing_cache.store(machine, found)
         except OSError as error:
             warnings.warn(f"the tuned times cannot be kept: {error}", stacklevel=2)
     return TuningReport(layers, left, path)
