@@ -96,7 +96,7 @@ def test_without_gradients_the_forward_alone_is_chosen():
     ("change", "why"),
     [
         ({"device": "cpu"}, "kernels are for cuda, not cpu"),
-        ({"norm": "sum"}, "not every branch has a batch norm of its own alone"),
+        ({"total": True, "normed": (False,) * 3}, "not every branch has a batch norm of its own alone"),
         ({"dtype": torch.float64}, "no kernels for torch.float64"),
         ({"channels_last": False}, "not channels_last"),
     ],

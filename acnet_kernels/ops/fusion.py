@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch_compat import below_autograd
 from ..spec import Norm, Step
 from .fuse_blocks import ANY_VARIANCE, BETA, CONV_BIAS, ERROR, GAMMA, MEAN, SUM, VAR, WEIGHT, Arguments, decomposed
 
@@ -80,7 +81,7 @@ def _call(operator: Any, arguments: tuple[Any, ...], differentiable: bool) -> An
         return operator(*arguments)
     # Straight to the kernel: for a whole network's tensors, finding out that none needs a gradient takes as long
     # as the call itself.
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return operator(*arguments)
 
 
