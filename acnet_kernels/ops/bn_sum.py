@@ -283,7 +283,7 @@ def _on_cuda(name: str, plain: Callable[..., Any], checks: Callable[..., None]) 
 
     @check.checked(checks)
     def kernel(*args: Any) -> Any:
-        maps = [*args[0], *args[4]] if name == "bn_sum_forward" else [args[0], *args[1]]
+        maps = [*args[0], *(args[4] or ())] if name == "bn_sum_forward" else [args[0], *args[1]]
         maps += args[6] if name == "bn_sum_backward_" else []
         layout = all(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
         if not TRITON or not layout or maps[0].dtype == torch.float64:
