@@ -244,8 +244,9 @@ def check_answer(name: str, args: list[Any], before: list[Any], answer: Any) -> 
             )
             continue
         pairs = zip(tensors_of(got), tensors_of(want), strict=True)
+        size = size_of(want)
         for j, (g, w) in enumerate(pairs):
-            check_value(f"output {i}.{j}", g, w, tolerance, size_of(want))
+            check_value(f"output {i}.{j}", g, w, tolerance, size)
 
 
 def check_error(error: Exception, same: bool) -> None:
