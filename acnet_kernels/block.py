@@ -119,11 +119,6 @@ class ACBlock(RepBlock):
         super().__init__()
         taps = taps_of(kernel_size, shift, line_size)
         geometry = Geometry.make(kernel_size, stride, padding, dilation, groups, padding_mode)
-        in_channels = as_int(in_channels, "in_channels must be an int")
-        out_channels = as_int(out_channels, "out_channels must be an int")
-        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels < 1 or channels % geometry.groups:
-                raise ValueError(f"{name} must be a positive multiple of groups={groups}, got {channels}")
         if isinstance(branches, str) or not set(branches) <= set(BRANCHES) or "square" not in branches:
             raise ValueError(f"branches must be a subset of {BRANCHES} with 'square', got {branches!r}")
         if norm not in ("branch", "sum"):
@@ -139,14 +134,14 @@ class ACBlock(RepBlock):
         own = norm == "branch"
         slots = [Slot(n, taps[n], (f"{n}_conv",), (f"{n}_bn",) if own else None) for n in self.branches]
         layout = Layout.of(geometry, slots, None if own else "bn")
-        self._lay_out(layout, (in_channels, out_channels), deploy, backend)
+        self._lay_out(layout, in_channels, out_channels, deploy, backend)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if deploy:
             self.fused_conv = self._fused_conv(factory)
             return
 
         def batch_norm() -> nn.BatchNorm2d:
-            return nn.BatchNorm2d(out_channels, eps, momentum, use_affine, **factory)
+            return nn.BatchNorm2d(self._channels[1], eps, momentum, use_affine, **factory)
 
         # The original's order: square, ver, hor.
         order = sorted(range(len(slots)), key=lambda i: ("square", "ver", "hor").index(slots[i].name))

@@ -6,25 +6,28 @@ A subclass builds its modules under its own names and says in a `Layout` which i
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, fx, nn
 
 from .backends import planner
 from .functional import plan, run
-from .geometry import Geometry, IntOrPair, PaddingMode, Pair, Taps
+from .geometry import Geometry, IntOrPair, PaddingMode, Pair, Taps, as_int
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import FoldEntry, append_branches, append_step, fold
 from .spec import Problem, Step, prefers_channels_last
 from .submodules import (
+    CONV_BN,
     Layout,
     Settings,
     Slot,
     Submodules,
     agreed_geometry,
     kernel_of,
+    module_at,
     read,
     read_for_fold,
     speaks_for,
@@ -33,10 +36,34 @@ from .submodules import (
 
 def conv_bn(conv: nn.Conv2d) -> nn.Sequential:
     """The convolution and its batch norm as most such blocks hold them: children `conv` and `bn` of one module."""
-    found = nn.Sequential()
-    found.add_module("conv", conv)
-    found.add_module("bn", nn.BatchNorm2d(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype))
-    return found
+    bn = nn.BatchNorm2d(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype)
+    return nn.Sequential(OrderedDict(zip(CONV_BN, (conv, bn), strict=True)))
+
+
+def usual_slots(
+    geometry: Geometry, whole: Sequence[tuple[str, ...]], scale: str | None, skip: str | None
+) -> list[Slot]:
+    """The branches of most such blocks: convolutions of all taps, one of the centre tap, and the identity.
+
+    Args:
+        geometry: of an odd kernel.
+        whole: where each convolution of all taps hangs, with its batch norm.
+        scale: the same of the 1×1 convolution, None for none.
+        skip: the identity's batch norm, None for none; there is none either where maps change their size.
+
+    Raises:
+        ValueError: the kernel has no centre.
+    """
+    rows, columns = geometry.kernel
+    if rows % 2 == 0 or columns % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, for a 1×1 branch to have a centre, got {geometry.kernel}")
+    centre = Taps(rows // 2, columns // 2, 1, 1)
+    places = [(path, geometry.whole) for path in whole] + ([] if scale is None else [((scale,), centre)])
+    conv, bn = CONV_BN
+    slots = [Slot(".".join(path), taps, (*path, conv), (*path, bn), path) for path, taps in places]
+    if skip is not None and geometry.centre is not None:
+        slots.append(Slot(skip, centre, None, (skip,)))
+    return slots
 
 
 class RepBlock(nn.Module):
@@ -50,9 +77,23 @@ class RepBlock(nn.Module):
     deploy: bool
     backend: str
 
-    def _lay_out(self, layout: Layout, channels: Pair, deploy: bool, backend: str) -> None:
+    def _lay_out(
+        self,
+        layout: Layout,
+        in_channels: SupportsIndex,
+        out_channels: SupportsIndex,
+        deploy: bool,
+        backend: str,
+    ) -> None:
+        groups = layout.geometry.groups
+        found = []
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            channels = as_int(value, f"{name} must be an int")
+            if channels < 1 or channels % groups:
+                raise ValueError(f"{name} must be a positive multiple of groups={groups}, got {channels}")
+            found.append(channels)
         self._layout = layout
-        self._channels = channels
+        self._channels = found[0], found[1]
         self.deploy = deploy
         self.backend = planner.check_choice(backend)
 
@@ -110,12 +151,14 @@ class RepBlock(nn.Module):
         given, geometry, out = self.submodules(), self.geometry, None
         for slot, conv, norm in zip(self._layout.slots, given.convs, given.norms, strict=True):
             if slot.container is not None:
-                y = self.get_submodule(slot.container)(
-                    geometry.placement(slot.taps).apply(x, geometry.padding_mode)
-                )
+                parts = [module_at(self._modules, slot.container)]
             else:
-                y = x if conv is None else conv(geometry.placement(slot.taps).apply(x, geometry.padding_mode))
-                y = y if norm is None else norm(y)
+                parts = [m for path, m in ((slot.conv, conv), (slot.norm, norm)) if path is not None]
+            if parts and all(part is None for part in parts):  # a branch set to None adds nothing
+                continue
+            y = x if slot.conv is None else geometry.placement(slot.taps).apply(x, geometry.padding_mode)
+            for part in parts:
+                y = part(y)  # type: ignore[misc]
             # A sum would broadcast, or raise without a name. What is traced has no shapes to compare.
             if isinstance(out, Tensor) and not torch.jit.is_tracing() and out.shape != y.shape:
                 raise ValueError(
@@ -123,8 +166,9 @@ class RepBlock(nn.Module):
                     f"{tuple(out.shape)}, {slot.name}'s {tuple(y.shape)}"
                 )
             out = y if out is None else out + y
-        assert out is not None
-        return out if given.total is None else given.total(out)
+        if out is None:
+            raise ValueError(f"the block has no branch left: {given.missing} is None")
+        return out if self._layout.total is None else given.total(out)  # type: ignore[misc]
 
     def step(self) -> Step:
         """The tensors and settings one step computes with, read from the submodules as they are now.
@@ -202,7 +246,7 @@ class RepBlock(nn.Module):
 
     def _kernel(self) -> Tensor | None:
         convs = [self.fused] if self.deploy else self.submodules().convs
-        weight = getattr(next(conv for conv in convs if conv is not None), "weight", None)
+        weight = getattr(next((conv for conv in convs if conv is not None), None), "weight", None)
         return weight if isinstance(weight, Tensor) and weight.dim() == 4 else None
 
     @property
@@ -332,10 +376,9 @@ class RepBlock(nn.Module):
         if self.deploy:
             return
         if self.training:
-            kind = type(self).__name__
             warnings.warn(
-                f"folding an {kind} in train mode: the folded convolution uses the running statistics, not the "
-                "batch's; call eval() first to see its output",
+                f"folding this {type(self).__name__} in train mode: the folded convolution uses the running "
+                "statistics, not the batch's; call eval() first to see its output",
                 stacklevel=2,
             )
         # Normal tensors are wanted even under inference_mode, so that the result can be trained on.

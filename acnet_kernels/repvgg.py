@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any, SupportsIndex
+
 import torch
 from torch import Tensor, nn
 
-from .geometry import Geometry, IntOrPair, PaddingMode, Taps, as_int
-from .rep import RepBlock, conv_bn
-from .submodules import Layout, Slot
+from .geometry import Geometry, IntOrPair, PaddingMode
+from .rep import RepBlock, conv_bn, usual_slots
+from .squeeze_excite import SqueezeExcite
+from .submodules import Layout
 
 
 class RepVGGBlock(RepBlock):
     """A RepVGG layer: ReLU(Σ_b BN_b(W_b * x)) of a k×k and a 1×1 convolution and, where shapes allow, the identity.
 
-    Constructor, attribute and state-dict names are the original code's: rbr_dense.{conv,bn}, rbr_1x1.{conv,bn},
-    rbr_identity (a batch norm, or None), nonlinearity; deployed: rbr_reparam.
+    Arguments, attributes and state-dict names are the original code's: rbr_dense.{conv,bn}, rbr_1x1.{conv,bn},
+    rbr_identity (a batch norm, or None), se, nonlinearity; deployed: rbr_reparam.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as nn.Conv2d; odd,
-            and padded so that the 1×1 convolution reads its centre.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as nn.Conv2d, the
+            kernel odd.
         deploy: build the folded form.
-        backend: how training steps are computed, as ACBlock's.
-        device, dtype: of parameters and buffers.
+        use_se: squeeze-and-excitation between the sum and the ReLU.
+        backend, device, dtype: as ACBlock's.
 
     Raises:
         TypeError, ValueError: an argument out of range; the message names it.
@@ -31,15 +34,16 @@ class RepVGGBlock(RepBlock):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        in_channels: SupportsIndex,
+        out_channels: SupportsIndex,
         kernel_size: IntOrPair,
         stride: IntOrPair = 1,
         padding: IntOrPair | str = 0,
         dilation: IntOrPair = 1,
-        groups: int = 1,
+        groups: SupportsIndex = 1,
         padding_mode: PaddingMode = "zeros",
         deploy: bool = False,
+        use_se: bool = False,
         *,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -47,28 +51,20 @@ class RepVGGBlock(RepBlock):
     ) -> None:
         super().__init__()
         geometry = Geometry.make(kernel_size, stride, padding, dilation, groups, padding_mode)
-        channels = (
-            as_int(in_channels, "in_channels must be an int"),
-            as_int(out_channels, "out_channels must be an int"),
+        slots = usual_slots(
+            geometry, [("rbr_dense",)], "rbr_1x1", "rbr_identity" if in_channels == out_channels else None
         )
-        centre = Taps(geometry.kernel[0] // 2, geometry.kernel[1] // 2, 1, 1)
-        slots = [
-            Slot("dense", geometry.whole, ("rbr_dense", "conv"), ("rbr_dense", "bn"), "rbr_dense"),
-            Slot("1x1", centre, ("rbr_1x1", "conv"), ("rbr_1x1", "bn"), "rbr_1x1"),
-        ]
-        has_identity = channels[0] == channels[1] and geometry.centre is not None
-        if has_identity:
-            slots.append(Slot("identity", centre, None, ("rbr_identity",)))
-        self._lay_out(Layout.of(geometry, slots), channels, deploy, backend)
-        factory = {"device": device, "dtype": dtype}
+        self._lay_out(Layout.of(geometry, slots), in_channels, out_channels, deploy, backend)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        channels = self._channels[1]
         self.nonlinearity = nn.ReLU()
+        self.se = SqueezeExcite(channels, ("down", "up"), factory) if use_se else nn.Identity()
         if deploy:
             self.rbr_reparam = self._fused_conv(factory)
             return
-        self.rbr_identity = nn.BatchNorm2d(channels[1], **factory) if has_identity else None  # type: ignore[arg-type]
-        self.rbr_dense = conv_bn(self._conv(0, factory))
-        self.rbr_1x1 = conv_bn(self._conv(1, factory))
+        self.rbr_identity = nn.BatchNorm2d(channels, **factory) if len(slots) > 2 else None
+        self.rbr_dense, self.rbr_1x1 = (conv_bn(self._conv(i, factory)) for i in range(2))
 
     def finish(self, out: Tensor) -> Tensor:
-        """ReLU."""
-        return self.nonlinearity(out)
+        """ReLU, after squeeze-and-excitation where there is one."""
+        return self.nonlinearity(self.se(out))

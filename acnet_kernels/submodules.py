@@ -29,6 +29,7 @@ from .spec import Branch, Norm, Step
 _CONV_ATTRIBUTES = frozenset(nn.Conv2d(1, 1, 1).__dict__)
 _NORM_ATTRIBUTES = frozenset(nn.BatchNorm2d(1).__dict__)
 _CONTAINER_ATTRIBUTES = frozenset(nn.Sequential().__dict__)
+CONV_BN = ("conv", "bn")  # a container's children, in the order they are called
 # What a traced forward may call or read under a name that an instance can shadow.
 _CALLED = ("forward", "_conv_forward", "_check_input_dim")
 _READ = (*_CALLED, "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -42,15 +43,15 @@ _FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
 class Slot(NamedTuple):
     """One branch of a block: its name there, its taps, and where its modules hang, by the names on the way.
 
-    `conv` is None for the identity, `norm` where the branch adds directly. `container` is what calls the two, where
-    the block itself does not.
+    `conv` is None for the identity, `norm` where the branch adds directly. `container` is the nn.Sequential of the
+    two that the block calls, where it does not call them itself.
     """
 
     name: str
     taps: Taps
     conv: tuple[str, ...] | None
     norm: tuple[str, ...] | None
-    container: str | None = None
+    container: tuple[str, ...] | None = None
 
 
 # (stride, padding, dilation, groups, padding_mode), as nn.Conv2d has them.
@@ -77,25 +78,37 @@ class Layout(NamedTuple):
 
 
 class Submodules(NamedTuple):
-    """A block's modules as they are now: a convolution and a batch norm a slot, None where it has none."""
+    """A block's modules as they are now: a convolution and a batch norm a slot, None where it has none.
+
+    `missing` names the first one that the layout has and the block has not.
+    """
 
     layout: Layout
     convs: list[nn.Module | None]
     norms: list[nn.Module | None]
     total: nn.Module | None
     containers: list[nn.Module]
+    missing: str
 
     @classmethod
     def of(cls, block: nn.Module, layout: Layout) -> Submodules:
         """Those of a block."""
-        modules, convs, norms, containers = block._modules, [], [], []
-        for slot in layout.slots:
-            convs.append(slot.conv and _at(modules, slot.conv))
-            norms.append(slot.norm and _at(modules, slot.norm))
-            if slot.container is not None:
-                containers.append(_at(modules, tuple(slot.container.split("."))))
-        total = None if layout.total is None else modules[layout.total]
-        return cls(layout, convs, norms, total, containers)  # type: ignore[arg-type]
+        modules, missing = block._modules, ""
+        convs: list[nn.Module | None] = []
+        norms: list[nn.Module | None] = []
+        containers: list[nn.Module] = []
+        for _, _, conv, norm, container in layout.slots:
+            for path, found in ((conv, convs), (norm, norms)):
+                module = None if path is None else module_at(modules, path)
+                found.append(module)
+                if module is None and path is not None:
+                    missing = missing or ".".join(path)
+            if container is not None and (module := module_at(modules, container)) is not None:
+                containers.append(module)
+        total = None if layout.total is None else modules.get(layout.total)
+        if total is None and layout.total is not None:
+            missing = missing or layout.total
+        return cls(layout, convs, norms, total, containers, missing)
 
     def named(self) -> Iterator[tuple[str, Any, type[nn.Module], frozenset[str]]]:
         """(name, module, the class that a block builds there, what every instance of it has) of each."""
@@ -108,10 +121,11 @@ class Submodules(NamedTuple):
             yield self.layout.total or "", self.total, nn.BatchNorm2d, _NORM_ATTRIBUTES
 
 
-def _at(modules: Any, path: tuple[str, ...]) -> nn.Module:
-    found = modules[path[0]]
+def module_at(modules: Any, path: tuple[str, ...]) -> nn.Module | None:
+    """The module that hangs at the end of these names, None where one of them leads nowhere."""
+    found = modules.get(path[0])
     for name in path[1:]:
-        found = found._modules[name]
+        found = None if found is None else found._modules.get(name)
     return found
 
 
@@ -128,6 +142,8 @@ def speaks_for(given: Submodules) -> Geometry | str:
     """The predicate of `read`, which takes its arguments: the geometry if it holds, else why it does not."""
     if has_global_hooks():
         return "a global module hook is registered"
+    if given.missing:
+        return f"it has no {given.missing}"
     compiling = torch.compiler.is_compiling()
     for conv in given.convs:
         if conv is not None and (type(conv) is not nn.Conv2d or _is_altered(conv, _CONV_ATTRIBUTES, compiling)):
@@ -139,9 +155,20 @@ def speaks_for(given: Submodules) -> Geometry | str:
         ):
             return _first_reason(given)
     for container in given.containers:
-        if type(container) is not nn.Sequential or _is_altered(container, _CONTAINER_ATTRIBUTES, compiling):
-            return f"a branch's container {_why_special(container, nn.Sequential, _CONTAINER_ATTRIBUTES)}"
+        if (why := _why_no_container(container)) is not None:
+            return why
     return _agree(given)
+
+
+def _why_no_container(module: nn.Module) -> str | None:
+    """Why calling the module is not calling its convolution and then its batch norm, or None."""
+    if type(module) is not nn.Sequential or _is_altered(
+        module, _CONTAINER_ATTRIBUTES, torch.compiler.is_compiling()
+    ):
+        return f"a branch's container {_why_special(module, nn.Sequential, _CONTAINER_ATTRIBUTES)}"
+    if tuple(module._modules) != CONV_BN:
+        return f"a branch's container holds {tuple(module._modules)}, not {CONV_BN}"
+    return None
 
 
 def _first_reason(given: Submodules) -> str:
@@ -161,6 +188,8 @@ def read_for_fold(given: Submodules) -> Step:
         ValueError: what the submodules compute in eval is not known to be one fixed convolution; names the
             submodule and its class.
     """
+    if given.missing:
+        raise ValueError(f"cannot fold: it has no {given.missing}")
     modules = []
     for name, module, kind, usual in given.named():
         modules.append(module)
@@ -174,8 +203,8 @@ def read_for_fold(given: Submodules) -> Step:
                 "batch and no fixed convolution equals it"
             )
     for container in given.containers:
-        if type(container) is not nn.Sequential or _is_altered(container, _CONTAINER_ATTRIBUTES, False):
-            raise ValueError(f"cannot fold: {_why_special(container, nn.Sequential, _CONTAINER_ATTRIBUTES)}")
+        if (why := _why_no_container(container)) is not None:
+            raise ValueError(f"cannot fold: {why}")
     with _evaluating(modules):
         geometry = _agree(given)
         if isinstance(geometry, str):
@@ -326,7 +355,8 @@ def agreed_geometry(given: Submodules) -> Geometry | str:
     """The geometry that all convolutions sit in, by that of the whole kernel, or which one does not."""
     built = given.layout.geometry
     slots = given.layout.slots
-    whole = next((i for i, slot in enumerate(slots) if slot.conv and slot.taps == built.whole), None)
+    convs = zip(slots, given.convs, strict=True)
+    whole = next((i for i, (slot, conv) in enumerate(convs) if conv is not None and slot.taps == built.whole), None)
     if whole is None:
         return "its convolutions are not where they were built, and none of them has all taps"
     anchor: Any = given.convs[whole]

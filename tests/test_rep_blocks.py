@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import oracle
 import pytest
@@ -19,6 +20,8 @@ BLOCKS = {
     "repvgg": lambda **o: RepVGGBlock(6, 6, 3, padding=1, **o),
     "repvgg of stride 2": lambda **o: RepVGGBlock(4, 6, 3, stride=2, padding=1, groups=2, **o),
     "mobileone": lambda **o: MobileOneBlock(6, 6, 3, padding=1, groups=6, num_conv_branches=4, **o),
+    "repvgg with se": lambda **o: RepVGGBlock(16, 16, 3, 1, 1, use_se=True, **o),
+    "mobileone with se": lambda **o: MobileOneBlock(32, 32, 3, 2, 1, groups=32, use_se=True, **o),
     "mobileone pointwise": lambda **o: MobileOneBlock(6, 8, 1, num_conv_branches=2, **o),
 }
 
@@ -72,8 +75,9 @@ def modules(block, x):
     else:
         scale = [] if block.rbr_scale is None else [block.rbr_scale]
         branches, skip, after = [*block.rbr_conv, *scale], block.rbr_skip, block.activation
-    out = sum(branch(x) for branch in branches)
-    return after(out if skip is None else out + skip(x))
+    out = sum(branch(x) for branch in branches if branch is not None)
+    out = out if skip is None else out + skip(x)
+    return after(block.se(out))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,6 +103,22 @@ def test_a_block_is_its_modules(name, backend):
     assert rel(block(x), modules(twin, x)) < 1e-5
 
 
+def test_squeeze_and_excitation_has_the_original_codes_names():
+    block = BLOCKS["repvgg with se"]()
+    assert list(block.state_dict())[:4] == ["se.down.weight", "se.down.bias", "se.up.weight", "se.up.bias"]
+    assert block.se.down.weight.shape == (1, 16, 1, 1)
+    other = BLOCKS["mobileone with se"]()
+    assert list(other.state_dict())[:4] == [
+        "se.reduce.weight",
+        "se.reduce.bias",
+        "se.expand.weight",
+        "se.expand.bias",
+    ]
+    x = torch.randn(2, 16, 5, 4)
+    weights = torch.sigmoid(block.se.up(torch.relu(block.se.down(torch.nn.functional.adaptive_avg_pool2d(x, 1)))))
+    assert rel(block.se(x), x * weights) < 1e-6
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_explain_and_autocast_and_layouts(name):
     block = BLOCKS[name](backend="branches").to(memory_format=torch.channels_last)
@@ -120,6 +140,10 @@ def zeroed(module, args, out):
         (lambda b: b.rbr_dense.register_forward_hook(zeroed), "a branch's container has hooks"),
         (lambda b: b.rbr_1x1.conv.register_forward_hook(zeroed), "rbr_1x1.conv has hooks"),
         (lambda b: setattr(b, "rbr_identity", nn.GroupNorm(2, 6)), "rbr_identity is a GroupNorm"),
+        (lambda b: b.rbr_dense.append(nn.Dropout(1.0)), r"container holds \('conv', 'bn', '2'\)"),
+        (lambda b: setattr(b, "rbr_dense", nn.Sequential(*b.rbr_dense)), "it has no rbr_dense.conv"),
+        (lambda b: setattr(b, "rbr_identity", None), "it has no rbr_identity"),
+        (lambda b: setattr(b, "rbr_dense", None), "it has no rbr_dense.conv"),
         (lambda b: setattr(b.rbr_1x1.conv, "stride", (2, 2)), None),
     ],
 )
@@ -131,8 +155,9 @@ def test_what_is_done_to_a_submodule_has_its_effect(change, reason):
         with pytest.raises(ValueError, match="the branches' maps must have one shape to be summed"):
             block(x)
         return
-    assert reason in block.module_path_reason()
+    assert re.search(reason, block.module_path_reason())
     assert rel(block(x), modules(copy.deepcopy(block), x)) < 1e-6
+    assert ak.explain(block, x).blocks[0].backend == "eager"
     with pytest.raises(ValueError, match="cannot fold"):
         ak.fuse(block.eval())
 
@@ -149,7 +174,17 @@ def test_a_setting_moves_all_branches():
     ("make", "error", "words"),
     [
         (lambda: RepVGGBlock(4.5, 6, 3), TypeError, "in_channels must be an int"),
-        (lambda: RepVGGBlock(4, 6, 3, groups=4), ValueError, "out_channels must be divisible by groups"),
+        (
+            lambda: RepVGGBlock(4, 6, 3, groups=4),
+            ValueError,
+            "out_channels must be a positive multiple of groups=4",
+        ),
+        (
+            lambda: RepVGGBlock(4, 6, (3, 2)),
+            ValueError,
+            r"kernel_size must be odd, for a 1×1 branch .* got \(3, 2\)",
+        ),
+        (lambda: RepVGGBlock(4, 6, 3, use_se=True), ValueError, "use_se needs out_channels of 16 at least, got 6"),
         (
             lambda: MobileOneBlock(4, 6, 3, num_conv_branches=0),
             ValueError,
