@@ -181,7 +181,7 @@ def conv_cases(arch: int) -> Iterator[Case]:
 def bn_cases(arch: int, count: int = 3) -> Iterator[Case]:
     """The batch-norm passes over `count` maps: every channel block in every dtype, and the merges."""
     scalars = dict.fromkeys(("M", "TILES", "ROWS", "SPLITS", "STRIDE"), "i32")
-    scalars |= {"K": "i32:16", "B": count, "ADDED": 0}
+    scalars |= {"K": "i32:16", "B": count}
     names = ("partial", "scale", "bias", "coefficient", "dgamma", "dbeta")
     vectors = dict.fromkeys((f"{name}_ptr" for name in names), "*fp32")
     vectors |= dict.fromkeys(("mean_ptr", "var_ptr", "rstd_ptr"), "*fp64")

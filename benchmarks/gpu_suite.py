@@ -162,7 +162,7 @@ PHASES: dict[str, Contenders] = {
     },
     "batch norms": {
         "library": library_batch_norms,
-        "triton": lambda i: triton_bn_sum.bn_sum_forward(i.dys, i.gammas, i.betas, i.eps, None, None),
+        "triton": lambda i: triton_bn_sum.bn_sum_forward(i.dys, i.gammas, i.betas, i.eps, None),
     },
 }
 
@@ -461,7 +461,7 @@ PARTS: dict[str, Callable[[Suite], None]] = {
 def passes(t: Tensors) -> dict[str, Tensor]:
     """What `step` does not launch: the statistics of the library's maps, and second moments."""
     ys = [y.contiguous(memory_format=torch.channels_last) for name, y in t.eager().items() if name.startswith("y")]
-    out = triton_bn_sum.bn_sum_forward(ys, t.gammas, t.betas, t.eps, None, None)[0]
+    out = triton_bn_sum.bn_sum_forward(ys, t.gammas, t.betas, t.eps, None)[0]
     zero = torch.zeros(t.x.shape[1], device=t.x.device)
     products, _ = triton_autocorrelation.cross_correlation(t.x, zero, t.x, zero, [0, 0], [0, 1], t.window.groups)
     return {"out": out, "moments": products}

@@ -75,37 +75,32 @@ void check_like(const Check& check, const View& map, const Entry& name, const Vi
         map.shape());
 }
 
-// The maps, those with a batch norm first, then those without; checked but for their layout.
-std::vector<View> maps_of(const Check& check, const Tensors& ys, const Tensors& added = {}) {
+// The maps, checked but for their layout.
+std::vector<View> maps_of(const Check& check, const Tensors& ys) {
   check(!ys.empty() && ys.size() <= kMaxMaps, "ys must hold 1 to ", kMaxMaps, " maps, got ", ys.size());
-  check(added.size() <= kMaxMaps - ys.size(), "ys and added must hold at most ", kMaxMaps, " maps together, got ",
-        ys.size(), " and ", added.size());
   std::vector<View> views(ys.begin(), ys.end());
-  for (const Tensor& map : added) views.emplace_back(map);
   const View& y = views[0];
   check(y.dim == 4 && !y.empty(), "ys must be non-empty N×K×H×W maps, got ", y.shape());
   check.floats(y, "ys");
   for (size_t b = 0; b < views.size(); ++b) {
-    const Entry name = b < ys.size() ? Entry{"ys", b} : Entry{"added", b - ys.size()};
+    const Entry name{"ys", b};
     check.readable(views[b], name);
     check_like(check, views[b], name, y);
   }
   return views;
 }
 
-// How maps lie and are cut, the first `normed` of which have a batch norm.
-Plan plan_of(const Check& check, const std::vector<View>& maps, size_t normed) {
+// How maps lie and are cut.
+Plan plan_of(const Check& check, const std::vector<View>& maps) {
   const View& y = maps[0];
   Plan plan{};
-  plan.maps = static_cast<int>(normed);
+  plan.maps = static_cast<int>(maps.size());
   plan.images = y.sizes[0];
   plan.channels = y.sizes[1];
   plan.pixels = y.sizes[2] * y.sizes[3];
   // Where both layouts describe the memory, the one with the longer runs.
   plan.channels_last = y.dense(true) && !(y.dense(false) && plan.pixels >= plan.channels);
-  for (size_t b = 0; b < maps.size(); ++b)
-    check(maps[b].dense(plan.channels_last), b < normed ? "ys" : "ys and added",
-          " must all be contiguous or all channels_last");
+  for (const View& map : maps) check(map.dense(plan.channels_last), "ys must all be contiguous or all channels_last");
   if (plan.channels_last) {
     // Rows of whole groups of four 64-byte vectors of float, or of whole vectors, unless that takes too many pixels.
     for (const int64_t columns : {64, 16}) {
@@ -213,14 +208,12 @@ double plain_mean(const Tensor& y, int64_t channel) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
-                                                   std::optional<Tensors> others, std::optional<ScalarType> dtype) {
-  const Tensors added = others.value_or(Tensors{});
+                                                   std::optional<ScalarType> dtype) {
   constexpr Check check("bn_sum_forward");
-  const std::vector<View> maps = maps_of(check, ys, added);
-  const size_t normed = ys.size();
-  const Plan plan = plan_of(check, maps, normed);
+  const std::vector<View> maps = maps_of(check, ys);
+  const Plan plan = plan_of(check, maps);
   const std::vector<View> scales = affine_of(check, "gammas", gammas, plan), shifts = affine_of(check, "betas", betas, plan);
-  check(eps.size() == normed, "eps must have one entry per map, ", normed, " here, got ", eps.size());
+  check(eps.size() == maps.size(), "eps must have one entry per map, ", maps.size(), " here, got ", eps.size());
   const ScalarType type = maps[0].type();
   check_outer(check, maps[0], dtype.value_or(type));
   return dispatch(type, dtype.value_or(type), [&](auto element, auto outer, auto accumulator) {
@@ -232,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
     const int64_t channels = plan.channels, per_chunk = plan.maps * channels;
     std::vector<double> chunk_mean(plan.chunks * per_chunk), chunk_m2(plan.chunks * per_chunk);
     std::vector<A> pivot(per_chunk);
-    for (size_t b = 0; b < normed; ++b)
+    for (size_t b = 0; b < maps.size(); ++b)
       for (int64_t k = 0; k < channels; ++k)
         pivot[b * channels + k] = static_cast<A>(static_cast<const E*>(y[b])[k * maps[b].strides[1]]);
     const std::vector<A> wide_pivot = widen(plan, pivot);
@@ -259,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
     // for in the shift, here, and in the offset, in the gradient.
     std::vector<A> center(mean.begin(), mean.end()), scale(per_chunk);
     std::vector<double> variance(per_chunk), rstd(per_chunk), sum(channels);
-    for (size_t b = 0; b < normed; ++b) {
+    for (size_t b = 0; b < maps.size(); ++b) {
       const std::vector<A> gamma = channel_values<A>(scales, b, channels, 1);
       const std::vector<A> beta = channel_values<A>(shifts, b, channels, 0);
       for (int64_t k = 0; k < channels; ++k) {
@@ -275,15 +268,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
     Tensor means = make_tensor(ys[0], {plan.maps, channels}, mean);
     Tensor variances = make_tensor(ys[0], {plan.maps, channels}, variance);
     Tensor rstds = make_tensor(ys[0], {plan.maps, channels}, rstd);
-    Plan all = plan;
-    all.maps = static_cast<int>(maps.size());
-    center.resize(all.maps * channels, 0);
-    scale.resize(center.size(), 1);
     center = widen(plan, center);
     scale = widen(plan, scale);
     shift = widen(plan, shift);
     run(plan, [&](int64_t begin, int64_t end) {
-      pass.apply(all, y.data(), center.data(), scale.data(), shift.data(), out.mutable_data_ptr(), begin, end);
+      pass.apply(plan, y.data(), center.data(), scale.data(), shift.data(), out.mutable_data_ptr(), begin, end);
     });
     return std::make_tuple(out, means, variances, rstds);
   });
@@ -297,7 +286,7 @@ struct Gradient {
 
   Gradient(const Check& check, const Tensor& out_grad, const Tensors& ys, const Tensor& mean, const Tensor& rstd,
            const Tensors& gammas, const std::vector<bool>& needs_dy)
-      : maps(maps_of(check, ys)), plan(plan_of(check, maps, maps.size())), grad(out_grad), means(mean), rstds(rstd) {
+      : maps(maps_of(check, ys)), plan(plan_of(check, maps)), grad(out_grad), means(mean), rstds(rstd) {
     const View& y = maps[0];
     check(needs_dy.size() == ys.size(), "needs_dy must have one entry per map, ", ys.size(), " here, got ", needs_dy.size());
     check.readable(grad, "grad");
@@ -407,7 +396,7 @@ std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
-  m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, Tensor[]? added, ScalarType? dtype)"
+  m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "bn_sum_backward(Tensor grad, Tensor[] ys, Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy)"

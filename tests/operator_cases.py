@@ -77,16 +77,14 @@ def maps_of(r: random.Random, count: int, dtype: torch.dtype) -> list[Tensor]:
 
 def bn_sum_forward(r: random.Random) -> list[Any]:
     dtype = r.choice(FLOATS)
-    maps = maps_of(r, r.choice([1, 2, 3, 8]), dtype)
-    count = r.randint(1, len(maps))
-    ys, added = maps[:count], maps[count:]
+    ys = maps_of(r, r.choice([1, 2, 3, 8]), dtype)
     k = ys[0].shape[1]
     gammas, betas = ([torch.randn(k) for _ in ys] if r.random() < 0.7 else [] for _ in range(2))
     out = r.choice([None, torch.float16]) if dtype == torch.float32 else None
-    return [ys, gammas, betas, [r.choice([1e-5, 1e-4, 1e-3]) for _ in ys], added, out]
+    return [ys, gammas, betas, [r.choice([1e-5, 1e-4, 1e-3]) for _ in ys], out]
 
 
-def bn_sum_forward_results(ys: Any, gammas: Any, betas: Any, eps: Any, added: Any, dtype: Any) -> list[Any]:
+def bn_sum_forward_results(ys: Any, gammas: Any, betas: Any, eps: Any, dtype: Any) -> list[Any]:
     means = torch.stack([wide(y).mean((0, 2, 3)) for y in ys])
     variances = torch.stack([wide(y).var((0, 2, 3), correction=0) for y in ys])
     rstds = (variances + torch.tensor(eps, dtype=torch.float64)[:, None]).rsqrt()
@@ -94,14 +92,12 @@ def bn_sum_forward_results(ys: Any, gammas: Any, betas: Any, eps: Any, added: An
     for b, y in enumerate(ys):
         normed = (wide(y) - per_channel(means[b])) * per_channel(rstds[b])
         out += normed * (per_channel(gammas[b]) if gammas else 1) + (per_channel(betas[b]) if betas else 0)
-    for z in added:
-        out += wide(z)
     return [out, means, variances, rstds]
 
 
 def bn_sum_backward(r: random.Random) -> list[Any]:
-    ys, gammas, _, eps, _, out = bn_sum_forward(r)
-    _, means, _, rstds = bn_sum_forward_results(ys, gammas, [], eps, [], None)
+    ys, gammas, _, eps, out = bn_sum_forward(r)
+    _, means, _, rstds = bn_sum_forward_results(ys, gammas, [], eps, None)
     grad = torch.randn_like(ys[0]).to(ys[0].dtype if out is None else out)
     return [grad, ys, means, rstds, gammas, [r.random() < 0.7 for _ in ys]]
 
@@ -276,7 +272,7 @@ def moments_step_results(
     places = zip(weights, origins[::2], origins[1::2], strict=True)
     ys = [embedded(wide(x), weight, i, j, kernel, groups) for weight, i, j in places]
     betas = [beta, *(torch.zeros_like(beta) for _ in ys[1:])]
-    out, means, variances, _ = bn_sum_forward_results(ys, list(gamma), betas, eps, [], None)
+    out, means, variances, _ = bn_sum_forward_results(ys, list(gamma), betas, eps, None)
     if len(x) == 0:
         means, variances = torch.zeros_like(means), torch.zeros_like(variances)
     return [out, means, variances, None, None, None]
@@ -365,7 +361,7 @@ def recompute_step_results(
     x: Any, weights: Any, gammas: Any, betas: Any, eps: Any, names: Any, geometry: Any, dtype: Any, _: Any
 ) -> list[Any]:
     ys = branch_maps(wide(x), [wide(w) for w in weights], names, geometry, len(eps))
-    return bn_sum_forward_results(ys, gammas, betas, eps, [], None)
+    return bn_sum_forward_results(ys, gammas, betas, eps, None)
 
 
 def recompute_step_backward(r: random.Random) -> list[Any]:

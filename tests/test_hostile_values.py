@@ -188,8 +188,8 @@ def test_compiled_and_plain_batch_norm_sums_agree(dtype, value, layout):
     y[:, 2] = 0
     y[1, 3, 2, 2] = value
     gammas, betas = [torch.rand(4)], [torch.rand(4)]
-    found = bn_sum.bn_sum_forward([y], gammas, betas, [0.0], [], None)
-    expected = bn_sum._forward([y], gammas, betas, [0.0], [], None)
+    found = bn_sum.bn_sum_forward([y], gammas, betas, [0.0], None)
+    expected = bn_sum._forward([y], gammas, betas, [0.0], None)
     eager = torch.batch_norm(y, gammas[0].to(dtype), betas[0].to(dtype), None, None, True, 0.0, 0.0, True)
     assert torch.equal(kinds(found[0]), kinds(eager))
     for got, want in zip(found, expected, strict=True):

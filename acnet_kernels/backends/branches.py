@@ -154,7 +154,7 @@ class Plan(NamedTuple):
             return triton_phases.forward(x, cast, gammas, betas, self.eps, self.window)
         ys = self.maps(x, weights)
         dtype = None if self.dtype == ys[0].dtype else self.dtype
-        out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, None, dtype)
+        out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, dtype)
         return out, ys, means, variances, rstds
 
     def merged(self, weights: Sequence[Tensor]) -> Tensor:

@@ -132,11 +132,10 @@ def apply(
     M,
     K,
     B: tl.constexpr,
-    ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out = Σ_b s_b·(y_b − μ_b) + bias + Σ_a z_a, ys being the B y_b and the ADDED z_a.
+    """out = Σ_b s_b·(y_b − μ_b) + bias.
 
     Grid: (row blocks, channel blocks).
     Not s_b·y_b + shift: that cancels where |μ| ≫ σ.
@@ -152,8 +151,6 @@ def apply(
         mean, rest = mean_of(mean_ptr, b * K + k, k_live)
         y = tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32)
         out += (y - mean[None, :] - rest[None, :]) * scale[None, :]
-    for a in tl.static_range(B, B + ADDED):
-        out += tl.load(ys[a] + at, mask=live, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
 
 

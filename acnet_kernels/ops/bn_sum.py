@@ -1,20 +1,19 @@
-"""Batch-norm sums, out = Σ_b BN_b(y_b) + Σ_a z_a by the batch's own statistics, and their gradient, as operators.
+"""Batch-norm sums, out = Σ_b BN_b(y_b) by the batch's own statistics, and their gradient, as operators.
 
-    bn_sum_forward(ys, gammas, betas, eps, added, dtype) -> (out, means, variances, rstds)
-        out = Σ_b (γ_b·(y_b − μ_b)·rstd_b + β_b) + Σ_a z_a, in the layout of ys, and in `dtype`: None for theirs.
+    bn_sum_forward(ys, gammas, betas, eps, dtype) -> (out, means, variances, rstds)
+        out = Σ_b γ_b·(y_b − μ_b)·rstd_b + β_b, in the layout of ys, and in `dtype`: None for theirs.
     bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy) -> (dys, dgammas, dbeta)
         dys holds dy_b for every b with needs_dy[b], in order, in the dtype and layout of ys. Every branch's dβ is
-        the same Σ grad, hence one dbeta. The gradient of every z_a is grad.
+        the same Σ grad, hence one dbeta.
     bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy, dys) -> (dgammas, dbeta)
         The same, written into `dys`, one for every b with needs_dy[b], in order: y_b itself, whose memory it takes,
         or a map that shares no memory with anything else, as for a y_b that is needed still.
 
-Arguments: `ys`, the maps y_b, and `added`, the maps z_a (None for none, as AOTInductor makes of an empty list): 1
-to 8 together, at least one of them in ys, N×K×H×W of one shape, dtype (float32, float64, bfloat16, float16) and
-layout (all contiguous or all channels_last); `gammas` and `betas`, one (K,) a y_b, or [] for γ = 1 and β = 0;
-`eps`, a float a y_b; `dtype`, bfloat16 or float16 where ys are float32; `grad` like out. `means`, `variances`
-(biased) and `rstds` are (len(ys), K) float64: float32 would round away the deviation of a map whose mean is far
-larger. `dgammas` is (len(ys), K) and `dbeta` (K,), float64 for float64 maps, float32 otherwise.
+Arguments: `ys`, 1 to 8 maps N×K×H×W of one shape, dtype (float32, float64, bfloat16, float16) and layout (all
+contiguous or all channels_last); `gammas` and `betas`, one (K,) a map, or [] for γ = 1 and β = 0; `eps`, a float a
+map; `dtype`, bfloat16 or float16 for float32 ys; `grad` like out. `means`, `variances` (biased) and `rstds` are
+(len(ys), K) float64: float32 would round away the deviation of a map whose mean is far larger. `dgammas` is
+(len(ys), K) and `dbeta` (K,), float64 for float64 maps, float32 otherwise.
 Running statistics are the caller's (backends/batchnorm.py); a variance far below ε cannot be had from rstd.
 
 With ŷ_b = (y_b − μ_b)·rstd_b, M = N·H·W and g = grad:
@@ -41,8 +40,8 @@ _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 if MISSING is not None:
     _COMMON = "Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy"
     _LIBRARY.define(
-        "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, Tensor[]? added,"
-        " ScalarType? dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+        "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
     )
     _LIBRARY.define(f"bn_sum_backward(Tensor grad, Tensor[] ys, {_COMMON}) -> (Tensor[], Tensor, Tensor)")
     _LIBRARY.define(f"bn_sum_backward_(Tensor grad, Tensor[] ys, {_COMMON}, Tensor(a!)[] dys) -> (Tensor, Tensor)")
@@ -59,17 +58,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check(ys: Sequence[Tensor], added: Sequence[Tensor] = ()) -> None:
+def _check(ys: Sequence[Tensor]) -> None:
     if not 1 <= len(ys) <= MOST_MAPS:
         raise ValueError(f"ys must hold 1 to {MOST_MAPS} maps, got {len(ys)}")
-    if len(ys) + len(added) > MOST_MAPS:
-        raise ValueError(
-            f"ys and added must hold at most {MOST_MAPS} maps together, got {len(ys)} and {len(added)}"
-        )
     if ys[0].dim() != 4 or ys[0].numel() == 0:
         raise ValueError(f"ys must be non-empty N×K×H×W maps, got shape {tuple(ys[0].shape)}")
     check.floats(ys=ys[:1])
-    _check_like(ys[0], ys=ys, added=added)
+    _check_like(ys[0], ys=ys)
 
 
 def _check_like(y: Tensor, **lists: Sequence[Tensor]) -> None:
@@ -123,11 +118,10 @@ def _check_forward(
     gammas: list[Tensor],
     betas: list[Tensor],
     eps: list[float],
-    added: list[Tensor] | None,
     dtype: torch.dtype | None,
 ) -> None:
-    check.one_device(ys=ys, gammas=gammas, betas=betas, added=added)
-    _check(ys, added or ())
+    check.one_device(ys=ys, gammas=gammas, betas=betas)
+    _check(ys)
     _check_outer(ys[0], ys[0].dtype if dtype is None else dtype)
     _check_affine(ys, gammas=gammas, betas=betas)
     check.length(len(ys), "one a map", eps=eps)
@@ -201,7 +195,6 @@ def _forward(
     gammas: list[Tensor],
     betas: list[Tensor],
     eps: list[float],
-    added: list[Tensor] | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out_dtype = ys[0].dtype if dtype is None else dtype
@@ -219,8 +212,6 @@ def _forward(
         means.append(mean.double())
         variances.append(var.double())
         rstds.append(rstd.double())
-    for z in added or ():
-        total += z
     return total.to(out_dtype), torch.stack(means), torch.stack(variances), torch.stack(rstds)
 
 
@@ -283,7 +274,7 @@ def _on_cuda(name: str, plain: Callable[..., Any], checks: Callable[..., None]) 
 
     @check.checked(checks)
     def kernel(*args: Any) -> Any:
-        maps = [*args[0], *(args[4] or ())] if name == "bn_sum_forward" else [args[0], *args[1]]
+        maps = args[0] if name == "bn_sum_forward" else [args[0], *args[1]]
         maps += args[6] if name == "bn_sum_backward_" else []
         layout = all(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
         if not TRITON or not layout or maps[0].dtype == torch.float64:
@@ -312,7 +303,7 @@ if MISSING is not None:
 @torch.library.register_fake("acnet_kernels::bn_sum_forward")
 @check.checked(_check_forward)
 def _(
-    ys: list[Tensor], gammas: Any, betas: Any, eps: Any, added: Any, dtype: torch.dtype | None
+    ys: list[Tensor], gammas: Any, betas: Any, eps: Any, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     means, variances, rstds = (ys[0].new_empty((len(ys), ys[0].shape[1]), dtype=torch.float64) for _ in range(3))
     return torch.empty_like(ys[0], dtype=dtype), means, variances, rstds
@@ -354,13 +345,12 @@ def is_channels_last(y: Tensor) -> bool:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    ys, gammas, betas, _, added, _ = inputs
+    ys, gammas, betas, _, _ = inputs
     _, means, variances, rstds = output
     ctx.mark_non_differentiable(means, variances, rstds)
     ctx.count = len(ys)
     ctx.beta_dtypes = [beta.dtype for beta in betas]
     ctx.needs_dy = [y.requires_grad for y in ys]
-    ctx.needs_dz = None if added is None else [z.requires_grad for z in added]
     ctx.save_for_backward(*ys, means, rstds, *gammas)
 
 
@@ -373,7 +363,6 @@ def _autograd(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
         [d.to(gamma.dtype) for gamma, d in zip(gammas, dgammas, strict=False)],
         [dbeta.to(dtype) for dtype in ctx.beta_dtypes],
         None,
-        ctx.needs_dz and [grad.to(ys[0].dtype) if need else None for need in ctx.needs_dz],
         None,
     )
 

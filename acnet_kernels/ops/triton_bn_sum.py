@@ -112,17 +112,15 @@ def _vectors(parameters: Sequence[Tensor], B: int) -> tuple[Tensor | None, ...]:
     return tuple(t.contiguous() for t in parameters) or (None,) * B
 
 
-def apply(
-    ys: Sequence[Tensor], norms: Norms, added: Sequence[Tensor] = (), dtype: torch.dtype | None = None
-) -> Tensor:
-    """Σ_b scale_b·(y_b − mean_b) + bias + Σ added, in the maps' strides and `dtype` (None: theirs): one launch."""
-    check_maps(**_named(ys=ys, added=added))
+def apply(ys: Sequence[Tensor], norms: Norms, dtype: torch.dtype | None = None) -> Tensor:
+    """Σ_b scale_b·(y_b − mean_b) + bias, in the maps' strides and `dtype` (None: theirs): one launch."""
+    check_maps(**_named(ys=ys))
     out = torch.empty_like(ys[0], dtype=dtype)
     M, K = pixels(out), out.shape[1]
     tile = streaming_tile(K)
     grid = (cdiv(M, tile.block_m), cdiv(K, tile.block_k))
-    sizes = {"B": len(ys), "ADDED": len(added), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
-    kernels.apply[grid]((*ys, *added), norms.means, norms.scale, norms.bias, out, M, K, **sizes)
+    sizes = {"B": len(ys), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    kernels.apply[grid](tuple(ys), norms.means, norms.scale, norms.bias, out, M, K, **sizes)
     return out
 
 
@@ -131,16 +129,15 @@ def bn_sum_forward(
     gammas: Sequence[Tensor],
     betas: Sequence[Tensor],
     eps: Sequence[float],
-    added: Sequence[Tensor] | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, means, variances, rstds) of out = Σ_b BN_b(y_b) + Σ added by the batch's statistics: three launches.
+    """(out, means, variances, rstds) of out = Σ_b BN_b(y_b) by the batch's statistics: three launches.
 
     gammas, betas: one (K,) a map, or [] for γ = 1 and β = 0. dtype: out's, None for the maps'. The statistics: B×K,
     fp64.
     """
     norms = merge_statistics(statistics(ys), gammas, betas, eps)
-    return apply(ys, norms, added or (), dtype), norms.means, norms.variances, norms.rstds
+    return apply(ys, norms, dtype), norms.means, norms.variances, norms.rstds
 
 
 def bn_sum_backward(
