@@ -9,7 +9,7 @@ from torch import nn
 
 from .geometry import Geometry, IntOrPair, PaddingMode, Taps, as_int, as_pair
 from .rep import RepBlock
-from .submodules import Layout, Slot
+from .submodules import Slot
 
 BRANCHES = ("square", "hor", "ver")
 
@@ -133,15 +133,14 @@ class ACBlock(RepBlock):
         self.shift = as_pair("shift", shift, -geometry.kernel[0])
         own = norm == "branch"
         slots = [Slot(n, taps[n], (f"{n}_conv",), (f"{n}_bn",) if own else None) for n in self.branches]
-        layout = Layout.of(geometry, slots, None if own else "bn")
-        self._lay_out(layout, in_channels, out_channels, deploy, backend)
+        self._lay_out(geometry, in_channels, out_channels, slots, None if own else "bn", deploy, backend)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if deploy:
             self.fused_conv = self._fused_conv(factory)
             return
 
         def batch_norm() -> nn.BatchNorm2d:
-            return nn.BatchNorm2d(self._channels[1], eps, momentum, use_affine, **factory)
+            return nn.BatchNorm2d(self._layout.channels[1], eps, momentum, use_affine, **factory)
 
         # The original's order: square, ver, hor.
         order = sorted(range(len(slots)), key=lambda i: ("square", "ver", "hor").index(slots[i].name))

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .geometry import Geometry, IntOrPair, PaddingMode
 from .rep import RepBlock, conv_bn, usual_slots
 from .squeeze_excite import SqueezeExcite
-from .submodules import Layout
 
 
 class MobileOneBlock(RepBlock):
@@ -59,9 +58,9 @@ class MobileOneBlock(RepBlock):
         copies = [("rbr_conv", str(i)) for i in range(num_conv_branches)]
         scale = None if geometry.kernel == (1, 1) else "rbr_scale"
         slots = usual_slots(geometry, copies, scale, "rbr_skip" if in_channels == out_channels else None)
-        self._lay_out(Layout.of(geometry, slots), in_channels, out_channels, inference_mode, backend)
+        self._lay_out(geometry, in_channels, out_channels, slots, None, inference_mode, backend)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        channels = self._channels[1]
+        channels = self._layout.channels[1]
         self.se = SqueezeExcite(channels, ("reduce", "expand"), factory) if use_se else nn.Identity()
         self.activation = nn.ReLU()
         if inference_mode:

@@ -26,6 +26,7 @@ from .submodules import (
     Slot,
     Submodules,
     agreed_geometry,
+    conv_at,
     kernel_of,
     module_at,
     read,
@@ -79,42 +80,37 @@ class RepBlock(nn.Module):
 
     def _lay_out(
         self,
-        layout: Layout,
+        geometry: Geometry,
         in_channels: SupportsIndex,
         out_channels: SupportsIndex,
+        slots: Sequence[Slot],
+        total: str | None,
         deploy: bool,
         backend: str,
     ) -> None:
-        groups = layout.geometry.groups
         found = []
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
             channels = as_int(value, f"{name} must be an int")
-            if channels < 1 or channels % groups:
-                raise ValueError(f"{name} must be a positive multiple of groups={groups}, got {channels}")
+            if channels < 1 or channels % geometry.groups:
+                raise ValueError(f"{name} must be a positive multiple of groups={geometry.groups}, got {channels}")
             found.append(channels)
-        self._layout = layout
-        self._channels = found[0], found[1]
+        self._layout = Layout.of(geometry, (found[0], found[1]), slots, total)
         self.deploy = deploy
         self.backend = planner.check_choice(backend)
 
     @staticmethod
-    def _make_conv(
-        channels: Pair, kernel: Sequence[int], settings: Settings, bias: bool, factory: Mapping[str, Any]
-    ) -> nn.Conv2d:
-        stride, padding, dilation, groups, mode = settings
-        size = (kernel[0], kernel[1])
-        return nn.Conv2d(*channels, size, stride, padding, dilation, groups, bias, mode, **factory)
+    def _make_conv(placed: tuple[torch.Size, Settings], bias: bool, factory: Mapping[str, Any]) -> nn.Conv2d:
+        (outputs, thin, rows, columns), (stride, padding, dilation, groups, mode) = placed
+        size = (rows, columns)
+        return nn.Conv2d(thin * groups, outputs, size, stride, padding, dilation, groups, bias, mode, **factory)
 
     def _conv(self, number: int, factory: Mapping[str, Any]) -> nn.Conv2d:
         """The convolution of a slot."""
-        return self._make_conv(self._channels, *self._layout.settings[number], False, factory)
+        return self._make_conv(self._layout.convs[number], False, factory)
 
     def _fused_conv(self, factory: Mapping[str, Any]) -> nn.Conv2d:
-        return self._whole_conv(self._channels, self._layout.geometry, factory)
-
-    def _whole_conv(self, channels: Pair, geometry: Geometry, factory: Mapping[str, Any]) -> nn.Conv2d:
-        ((kernel, settings),) = Layout.of(geometry, [Slot("", geometry.whole, None, None)]).settings
-        return self._make_conv(channels, kernel, settings, True, factory)
+        geometry = self._layout.geometry
+        return self._make_conv(conv_at(geometry, self._layout.channels, geometry.whole), True, factory)
 
     @property
     def fused(self) -> nn.Conv2d:
@@ -221,14 +217,14 @@ class RepBlock(nn.Module):
         names = ("stride", "padding", "dilation", "padding_mode")
         new = {name: getattr(was, name) for name in names} | settings
         geometry = Geometry.make(was.kernel, groups=was.groups, **new)
-        layout = Layout.of(geometry, self._layout.slots, self._layout.total)
-        whole = Layout.of(geometry, [Slot("", geometry.whole, None, None)])
+        layout = Layout.of(geometry, self._layout.channels, self._layout.slots, self._layout.total)
         convs: list[Any] = [self.fused] if self.deploy else list(self.submodules().convs)
-        for conv, (kernel, own) in zip(convs, (whole if self.deploy else layout).settings, strict=True):
+        placed = [conv_at(geometry, layout.channels, geometry.whole)] if self.deploy else layout.convs
+        for conv, own in zip(convs, placed, strict=True):
             if conv is not None:
-                placed = self._make_conv((own[3], own[3]), kernel, own, False, {"device": "meta"})
+                like = self._make_conv(own, False, {"device": "meta"})
                 for attribute in (*names, "_reversed_padding_repeated_twice"):
-                    setattr(conv, attribute, getattr(placed, attribute))
+                    setattr(conv, attribute, getattr(like, attribute))
         self._layout = layout
 
     # nn.Conv2d's attributes. Setting one moves all branches.
@@ -236,13 +232,13 @@ class RepBlock(nn.Module):
     def in_channels(self) -> int:
         """C, as the convolutions' weights have it now."""
         weight = self._kernel()
-        return self._channels[0] if weight is None else weight.shape[1] * self.groups
+        return self._layout.channels[0] if weight is None else weight.shape[1] * self.groups
 
     @property
     def out_channels(self) -> int:
         """K, as the convolutions' weights have it now."""
         weight = self._kernel()
-        return self._channels[1] if weight is None else weight.shape[0]
+        return self._layout.channels[1] if weight is None else weight.shape[0]
 
     def _kernel(self) -> Tensor | None:
         convs = [self.fused] if self.deploy else self.submodules().convs
@@ -405,8 +401,8 @@ class RepBlock(nn.Module):
 
     def folded_conv(self, weight: Tensor, bias: Tensor) -> nn.Conv2d:
         """The nn.Conv2d of this weight and bias (as `become`) where the block is, trained as it is."""
-        channels = weight.shape[1] * self.groups, weight.shape[0]
-        conv = self._whole_conv(channels, self.geometry, {"device": "meta"})
+        geometry, channels = self.geometry, (weight.shape[1] * self.groups, weight.shape[0])
+        conv = self._make_conv(conv_at(geometry, channels, geometry.whole), True, {"device": "meta"})
         like = self._kernel()
         if like is not None and prefers_channels_last(like, like):
             weight = weight.contiguous(memory_format=torch.channels_last)

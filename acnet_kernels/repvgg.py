@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .geometry import Geometry, IntOrPair, PaddingMode
 from .rep import RepBlock, conv_bn, usual_slots
 from .squeeze_excite import SqueezeExcite
-from .submodules import Layout
 
 
 class RepVGGBlock(RepBlock):
@@ -54,9 +53,9 @@ class RepVGGBlock(RepBlock):
         slots = usual_slots(
             geometry, [("rbr_dense",)], "rbr_1x1", "rbr_identity" if in_channels == out_channels else None
         )
-        self._lay_out(Layout.of(geometry, slots), in_channels, out_channels, deploy, backend)
+        self._lay_out(geometry, in_channels, out_channels, slots, None, deploy, backend)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        channels = self._channels[1]
+        channels = self._layout.channels[1]
         self.nonlinearity = nn.ReLU()
         self.se = SqueezeExcite(channels, ("down", "up"), factory) if use_se else nn.Identity()
         if deploy:

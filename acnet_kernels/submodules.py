@@ -54,27 +54,30 @@ class Slot(NamedTuple):
     container: tuple[str, ...] | None = None
 
 
-# (stride, padding, dilation, groups, padding_mode), as nn.Conv2d has them.
-Settings = tuple[Pair, Pair, Pair, int, PaddingMode]
+Settings = tuple[Pair, Pair, Pair, int, PaddingMode]  # stride, padding, dilation, groups, padding_mode
 
 
 class Layout(NamedTuple):
-    """Where a block was built to have its branches, and their modules; `settings` are its convolutions'."""
+    """Where a block was built to have its branches, and their modules; `convs` are its convolutions, by slot."""
 
     geometry: Geometry
+    channels: Pair  # in and out
     slots: tuple[Slot, ...]
     total: str | None  # the batch norm after the sum
-    settings: tuple[tuple[list[int], Settings], ...]  # of each slot: [rows, columns], and the others
+    convs: tuple[tuple[torch.Size, Settings], ...]  # the weight's shape, and the settings
 
     @classmethod
-    def of(cls, geometry: Geometry, slots: Sequence[Slot], total: str | None = None) -> Layout:
+    def of(cls, geometry: Geometry, channels: Pair, slots: Sequence[Slot], total: str | None = None) -> Layout:
         """The layout of these slots."""
-        settings = []
-        for slot in slots:
-            place = geometry.placement(slot.taps)
-            own = (geometry.stride, place.padding, place.dilation, geometry.groups, geometry.padding_mode)
-            settings.append(([*place.kernel], own))
-        return cls(geometry, tuple(slots), total, tuple(settings))
+        convs = tuple(conv_at(geometry, channels, slot.taps) for slot in slots)
+        return cls(geometry, channels, tuple(slots), total, convs)
+
+
+def conv_at(geometry: Geometry, channels: Pair, taps: Taps) -> tuple[torch.Size, Settings]:
+    """(the weight's shape, the settings) of the convolution of these taps."""
+    place, (inputs, outputs) = geometry.placement(taps), channels
+    settings = (geometry.stride, place.padding, place.dilation, geometry.groups, geometry.padding_mode)
+    return torch.Size((outputs, inputs // geometry.groups, *place.kernel)), settings
 
 
 class Submodules(NamedTuple):
@@ -315,20 +318,17 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
 
 def _agree(given: Submodules) -> Geometry | str:
     # Where the convolutions sit, if they are the branches of one block, and their batch norms those of one step.
-    layout, channels, moved = given.layout, None, False
-    for i, (conv, (rows_columns, wanted)) in enumerate(zip(given.convs, layout.settings, strict=True)):
+    layout, moved, resized = given.layout, False, False
+    for conv, (shape, settings) in zip(given.convs, layout.convs, strict=True):
         if conv is None:
             continue
-        k, c, *taps = kernel_of(conv)[0].shape
         found: Any = conv
-        if (found.stride, found.padding, found.dilation, found.groups, found.padding_mode) != wanted or (
-            found.padding_mode != "zeros" and _pads_by(found) != found.padding
-        ):
+        resized = resized or kernel_of(found)[0].shape != shape
+        own = (found.stride, found.padding, found.dilation, found.groups, found.padding_mode)
+        if own != settings or (found.padding_mode != "zeros" and _pads_by(found) != found.padding):
             moved = True
-        channels = channels or (k, c)
-        if (k, c) != channels or taps != rows_columns:
-            name = ".".join(layout.slots[i].conv or ())
-            return f"{name}'s weight is {(k, c, *taps)}, not {(*channels, *rows_columns)}"
+    if resized and (why := _why_sizes_differ(given)) is not None:
+        return why
     group = None
     for norm in (*given.norms, given.total):
         if type(norm) is nn.SyncBatchNorm and (its := _group_of(norm)) is not None:
@@ -336,11 +336,24 @@ def _agree(given: Submodules) -> Geometry | str:
                 return "its batch norms synchronise over different process groups"
             group = its
     geometry = agreed_geometry(given) if moved else layout.geometry
-    if isinstance(geometry, Geometry) and None in given.convs:
-        assert channels is not None
-        if geometry.centre is None or channels[0] != channels[1] * geometry.groups:
+    if (moved or resized) and isinstance(geometry, Geometry) and None in given.convs:
+        outputs, inputs = next(kernel_of(conv)[0].shape[:2] for conv in given.convs if conv is not None)
+        if geometry.centre is None or outputs != inputs * geometry.groups:
             return "the convolutions change the map's size or channels, which its identity cannot"
     return geometry
+
+
+def _why_sizes_differ(given: Submodules) -> str | None:
+    # Why weights of other shapes than were built, as after physical pruning, are not those of one block, or None.
+    channels = None
+    for slot, conv, (shape, _) in zip(given.layout.slots, given.convs, given.layout.convs, strict=True):
+        if conv is None:
+            continue
+        found = kernel_of(conv)[0].shape
+        channels = channels or found[:2]
+        if found != (*channels, *shape[2:]):
+            return f"{'.'.join(slot.conv or ())}'s weight is {(*found,)}, not {(*channels, *shape[2:])}"
+    return None
 
 
 def _step(given: Submodules, geometry: Geometry) -> Step:
