@@ -65,17 +65,17 @@ def tune(model: nn.Module, example: Sequence[int] | Tensor) -> TuningReport:
     where that cannot be written, a warning says so. A backend is taken over a simpler one where it is 3% faster.
 
     Args:
-        model: any module with ACBlocks.
+        model: any module with blocks.
         example: an input like those of training, or its shape (zeros in the dtype and on the device of the first
             parameter). The batch size is part of a step.
 
     Raises:
         TypeError: example is neither.
-        ValueError: model has no ACBlock.
+        ValueError: model has no block.
     """
     blocks = {block: name or "(model)" for name, block in blocks_of(model).items()}
     if not blocks:
-        raise ValueError(f"model must have an ACBlock to tune, this {type(model).__name__} has none; see convert()")
+        raise ValueError(f"model must have a block to tune, this {type(model).__name__} has none; see convert()")
     x = as_input(model, example, "example")
     steps: dict[str, tuple[Problem, bool, list[str]]] = {}
     left = dict.fromkeys(blocks.values(), "does not run on this example in eval mode")

@@ -1,4 +1,4 @@
-"""Turning networks into ACNets and back: convert() conv(+BN) → ACBlock, fuse() ACBlock → conv, fold()."""
+"""Turning networks into ACNets and back: convert() conv(+BN) → ACBlock; fuse() and fold() any block → conv."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ class _Builder:
 
 
 def blocks_of(model: nn.Module | Iterable[nn.Module]) -> dict[str, RepBlock]:
-    """Name → every ACBlock of a model or of a sequence of modules, in order, each once in a model."""
+    """Name → every block of a model or of a sequence of modules, in order, each once in a model."""
     found: dict[str, RepBlock] = {}
     if isinstance(model, nn.Module):
         _collect(model, "", found, set())
@@ -289,7 +289,7 @@ def _collect(module: nn.Module, name: str, found: dict[str, RepBlock], seen: set
 def fold(
     model_or_blocks: nn.Module | Iterable[nn.Module], *, out: Sequence[tuple[Tensor, Tensor]] | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """(weight, bias) of the one convolution each ACBlock equals in eval, all computed in one call.
+    """(weight, bias) of the one convolution each block equals in eval, all computed in one call.
 
     Differentiable in every weight, convolution bias, γ and β, unless `out` is given.
 
@@ -317,17 +317,19 @@ def _fold(
 
 
 def fuse(model: nn.Module, inplace: bool = False, *, keep_blocks: bool = False) -> nn.Module:
-    """Replaces every ACBlock of model by the one nn.Conv2d that it equals, all folded in one call.
+    """Replaces every block of model by the one nn.Conv2d that it equals, all folded in one call.
+
+    A block that does more after its sum (RepVGGBlock, MobileOneBlock) stays, deployed.
 
     Device, dtype, training flags, requires_grad, memory layout and hooks on the blocks are kept. Folded in
     float32 or better, rounded to the weights' dtype at the end. Warns about blocks in train mode: their batch
     statistics are not what the folded convolution uses.
 
     Args:
-        model: any module with ACBlocks.
+        model: any module with blocks.
         inplace: change model itself instead of a deep copy. A model that is itself a block is deployed in place.
-        keep_blocks: leave deployed ACBlocks (`ACBlock.switch_to_deploy`), whose state dicts have the original
-            code's names, fused_conv.weight and fused_conv.bias.
+        keep_blocks: leave deployed blocks (`switch_to_deploy`), whose state dicts have the original code's names,
+            as fused_conv.weight and fused_conv.bias.
 
     Returns:
         The folded network.

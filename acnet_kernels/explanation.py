@@ -74,7 +74,7 @@ class Explanation:
             if any(b.predicted for b in self.blocks):
                 lines += [f"times are milliseconds of a step; predictions: {self.origin}"]
         else:
-            lines += ["no ACBlock in this model"]
+            lines += ["no block in this model"]
         if self.failure:
             lines += [f"the model did not run on this input: {self.failure}"]
         if self.conversions:
@@ -84,13 +84,13 @@ class Explanation:
 
 
 def explain(model: nn.Module, inputs: Sequence[int] | Tensor | None = None) -> Explanation:
-    """What runs for every ACBlock of model, and why.
+    """What runs for every block of model, and why.
 
     The planner is asked about each block in the mode (train, eval, frozen) it is in now. To learn the shapes,
     model is run once in eval mode without gradients; parameters, statistics and modes stay as they are.
 
     Args:
-        model: any module with ACBlocks.
+        model: any module with blocks.
         inputs: an input tensor, or its shape (zeros in the dtype and on the device of the first parameter);
             None to list the blocks without shapes.
 

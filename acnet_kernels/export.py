@@ -35,7 +35,7 @@ def weight_ranges(model: nn.Module) -> list[WeightRange]:
     """A WeightRange for every nn.Conv2d of model, in order; give it folded networks (`fuse`, fuse_conv_bn_eval).
 
     Raises:
-        ValueError: an ACBlock is not folded, so the weights it will deploy with do not exist yet.
+        ValueError: a block is not folded, so the weights it will deploy with do not exist yet.
     """
     found = []
     for name, module in model.named_modules():

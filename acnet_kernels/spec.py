@@ -151,6 +151,12 @@ class Problem:
         return n * c * h * w * dtype.itemsize, n * self.out_channels * rows * columns * dtype.itemsize
 
     @property
+    def normalised_maps(self) -> int:
+        """How many maps besides x batch norms normalise: the identity's is x."""
+        parts = zip(self.convolved, self.normed, strict=True)
+        return sum(convolved and normed for convolved, normed in parts) + self.total
+
+    @property
     def taps(self) -> list[int]:
         """How many taps each convolution has."""
         return [t.rows * t.columns for t, convolved in zip(self.branches, self.convolved, strict=True) if convolved]

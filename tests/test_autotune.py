@@ -208,7 +208,7 @@ def test_a_directory_that_cannot_be_written_is_named(monkeypatch, tmp_path):
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="model must have an ACBlock to tune, this Linear has none"):
+    with pytest.raises(ValueError, match="model must have a block to tune, this Linear has none"):
         ak.tune(nn.Linear(2, 2), (2, 2))
     with pytest.raises(TypeError, match="example must be a tensor or its shape"):
         ak.tune(network(), "2,3,9,8")

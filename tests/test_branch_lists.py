@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 from oracle import rel
+from steps import saved_by
 from torch import Tensor, nn
 
 from acnet_kernels import Branch, Geometry, Norm, Taps, acblock
@@ -144,6 +145,21 @@ def test_no_backend_declines_what_it_could_do(shape):
     for backend, declined in (("branches", alone), ("recompute", alone), ("moments", same | alone)):
         problem = describe(x, Block(shape, backend).step())
         assert (backend != planner.choose(problem, backend).backend.NAME) == (shape in declined), backend
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "shape", [name for name in SHAPES if name != "reflected"]
+)  # whose padded input is kept too
+def test_saved_bytes_is_what_is_saved(shape, backend):
+    block = Block(shape, backend)
+    x = torch.randn(3, C, 33, 31, requires_grad=True)
+    problem = describe(x, block.step())
+    _, kept = saved_by(block, x)
+    own = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers())}
+    maps = sum(size for address, size in kept.items() if address not in own and size > 8 * C * 49)
+    declared = planner.choose(problem, backend).backend.saved_bytes(problem)
+    assert abs(maps - declared) <= 0.1 * x.nbytes  # `moments` keeps a number a weight besides
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -76,7 +76,7 @@ def saved_bytes(problem: Problem) -> int:
     nested, problem = mixed.saved_bytes(problem), mixed.inner(problem)
     widened = convolution_dtype(problem.dtype, problem.device).itemsize / problem.dtype.itemsize
     inputs = problem.input_bytes // problem.dtype.itemsize * problem.input_dtype.itemsize
-    return nested + inputs + int(len(problem.batch_stats) * problem.output_bytes * widened)
+    return nested + inputs + int(problem.normalised_maps * problem.output_bytes * widened)
 
 
 def transient_bytes(problem: Problem) -> int:

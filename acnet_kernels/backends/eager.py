@@ -22,11 +22,22 @@ def declines(problem: Problem) -> str | None:
     return None
 
 
+def seen_bytes(problem: Problem) -> int:
+    """Bytes of what the branches see of x: x itself, and a copy where it is padded for one on one side alone."""
+    n, c, height, width = problem.shape
+    pixels = {0: 0}  # branch → of what it sees, 0: x
+    for i, taps in enumerate(problem.branches, 1):
+        left, right, top, bottom = (max(edge, 0) for edge in problem.geometry.placement(taps).edges)
+        copied = max(left, right, top, bottom) > 0
+        pixels[i if copied else 0] = (height + top + bottom) * (width + left + right)
+    return n * c * sum(pixels.values()) * problem.dtype.itemsize
+
+
 def saved_bytes(problem: Problem) -> int:
     """Bytes kept for backward: x, what each batch norm normalises, and kernels that autocast casts."""
     if not problem.grad:
         return 0
-    return problem.input_bytes + len(problem.batch_stats) * problem.output_bytes + problem.cast_weight_bytes
+    return seen_bytes(problem) + problem.normalised_maps * problem.output_bytes + problem.cast_weight_bytes
 
 
 def transient_bytes(problem: Problem) -> int:

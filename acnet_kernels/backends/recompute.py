@@ -51,7 +51,7 @@ def saved_bytes(problem: Problem) -> int:
 def transient_bytes(problem: Problem) -> int:
     """Bytes of maps that a step holds at most besides what it keeps, its output and its gradients among them."""
     dtype = convolution_dtype(problem.dtype, problem.device)
-    maps = len(mixed.inner(problem).batch_stats) * problem.map_bytes(dtype)[1]
+    maps = mixed.inner(problem).normalised_maps * problem.map_bytes(dtype)[1]
     return maps + branches.transient_bytes(problem)
 
 

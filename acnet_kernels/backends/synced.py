@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from ..ops.bn_sum import mean_and_variance, rstds_of
 from ..spec import Norm, Problem, Step
 from .batchnorm import batch_norm, move
-from .eager import branch_map
+from .eager import branch_map, seen_bytes
 from .nodes import Update, wants_definition
 
 NAME = "synced"
@@ -29,7 +29,7 @@ def saved_bytes(problem: Problem) -> int:
     """Bytes kept for backward: x, what each batch norm normalises, and kernels that autocast casts."""
     if not problem.grad:
         return 0
-    return problem.input_bytes + len(problem.batch_stats) * problem.output_bytes + problem.cast_weight_bytes
+    return seen_bytes(problem) + problem.normalised_maps * problem.output_bytes + problem.cast_weight_bytes
 
 
 def transient_bytes(problem: Problem) -> int:

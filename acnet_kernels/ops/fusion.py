@@ -40,7 +40,7 @@ def fold_steps(
     device. Differentiable in every weight, convolution bias, γ and β unless `out` is given.
 
     Args:
-        steps: what `ACBlock.step()` returns. Every batch norm must have running statistics.
+        steps: what a block's `step()` returns. Every batch norm must have running statistics.
         out: (weight, bias) pairs to write into, contiguous or channels_last, sharing no memory with the inputs;
             no gradient is recorded then. Saves the page faults of fresh memory.
 
