@@ -45,6 +45,7 @@ SANITIZED := env LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-f
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048 \
 	UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/build/sanitize/lib"
 sanitize: $(STAMP)
+	rm -rf build/sanitize/lib
 	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
 		$(PY) setup.py -q build --debug --build-base build/sanitize --build-lib build/sanitize/lib
 	$(SANITIZED) $(VENV)/bin/pytest -n auto $(addprefix tests/test_,hostile.py bn_sum.py autocorrelation.py \

@@ -467,6 +467,17 @@ def test_a_stride_of_one_branch_alone_is_an_error():
         block(torch.randn(2, 4, 8, 8))
 
 
+@pytest.mark.parametrize("backend", planner.CHOICES)
+@pytest.mark.parametrize("training", [True, False])
+def test_one_branch_of_fewer_channels_does_not_broadcast(backend, training):
+    b = ACBlock(4, 6, 3, padding=1, backend=backend)
+    b.hor_conv.weight = nn.Parameter(b.hor_conv.weight.detach()[:1])
+    b.hor_bn = nn.BatchNorm2d(1)
+    with pytest.raises(ValueError, match=r"one shape to be summed: square's is \(2, 6, 5, 5\), hor's \(2, 1,"):
+        b.train(training)(torch.randn(2, 4, 5, 5))
+    assert "hor_conv's weight is (1, 4, 1, 3), not (6, 4, 1, 3)" in b.module_path_reason()
+
+
 def test_depthwise_channels_cut_out():
     block = scramble(ACBlock(6, 6, 3, padding=1, groups=6))
     keep = [0, 2, 3]
