@@ -3,7 +3,7 @@
 import pytest
 from toolbox import load_tool
 
-pytest.importorskip("timm")
+pytest.importorskip("timm", reason="its networks are converted: extra `test`")
 architectures = load_tool("architectures")
 
 NOTHING_ABSORBED = {  # the convolution's reader is no plain nn.BatchNorm2d, or reads other tensors too

@@ -42,8 +42,8 @@ def net():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_onnx(net, dtype, tmp_path):
-    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    onnx, onnxruntime = (pytest.importorskip(name, reason="extra `export`") for name in ("onnx", "onnxruntime"))
+    pytest.importorskip("onnxscript", reason="torch.onnx needs it: extra `export`")
     folded = fuse(net).to(dtype)
     path = tmp_path / "net.onnx"
     x = torch.randn(2, 3, 15, 13, dtype=dtype)
@@ -126,7 +126,7 @@ def test_weight_ranges_ask_for_a_folded_network(net):
 
 @pytest.mark.slow
 def test_folded_kernels_take_int8_worse_than_a_plain_networks():
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="it has the digits: extra `demo`")
     report = load_tool("int8_report")
     found = report.measure(seed=0, epochs=3)
     inner = {

@@ -16,7 +16,7 @@ from acnet_kernels import ACBlock, convert, fuse
 
 
 def resnet18():
-    models = pytest.importorskip("torchvision.models")
+    models = pytest.importorskip("torchvision.models", reason="its networks are traced: extra `test`")
     return scramble(convert(models.resnet18(weights=None, num_classes=10)))
 
 
@@ -73,7 +73,9 @@ def test_a_folded_network_is_traced_as_its_convolutions():
 @pytest.mark.parametrize("training", [True, False])
 def test_torchvisions_feature_extractor(training):
     net = resnet18().train(training)
-    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    extraction = pytest.importorskip(
+        "torchvision.models.feature_extraction", reason="torchvision is missing: extra `test`"
+    )
     extractor = extraction.create_feature_extractor(copy.deepcopy(net), {"layer2": "middle", "avgpool": "end"})
     want, x = {}, torch.randn(2, 3, 32, 32)
     net.layer2.register_forward_hook(lambda m, args, out: want.update(middle=out))
@@ -87,8 +89,8 @@ def test_torchvisions_feature_extractor(training):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_quantisation_aware_training_by_fx():
-    quantization = pytest.importorskip("torch.ao.quantization")
-    quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    quantization = pytest.importorskip("torch.ao.quantization", reason="this torch has no FX quantisation any more")
+    quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx", reason="this torch has none any more")
     net, x = resnet18(), torch.randn(4, 3, 32, 32)
     mapping = quantization.get_default_qat_qconfig_mapping("x86")
     prepared = quantize_fx.prepare_qat_fx(net.train(), mapping, (x,))
