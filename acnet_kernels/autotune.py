@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import planner, timer, timing_cache
-from .backends.machine import this_machine
+from .backends.device_info import this_machine
 from .conversion import blocks_of
 from .explanation import table, visit
 from .observing import as_input

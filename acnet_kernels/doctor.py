@@ -1,4 +1,4 @@
-"""What this machine has: versions, compilers, the extension, and which backends can run."""
+"""What this machine has: versions, compilers, and the extension."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from importlib import metadata
 import torch
 
 from . import __version__
-from .backends import planner
 from .ops import _extension
 
 
 def report() -> list[tuple[str, str]]:
     """(what, finding) pairs, each a line of `python -m acnet_kernels doctor`."""
-    lines = [
+    return [
         ("acnet_kernels", __version__),
         ("python", platform.python_version()),
         ("torch", f"{torch.__version__}, CPU kernels {torch.backends.cpu.get_cpu_capability()}"),
@@ -30,12 +29,9 @@ def report() -> list[tuple[str, str]]:
         ("ninja", _tool("ninja") if shutil.which("ninja") else _version("ninja")),
         ("nvcc", _tool("nvcc")),
         ("CUDA", _cuda()),
-        ("extension", _extension.MISSING or "loaded"),
-        ("CUDA kernels", _extension.MISSING_CUDA or "loaded"),
+        ("extension", _extension.WHY_MISSING or "loaded"),
+        ("CUDA kernels", _extension.WHY_CUDA_MISSING or "loaded"),
     ]
-    for name, backend in planner.BACKENDS.items():
-        lines.append((f"backend {name}", backend.unavailable() or "can run here"))
-    return lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

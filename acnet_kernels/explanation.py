@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import branches, cost, eager, folded, phases, planner
-from .backends.machine import this_machine
+from .backends.device_info import this_machine
 from .conversion import RECORD, Conversion, blocks_of
 from .observing import as_input, in_modes, undisturbed
 from .rep import RepBlock

@@ -50,7 +50,7 @@ def run(x: Tensor, step: Step, backend: str) -> Tensor:
     return plan.backend.forward(*step.padded(x))
 
 
-def plan(x: Tensor, step: Step, backend: str) -> tuple[Problem, planner.Plan]:
+def plan(x: Tensor, step: Step, backend: str) -> tuple[Problem, planner.Choice]:
     """What run() would do with the same arguments, and why; x may be a meta tensor. Computes nothing."""
     problem = describe(x, step)
     return problem, planner.choose(problem, planner.check_choice(backend))

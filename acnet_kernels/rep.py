@@ -100,9 +100,9 @@ class RepBlock(nn.Module):
 
     @staticmethod
     def _make_conv(placed: tuple[torch.Size, Settings], bias: bool, factory: Mapping[str, Any]) -> nn.Conv2d:
-        (outputs, thin, rows, columns), (stride, padding, dilation, groups, mode) = placed
+        (outputs, cg, rows, columns), (stride, padding, dilation, groups, mode) = placed
         size = (rows, columns)
-        return nn.Conv2d(thin * groups, outputs, size, stride, padding, dilation, groups, bias, mode, **factory)
+        return nn.Conv2d(cg * groups, outputs, size, stride, padding, dilation, groups, bias, mode, **factory)
 
     def _conv(self, number: int, factory: Mapping[str, Any]) -> nn.Conv2d:
         """The convolution of a slot."""
@@ -177,7 +177,7 @@ class RepBlock(nn.Module):
             raise ValueError(f"the block runs through its submodules: {step}")
         return step
 
-    def plan(self, x: Tensor) -> tuple[Problem, planner.Plan]:
+    def plan(self, x: Tensor) -> tuple[Problem, planner.Choice]:
         """What forward(x) runs, and why; x may be a meta tensor.
 
         Raises:

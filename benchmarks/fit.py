@@ -29,7 +29,7 @@ import torch
 
 from acnet_kernels import ACBlock
 from acnet_kernels.backends import cost, eager, planner, timing_cache
-from acnet_kernels.backends.machine import CPU, CUDA, FAST_HALF_CPU
+from acnet_kernels.backends.device_info import CPU, CUDA, FAST_HALF_CPU
 from acnet_kernels.functional import describe
 from acnet_kernels.spec import Problem
 

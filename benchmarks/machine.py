@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from acnet_kernels.backends.machine import cpu_name, device_name
+from acnet_kernels.backends.device_info import cpu_name, device_name
 
 
 def cache_bytes(device: torch.device | str = "cpu") -> int:

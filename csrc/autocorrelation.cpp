@@ -110,12 +110,12 @@ template <class T, class A>
 void sum_images(const Tensor& y, const Tensor& pivot, Tensor& total) {
   const int64_t n = y.size(0), k = y.size(1), height = y.size(2), row = y.size(3) * k;
   const T* from = static_cast<const T*>(y.const_data_ptr());
-  const A* level = static_cast<const A*>(pivot.const_data_ptr());
+  const A* centre = static_cast<const A*>(pivot.const_data_ptr());
   A* to = static_cast<A*>(total.mutable_data_ptr());
   // Parts of the image in parallel: long runs of memory each.
   const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(row, 1));
   torch::stable::parallel_for(0, height, grain, [&](int64_t begin, int64_t end) {
-    passes<T, A>().sum_images(from + begin * row, n, height * row, level, k, (end - begin) * row, to + begin * row);
+    passes<T, A>().sum_images(from + begin * row, n, height * row, centre, k, (end - begin) * row, to + begin * row);
   });
 }
 

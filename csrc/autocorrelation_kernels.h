@@ -173,14 +173,14 @@ void correlate(const Block<T, A>& b) {
 template <class T, class A>
 void sum_images(const T* from, int64_t images, int64_t stride, const A* pivot, int64_t channels, int64_t row, A* to) {
   constexpr int64_t kPiece = 4096;  // elements whose sums stay in first-level cache while images go by
-  A wide[kPiece], level[kPiece];
+  A wide[kPiece], centre[kPiece];
   std::memset(to, 0, row * sizeof(A));
   for (int64_t first = 0; first < row; first += kPiece) {
     const int64_t size = row - first < kPiece ? row - first : kPiece;
-    for (int64_t i = 0; i < size; ++i) level[i] = pivot[(first + i) % channels];
+    for (int64_t i = 0; i < size; ++i) centre[i] = pivot[(first + i) % channels];
     for (int64_t n = 0; n < images; ++n) {
       widen(from + n * stride + first, wide, size);
-      for (int64_t i = 0; i < size; ++i) to[first + i] += wide[i] - level[i];
+      for (int64_t i = 0; i < size; ++i) to[first + i] += wide[i] - centre[i];
     }
   }
 }

@@ -91,42 +91,42 @@ std::vector<View> maps_of(const Check& check, const Tensors& ys) {
 }
 
 // How maps lie and are cut.
-Plan plan_of(const Check& check, const std::vector<View>& maps) {
+MapLayout layout_of(const Check& check, const std::vector<View>& maps) {
   const View& y = maps[0];
-  Plan plan{};
-  plan.maps = static_cast<int>(maps.size());
-  plan.images = y.sizes[0];
-  plan.channels = y.sizes[1];
-  plan.pixels = y.sizes[2] * y.sizes[3];
+  MapLayout layout{};
+  layout.maps = static_cast<int>(maps.size());
+  layout.images = y.sizes[0];
+  layout.channels = y.sizes[1];
+  layout.pixels = y.sizes[2] * y.sizes[3];
   // Where both layouts describe the memory, the one with the longer runs.
-  plan.channels_last = y.dense(true) && !(y.dense(false) && plan.pixels >= plan.channels);
-  for (const View& map : maps) check(map.dense(plan.channels_last), "ys must all be contiguous or all channels_last");
-  if (plan.channels_last) {
+  layout.channels_last = y.dense(true) && !(y.dense(false) && layout.pixels >= layout.channels);
+  for (const View& map : maps) check(map.dense(layout.channels_last), "ys must all be contiguous or all channels_last");
+  if (layout.channels_last) {
     // Rows of whole groups of four 64-byte vectors of float, or of whole vectors, unless that takes too many pixels.
     for (const int64_t columns : {64, 16}) {
-      plan.pixels_per_row = std::lcm(plan.channels, columns) / plan.channels;
-      if (plan.width() <= kWidestRow) break;
+      layout.pixels_per_row = std::lcm(layout.channels, columns) / layout.channels;
+      if (layout.width() <= kWidestRow) break;
     }
-    if (plan.width() > kWidestRow) plan.pixels_per_row = std::max<int64_t>(1, 64 / plan.channels);
-    const int64_t rows = plan.images * plan.pixels / plan.pixels_per_row;
-    const int64_t least = std::max<int64_t>(1, kChunkElements / plan.width());
-    plan.chunk = std::max(least, (rows + kMostChunks - 1) / kMostChunks);
-    plan.chunks = std::max<int64_t>(1, rows / plan.chunk);
+    if (layout.width() > kWidestRow) layout.pixels_per_row = std::max<int64_t>(1, 64 / layout.channels);
+    const int64_t rows = layout.images * layout.pixels / layout.pixels_per_row;
+    const int64_t least = std::max<int64_t>(1, kChunkElements / layout.width());
+    layout.chunk = std::max(least, (rows + kMostChunks - 1) / kMostChunks);
+    layout.chunks = std::max<int64_t>(1, rows / layout.chunk);
   } else {
-    plan.pixels_per_row = 1;
-    const int64_t least = std::max<int64_t>(1, kChunkElements / plan.pixels);
-    const int64_t most = std::max<int64_t>(1, kMostChunks / plan.channels);
-    plan.chunk = std::max(least, (plan.images + most - 1) / most);
-    plan.chunks = std::max<int64_t>(1, plan.images / plan.chunk);
+    layout.pixels_per_row = 1;
+    const int64_t least = std::max<int64_t>(1, kChunkElements / layout.pixels);
+    const int64_t most = std::max<int64_t>(1, kMostChunks / layout.channels);
+    layout.chunk = std::max(least, (layout.images + most - 1) / most);
+    layout.chunks = std::max<int64_t>(1, layout.images / layout.chunk);
   }
-  return plan;
+  return layout;
 }
 
 template <class F>
-void run(const Plan& plan, const F& pass) {
-  const int64_t elements = plan.images * plan.channels * plan.pixels;
-  const int64_t grain = std::max<int64_t>(1, plan.tasks() * kChunkElements / std::max<int64_t>(1, elements));
-  torch::stable::parallel_for(0, plan.tasks(), grain, pass);
+void run(const MapLayout& layout, const F& pass) {
+  const int64_t elements = layout.images * layout.channels * layout.pixels;
+  const int64_t grain = std::max<int64_t>(1, layout.tasks() * kChunkElements / std::max<int64_t>(1, elements));
+  torch::stable::parallel_for(0, layout.tasks(), grain, pass);
 }
 
 std::vector<const void*> pointers(const std::vector<View>& maps) {
@@ -136,13 +136,13 @@ std::vector<const void*> pointers(const std::vector<View>& maps) {
 }
 
 // γ or β of every map, of any strides: one vector of K channels each, or none at all.
-std::vector<View> affine_of(const Check& check, const char* name, const Tensors& values, const Plan& plan) {
-  check(values.empty() || values.size() == static_cast<size_t>(plan.maps), name, " must have one entry per map, ",
-        plan.maps, " here, or none, got ", values.size());
+std::vector<View> affine_of(const Check& check, const char* name, const Tensors& values, const MapLayout& layout) {
+  check(values.empty() || values.size() == static_cast<size_t>(layout.maps), name, " must have one entry per map, ",
+        layout.maps, " here, or none, got ", values.size());
   std::vector<View> views(values.begin(), values.end());
   for (size_t b = 0; b < views.size(); ++b) {
     check.readable(views[b], Entry{name, b});
-    check.shape(views[b], Entry{name, b}, {plan.channels});
+    check.shape(views[b], Entry{name, b}, {layout.channels});
     check.floats(views[b], Entry{name, b});
   }
   return views;
@@ -169,12 +169,12 @@ std::vector<A> channel_values(const std::vector<View>& all, size_t b, int64_t ch
 
 // Repeats every K values `pixels_per_row` times: one coefficient a column.
 template <class A>
-std::vector<A> widen(const Plan& plan, const std::vector<A>& values) {
-  if (plan.pixels_per_row == 1) return values;
+std::vector<A> widen(const MapLayout& layout, const std::vector<A>& values) {
+  if (layout.pixels_per_row == 1) return values;
   std::vector<A> wide;
-  wide.reserve(values.size() * plan.pixels_per_row);
-  for (auto from = values.begin(); from != values.end(); from += plan.channels)
-    for (int64_t f = 0; f < plan.pixels_per_row; ++f) wide.insert(wide.end(), from, from + plan.channels);
+  wide.reserve(values.size() * layout.pixels_per_row);
+  for (auto from = values.begin(); from != values.end(); from += layout.channels)
+    for (int64_t f = 0; f < layout.pixels_per_row; ++f) wide.insert(wide.end(), from, from + layout.channels);
   return wide;
 }
 
@@ -211,8 +211,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
                                                    std::optional<ScalarType> dtype) {
   constexpr Check check("bn_sum_forward");
   const std::vector<View> maps = maps_of(check, ys);
-  const Plan plan = plan_of(check, maps);
-  const std::vector<View> scales = affine_of(check, "gammas", gammas, plan), shifts = affine_of(check, "betas", betas, plan);
+  const MapLayout layout = layout_of(check, maps);
+  const std::vector<View> scales = affine_of(check, "gammas", gammas, layout), shifts = affine_of(check, "betas", betas, layout);
   check(eps.size() == maps.size(), "eps must have one entry per map, ", maps.size(), " here, got ", eps.size());
   const ScalarType type = maps[0].type();
   check_outer(check, maps[0], dtype.value_or(type));
@@ -222,21 +222,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
     const Passes<A>& pass = passes<E, decltype(outer), A>();
     Tensor out = empty_map(ys[0], dtype.value_or(type));
     const std::vector<const void*> y = pointers(maps);
-    const int64_t channels = plan.channels, per_chunk = plan.maps * channels;
-    std::vector<double> chunk_mean(plan.chunks * per_chunk), chunk_m2(plan.chunks * per_chunk);
+    const int64_t channels = layout.channels, per_chunk = layout.maps * channels;
+    std::vector<double> chunk_mean(layout.chunks * per_chunk), chunk_m2(layout.chunks * per_chunk);
     std::vector<A> pivot(per_chunk);
     for (size_t b = 0; b < maps.size(); ++b)
       for (int64_t k = 0; k < channels; ++k)
         pivot[b * channels + k] = static_cast<A>(static_cast<const E*>(y[b])[k * maps[b].strides[1]]);
-    const std::vector<A> wide_pivot = widen(plan, pivot);
-    run(plan, [&](int64_t begin, int64_t end) {
-      pass.statistics(plan, y.data(), wide_pivot.data(), chunk_mean.data(), chunk_m2.data(), begin, end);
+    const std::vector<A> wide_pivot = widen(layout, pivot);
+    run(layout, [&](int64_t begin, int64_t end) {
+      pass.statistics(layout, y.data(), wide_pivot.data(), chunk_mean.data(), chunk_m2.data(), begin, end);
     });
     // Chan's rule, chunk after chunk, in double.
     std::vector<double> mean(per_chunk), m2(per_chunk);
     double count = 0;
-    for (int64_t i = 0; i < plan.chunks; ++i) {
-      const double more = static_cast<double>(plan.count(i)), share = more / (count + more);
+    for (int64_t i = 0; i < layout.chunks; ++i) {
+      const double more = static_cast<double>(layout.count(i)), share = more / (count + more);
       for (int64_t c = 0; c < per_chunk; ++c) {
         const double delta = chunk_mean[i * per_chunk + c] - mean[c];
         mean[c] += delta * share;
@@ -265,14 +265,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
       }
     }
     std::vector<A> shift(sum.begin(), sum.end());
-    Tensor means = make_tensor(ys[0], {plan.maps, channels}, mean);
-    Tensor variances = make_tensor(ys[0], {plan.maps, channels}, variance);
-    Tensor rstds = make_tensor(ys[0], {plan.maps, channels}, rstd);
-    center = widen(plan, center);
-    scale = widen(plan, scale);
-    shift = widen(plan, shift);
-    run(plan, [&](int64_t begin, int64_t end) {
-      pass.apply(plan, y.data(), center.data(), scale.data(), shift.data(), out.mutable_data_ptr(), begin, end);
+    Tensor means = make_tensor(ys[0], {layout.maps, channels}, mean);
+    Tensor variances = make_tensor(ys[0], {layout.maps, channels}, variance);
+    Tensor rstds = make_tensor(ys[0], {layout.maps, channels}, rstd);
+    center = widen(layout, center);
+    scale = widen(layout, scale);
+    shift = widen(layout, shift);
+    run(layout, [&](int64_t begin, int64_t end) {
+      pass.apply(layout, y.data(), center.data(), scale.data(), shift.data(), out.mutable_data_ptr(), begin, end);
     });
     return std::make_tuple(out, means, variances, rstds);
   });
@@ -281,22 +281,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
 // What a gradient is computed from, checked.
 struct Gradient {
   std::vector<View> maps, scales;
-  Plan plan;
+  MapLayout layout;
   View grad, means, rstds;
 
   Gradient(const Check& check, const Tensor& out_grad, const Tensors& ys, const Tensor& mean, const Tensor& rstd,
            const Tensors& gammas, const std::vector<bool>& needs_dy)
-      : maps(maps_of(check, ys)), plan(plan_of(check, maps)), grad(out_grad), means(mean), rstds(rstd) {
+      : maps(maps_of(check, ys)), layout(layout_of(check, maps)), grad(out_grad), means(mean), rstds(rstd) {
     const View& y = maps[0];
     check(needs_dy.size() == ys.size(), "needs_dy must have one entry per map, ", ys.size(), " here, got ", needs_dy.size());
     check.readable(grad, "grad");
-    check(grad.has_shape({y.sizes[0], y.sizes[1], y.sizes[2], y.sizes[3]}) && grad.dense(plan.channels_last),
+    check(grad.has_shape({y.sizes[0], y.sizes[1], y.sizes[2], y.sizes[3]}) && grad.dense(layout.channels_last),
           "grad must agree with ys in shape and layout, got ", grad.shape(), ", ys have ", y.shape());
     check_outer(check, y, grad.type());
-    scales = affine_of(check, "gammas", gammas, plan);
+    scales = affine_of(check, "gammas", gammas, layout);
     for (const auto& [v, name] : {std::pair<const View&, const char*>{means, "means"}, {rstds, "rstds"}}) {
       check.readable(v, name);
-      check.shape(v, name, {plan.maps, plan.channels});
+      check.shape(v, name, {layout.maps, layout.channels});
       check.type(v, name, ScalarType::Double, "dtype float64");
       check.contiguous(v, name);
     }
@@ -305,45 +305,45 @@ struct Gradient {
 
 // dγ (maps×K) and dβ (K); dy_b into dys[b] wherever that is not null.
 std::tuple<Tensor, Tensor> backward_into(const Gradient& from, const Tensor& grad, const std::vector<void*>& dys) {
-  const Plan& plan = from.plan;
+  const MapLayout& layout = from.layout;
   return dispatch(from.maps[0].type(), from.grad.type(), [&](auto element, auto outer, auto accumulator) {
     using A = decltype(accumulator);
     const Passes<A>& pass = passes<decltype(element), decltype(outer), A>();
     const std::vector<const void*> y = pointers(from.maps);
-    const int64_t channels = plan.channels, per_chunk = (plan.maps + 1) * channels;
+    const int64_t channels = layout.channels, per_chunk = (layout.maps + 1) * channels;
     const double* mean = static_cast<const double*>(from.means.data);
     const double* rstd = static_cast<const double*>(from.rstds.data);
-    const std::vector<A> rounded(mean, mean + plan.maps * channels), center = widen(plan, rounded);
-    std::vector<A> chunk_sums(plan.chunks * per_chunk);
-    run(plan, [&](int64_t begin, int64_t end) {
-      pass.reduce(plan, from.grad.data, y.data(), center.data(), chunk_sums.data(), begin, end);
+    const std::vector<A> rounded(mean, mean + layout.maps * channels), center = widen(layout, rounded);
+    std::vector<A> chunk_sums(layout.chunks * per_chunk);
+    run(layout, [&](int64_t begin, int64_t end) {
+      pass.reduce(layout, from.grad.data, y.data(), center.data(), chunk_sums.data(), begin, end);
     });
     std::vector<double> sums(per_chunk);
-    for (int64_t i = 0; i < plan.chunks; ++i)
+    for (int64_t i = 0; i < layout.chunks; ++i)
       for (int64_t c = 0; c < per_chunk; ++c) sums[c] += chunk_sums[i * per_chunk + c];
-    const double count = static_cast<double>(plan.images) * static_cast<double>(plan.pixels);
-    const double* total = sums.data() + plan.maps * channels;
-    std::vector<A> dgamma(plan.maps * channels), scale(dgamma.size()), slope(dgamma.size()), offset(dgamma.size());
+    const double count = static_cast<double>(layout.images) * static_cast<double>(layout.pixels);
+    const double* total = sums.data() + layout.maps * channels;
+    std::vector<A> dgamma(layout.maps * channels), scale(dgamma.size()), y_factor(dgamma.size()), offset(dgamma.size());
     const std::vector<A> dbeta(total, total + channels);
-    for (int b = 0; b < plan.maps; ++b) {
+    for (int b = 0; b < layout.maps; ++b) {
       const std::vector<A> gamma = channel_values<A>(from.scales, b, channels, 1);
       for (int64_t k = 0; k < channels; ++k) {
         const int64_t c = b * channels + k;
         const double left = mean[c] - rounded[c], d = (sums[c] - left * total[k]) * rstd[c];
         dgamma[c] = static_cast<A>(d);
         scale[c] = static_cast<A>(gamma[k] * rstd[c]);
-        slope[c] = static_cast<A>(-double(scale[c]) * rstd[c] * d / count);
-        offset[c] = static_cast<A>(-double(scale[c]) * total[k] / count - slope[c] * left);
+        y_factor[c] = static_cast<A>(-double(scale[c]) * rstd[c] * d / count);
+        offset[c] = static_cast<A>(-double(scale[c]) * total[k] / count - y_factor[c] * left);
       }
     }
-    Tensor dgammas = make_tensor(grad, {plan.maps, channels}, dgamma);
+    Tensor dgammas = make_tensor(grad, {layout.maps, channels}, dgamma);
     Tensor dbetas = make_tensor(grad, {channels}, dbeta);
     if (std::any_of(dys.begin(), dys.end(), [](const void* p) { return p != nullptr; })) {
-      scale = widen(plan, scale);
-      slope = widen(plan, slope);
-      offset = widen(plan, offset);
-      run(plan, [&](int64_t begin, int64_t end) {
-        pass.gradient(plan, from.grad.data, y.data(), center.data(), scale.data(), slope.data(),
+      scale = widen(layout, scale);
+      y_factor = widen(layout, y_factor);
+      offset = widen(layout, offset);
+      run(layout, [&](int64_t begin, int64_t end) {
+        pass.gradient(layout, from.grad.data, y.data(), center.data(), scale.data(), y_factor.data(),
                       offset.data(), dys.data(), begin, end);
       });
     }
@@ -379,7 +379,7 @@ std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tens
     const View& dy = written[i];
     check.readable(dy, name);
     check_like(check, dy, name, from.maps[0]);
-    check(dy.dense(from.plan.channels_last), name, " must have the layout of ys");
+    check(dy.dense(from.layout.channels_last), name, " must have the layout of ys");
     for (size_t other = 0; other < ys.size(); ++other)
       if (other != b || dy.data != from.maps[b].data) check.apart(dy, name, from.maps[other], Entry{"ys", other});
     for (size_t other = 0; other < i; ++other) check.apart(dy, name, written[other], Entry{"dys", other});

@@ -15,7 +15,7 @@ namespace acnet::bn_sum {
 constexpr int kMaxMaps = 8;
 
 // How the maps lie in memory and how they are cut.
-struct Plan {
+struct MapLayout {
   int maps;
   // channels_last: pixels are K adjacent channels. `pixels_per_row` pixels are read as one row of pixels_per_row·K
   // columns, so that narrow maps fill vectors. A chunk is `chunk` rows; the last pixels that make no whole row are part
@@ -44,17 +44,17 @@ template <class A>
 struct Passes {
   // mean and M2 = Σ(y − mean)² of each chunk of y − pivot, [chunks][maps][channels]. The pivot is any element of the
   // channel: what is left is of the size of the deviation, however large the mean, and A has digits enough for it.
-  void (*statistics)(const Plan&, const void* const* y, const A* pivot, double* mean, double* m2, int64_t begin,
+  void (*statistics)(const MapLayout&, const void* const* y, const A* pivot, double* mean, double* m2, int64_t begin,
                      int64_t end);
   // out = Σ_b scale_b (y_b − center_b) + shift: exactly y_b where center_b is 0 and scale_b 1.
-  void (*apply)(const Plan&, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
+  void (*apply)(const MapLayout&, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
                 int64_t begin, int64_t end);
   // Σ g (y_b − center_b) for each map, then Σ g: [chunks][maps + 1][channels].
-  void (*reduce)(const Plan&, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
+  void (*reduce)(const MapLayout&, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
                  int64_t end);
   // dy_b = scale_b g + slope_b (y_b − center_b) + offset_b, for the maps whose dy is not null; dy may be y.
-  void (*gradient)(const Plan&, const void* grad, const void* const* y, const A* center, const A* scale,
-                   const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end);
+  void (*gradient)(const MapLayout&, const void* grad, const void* const* y, const A* center, const A* scale,
+                   const A* y_factor, const A* offset, void* const* dy, int64_t begin, int64_t end);
 };
 
 // The passes with one instruction set.

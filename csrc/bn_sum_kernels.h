@@ -183,10 +183,10 @@ void column_moments(const T* y, int64_t rows, int64_t width, const A* pivot, dou
 struct Rows {
   int64_t first, last, rest;
 };
-inline Rows rows_of(const Plan& plan, int64_t i) {
-  const int64_t total = plan.images * plan.pixels;
-  const int64_t rest = i == plan.chunks - 1 ? total % plan.pixels_per_row : 0;
-  return {i * plan.chunk, plan.end(i, total / plan.pixels_per_row), rest};
+inline Rows rows_of(const MapLayout& layout, int64_t i) {
+  const int64_t total = layout.images * layout.pixels;
+  const int64_t rest = i == layout.chunks - 1 ? total % layout.pixels_per_row : 0;
+  return {i * layout.chunk, layout.end(i, total / layout.pixels_per_row), rest};
 }
 
 // Scratch memory of one task.
@@ -200,17 +200,17 @@ struct Scratch {
 };
 
 template <class T, class A>
-void statistics_rows(const Plan& plan, const void* const* y, const A* pivots, double* mean, double* m2, int64_t begin,
+void statistics_rows(const MapLayout& layout, const void* const* y, const A* pivots, double* mean, double* m2, int64_t begin,
                      int64_t end) {
-  const int64_t width = plan.width(), channels = plan.channels;
+  const int64_t width = layout.width(), channels = layout.channels;
   int64_t piece = kPieceBytes / (width * int64_t(sizeof(T)));
   piece = piece < kLeastRows ? kLeastRows : piece;
   const Scratch<double> scratch(4 * width);
   double *piece_mean = scratch.data, *piece_m2 = piece_mean + width, *wide_mean = piece_m2 + width,
          *wide_m2 = wide_mean + width;
   for (int64_t i = begin; i < end; ++i) {
-    const Rows rows = rows_of(plan, i);
-    for (int b = 0; b < plan.maps; ++b) {
+    const Rows rows = rows_of(layout, i);
+    for (int b = 0; b < layout.maps; ++b) {
       const T* map = static_cast<const T*>(y[b]);
       const A* pivot = pivots + b * width;
       int64_t count = 0;
@@ -226,14 +226,14 @@ void statistics_rows(const Plan& plan, const void* const* y, const A* pivots, do
         count += more;
       }
       // The `pixels_per_row` pixels of a row are pixels of the same channels.
-      const int64_t at = (i * plan.maps + b) * channels;
+      const int64_t at = (i * layout.maps + b) * channels;
       double *chunk_mean = mean + at, *chunk_m2 = m2 + at;
       int64_t pixels = 0;
       if (count > 0) {
         __builtin_memcpy(chunk_mean, wide_mean, channels * sizeof(double));
         __builtin_memcpy(chunk_m2, wide_m2, channels * sizeof(double));
         pixels = count;
-        for (int64_t f = 1; f < plan.pixels_per_row; ++f, pixels += count)
+        for (int64_t f = 1; f < layout.pixels_per_row; ++f, pixels += count)
           for (int64_t c = 0; c < channels; ++c)
             merge(chunk_mean[c], chunk_m2[c], pixels, wide_mean[f * channels + c], wide_m2[f * channels + c], count);
       }
@@ -254,26 +254,26 @@ void statistics_rows(const Plan& plan, const void* const* y, const A* pivots, do
 // row(at, columns) for the rows of chunks [begin, end), backwards: the end of the maps is what the pass before left in
 // the cache.
 template <class Row>
-inline __attribute__((always_inline)) void for_rows(const Plan& plan, int64_t begin, int64_t end, const Row& row) {
-  const int64_t width = plan.width();
+inline __attribute__((always_inline)) void for_rows(const MapLayout& layout, int64_t begin, int64_t end, const Row& row) {
+  const int64_t width = layout.width();
   for (int64_t i = end - 1; i >= begin; --i) {
-    const Rows rows = rows_of(plan, i);
-    if (rows.rest > 0) row(rows.last * width, rows.rest * plan.channels);
+    const Rows rows = rows_of(layout, i);
+    if (rows.rest > 0) row(rows.last * width, rows.rest * layout.channels);
     for (int64_t r = rows.last - 1; r >= rows.first; --r) row(r * width, width);
   }
 }
 
 template <class T, class O, class A>
-void apply_rows(const Plan& plan, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
+void apply_rows(const MapLayout& layout, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
                 int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<A>::lanes;
-  const int64_t width = plan.width();
-  for_rows(plan, begin, end, [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
+  const int64_t width = layout.width();
+  for_rows(layout, begin, end, [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
     for_vectors<A>(columns, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
       constexpr int V = decltype(group)::value;
       Vec<A> sum[V];
       for (int v = 0; v < V; ++v) sum[v] = get(shift + c + v * lanes);
-      for (int b = 0; b < plan.maps; ++b) {
+      for (int b = 0; b < layout.maps; ++b) {
         const T* map = static_cast<const T*>(y[b]) + at + c;
         const A *s = scale + b * width + c, *m = center + b * width + c;
         for (int v = 0; v < V; ++v) sum[v] += get(s + v * lanes) * (get(map + v * lanes) - get(m + v * lanes));
@@ -284,22 +284,22 @@ void apply_rows(const Plan& plan, const void* const* y, const A* center, const A
 }
 
 template <class T, class O, class A>
-void reduce_rows(const Plan& plan, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
+void reduce_rows(const MapLayout& layout, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
                  int64_t end) {
-  const int64_t width = plan.width(), channels = plan.channels, size = (plan.maps + 1) * width;
+  const int64_t width = layout.width(), channels = layout.channels, size = (layout.maps + 1) * width;
   const O* g = static_cast<const O*>(grad);
   const Scratch<A> scratch(2 * size);
   A *piece = scratch.data, *chunk = piece + size;
   const auto add_rows = [&](int64_t at, int64_t columns, auto unroll) __attribute__((always_inline)) {
     constexpr int U = decltype(unroll)::value;
     for_vectors<A, 1>(columns, [&](int64_t c, auto, auto get, auto put) __attribute__((always_inline)) {
-      Vec<A> v[U], total = get(piece + plan.maps * width + c);
+      Vec<A> v[U], total = get(piece + layout.maps * width + c);
       for (int u = 0; u < U; ++u) {
         v[u] = get(g + at + u * width + c);
         total += v[u];
       }
-      put(piece + plan.maps * width + c, total);
-      for (int b = 0; b < plan.maps; ++b) {
+      put(piece + layout.maps * width + c, total);
+      for (int b = 0; b < layout.maps; ++b) {
         const T* map = static_cast<const T*>(y[b]) + at + c;
         const Vec<A> m = get(center + b * width + c);
         Vec<A> sum = get(piece + b * width + c);
@@ -309,7 +309,7 @@ void reduce_rows(const Plan& plan, const void* grad, const void* const* y, const
     });
   };
   for (int64_t i = begin; i < end; ++i) {
-    const Rows rows = rows_of(plan, i);
+    const Rows rows = rows_of(layout, i);
     __builtin_memset(chunk, 0, size * sizeof(A));
     for (int64_t first = rows.first; first < rows.last; first += kRowPiece) {
       const int64_t last = rows.last - first < kRowPiece ? rows.last : first + kRowPiece;
@@ -324,27 +324,27 @@ void reduce_rows(const Plan& plan, const void* grad, const void* const* y, const
       add_rows(rows.last * width, rows.rest * channels, Count<1>{});
       for (int64_t c = 0; c < size; ++c) chunk[c] += piece[c];
     }
-    for (int b = 0; b <= plan.maps; ++b)
+    for (int b = 0; b <= layout.maps; ++b)
       for (int64_t c = 0; c < channels; ++c) {
         A sum = 0;
-        for (int64_t f = 0; f < plan.pixels_per_row; ++f) sum += chunk[b * width + f * channels + c];
-        sums[(i * (plan.maps + 1) + b) * channels + c] = sum;
+        for (int64_t f = 0; f < layout.pixels_per_row; ++f) sum += chunk[b * width + f * channels + c];
+        sums[(i * (layout.maps + 1) + b) * channels + c] = sum;
       }
   }
 }
 
 template <class T, class O, class A>
-void gradient_rows(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
-                   const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end) {
+void gradient_rows(const MapLayout& layout, const void* grad, const void* const* y, const A* center, const A* scale,
+                   const A* y_factor, const A* offset, void* const* dy, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<A>::lanes;
-  const int64_t width = plan.width();
+  const int64_t width = layout.width();
   const O* g = static_cast<const O*>(grad);
-  for_rows(plan, begin, end, [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
+  for_rows(layout, begin, end, [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
     for_vectors<A>(columns, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
       constexpr int V = decltype(group)::value;
       Vec<A> value[V], found[V];
       for (int v = 0; v < V; ++v) value[v] = get(g + at + c + v * lanes);
-      for (int b = 0; b < plan.maps; ++b) {
+      for (int b = 0; b < layout.maps; ++b) {
         if (dy[b] == nullptr) continue;
         const T* map = static_cast<const T*>(y[b]) + at + c;
         T* target = static_cast<T*>(dy[b]) + at + c;
@@ -352,7 +352,7 @@ void gradient_rows(const Plan& plan, const void* grad, const void* const* y, con
         for (int v = 0; v < V; ++v) {
           const int64_t column = first + v * lanes;
           const Vec<A> d = get(map + v * lanes) - get(center + column);
-          found[v] = get(scale + column) * value[v] + get(offset + column) + get(slope + column) * d;
+          found[v] = get(scale + column) * value[v] + get(offset + column) + get(y_factor + column) * d;
         }
         for (int v = 0; v < V; ++v) put(target + v * lanes, found[v]);
       }
@@ -391,49 +391,49 @@ void plane_moments(const T* y, int64_t n, A pivot, double& means, double& m2) {
 
 // body(image) for the images of task t, in order.
 template <class Body>
-inline __attribute__((always_inline)) void for_planes(const Plan& plan, int64_t t, const Body& body) {
-  const int64_t chunk = t / plan.channels, channel = t % plan.channels;
-  for (int64_t n = chunk * plan.chunk; n < plan.end(chunk, plan.images); ++n)
-    body((n * plan.channels + channel) * plan.pixels);
+inline __attribute__((always_inline)) void for_planes(const MapLayout& layout, int64_t t, const Body& body) {
+  const int64_t chunk = t / layout.channels, channel = t % layout.channels;
+  for (int64_t n = chunk * layout.chunk; n < layout.end(chunk, layout.images); ++n)
+    body((n * layout.channels + channel) * layout.pixels);
 }
 
 template <class T, class A>
-void statistics_planes(const Plan& plan, const void* const* y, const A* pivots, double* mean, double* m2,
+void statistics_planes(const MapLayout& layout, const void* const* y, const A* pivots, double* mean, double* m2,
                        int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t)
-    for (int b = 0; b < plan.maps; ++b) {
-      const A pivot = pivots[b * plan.channels + t % plan.channels];
+    for (int b = 0; b < layout.maps; ++b) {
+      const A pivot = pivots[b * layout.channels + t % layout.channels];
       double chunk_mean = 0, chunk_m2 = 0;
       int64_t count = 0;
-      for_planes(plan, t, [&](int64_t at) {
-        for (int64_t p = 0; p < plan.pixels; p += kPlanePiece) {
-          const int64_t more = plan.pixels - p < kPlanePiece ? plan.pixels - p : kPlanePiece;
+      for_planes(layout, t, [&](int64_t at) {
+        for (int64_t p = 0; p < layout.pixels; p += kPlanePiece) {
+          const int64_t more = layout.pixels - p < kPlanePiece ? layout.pixels - p : kPlanePiece;
           double piece_mean, piece_m2;
           plane_moments(static_cast<const T*>(y[b]) + at + p, more, pivot, piece_mean, piece_m2);
           merge(chunk_mean, chunk_m2, count, piece_mean, piece_m2, more);
           count += more;
         }
       });
-      const int64_t at = (t / plan.channels * plan.maps + b) * plan.channels + t % plan.channels;
+      const int64_t at = (t / layout.channels * layout.maps + b) * layout.channels + t % layout.channels;
       mean[at] = chunk_mean;
       m2[at] = chunk_m2;
     }
 }
 
 template <class T, class O, class A>
-void apply_planes(const Plan& plan, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
+void apply_planes(const MapLayout& layout, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
                   int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<A>::lanes;
   for (int64_t t = end - 1; t >= begin; --t) {
-    const int64_t k = t % plan.channels;
-    for_planes(plan, t, [&](int64_t at) {
-      for_vectors<A>(plan.pixels, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
+    const int64_t k = t % layout.channels;
+    for_planes(layout, t, [&](int64_t at) {
+      for_vectors<A>(layout.pixels, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
         constexpr int V = decltype(group)::value;
         Vec<A> sum[V];
         for (int v = 0; v < V; ++v) sum[v] = shift[k] - Vec<A>{};
-        for (int b = 0; b < plan.maps; ++b) {
+        for (int b = 0; b < layout.maps; ++b) {
           const T* map = static_cast<const T*>(y[b]) + at + c;
-          const A s = scale[b * plan.channels + k], m = center[b * plan.channels + k];
+          const A s = scale[b * layout.channels + k], m = center[b * layout.channels + k];
           for (int v = 0; v < V; ++v) sum[v] += s * (get(map + v * lanes) - m);
         }
         for (int v = 0; v < V; ++v) put(static_cast<O*>(out) + at + c + v * lanes, sum[v]);
@@ -443,26 +443,26 @@ void apply_planes(const Plan& plan, const void* const* y, const A* center, const
 }
 
 template <class T, class O, class A>
-void reduce_planes(const Plan& plan, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
+void reduce_planes(const MapLayout& layout, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
                    int64_t end) {
   constexpr int64_t lanes = Simd<A>::lanes;
   const O* g = static_cast<const O*>(grad);
   for (int64_t t = begin; t < end; ++t) {
-    const int64_t k = t % plan.channels;
+    const int64_t k = t % layout.channels;
     double chunk[kMaxMaps + 1] = {};
     Vec<A> piece[kMaxMaps + 1] = {};
     int64_t filled = 0;  // elements in the piece: small planes share one
     const auto end_piece = [&] {
-      for (int b = 0; b <= plan.maps; ++b) {
+      for (int b = 0; b <= layout.maps; ++b) {
         chunk[b] += double(lane_sum<A>(piece[b]));
         piece[b] = Vec<A>{};
       }
       filled = 0;
     };
-    for_planes(plan, t, [&](int64_t plane) {
-      for (int64_t p = 0; p < plan.pixels; p += kPlanePiece) {
+    for_planes(layout, t, [&](int64_t plane) {
+      for (int64_t p = 0; p < layout.pixels; p += kPlanePiece) {
         const int64_t at = plane + p;
-        const int64_t n = plan.pixels - p < kPlanePiece ? plan.pixels - p : kPlanePiece;
+        const int64_t n = layout.pixels - p < kPlanePiece ? layout.pixels - p : kPlanePiece;
         const int64_t taken = (n + lanes - 1) / lanes * lanes;
         if (filled + taken > kPlanePiece) end_piece();
         filled += taken;
@@ -471,10 +471,10 @@ void reduce_planes(const Plan& plan, const void* grad, const void* const* y, con
           constexpr int V = decltype(group)::value;
           Vec<A> value[V], term[V];
           for (int v = 0; v < V; ++v) value[v] = get(g + at + c + v * lanes);
-          piece[plan.maps] += group_sum(value);
-          for (int b = 0; b < plan.maps; ++b) {
+          piece[layout.maps] += group_sum(value);
+          for (int b = 0; b < layout.maps; ++b) {
             const T* map = static_cast<const T*>(y[b]) + at + c;
-            const A m = center[b * plan.channels + k];
+            const A m = center[b * layout.channels + k];
             for (int v = 0; v < V; ++v) term[v] = value[v] * (get(map + v * lanes) - m);
             piece[b] += group_sum(term);
           }
@@ -482,29 +482,29 @@ void reduce_planes(const Plan& plan, const void* grad, const void* const* y, con
       }
     });
     end_piece();
-    A* chunk_sums = sums + t / plan.channels * (plan.maps + 1) * plan.channels + k;
-    for (int b = 0; b <= plan.maps; ++b) chunk_sums[b * plan.channels] = A(chunk[b]);
+    A* chunk_sums = sums + t / layout.channels * (layout.maps + 1) * layout.channels + k;
+    for (int b = 0; b <= layout.maps; ++b) chunk_sums[b * layout.channels] = A(chunk[b]);
   }
 }
 
 template <class T, class O, class A>
-void gradient_planes(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
-                     const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end) {
+void gradient_planes(const MapLayout& layout, const void* grad, const void* const* y, const A* center, const A* scale,
+                     const A* y_factor, const A* offset, void* const* dy, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<A>::lanes;
   const O* g = static_cast<const O*>(grad);
   for (int64_t t = end - 1; t >= begin; --t) {
-    const int64_t k = t % plan.channels;
-    for_planes(plan, t, [&](int64_t at) {
-      for_vectors<A>(plan.pixels, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
+    const int64_t k = t % layout.channels;
+    for_planes(layout, t, [&](int64_t at) {
+      for_vectors<A>(layout.pixels, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
         constexpr int V = decltype(group)::value;
         Vec<A> value[V], found[V];
         for (int v = 0; v < V; ++v) value[v] = get(g + at + c + v * lanes);
-        for (int b = 0; b < plan.maps; ++b) {
+        for (int b = 0; b < layout.maps; ++b) {
           if (dy[b] == nullptr) continue;
           const T* map = static_cast<const T*>(y[b]) + at + c;
           T* target = static_cast<T*>(dy[b]) + at + c;
-          const int64_t bk = b * plan.channels + k;
-          const A m = center[bk], factor = scale[bk], start = offset[bk], rise = slope[bk];
+          const int64_t bk = b * layout.channels + k;
+          const A m = center[bk], factor = scale[bk], start = offset[bk], rise = y_factor[bk];
           for (int v = 0; v < V; ++v) found[v] = factor * value[v] + start + rise * (get(map + v * lanes) - m);
           for (int v = 0; v < V; ++v) put(target + v * lanes, found[v]);
         }
@@ -516,27 +516,27 @@ void gradient_planes(const Plan& plan, const void* grad, const void* const* y, c
 // ---- choice of the layout ----
 
 template <class T, class A>
-void statistics(const Plan& plan, const void* const* y, const A* pivot, double* mean, double* m2, int64_t begin,
+void statistics(const MapLayout& layout, const void* const* y, const A* pivot, double* mean, double* m2, int64_t begin,
                 int64_t end) {
-  if (plan.channels_last)
-    statistics_rows<T, A>(plan, y, pivot, mean, m2, begin, end);
+  if (layout.channels_last)
+    statistics_rows<T, A>(layout, y, pivot, mean, m2, begin, end);
   else
-    statistics_planes<T, A>(plan, y, pivot, mean, m2, begin, end);
+    statistics_planes<T, A>(layout, y, pivot, mean, m2, begin, end);
 }
 template <class T, class O, class A>
-void apply(const Plan& plan, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
+void apply(const MapLayout& layout, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
            int64_t begin, int64_t end) {
-  (plan.channels_last ? apply_rows<T, O, A> : apply_planes<T, O, A>)(plan, y, center, scale, shift, out, begin, end);
+  (layout.channels_last ? apply_rows<T, O, A> : apply_planes<T, O, A>)(layout, y, center, scale, shift, out, begin, end);
 }
 template <class T, class O, class A>
-void reduce(const Plan& plan, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
+void reduce(const MapLayout& layout, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
             int64_t end) {
-  (plan.channels_last ? reduce_rows<T, O, A> : reduce_planes<T, O, A>)(plan, grad, y, center, sums, begin, end);
+  (layout.channels_last ? reduce_rows<T, O, A> : reduce_planes<T, O, A>)(layout, grad, y, center, sums, begin, end);
 }
 template <class T, class O, class A>
-void gradient(const Plan& plan, const void* grad, const void* const* y, const A* center, const A* scale,
-              const A* slope, const A* offset, void* const* dy, int64_t begin, int64_t end) {
-  (plan.channels_last ? gradient_rows<T, O, A> : gradient_planes<T, O, A>)(plan, grad, y, center, scale, slope, offset,
+void gradient(const MapLayout& layout, const void* grad, const void* const* y, const A* center, const A* scale,
+              const A* y_factor, const A* offset, void* const* dy, int64_t begin, int64_t end) {
+  (layout.channels_last ? gradient_rows<T, O, A> : gradient_planes<T, O, A>)(layout, grad, y, center, scale, y_factor, offset,
                                                                           dy, begin, end);
 }
 

@@ -216,14 +216,14 @@ def patch_gram(r: random.Random) -> list[Any]:
     edges[0] = edges[0] + edges[0].mT
     strips = torch.randn(n, max(h, w) + k // 2, 4, g, k // 2, c, dtype=dtype)
     strips[:, w:] = 0
-    sums, level = torch.randn(g, taps * c, dtype=torch.float64), torch.randn(g, c, dtype=torch.float64)
+    sums, pivot = torch.randn(g, taps * c, dtype=torch.float64), torch.randn(g, c, dtype=torch.float64)
     cross = torch.randn(g, taps, taps, c, dtype=torch.float64)
     seen = algebra.pixel_counts(h, w, k, half.device).clone()
-    return [half, edges, strips, sums, cross, level, seen, k, w, float(n * h * w)]
+    return [half, edges, strips, sums, cross, pivot, seen, k, w, float(n * h * w)]
 
 
 def patch_gram_results(
-    half: Any, edges: Any, strips: Any, sums: Any, cross: Any, level: Any, seen: Any, k: Any, width: Any, count: Any
+    half: Any, edges: Any, strips: Any, sums: Any, cross: Any, pivot: Any, seen: Any, k: Any, width: Any, count: Any
 ) -> list[Any]:
     g, r, span, c = half.shape[1], k // 2, 2 * k - 1, half.shape[2]
     plane = algebra.mirrored(wide(half), span)
@@ -238,7 +238,7 @@ def patch_gram_results(
         corners = torch.einsum("nvugi,nvugj->vugij", blocks, blocks)
         gram = algebra.assemble_gram(plane, lines.permute(0, 1, 2, 3, 5, 4, 6), corners, k)
     gram.view(g, k * k, c, k * k, c).mul_((seen > 0)[:, None, :, None])
-    product = (cross.mT.unsqueeze(-1) * level[:, None, None, None]).reshape(gram.shape)
+    product = (cross.mT.unsqueeze(-1) * pivot[:, None, None, None]).reshape(gram.shape)
     gram = gram - sums[:, :, None] * sums[:, None] / count + product + product.mT
     # Only the taps behind a tap are read from the arguments, the others are their transpose; so is the result.
     rows = torch.arange(k * k).repeat_interleave(c)
@@ -310,8 +310,8 @@ def moments_step_backward_results(
         dweight = products - (dbeta / pixels)[:, None, None, None] * own
         dweight = dweight.flatten(1) - slope[:, None] * part  # with its rstd already
         dweights.append(scale[:, None] * dweight)
-        level = slope * rstd[b] * mean[b] - dbeta / pixels
-        flow = per_channel(scale) * (g + per_channel(level) - per_channel(slope * rstd[b]) * y)
+        pivot = slope * rstd[b] * mean[b] - dbeta / pixels
+        flow = per_channel(scale) * (g + per_channel(pivot) - per_channel(slope * rstd[b]) * y)
         dx += torch.autograd.grad(y, x_, flow.detach())[0]
         dgammas.append(dgamma)
     none = torch.zeros(0, dtype=torch.float64)

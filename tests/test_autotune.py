@@ -9,7 +9,7 @@ from torch import nn
 
 import acnet_kernels as ak
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import cost, machine, planner, timing_cache
+from acnet_kernels.backends import cost, device_info, planner, timing_cache
 from acnet_kernels.spec import problem_of
 
 TIMES = {"eager": 3.0, "branches": 2.0, "moments": 1.0, "recompute": 4.0}
@@ -118,7 +118,7 @@ def test_explain_shows_predicted_and_measured_times():
     assert "predicted  measured" in before
     assert "measured 1 ms, eager 3, branches 2, recompute 4" in after
     assert "measured 1 ms" not in before
-    kind = machine.this_machine("cpu").kind
+    kind = device_info.this_machine("cpu").kind
     assert f"predictions: {cost.prices()[kind].origin}" in before
     for text in (before, after):
         header, _, row, *_ = text.splitlines()

@@ -12,7 +12,7 @@ from oracle import rel
 
 from acnet_kernels.backends import batchnorm
 from acnet_kernels.backends.batchnorm import update_running
-from acnet_kernels.ops import bn_sum, running
+from acnet_kernels.ops import _extension, bn_sum, running
 from acnet_kernels.spec import Norm
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -115,7 +115,7 @@ def test_any_number_of_maps(implementation, dtype, layout):
         check(implementation, shape, dtype, layout, 8)
 
 
-@pytest.mark.skipif(bn_sum.MISSING is not None, reason=f"needs the C++ kernels: {bn_sum.MISSING}")
+@pytest.mark.skipif(not _extension.LOADED, reason=f"needs the C++ kernels: {_extension.WHY_MISSING}")
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets(capability):
     # The choice is made once a process.
@@ -152,7 +152,7 @@ def test_float32_maps_between_narrow_ones(implementation, layout, narrow):
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(bn_sum.MISSING is not None, reason=f"needs the C++ kernels: {bn_sum.MISSING}")
+@pytest.mark.skipif(not _extension.LOADED, reason=f"needs the C++ kernels: {_extension.WHY_MISSING}")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_same_bits_for_any_number_of_threads(layout):
     ys, gammas, betas, eps, grad = make((40, 33, 20, 20), layout=layout, count=4)
@@ -174,7 +174,7 @@ def test_same_bits_for_any_number_of_threads(layout):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.skipif(bn_sum.MISSING is not None, reason=f"needs the C++ kernels: {bn_sum.MISSING}")
+@pytest.mark.skipif(not _extension.LOADED, reason=f"needs the C++ kernels: {_extension.WHY_MISSING}")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_mean_far_larger_than_the_deviation(layout):
     ys, gammas, betas, eps, grad = make((8, 6, 12, 11), layout=layout, mean=1e3, deviation=0.1)
@@ -310,7 +310,7 @@ def test_wrong_targets_are_refused_before_anything_is_written(implementation, ta
     assert all(torch.equal(t, old) for t, old in zip((memory, *ys), before, strict=True))
 
 
-@pytest.mark.skipif(bn_sum.MISSING is not None, reason=f"needs the C++ kernels: {bn_sum.MISSING}")
+@pytest.mark.skipif(not _extension.LOADED, reason=f"needs the C++ kernels: {_extension.WHY_MISSING}")
 def test_wrong_layouts_are_refused():
     ys, gammas, betas, eps, grad = make((2, 3, 4, 4))
     with pytest.raises(RuntimeError, match="all be contiguous or all channels_last"):
@@ -323,7 +323,7 @@ def test_wrong_layouts_are_refused():
         bn_sum.bn_sum_backward(wrong, ys, means, rstds, gammas, [True] * 3)
 
 
-@pytest.mark.skipif(bn_sum.MISSING is not None, reason=f"only the C++ kernels promise it: {bn_sum.MISSING}")
+@pytest.mark.skipif(not _extension.LOADED, reason=f"only the C++ kernels promise it: {_extension.WHY_MISSING}")
 def test_means_near_zero_are_not_rounded_to_float32_on_their_way():
     # Less a pivot of the deviation's size they are not near zero: rounding them costs 2e-8, and so once a plane.
     y = torch.randn(2, 64, 64, 64)
@@ -334,9 +334,9 @@ def test_means_near_zero_are_not_rounded_to_float32_on_their_way():
 @pytest.fixture(params=["in one call", "in PyTorch"])
 def update(request, monkeypatch):
     if request.param == "in PyTorch":
-        monkeypatch.setattr(batchnorm, "MISSING", "left out")
-    elif bn_sum.MISSING is not None:
-        pytest.skip(f"needs the C++ operator: {bn_sum.MISSING}")
+        monkeypatch.setattr(batchnorm, "LOADED", False)
+    elif not _extension.LOADED:
+        pytest.skip(f"needs the C++ operator: {_extension.WHY_MISSING}")
 
 
 @pytest.mark.parametrize("momenta", [(0.1, 0.1, 0.1), (0.1, 0.7, 0.1), (None, None, None), (None, 0.7, 1.0)])
@@ -370,7 +370,7 @@ def test_running_statistics_that_are_not_kept(update):
     assert all(torch.equal(a, b) for a, b in zip(kept, before, strict=True))
 
 
-@pytest.mark.skipif(bn_sum.MISSING is not None, reason=f"needs the C++ operator: {bn_sum.MISSING}")
+@pytest.mark.skipif(not _extension.LOADED, reason=f"needs the C++ operator: {_extension.WHY_MISSING}")
 def test_the_update_is_an_operator():
     buffers = [[torch.zeros(5), torch.zeros(5)], [torch.ones(5), torch.ones(5)], [torch.tensor(0), torch.tensor(3)]]
     statistics = torch.randn(2, 5).double(), torch.rand(2, 5).double()

@@ -67,9 +67,9 @@ exists = Path.exists
 Path.exists = lambda self: False if self.name.endswith('abi3.so') else exists(self)
 import torch, acnet_kernels as ak
 from acnet_kernels.ops import _extension
-assert 'the C++ extension is not built' in _extension.MISSING, _extension.MISSING
-assert 'ACNET_KERNELS_BUILD=1' in _extension.MISSING
-assert _extension.MISSING_CUDA == _extension.MISSING
+assert 'the C++ extension is not built' in _extension.WHY_MISSING, _extension.WHY_MISSING
+assert 'ACNET_KERNELS_BUILD=1' in _extension.WHY_MISSING
+assert _extension.WHY_CUDA_MISSING == _extension.WHY_MISSING
 block = ak.ACBlock(3, 4, 3, padding=1).eval()
 x = torch.randn(2, 3, 5, 5)
 expected = sum(bn(conv(x)) for bn, conv in zip(block.norms().values(), block.convs().values()))
@@ -114,7 +114,7 @@ def test_a_failing_compiler(tmp_path, switch):
     assert result.returncode == 0, result.stderr
     assert "INSTALLING WITHOUT acnet_kernels._C: its build failed" in result.stderr
     assert note.read_text() in result.stderr
-    told = "from acnet_kernels.ops._extension import MISSING; print(MISSING)"
+    told = "from acnet_kernels.ops._extension import WHY_MISSING; print(WHY_MISSING)"
     asked = subprocess.run([sys.executable, "-c", told], cwd=place, capture_output=True, text=True, check=True)
     assert "the C++ extension is not built: its build failed" in asked.stdout
 

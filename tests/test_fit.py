@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from acnet_kernels.backends import cost, machine, planner, timing_cache
+from acnet_kernels.backends import cost, device_info, planner, timing_cache
 from benchmarks import fit, harness
 
 FILES = fit.csv_files([fit.RESULTS])
@@ -116,7 +116,7 @@ def rows_of(price, dtypes=("float32", "bfloat16"), **changes):
     ):
         problem = fit.problem_of(shape, dtype, layout, "cpu")
         phases = cost.PHASES if mode == "step" else (cost.FORWARD,)
-        work = cost.counts(problem, backend, machine.CPU, phases)
+        work = cost.counts(problem, backend, device_info.CPU, phases)
         ms = sum(price(group, feature) * n for group, fs in work.items() for feature, n in fs.items())
         if planner.BACKENDS[backend].declines(problem):
             ms = 1e-6  # what ran under its name is not to be believed
@@ -133,25 +133,25 @@ def price(group, feature):
 
 def test_exact_measurements_are_predicted_exactly():
     rows = rows_of(price)
-    assert fit.kind_of(rows) == machine.CPU
+    assert fit.kind_of(rows) == device_info.CPU
     cases = fit.cases_of(rows)
     assert len(cases) == len(SHAPES) * 4
-    prices = fit.fit(cases, machine.CPU)
+    prices = fit.fit(cases, device_info.CPU)
     for case in cases:
-        assert case.predicted(prices, machine.CPU) == pytest.approx(case.steps, rel=1e-3)
+        assert case.predicted(prices, device_info.CPU) == pytest.approx(case.steps, rel=1e-3)
 
 
 def test_a_machine_with_fast_half_precision_is_told_by_its_times():
     rows = rows_of(lambda group, feature: price(group, feature) * (0.2 if "bfloat16" in group else 1))
-    assert fit.kind_of(rows) == machine.FAST_HALF_CPU
-    assert fit.kind_of(rows_of(price, dtypes=("float32",))) == machine.CPU
-    assert fit.kind_of(rows_of(price, cudnn="91002")) == machine.CUDA
+    assert fit.kind_of(rows) == device_info.FAST_HALF_CPU
+    assert fit.kind_of(rows_of(price, dtypes=("float32",))) == device_info.CPU
+    assert fit.kind_of(rows_of(price, cudnn="91002")) == device_info.CUDA
 
 
 def test_a_backend_that_is_never_faster_has_no_margin():
     cases = fit.cases_of(rows_of(lambda group, feature: price(group, feature) * (50 if "moments" in group else 1)))
-    unseen = dict.fromkeys(SHAPES, fit.fit(cases, machine.CPU))
-    assert fit.best_margins(cases, unseen, machine.CPU).keys() == {"branches"}
+    unseen = dict.fromkeys(SHAPES, fit.fit(cases, device_info.CPU))
+    assert fit.best_margins(cases, unseen, device_info.CPU).keys() == {"branches"}
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ import acnet_kernels
 from acnet_kernels import ACBlock
 from acnet_kernels.backends import moments, planner
 from acnet_kernels.backends import moments_algebra as algebra
+from acnet_kernels.ops import _extension
 
 
 def block_of(c=4, k=6, size=3, **options):
@@ -349,7 +350,7 @@ def test_scattering_is_the_transpose_of_assembling():
     torch.testing.assert_close(ours, (plane * p).sum() + (strips * s).sum() + (corners * q).sum())
 
 
-@pytest.mark.skipif(algebra.MISSING is not None, reason=f"there is one implementation alone: {algebra.MISSING}")
+@pytest.mark.skipif(not _extension.LOADED, reason=f"there is one implementation alone: {_extension.WHY_MISSING}")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
@@ -373,7 +374,7 @@ def test_compiled_and_plain_algebra_agree(monkeypatch, dtype, channels_last, siz
 
     assert algebra.is_compiled(x)
     strips, found, out = compute()
-    monkeypatch.setattr(algebra, "MISSING", "left out")
+    monkeypatch.setattr(algebra, "LOADED", False)
     plain_strips, expected, plain_out = compute()
     assert torch.equal(strips, plain_strips)
     torch.testing.assert_close(found.gram, expected.gram, rtol=1e-12, atol=1e-9)
@@ -381,7 +382,7 @@ def test_compiled_and_plain_algebra_agree(monkeypatch, dtype, channels_last, siz
     assert torch.equal(out.isnan(), torch.zeros_like(out, dtype=torch.bool))
 
 
-@pytest.mark.skipif(algebra.MISSING is not None, reason=f"only the C++ operators promise it: {algebra.MISSING}")
+@pytest.mark.skipif(not _extension.LOADED, reason=f"only the C++ operators promise it: {_extension.WHY_MISSING}")
 @pytest.mark.parametrize("c", [16, 80])
 def test_the_number_of_threads_changes_no_bit_of_the_moments(c):
     x = torch.randn(9, c, 7, 6).to(memory_format=torch.channels_last)
@@ -402,7 +403,7 @@ def test_the_whole_step_agrees_without_the_extension(monkeypatch):
     grad = gradient_for(block.float(), x.float()).double()
     block = block.double()
     compiled = run(block, x, grad)
-    monkeypatch.setattr(algebra, "MISSING", "left out")
+    monkeypatch.setattr(algebra, "LOADED", False)
     for name, value in run(block, x, grad).items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-9, atol=1e-12, msg=name)
 

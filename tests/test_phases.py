@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from acnet_kernels import ACBlock, explain
-from acnet_kernels.backends import constants, machine, phases, planner, timing_cache
+from acnet_kernels.backends import constants, device_info, phases, planner, timing_cache
 from acnet_kernels.backends.phases import ALL_LIBRARY, ALL_TRITON, LIBRARY, TRITON, Phases, label
 
-KIND = machine.Machine(machine.CUDA, "some GPU")
+KIND = device_info.Machine(device_info.CUDA, "some GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -186,5 +186,5 @@ def test_a_step_on_the_cpu_asks_nothing(monkeypatch):
 
 def test_a_problem_in_pieces_is_the_same_problem():
     for p in (SMALL, problem(8, 16, 16, stride=2, groups=4, shift=(1, -1)), replace(SMALL, grad=False)):
-        assert constants.whole(*constants.pieces(p)) == p
-        assert constants.phases_of(*constants.pieces(p)) == phases.chosen(p).phases
+        assert constants.from_constants(*constants.as_constants(p)) == p
+        assert constants.phases_of(*constants.as_constants(p)) == phases.chosen(p).phases

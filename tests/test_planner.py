@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import branches, cost, machine, planner, timer, timing_cache
+from acnet_kernels.backends import branches, cost, device_info, planner, timer, timing_cache
 from acnet_kernels.spec import problem_of
 
 
@@ -22,7 +22,7 @@ def _alone(monkeypatch, tmp_path):
     """No times of other tests, and the C++ extension as if built."""
     monkeypatch.setenv("ACNET_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(timing_cache, "_known", {})
-    monkeypatch.setattr(planner.bn_sum, "MISSING", None)
+    monkeypatch.setattr(planner._extension, "WHY_MISSING", "")
     planner._decided.cache_clear()
     yield
     planner._decided.cache_clear()
@@ -39,7 +39,7 @@ def pretend(monkeypatch, predicted):
     monkeypatch.setattr(cost, "prices", lambda: {k: cost.Prices("", {"branches": 0.1}, {}) for k in ("cpu", KIND)})
 
 
-KIND = machine.this_machine("cpu").kind
+KIND = device_info.this_machine("cpu").kind
 
 
 # --- the rule ---------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def test_a_backend_must_beat_every_simpler_one_by_its_margin(times, margins, nam
 
 
 def test_measured_times_come_before_predicted_ones():
-    p, kind = problem(2, 4, 9, 9), machine.CPU
+    p, kind = problem(2, 4, 9, 9), device_info.CPU
     predicted = {"eager": 2.0, "branches": 1.0}
     name, why = planner.decide(p, kind, planner.Times(predicted, {}))
     assert (name, "predicted 1 ms, eager 2" in why) == ("branches", True)
@@ -80,10 +80,10 @@ def test_on_cuda_fused_passes_are_taken_where_triton_has_them(monkeypatch):
     monkeypatch.setattr(cost, "TRITON", True)
 
     def choice(p):
-        return planner.decide(p, machine.CUDA, planner.Times(predictions(p), {}))[0]
+        return planner.decide(p, device_info.CUDA, planner.Times(predictions(p), {}))[0]
 
     def predictions(p):
-        return {name: cost.predict(p, name, machine.CUDA) for name in ("eager", "branches", "moments")}
+        return {name: cost.predict(p, name, device_info.CUDA) for name in ("eager", "branches", "moments")}
 
     for size in (16, 256):
         p = replace(problem(64, size, 56, 56), device="cuda", channels_last=True, dtype=torch.bfloat16)
@@ -95,8 +95,8 @@ def test_on_cuda_fused_passes_are_taken_where_triton_has_them(monkeypatch):
 
 
 def test_small_maps_are_eagers_and_large_ones_are_not():
-    small, large = (planner.decide(p, machine.CPU, planner.Times(
-        {name: cost.predict(p, name, machine.CPU) for name in ("eager", "branches", "moments")}, {}
+    small, large = (planner.decide(p, device_info.CPU, planner.Times(
+        {name: cost.predict(p, name, device_info.CPU) for name in ("eager", "branches", "moments")}, {}
     ))[0] for p in (problem(2, 16, 8, 8), problem(150, 16, 40, 40)))  # fmt: skip
     assert (small, large) == ("eager", "branches")
 
@@ -122,7 +122,7 @@ def test_what_is_learnt_later_counts(monkeypatch):
     pretend(monkeypatch, {"eager": 2.0, "branches": 1.0})
     p = problem(2, 4, 9, 9)
     assert planner.choose(p).backend is branches
-    timing_cache.remember(p, machine.this_machine("cpu"), {"eager": 1.0, "branches": 2.0}, timing_cache.TUNED)
+    timing_cache.remember(p, device_info.this_machine("cpu"), {"eager": 1.0, "branches": 2.0}, timing_cache.TUNED)
     assert planner.choose(p).backend.NAME == "eager"
     assert planner.choose(replace(p, channels_last=True)).backend is branches  # of that nothing is known
     assert planner.times(p).measured == {"eager": 1.0, "branches": 2.0}
@@ -135,7 +135,9 @@ def test_the_benchmarks_times_count_on_their_device_alone(monkeypatch):
         cost, "measured", lambda: {"some processor": {timing_cache.key(p): {"eager": 1.0, "branches": 3.0}}}
     )
     assert planner.choose(p).backend is branches
-    monkeypatch.setattr(planner, "this_machine", lambda device: machine.Machine(machine.CPU, "some processor"))
+    monkeypatch.setattr(
+        planner, "this_machine", lambda device: device_info.Machine(device_info.CPU, "some processor")
+    )
     planner._decided.cache_clear()
     assert planner.choose(p).backend.NAME == "eager"
 
@@ -143,7 +145,7 @@ def test_the_benchmarks_times_count_on_their_device_alone(monkeypatch):
 def test_a_missing_extension_is_said_once(monkeypatch):
     pretend(monkeypatch, {"eager": 2.0, "branches": 1.0, "moments": 3.0})
     p = problem(64, 4, 64, 64)
-    monkeypatch.setattr(planner.bn_sum, "MISSING", "the C++ extension is not built, in this test")
+    monkeypatch.setattr(planner._extension, "WHY_MISSING", "the C++ extension is not built, in this test")
     planner._warn_without_extension.cache_clear()
     with pytest.warns(UserWarning, match="eager backend, which is slower: the C\\+\\+ extension is not built"):
         plan = planner.choose(p)
@@ -352,7 +354,7 @@ def test_a_graph_of_one_size_takes_that_sizes_choice(monkeypatch):
     block, ran = ACBlock(4, 6, 3, padding=1), []
     x = torch.randn(3, 4, 8, 9)
     timing_cache.remember(
-        block.plan(x)[0], machine.this_machine("cpu"), {"eager": 9.0, "branches": 1.0}, timing_cache.TUNED
+        block.plan(x)[0], device_info.this_machine("cpu"), {"eager": 9.0, "branches": 1.0}, timing_cache.TUNED
     )
     forward = branches.forward
     monkeypatch.setattr(branches, "forward", lambda x, step: ran.append(1) or forward(x, step))

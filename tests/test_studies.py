@@ -29,9 +29,9 @@ from acnet_kernels.paper.studies import (
     ablation,
     accuracy,
     command,
+    config,
     magnitudes,
     paper,
-    plan,
     plots,
     pruning,
     rotation,
@@ -85,7 +85,7 @@ ROW = {
     "test_accuracy": 0.5,
     "images_per_second": 1.0,
 }
-QUICK_CELLS = training_cells(plan.QUICK, ["plain"])
+QUICK_CELLS = training_cells(config.QUICK, ["plain"])
 
 
 def run(capsys, *argv):
@@ -189,7 +189,7 @@ def test_theory_of_the_untrained_network():
 @pytest.mark.parametrize(("net", "kinds"), [("resnet8", 3), ("cifar-quick", 2)])
 def test_untrained_networks_are_what_theory_says(tmp_path, net, kinds):
     """So an untrained ACNet has a strong skeleton: without this row a trained one's would be taken for learned."""
-    quick = plan.make(True, net=net)
+    quick = config.make(True, net=net)
     lab = Lab(quick, tmp_path, torch.device("cpu"), None, 0)
     for cell in magnitudes.cells(dataclasses.replace(quick, seeds=1))[:kinds]:
         untrained, block = lab.untrained(cell), cell["block"]
@@ -205,7 +205,7 @@ def test_untrained_networks_are_what_theory_says(tmp_path, net, kinds):
 
 
 def test_the_untrained_network_shares_its_seeds_first_weights(tmp_path):
-    lab = Lab(plan.QUICK, tmp_path, torch.device("cpu"), None, 0)
+    lab = Lab(config.QUICK, tmp_path, torch.device("cpu"), None, 0)
     first, again, other = (lab.untrained(cell) for cell in (QUICK_CELLS[0], QUICK_CELLS[0], QUICK_CELLS[1]))
     weights = [model.stem.conv.weight for model in (first, again, other)]
     assert torch.equal(weights[0], weights[1])
@@ -329,7 +329,7 @@ def test_one_pruning_seed_gives_one_pruning():
 
 
 def test_cells_of_the_pruning_study_repeat_what_is_random():
-    cells = pruning.cells(dataclasses.replace(plan.QUICK, prunings=5, seeds=1))
+    cells = pruning.cells(dataclasses.replace(config.QUICK, prunings=5, seeds=1))
     plain = [c for c in cells if (c["block"], c["region"]) == ("plain", "corners")]
     assert [(c["sparsity"], c["pruning"]) for c in plain[:7]] == [
         ("0", 0), *(("1/18", i) for i in range(5)), ("1/9", 0),
@@ -338,12 +338,12 @@ def test_cells_of_the_pruning_study_repeat_what_is_random():
 
 
 def test_every_network_is_pruned_in_corners_and_skeleton_and_the_shifted_one_in_its_border_too():
-    cells = pruning.cells(plan.QUICK)
+    cells = pruning.cells(config.QUICK)
     for block in ("plain", "acb", "acb-border"):
         pruned = {(c["seed"], c["region"]) for c in cells if c["block"] == block}
         shifted_parts = {"top left", "border"} if block == "acb-border" else set()
         parts = {"corners", "skeleton", "anywhere"} | shifted_parts
-        assert pruned == {(seed, part) for seed in range(plan.QUICK.seeds) for part in parts}
+        assert pruned == {(seed, part) for seed in range(config.QUICK.seeds) for part in parts}
 
 
 def test_the_papers_own_points_are_measured():
@@ -650,8 +650,8 @@ def test_grouping_keeps_order():
 # Plans.
 
 
-def test_without_quick_the_plan_is_the_papers():
-    full = plan.make(False)
+def test_without_quick_the_configuration_is_the_papers():
+    full = config.make(False)
     assert (full.recipe.net, full.recipe.data, full.recipe.epochs, full.recipe.lr) == (
         "resnet56",
         "cifar10",
@@ -664,25 +664,25 @@ def test_without_quick_the_plan_is_the_papers():
     assert full.seeds == full.prunings == 5
 
 
-def test_options_change_the_plan():
-    changed = plan.make(False, data="cifar100", nets=["wrn16-8", "wrn10-1"], epochs=3, limit=5, seeds=2)
+def test_options_change_the_configuration():
+    changed = config.make(False, data="cifar100", nets=["wrn16-8", "wrn10-1"], epochs=3, limit=5, seeds=2)
     assert [(p.net, p.data, p.epochs, p.weight_decay) for p in changed.accuracy] == [
         ("wrn16-8", "cifar100", 3, 5e-4), ("wrn10-1", "cifar100", 3, 1e-4),
     ]  # fmt: skip
     assert {r.limit for r in (changed.recipe, *changed.accuracy)} == {5}
     assert (changed.seeds, changed.prunings) == (2, 5)
-    assert plan.make(True).recipe.data == "digits"
-    photographs = plan.make(False, data="some/folder")
+    assert config.make(True).recipe.data == "digits"
+    photographs = config.make(False, data="some/folder")
     assert photographs.recipe.net == "resnet18"
     assert [r.net for r in photographs.accuracy] == ["alexnet-bn", "resnet18", "densenet121"]
     assert {r.data for r in (photographs.recipe, *photographs.accuracy)} == {"some/folder"}
     assert photographs.recipe.batch_size == 256
-    assert plan.make(False, data="some/folder", net="alexnet").recipe.epochs == photographs.recipe.epochs == 100
-    small = plan.make(False, data="some/folder", image_size=32)
+    assert config.make(False, data="some/folder", net="alexnet").recipe.epochs == photographs.recipe.epochs == 100
+    small = config.make(False, data="some/folder", image_size=32)
     assert [small.recipe.net, *(r.net for r in small.accuracy)] == [
-        plan.PAPER.recipe.net, *(r.net for r in plan.PAPER.accuracy),
+        config.PAPER.recipe.net, *(r.net for r in config.PAPER.accuracy),
     ]  # fmt: skip
-    assert plan.make(True, net="resnet14").recipe.net == "resnet14"
+    assert config.make(True, net="resnet14").recipe.net == "resnet14"
 
 
 # Results on disk.
@@ -836,7 +836,7 @@ def test_networks_trained_otherwise_stay_apart(tmp_path, capsys):
 
 
 def test_directories_of_one_name_are_two_data_sets(tmp_path):
-    lab = Lab(plan.QUICK, tmp_path, torch.device("cpu"), None, 0)
+    lab = Lab(config.QUICK, tmp_path, torch.device("cpu"), None, 0)
     places = {lab._place(Network.of({**SEED_0, **change})) for change in (
         {"data": "a/photos"}, {"data": "b/photos"}, {"recipe": "2 epochs"}, {"backend": "eager"},
         {"block": "plain"}, {"net": "m"}, {"seed": 1},
@@ -865,11 +865,11 @@ def test_words_of_a_recipe_tell_all_that_decides_its_weights():
     changes |= {"amp": "bf16", "limit": 1}
     apart = {"data", "net", "block", "backend", "seed"}  # coordinates of their own
     assert {*changes, *apart, "image_size"} == {field.name for field in dataclasses.fields(Recipe)}
-    recipes = [dataclasses.replace(plan.QUICK.recipe, **{name: value}) for name, value in changes.items()]
-    recipes += [plan.QUICK.recipe, dataclasses.replace(plan.QUICK.recipe, data="photos")]
-    recipes += [dataclasses.replace(plan.QUICK.recipe, data="photos", image_size=32)]
-    words = [plan.QUICK.words(recipe) for recipe in recipes]
-    words += [dataclasses.replace(plan.QUICK, test_limit=7).words(plan.QUICK.recipe)]
+    recipes = [dataclasses.replace(config.QUICK.recipe, **{name: value}) for name, value in changes.items()]
+    recipes += [config.QUICK.recipe, dataclasses.replace(config.QUICK.recipe, data="photos")]
+    recipes += [dataclasses.replace(config.QUICK.recipe, data="photos", image_size=32)]
+    words = [config.QUICK.words(recipe) for recipe in recipes]
+    words += [dataclasses.replace(config.QUICK, test_limit=7).words(config.QUICK.recipe)]
     assert len(set(words)) == len(words)
 
 
@@ -1108,7 +1108,7 @@ def test_a_shard_goes_on_alone_and_is_not_begun_twice(tmp_path, capsys):
 
 
 def test_shards_are_balanced_and_the_same_for_every_study():
-    full = plan.make(False)
+    full = config.make(False)
     parts = [command._networks(full, (i, 4)) for i in (1, 2, 3, 4)]
     assert sum(map(len, parts)) == len(set().union(*parts)) == len(command._networks(full, None))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1

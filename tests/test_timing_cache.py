@@ -16,7 +16,7 @@ import torch
 import acnet_kernels
 from acnet_kernels import ACBlock
 from acnet_kernels.backends import cost, planner, timer, timing_cache
-from acnet_kernels.backends.machine import Machine, this_machine
+from acnet_kernels.backends.device_info import Machine, this_machine
 
 MACHINE = Machine("cpu", "a processor, 2 threads")
 OTHER = Machine("cpu", "a processor, 4 threads")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._torch_compat import below_autograd, foreach_add_, foreach_mul_
 from ..ops import running
-from ..ops._extension import MISSING
+from ..ops._extension import LOADED
 from ..spec import Norm
 
 
@@ -80,7 +80,7 @@ def update_running(
     if any(shift is not None for shift in shifts):
         moved = [mean if shift is None else mean + shift for mean, shift in zip(means, shifts, strict=True)]
         means = torch.stack(moved)
-    if MISSING is None and means.is_cpu and not torch.compiler.is_compiling():
+    if LOADED and means.is_cpu and not torch.compiler.is_compiling():
         factors = [math.nan if momentum is None else momentum for momentum in momenta]
         with below_autograd():  # nothing here is differentiated
             running.update_running_(running_means, running_vars, counters, means, variances, factors, count)

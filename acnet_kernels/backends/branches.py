@@ -51,11 +51,6 @@ NAME = "branches"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def unavailable() -> str | None:
-    """Why this backend cannot run on this machine, or None."""
-    return None
-
-
 def declines(problem: Problem) -> str | None:
     """Why this backend cannot compute the problem, or None."""
     if not all(problem.batch_stats):
@@ -91,7 +86,7 @@ def transient_bytes(problem: Problem) -> int:
     return nested + max(forward, backward) + (problem.map_bytes(dtype)[0] if problem.input_dtype != dtype else 0)
 
 
-class Plan(NamedTuple):
+class StepConfig(NamedTuple):
     """Everything about a step but its tensors."""
 
     geometry: Geometry
@@ -216,15 +211,15 @@ class Plan(NamedTuple):
         return tensors[:n], list(tensors[n : n + self.affine]), list(tensors[n + self.affine :])
 
 
-def _composed(plan: Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _composed(config: StepConfig, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(out, means, variances) from operators that torch.compile can trace and differentiate."""
-    if plan.phases != ALL_TRITON:  # the gradient of its operator is by Triton too
-        plan = plan._replace(phases=ALL_LIBRARY)
+    if config.phases != ALL_TRITON:  # the gradient of its operator is by Triton too
+        config = config._replace(phases=ALL_LIBRARY)
     # AOTInductor of torch 2.10 and 2.11 hands an operator another dtype than it is given: it is given none.
-    given = plan._replace(dtype=plan.conv_dtype) if torch.compiler.is_exporting() else plan
+    given = config._replace(dtype=config.conv_dtype) if torch.compiler.is_exporting() else config
     with nodes.without_autocast(x.device.type):
-        out, _, means, variances, _ = given.forward(x, *plan.split(tensors))
-    return out.to(plan.dtype), means, variances
+        out, _, means, variances, _ = given.forward(x, *config.split(tensors))
+    return out.to(config.dtype), means, variances
 
 
 @functools.cache
@@ -243,20 +238,22 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, update: nodes.Update, x: Tensor, *tensors: Tensor
+        ctx: Any, config: StepConfig, update: nodes.Update, x: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        weights, gammas, betas = plan.split(tensors)
+        weights, gammas, betas = config.split(tensors)
         if x.device.type == "cpu":
             _keep_freed_memory()
         # Nothing here is differentiated: calls need not pass the dispatcher's autograd layer.
         with nodes.without_autocast(x.device.type), below_autograd():
-            out, ys, means, variances, rstds = plan.forward(x, weights, gammas, betas)
+            out, ys, means, variances, rstds = config.forward(x, weights, gammas, betas)
         update(means, variances)
-        ctx.plan = plan
+        ctx.config = config
         # A hook on saved tensors may keep what it was given.
         ctx.owns_maps = top_saved_tensors_hooks(True) is None
         kept = (
-            ys if plan.is_summed else [y for y, (_, convolved) in zip(ys, plan.branches, strict=True) if convolved]
+            ys
+            if config.is_summed
+            else [y for y, (_, convolved) in zip(ys, config.branches, strict=True) if convolved]
         )
         ctx.save_for_backward(x, *weights, *gammas, means, rstds, *kept)
         ctx.mark_non_differentiable(means, variances)
@@ -268,39 +265,44 @@ class _Step(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if grad is None:
             return (None,) * len(needs)
-        plan: Plan = ctx.plan
+        config: StepConfig = ctx.config
         x, *saved = ctx.saved_tensors
-        weights, gammas, rest = plan.split(tuple(saved))
+        weights, gammas, rest = config.split(tuple(saved))
         means, rstds, *kept = rest
         # Autograd casts what is returned to the inputs' dtypes.
         with nodes.without_autocast(x.device.type):
             if nodes.wants_definition(grad):
                 inputs = (x, *weights, *gammas)
-                definition = functools.partial(plan.definition, *inputs)
+                definition = functools.partial(config.definition, *inputs)
                 return None, None, *nodes.gradients(definition, inputs, needs[2:], grad)
-            needs_x, needs_w = needs[2], plan.split(needs[3:])[0]
-            needs_dy = plan.needs_dy(needs_x, needs_w)
+            needs_x, needs_w = needs[2], config.split(needs[3:])[0]
+            needs_dy = config.needs_dy(needs_x, needs_w)
             grad = bn_sum.like(grad, kept[0])
             owns = ctx.owns_maps and not keeps_graph()
             with below_autograd():
-                dys, dgammas, dbeta = plan.map_gradients(grad, x, kept, means, rstds, gammas, needs_dy, owns)
-            dx, dws = convolution_gradients(plan, dys, x, weights, needs_x, needs_w)
-        of_gammas = dgammas.unbind() if plan.affine else ()
-        return None, None, dx, *dws, *of_gammas, *[dbeta] * (len(needs) - 3 - len(weights) - plan.affine)
+                dys, dgammas, dbeta = config.map_gradients(grad, x, kept, means, rstds, gammas, needs_dy, owns)
+            dx, dws = convolution_gradients(config, dys, x, weights, needs_x, needs_w)
+        of_gammas = dgammas.unbind() if config.affine else ()
+        return None, None, dx, *dws, *of_gammas, *[dbeta] * (len(needs) - 3 - len(weights) - config.affine)
 
 
 def convolution_gradients(
-    plan: Plan, dys: list[Tensor], x: Tensor, weights: tuple[Tensor, ...], needs_x: bool, needs_w: tuple[bool, ...]
+    config: StepConfig,
+    dys: list[Tensor],
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    needs_x: bool,
+    needs_w: tuple[bool, ...],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(dx, every dW_b), None where not needed; dys holds the gradients of the maps with work to do."""
-    if plan.is_summed:
-        return _gradients_of_the_sum(plan, dys, x, weights, needs_x, needs_w)
-    x, geometry = x.to(plan.conv_dtype), plan.geometry
-    weights = tuple(weight.to(plan.conv_dtype) for weight in weights)
+    if config.is_summed:
+        return _gradients_of_the_sum(config, dys, x, weights, needs_x, needs_w)
+    x, geometry = x.to(config.conv_dtype), config.geometry
+    weights = tuple(weight.to(config.conv_dtype) for weight in weights)
     found: list[tuple[Placement, bool, Tensor | None]] = []
     given = iter(dys)
     for place, (_, convolved), need in zip(
-        plan.places, plan.branches, plan.needs_dy(needs_x, needs_w), strict=True
+        config.places, config.branches, config.needs_dy(needs_x, needs_w), strict=True
     ):
         found.append((place, convolved, next(given) if need else None))
     by_branch = [dy for _, convolved, dy in found if convolved]
@@ -310,13 +312,13 @@ def convolution_gradients(
         if dy is not None and not convolved:  # the identity's gradient is dx's first summand
             dx = _added(dx, dy, place, x)
     dws: list[Tensor | None] = [None] * len(weights)
-    if TRITON in plan.phases:
+    if TRITON in config.phases:
         from . import triton_phases
 
-        if needs_x and plan.phases.dgrad == TRITON:
-            dx, needs_x = triton_phases.input_grad(dys, weights, plan.window, x.shape[2:]), False
-        if any(needs_w) and plan.phases.wgrad == TRITON:
-            dws = triton_phases.weight_grads(x, by_branch, weights, plan.window, needs_w)
+        if needs_x and config.phases.dgrad == TRITON:
+            dx, needs_x = triton_phases.input_grad(dys, weights, config.window, x.shape[2:]), False
+        if any(needs_w) and config.phases.wgrad == TRITON:
+            dws = triton_phases.weight_grads(x, by_branch, weights, config.window, needs_w)
             needs_w = (False,) * len(weights)
     for b, (dy, place, weight, need) in enumerate(zip(by_branch, places, weights, needs_w, strict=True)):
         if dy is None or not (needs_x or need):
@@ -358,16 +360,21 @@ def _added(dx: Tensor | None, dx_b: Tensor, place: Placement, x: Tensor) -> Tens
 
 
 def _gradients_of_the_sum(
-    plan: Plan, dys: list[Tensor], x: Tensor, weights: tuple[Tensor, ...], needs_x: bool, needs_w: tuple[bool, ...]
+    config: StepConfig,
+    dys: list[Tensor],
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    needs_x: bool,
+    needs_w: tuple[bool, ...],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     # One convolution by the summed kernel; its weight gradient holds every branch's.
-    whole = plan.geometry.whole
-    merged = plan._replace(branches=((whole, True),), places=(plan.geometry.placement(whole),))
-    kernel = plan.merged(weights)
+    whole = config.geometry.whole
+    merged = config._replace(branches=((whole, True),), places=(config.geometry.placement(whole),))
+    kernel = config.merged(weights)
     dx, (dw,) = convolution_gradients(merged, dys, x, (kernel,), needs_x, (any(needs_w),))
     if dw is None:
         return dx, [None] * len(weights)
-    taps = [taps for taps, convolved in plan.branches if convolved]
+    taps = [taps for taps, convolved in config.branches if convolved]
     return dx, [tap_view(dw, own).clone() if need else None for own, need in zip(taps, needs_w, strict=True)]
 
 
@@ -414,11 +421,11 @@ def inputs_of(x: Tensor, step: Step) -> Inputs:
 
 
 def branches_of(step: Step) -> Branches:
-    """The step's branches as a plan has them."""
+    """The step's branches as a config has them."""
     return tuple([(b.taps, b.weight is not None) for b in step.branches])  # type: ignore[misc]
 
 
-def plan_of(
+def config_of(
     geometry: Geometry,
     branches: Branches,
     eps: Sequence[float],
@@ -426,13 +433,13 @@ def plan_of(
     dtype: torch.dtype,
     device: str,
     phases: Phases = ALL_LIBRARY,
-) -> Plan:
-    """The plan of a step; `affine` says how many γ there are, `dtype` is the output's."""
-    make = _plan if torch.compiler.is_compiling() else _cached_plan  # Dynamo looks through a cache, and warns
+) -> StepConfig:
+    """The config of a step; `affine` says how many γ there are, `dtype` is the output's."""
+    make = _make if torch.compiler.is_compiling() else _cached  # Dynamo looks through a cache, and warns
     return make(geometry, branches, tuple(eps), affine, dtype, convolution_dtype(dtype, device), phases)
 
 
-def _plan(
+def _make(
     geometry: Geometry,
     branches: Branches,
     eps: tuple[float, ...],
@@ -440,13 +447,13 @@ def _plan(
     dtype: torch.dtype,
     conv_dtype: torch.dtype,
     phases: Phases,
-) -> Plan:
+) -> StepConfig:
     places = tuple([geometry.placement(taps) for taps, _ in branches])
     window = tuple(Window.of(geometry, [taps for taps, _ in branches]).flatten()) if TRITON in phases else ()
-    return Plan(geometry, branches, places, eps, affine, dtype, conv_dtype, phases, window)
+    return StepConfig(geometry, branches, places, eps, affine, dtype, conv_dtype, phases, window)
 
 
-_cached_plan = functools.lru_cache(4096)(_plan)
+_cached = functools.lru_cache(4096)(_make)
 
 
 def forward(x: Tensor, step: Step) -> Tensor:
@@ -460,12 +467,14 @@ def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
     size = geometry.output_size(x.shape[2], x.shape[3])
     count = x.shape[0] * size[0] * size[1]
     inputs = inputs_of(x, step)
-    plan = plan_of(geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type, phases)
+    config = config_of(
+        geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type, phases
+    )
     update = functools.partial(update_running, inputs.norms, count=count, biases=inputs.biases)
     tensors = (x, *inputs.weights, *inputs.gammas, *inputs.betas)
     if not torch.compiler.is_compiling():
-        return _Step.apply(plan, update, *tensors)[0]
-    out, means, variances = _composed(plan, *tensors)
+        return _Step.apply(config, update, *tensors)[0]
+    out, means, variances = _composed(config, *tensors)
     with torch.no_grad():
         update(means, variances)
     return out

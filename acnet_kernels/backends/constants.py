@@ -19,10 +19,10 @@ from . import phases, planner
 # What a symbolic batch or image size stands for: CIFAR's images, by a few dozen.
 USUAL_SIZE = 32
 
-Pieces = tuple[tuple[int, ...], int, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]
+Constants = tuple[tuple[int, ...], int, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]
 
 
-def pieces(problem: Problem) -> Pieces:
+def as_constants(problem: Problem) -> Constants:
     """The problem in pieces. A graph for every size must not depend on one: a symbolic size is a usual one here."""
     shape = [operator.index(size) if has_static_value(size) else USUAL_SIZE for size in problem.shape]
     placed = problem.geometry.parts()
@@ -40,7 +40,7 @@ def pieces(problem: Problem) -> Pieces:
     return (*shape,), problem.out_channels, placed, what, (*flags, problem.weight_dtype)
 
 
-def whole(
+def from_constants(
     shape: tuple[int, int, int, int],
     out_channels: int,
     placed: tuple[Any, ...],
@@ -55,16 +55,16 @@ def whole(
 @torch.compiler.assume_constant_result
 def choice(*parts: Any) -> tuple[str, str]:
     """The name of the backend that takes the least time for the problem in these pieces, and why."""
-    return planner.decided(whole(*parts), False)
+    return planner.decided(from_constants(*parts), False)
 
 
 @torch.compiler.assume_constant_result
 def saver(*parts: Any) -> tuple[str, str]:
     """The name of the backend that needs the least memory for the problem in these pieces, and why."""
-    return planner.least(whole(*parts))
+    return planner.least(from_constants(*parts))
 
 
 @torch.compiler.assume_constant_result
 def phases_of(*parts: Any) -> tuple[str, ...]:
     """What runs each phase of the problem in these pieces."""
-    return tuple(phases.chosen(whole(*parts)).phases)
+    return tuple(phases.chosen(from_constants(*parts)).phases)

@@ -34,7 +34,7 @@ import torch
 
 from ..ops._extension import TRITON
 from ..spec import SUM, Problem
-from .machine import CPU, CUDA
+from .device_info import CPU, CUDA
 
 Counts = dict[str, dict[str, float]]  # group → feature → how much of it
 
@@ -129,20 +129,20 @@ def _convolutions(problem: Problem, taps: list[int], dtype: torch.dtype) -> dict
     """One phase of convolutions of so many taps each.
 
     `gflop` is their arithmetic, `lanes` that of groups (not depthwise) filled up to whole vectors; `outputs` and
-    `inputs` are tap × map elements: what thin groups of channels, which leave vectors unfilled, cost beyond it;
+    `inputs` are tap × map elements: what cg groups of channels, which leave vectors unfilled, cost beyond it;
     `weights` are read, reordered and written; `gbytes` are maps.
     """
     pixels, k, c = _pixels(problem), problem.out_channels, problem.shape[1]
-    thin = c // problem.geometry.groups
+    cg = c // problem.geometry.groups
     inputs, outputs = _map_elements(problem)
     groups = problem.geometry.groups
-    lanes = groups * _padded(thin) * _padded(k // groups) if groups > 1 and thin > 1 else 0
+    lanes = groups * _padded(cg) * _padded(k // groups) if groups > 1 and cg > 1 else 0
     return {
-        "gflop": 2e-9 * sum(taps) * pixels * thin * k,
+        "gflop": 2e-9 * sum(taps) * pixels * cg * k,
         "lanes": 2e-9 * sum(taps) * pixels * lanes,
         "outputs": 1e-9 * sum(taps) * pixels * k,
         "inputs": 1e-9 * sum(taps) * pixels * c,
-        "weights": 1e-9 * sum(taps) * thin * k * dtype.itemsize,
+        "weights": 1e-9 * sum(taps) * cg * k * dtype.itemsize,
         "gbytes": 1e-9 * len(taps) * (inputs + outputs) * dtype.itemsize,
     }
 
@@ -183,15 +183,15 @@ def _branches(problem: Problem, phase: str, kind: str) -> _Groups:
 
 def _moments(problem: Problem, phase: str, kind: str) -> _Groups:
     k, pixels, filters = problem.geometry.kernel[0], _pixels(problem), problem.out_channels
-    thin = problem.shape[1] // problem.geometry.groups
-    patch = k * k * thin
+    cg = problem.shape[1] // problem.geometry.groups
+    patch = k * k * cg
     inputs, outputs = _map_elements(problem)
     shifts = (2 * k - 1) ** 2
     convolved = k * k if phase == FORWARD else 2 * k * k
     return {
         ("moments", problem.dtype): {
-            "gflop": 2e-9 * convolved * pixels * thin * filters,
-            "shifts": 1e-9 * shifts * pixels * thin * problem.shape[1],
+            "gflop": 2e-9 * convolved * pixels * cg * filters,
+            "shifts": 1e-9 * shifts * pixels * cg * problem.shape[1],
             "algebra": 2e-9 * filters * patch * patch,
             "gbytes": 1e-9 * (inputs + outputs) * problem.dtype.itemsize,
             "calls": 1.0,

@@ -12,11 +12,6 @@ from .batchnorm import batch_norm
 NAME = "eager"
 
 
-def unavailable() -> str | None:
-    """Why this backend cannot run on this machine, or None."""
-    return None
-
-
 def declines(problem: Problem) -> str | None:
     """Why this backend cannot compute the problem, or None."""
     return None

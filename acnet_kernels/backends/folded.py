@@ -12,11 +12,6 @@ from ..spec import Problem, Step, prefers_channels_last
 NAME = "folded"
 
 
-def unavailable() -> str | None:
-    """Why this backend cannot run on this machine, or None."""
-    return None
-
-
 def declines(problem: Problem) -> str | None:
     """Why this backend cannot compute the problem, or None."""
     return "a batch norm normalises by the batch" if any(problem.batch_stats) else None

@@ -44,16 +44,11 @@ PIVOT_SAMPLES = 2048
 # Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
 HALF_PRECISION_RATIO = 16.0
 LEAST_CHANNELS_BY_BRANCH = 64  # a group: from here on a CPU's dx goes through the branches' maps
-LEAST_SLOPE = 1e-25  # below it products of slopes and two kernels are beyond float32's exponents
+LEAST_Y_FACTOR = 1e-25  # below it products of y_factors and two kernels are beyond float32's exponents
 # Pixels of a channel below which float32 products lose digits for good: their rounding does not average away, and a
 # variance much smaller than its terms, got from their squares, loses twice the digits that a map's own would.
 FEW_PIXELS = 256
 CHUNK_BYTES = 4 << 20  # of float32 maps converted at a time: they stay in cache
-
-
-def unavailable() -> str | None:
-    """Why this backend cannot run on this machine, or None."""
-    return None
 
 
 def declines(problem: Problem) -> str | None:
@@ -102,26 +97,26 @@ def transient_bytes(problem: Problem) -> int:
     nested = mixed.transient_bytes(problem)
     n, c, h, w = problem.shape
     k, groups, cpu = problem.geometry.kernel[0], problem.geometry.groups, problem.device == "cpu"
-    thin, small = c // groups, torch.promote_types(problem.dtype, torch.float32)
+    cg, small = c // groups, torch.promote_types(problem.dtype, torch.float32)
     x, y = problem.map_bytes(problem.dtype)
     part = max(x, y)  # of a batch, the images whose maps are converted or centred at a time
     if cpu:
         whole = max(problem.map_bytes(small))
         part = min(whole, max(CHUNK_BYTES, whole // max(n, 1)))
     copies = 0 if cpu and problem.dtype == small else 2 * part
-    kernels = 8 * problem.out_channels * thin * k * k  # float64, as the Gram matrix is
-    gram = 8 * groups * (k * k * thin) ** 2
-    parts_of_gram = gram + gram // k + gram // k**2 if cpu and algebra.MISSING is None else 3 * gram
+    kernels = 8 * problem.out_channels * cg * k * k  # float64, as the Gram matrix is
+    gram = 8 * groups * (k * k * cg) ** 2
+    parts_of_gram = gram + gram // k + gram // k**2 if cpu and algebra.LOADED else 3 * gram
     statistics = (
         parts_of_gram + 3 * 8 * c * k**4 + 4 * kernels
     )  # and the sums with the pivot, a channel and taps' pair
     forward = max(statistics, y + 8 * kernels + copies)
     if not problem.grad:
         return nested + forward
-    if cpu and thin >= LEAST_CHANNELS_BY_BRANCH:
+    if cpu and cg >= LEAST_CHANNELS_BY_BRANCH:
         parts = 3 * part
     else:
-        composite = 3 * groups * (k * k * thin) ** 2 * small.itemsize
+        composite = 3 * groups * (k * k * cg) ** 2 * small.itemsize
         lines = 2 * n * (max(h, w) + k // 2) * algebra.SIDES * (k // 2) * c * small.itemsize
         parts = composite + lines + (2 if problem.channels_last else 4) * part
     return nested + max(forward, x + 10 * kernels + parts + copies)
@@ -290,8 +285,8 @@ def _without_rounding(
     # The variances, 0 where ε is 0 and rounding alone may have made them: of float32 maps, and of a constant pivot.
     groups, taps = moments.gram.shape[:2]
     deviation = (moments.gram.diagonal(dim1=1, dim2=2) / max(moments.pixels, 1)).clamp_min(0).sqrt()
-    level = pivot.double().abs().view(groups, -1).tile(taps * groups // len(pivot))
-    noise = (1e-7 * deviation + 1e-13 * level).unsqueeze(2)
+    magnitude = pivot.double().abs().view(groups, -1).tile(taps * groups // len(pivot))
+    noise = (1e-7 * deviation + 1e-13 * magnitude).unsqueeze(2)
     bounds = torch.stack([(branch.weight.abs() @ branch.pick(noise, 1)).flatten() for branch in branches])
     exact = variance.new_tensor([e == 0 for e in eps], dtype=torch.bool)[:, None]
     return variance.masked_fill(exact & (variance <= bounds.square()), 0)
@@ -362,11 +357,11 @@ def _step(
         rounded, unit = _in_range(_fuse(branches, scale, kernel), convolution_dtype(x.dtype, x.device.type))
         exact = rounded.double() if unit is None else rounded.double() * unit
         # The mean of what the rounded weights give, not of what the exact ones would: it cancels exactly.
-        level = (exact @ sums.unsqueeze(2)).flatten() / pixels
-        bias = beta.double() - level
+        mean = (exact @ sums.unsqueeze(2)).flatten() / pixels
+        bias = beta.double() - mean
         weight = _as_conv(rounded, kernel)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        if _rounds_by_the_level(weight.dtype, x):
+        if _rounds_by_the_mean(weight.dtype, x):
             out = _centred_convolution(x, weight, unit, _as_conv(exact, kernel), bias, pivot, layout, groups)
         elif x.dtype == weight.dtype:
             out = F.conv2d(x, weight, bias.to(x.dtype), 1, kernel // 2, 1, groups).contiguous(memory_format=layout)
@@ -433,18 +428,18 @@ def _step_backward(
         )
         dgamma = rstd * (dgamma - mean * dbeta)
         pixels = max(grad.shape[0] * grad.shape[2] * grad.shape[3], 1)
-        slope, offset = dgamma / pixels, dbeta / pixels
+        y_factor, offset = dgamma / pixels, dbeta / pixels
         scale, dweights = gamma.double() * rstd, []
         if need_weights:
             parts = centred.split([weight[0].numel() for weight in weights], 1)
             for i, (branch, own, part) in enumerate(zip(branches, owns, parts, strict=True)):
                 own = own - offset.view(groups, -1, 1) * branch.pick(sums, 1)[:, None]
-                dweight = branch.to_weight(own) - slope[i][:, None] * part
+                dweight = branch.to_weight(own) - y_factor[i][:, None] * part
                 dweights.append(scale[i][:, None] * dweight)
         dx = x.new_empty(0)
         if need_x:
-            slope = slope * rstd
-            dx = _input_gradient(grad, x, pivot, branches, scale, slope, mean, offset, kernel, groups)
+            y_factor = y_factor * rstd
+            dx = _input_gradient(grad, x, pivot, branches, scale, y_factor, mean, offset, kernel, groups)
         return (
             dx,
             torch.cat(dweights, 1).to(centred.dtype) if need_weights else centred.new_empty(0),
@@ -460,8 +455,8 @@ def _patch_gradient(grad: Tensor, x: Tensor, pivot: Tensor, k: int, groups: int)
     zero = pivot.new_zeros(grad.shape[1])
     products, total = cross_correlation(x, pivot, grad, zero, rows, columns, groups)
     seen = algebra.patch_gradient_sums(total, k)  # K×k²
-    level = pivot.double().view(groups, 1, 1, -1) * seen.view(groups, -1, k * k, 1)
-    return (products.double().permute(1, 2, 0, 3) + level).flatten(2), seen[:, k * k // 2].clone()
+    share = pivot.double().view(groups, 1, 1, -1) * seen.view(groups, -1, k * k, 1)
+    return (products.double().permute(1, 2, 0, 3) + share).flatten(2), seen[:, k * k // 2].clone()
 
 
 def _input_gradient(
@@ -470,27 +465,27 @@ def _input_gradient(
     pivot: Tensor,
     branches: list[_Branch],
     scale: Tensor,
-    slope: Tensor,
+    y_factor: Tensor,
     mean: Tensor,
     offset: Tensor,
     k: int,
     groups: int,
 ) -> Tensor:
     # Σ_b of W̃ᵀ_b * (scale_b·(g − offset − slope_b·(W̃_b * x − mean_b))), the convolutions on image pixels only.
-    # x is centred here too: its mean's share, one image for the batch, cancels the levels in float64.
+    # x is centred here too: its mean's share, one image for the batch, cancels the shifts in float64.
     dtype = convolution_dtype(x.dtype, x.device.type)
-    images, level = _images_at_a_time(x, grad), slope * mean - offset
+    images, shift = _images_at_a_time(x, grad), y_factor * mean - offset
     wide_grad = grad if grad.dtype == dtype else torch.empty_like(grad[:images], dtype=dtype)
     grad_centre = None
     if x.device.type == "cpu" and (
-        branches[0].channels >= LEAST_CHANNELS_BY_BRANCH or (scale * slope).abs().amax() < LEAST_SLOPE
+        branches[0].channels >= LEAST_CHANNELS_BY_BRANCH or (scale * y_factor).abs().amax() < LEAST_Y_FACTOR
     ):
-        convolve = _by_branch(branches, scale, slope, level, pivot, dtype, x[:images], grad[:images], k, groups)
+        convolve = _by_branch(branches, scale, y_factor, shift, pivot, dtype, x[:images], grad[:images], k, groups)
     else:
-        if _rounds_by_the_level(dtype, x):
-            grad_centre, level = offset.to(pivot.dtype).view(-1, 1, 1), slope * mean
+        if _rounds_by_the_mean(dtype, x):
+            grad_centre, shift = offset.to(pivot.dtype).view(-1, 1, 1), y_factor * mean
             wide_grad = torch.empty_like(grad[:images], dtype=dtype)
-        convolve = _by_composite(x, pivot, branches, scale, slope, level, dtype, k, groups)
+        convolve = _by_composite(x, pivot, branches, scale, y_factor, shift, dtype, k, groups)
     centre = None
     if x.device.type != "cpu" or pivot.any():  # a GPU would have to be waited for
         centre = _whole_image(pivot, x)
@@ -508,8 +503,8 @@ _Convolutions = Callable[[Tensor, Tensor, Tensor, int], None]
 def _by_branch(
     branches: list[_Branch],
     scale: Tensor,
-    slope: Tensor,
-    level: Tensor,
+    y_factor: Tensor,
+    shift: Tensor,
     pivot: Tensor,
     dtype: torch.dtype,
     x: Tensor,
@@ -521,10 +516,10 @@ def _by_branch(
     total = _sum_dtype(dtype)
     wide, scratch = torch.empty_like(x, dtype=total), torch.empty_like(grad, dtype=total)
     convolutions = []
-    for branch, *factors in zip(branches, scale, -slope, level, strict=True):
+    for branch, *factors in zip(branches, scale, -y_factor, shift, strict=True):
         kernel = branch.own_kernel(branch.weight, k)
-        back, forth, levels = (t.view(-1, 1, 1, 1) for t in factors)
-        image = algebra.pivot_image(kernel * forth, pivot, x.shape[2], x.shape[3], groups) + levels[:, 0]
+        back, forth, shifts = (t.view(-1, 1, 1, 1) for t in factors)
+        image = algebra.pivot_image(kernel * forth, pivot, x.shape[2], x.shape[3], groups) + shifts[:, 0]
         convolutions.append(
             (
                 image[None].to(pivot.dtype).contiguous(memory_format=_layout(grad)),
@@ -552,21 +547,24 @@ def _by_composite(
     pivot: Tensor,
     branches: list[_Branch],
     scale: Tensor,
-    slope: Tensor,
-    level: Tensor,
+    y_factor: Tensor,
+    shift: Tensor,
     dtype: torch.dtype,
     k: int,
     groups: int,
 ) -> _Convolutions:
     # There and back in one convolution of (2k−1)² taps, besides that of g, and what it owes at the borders.
     kernels = torch.cat([branch.embed(branch.weight, k) for branch in branches], 1)  # g×(B·K/g)×(k²·Cg)
-    slopes, levels = (
-        t.view(len(branches), groups, -1).transpose(0, 1).reshape(-1, 1, 1) for t in (scale * slope, scale * level)
+    y_factors, shifts = (
+        t.view(len(branches), groups, -1).transpose(0, 1).reshape(-1, 1, 1)
+        for t in (scale * y_factor, scale * shift)
     )
-    constant = algebra.constant_image(_as_conv(kernels, k), pivot, slopes, levels, x.shape[2], x.shape[3], groups)
+    constant = algebra.constant_image(
+        _as_conv(kernels, k), pivot, y_factors, shifts, x.shape[2], x.shape[3], groups
+    )
     constant = constant[None].to(_sum_dtype(dtype)).contiguous(memory_format=_layout(x))
     small = torch.promote_types(x.dtype, torch.float32)
-    composite = kernels.to(small).mT @ (kernels * -slopes.view(groups, -1, 1)).to(small)
+    composite = kernels.to(small).mT @ (kernels * -y_factors.view(groups, -1, 1)).to(small)
     algebra.zero_unseen_(composite, x.shape[2], x.shape[3], k)
     plane, strips, corners = algebra.scatter_composite(composite, k)
     plane, plane_unit = _in_range(plane, dtype)
@@ -616,7 +614,7 @@ def _as_conv(matrix: Tensor, k: int) -> Tensor:
     return matrix.unflatten(2, (k * k, -1)).transpose(2, 3).flatten(0, 1).unflatten(2, (k, k))
 
 
-def _rounds_by_the_level(dtype: torch.dtype, x: Tensor) -> bool:
+def _rounds_by_the_mean(dtype: torch.dtype, x: Tensor) -> bool:
     # Whether the library's convolutions, in half precision or TF32, round so coarsely that nothing but the maps'
     # spread may go through them.
     return dtype.itemsize == 2 or (x.device.type != "cpu" and dtype == torch.float32)
@@ -629,7 +627,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _in_range(kernel: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     # (kernel of dtype, None); for float16 (kernel/unit, unit), unit a power of two, 1 in float32: kernels times
-    # scales and slopes may lie outside of what float16 has exponents for.
+    # scales and y_factors may lie outside of what float16 has exponents for.
     if dtype != torch.float16:
         return kernel.to(dtype), None
     exponent = torch.frexp(kernel.abs().nan_to_num(0, 0).amax()).exponent

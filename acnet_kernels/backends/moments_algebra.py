@@ -26,14 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops._extension import MISSING
+from ..ops._extension import LOADED
 
 SIDES = 4  # top, bottom, left, right
 
 
 def is_compiled(x: Tensor) -> bool:
     """Whether the C++ operators of csrc/moments.cpp take x; plain PyTorch computes the same."""
-    return MISSING is None and x.is_cpu
+    return LOADED and x.is_cpu
 
 
 class PatchMoments(NamedTuple):
@@ -227,14 +227,14 @@ def patch_moments(
     pixels = images * counts
     centre, count = k * k // 2, max(images * h * w, 1)  # by the centre tap every output pixel sees a pixel inside
     shifted, seen = mixed[:, :, centre], pixels[:, centre]
-    level = pivot.double().view(g, -1)
+    pivot = pivot.double().view(g, -1)
     pixels = pixels - seen[:, None] * (seen / count)
     # G − G̃ is a matrix and its transpose: x̃ with the constant, and half of the constant with itself.
-    cross = mixed - shifted[:, :, None] * (seen / count)[:, None] + 0.5 * pixels[:, :, None] * level[:, None, None]
+    cross = mixed - shifted[:, :, None] * (seen / count)[:, None] + 0.5 * pixels[:, :, None] * pivot[:, None, None]
     gram = patch_gram(
-        half, edges, strips, shifted.flatten(1).contiguous(), cross.contiguous(), level, counts, k, (h, w), count
+        half, edges, strips, shifted.flatten(1).contiguous(), cross.contiguous(), pivot, counts, k, (h, w), count
     )
-    sums = shifted + seen[:, None] * level[:, None]
+    sums = shifted + seen[:, None] * pivot[:, None]
     return PatchMoments(sums.flatten(1), gram, images * h * w)
 
 
@@ -244,27 +244,27 @@ def patch_gram(
     strips: Tensor,
     sums: Tensor,
     cross: Tensor,
-    level: Tensor,
+    pivot: Tensor,
     counts: Tensor,
     k: int,
     size: tuple[int, int],
     count: int,
 ) -> Tensor:
-    """G − SSᵀ/M of patches of x = x̃ + level, g×(k²·Cg)×(k²·Cg) float64.
+    """G − SSᵀ/M of patches of x = x̃ + pivot, g×(k²·Cg)×(k²·Cg) float64.
 
     Args:
         half: autocorrelation of x̃, its half plane from shift 0 on, n×g×Cg×Cg.
         edges: that of the lines of `edge_strips`, k×(4·g)×(r·Cg)×(r·Cg).
         strips: x̃'s, from `edge_strips`.
         sums: Σ_p x̃[p+t], g×(k²·Cg).
-        cross: X[t,t',c], g×k²×k²×Cg: X[t,t',c]·level[c'] and its transpose are added.
-        level: g×Cg.
+        cross: X[t,t',c], g×k²×k²×Cg: X[t,t',c]·pivot[c'] and its transpose are added.
+        pivot: g×Cg.
         counts: from `pixel_counts`.
         size: H, W; count: M.
     """
     if is_compiled(half):
         return torch.ops.acnet_kernels.patch_gram(
-            half, edges, strips, sums, cross, level, counts, k, size[1], float(count)
+            half, edges, strips, sums, cross, pivot, counts, k, size[1], float(count)
         )
     g, r, span = half.shape[1], k // 2, 2 * k - 1
     plane = mirrored(half, span)
@@ -277,7 +277,7 @@ def patch_gram(
         gram = assemble_gram(plane, lines.permute(0, 1, 2, 3, 5, 4, 6), corners, k)
     zero_unseen_(gram, *size, k)
     gram.baddbmm_(sums[:, :, None], sums[:, None], alpha=-1 / count)
-    product = (cross.mT.unsqueeze(-1) * level[:, None, None, None]).reshape(gram.shape)
+    product = (cross.mT.unsqueeze(-1) * pivot[:, None, None, None]).reshape(gram.shape)
     gram += product
     gram += product.mT
     return gram
@@ -308,23 +308,23 @@ def patch_gradient_sums(total: Tensor, k: int) -> Tensor:
 
 
 def constant_image(
-    kernels: Tensor, pivot: Tensor, curvature: Tensor, levels: Tensor, height: int, width: int, groups: int
+    kernels: Tensor, pivot: Tensor, y_factor: Tensor, shifts: Tensor, height: int, width: int, groups: int
 ) -> Tensor:
-    """Wᵀ * (levels − curvature·(W * x)) where x is the pivot at every pixel, "same" padding: C×H×W.
+    """Wᵀ * (shifts − y_factor·(W * x)) where x is the pivot at every pixel, "same" padding: C×H×W.
 
     Computed on as few pixels as have different surroundings, in kernels' dtype.
 
     Args:
         kernels: W, Q×(C/groups)×k×k.
         pivot: C.
-        curvature, levels: Q×1×1.
+        y_factor, shifts: Q×1×1.
     """
     k = kernels.shape[-1]
     near = 2 * (k // 2)  # further than this from the borders, all pixels are alike
     rows, columns = (_representatives(size, near, kernels.device) for size in (height, width))
     small = (min(height, 2 * near + 1), min(width, 2 * near + 1))
     x = pivot.to(kernels.dtype)[:, None, None].expand(-1, *small)
-    y = levels - curvature * F.conv2d(x, kernels, None, 1, k // 2, 1, groups)
+    y = shifts - y_factor * F.conv2d(x, kernels, None, 1, k // 2, 1, groups)
     out = F.conv_transpose2d(y, kernels, None, 1, k // 2, 0, groups)
     return out[:, rows[:, None], columns]
 

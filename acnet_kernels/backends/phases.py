@@ -29,7 +29,7 @@ from ..kernels.window import MOST_BRANCHES
 from ..ops._extension import TRITON as INSTALLED
 from ..spec import BRANCH, Problem, Step, problem_of
 from . import timing_cache
-from .machine import Machine, this_machine
+from .device_info import Machine, this_machine
 
 LIBRARY, TRITON = "library", "triton"
 DEVICE = "cuda"  # what the kernels are for
@@ -92,12 +92,12 @@ def predict(problem: Problem) -> dict[str, dict[str, float]]:
     geometry, branches = problem.geometry, len(problem.branches)
     n, c, *_ = problem.shape
     rows, columns = problem.output_size
-    thin, wide = c // geometry.groups, problem.out_channels // geometry.groups
+    cg, wide = c // geometry.groups, problem.out_channels // geometry.groups
     rate = VECTOR_FLOPS
-    if thin > 1:
-        thin, wide = max(thin, LEAST_BLOCK), max(wide, LEAST_BLOCK)
+    if cg > 1:
+        cg, wide = max(cg, LEAST_BLOCK), max(wide, LEAST_BLOCK)
         rate = TENSOR_FLOPS if problem.dtype.itemsize == 2 else TENSOR_FLOPS / 2
-    tap = 2 * n * rows * columns * geometry.groups * thin * wide / rate
+    tap = 2 * n * rows * columns * geometry.groups * cg * wide / rate
     taps = problem.taps
     x, y = problem.input_bytes / BANDWIDTH, problem.output_bytes / BANDWIDTH
 
@@ -173,5 +173,5 @@ def phases_of(step: Step, x: Tensor) -> Phases:
     if torch.compiler.is_compiling():
         from . import constants  # slow to import, and only a compiler needs it
 
-        return Phases(*constants.phases_of(*constants.pieces(problem)))
+        return Phases(*constants.phases_of(*constants.as_constants(problem)))
     return chosen(problem).phases

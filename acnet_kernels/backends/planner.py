@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 
 from .._torch_compat import graph_task_id
-from ..ops import bn_sum
+from ..ops import _extension
 from ..spec import Problem
 from . import branches, cost, eager, folded, moments, recompute, synced, timer, timing_cache
-from .machine import Machine, this_machine
+from .device_info import Machine, this_machine
 
 # In order of simplicity: where two are about as fast, 'auto' takes the first.
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (folded, eager, branches, moments, recompute)}
@@ -28,7 +28,7 @@ _requests: dict[object, bool] = {}  # of every open memory_saver(), in the order
 _lock = threading.Lock()
 
 
-class Plan(NamedTuple):
+class Choice(NamedTuple):
     """The backend that runs a step, and why."""
 
     backend: ModuleType
@@ -74,7 +74,7 @@ def _request(request: object, enabled: bool | None) -> None:
         _saving = next(reversed(_requests.values()), False)
 
 
-def choose(problem: Problem, requested: str = "auto") -> Plan:
+def choose(problem: Problem, requested: str = "auto") -> Choice:
     """The backend for problem: the requested one unless it declines, else the one that takes the least time."""
     forced = _forced(problem)
     if forced is not None:
@@ -82,24 +82,24 @@ def choose(problem: Problem, requested: str = "auto") -> Plan:
         return forced._replace(reason=f"{requested} was requested but {forced.reason}") if other else forced
     refused = ""
     if requested == "memory_saver" or (requested == "auto" and _saving):
-        plan = _saving_plan(problem)
-        if plan is not None:
-            return plan
+        choice = _saving_choice(problem)
+        if choice is not None:
+            return choice
     elif requested != "auto":
         module = BACKENDS[requested]
-        why = module.unavailable() or module.declines(problem)
+        why = module.declines(problem)
         if why is None:
-            return Plan(module, "requested")
+            return Choice(module, "requested")
         refused = f"{requested} was requested but declines: {why}; "
     if folded.declines(problem) is None:
-        return Plan(folded, refused + REASONS["folded"])
+        return Choice(folded, refused + REASONS["folded"])
     if torch.compiler.is_compiling():
         from . import constants  # slow to import, and only a compiler needs it
 
-        name, why = constants.choice(*constants.pieces(problem))
+        name, why = constants.choice(*constants.as_constants(problem))
     else:
         name, why = decided(problem, _times_at_first_sight(problem))
-    return Plan(BACKENDS[name], refused + why)
+    return Choice(BACKENDS[name], refused + why)
 
 
 # Medians of interleaved runs differ by this much from one run to the next.
@@ -116,7 +116,7 @@ class Times(NamedTuple):
 def candidates(problem: Problem) -> list[str]:
     """The backends that 'auto' chooses from by time, the simplest first."""
     modules = [module for module in BACKENDS.values() if module is not folded]
-    return [m.NAME for m in modules if m.unavailable() is None and m.declines(problem) is None]
+    return [m.NAME for m in modules if m.declines(problem) is None]
 
 
 def contenders(problem: Problem) -> list[timer.Contender]:
@@ -161,11 +161,11 @@ def fastest(times: Mapping[str, float], margins: Mapping[str, float]) -> str:
 
 def decided(problem: Problem, timed: bool) -> tuple[str, str]:
     """(backend, why) of the candidate that takes the least time, as far as is known; `timed`: finds out first."""
-    return _decided(problem, this_machine(problem.device), timing_cache.version(), timed, bn_sum.MISSING)
+    return _decided(problem, this_machine(problem.device), timing_cache.version(), timed, _extension.WHY_MISSING)
 
 
 @functools.lru_cache(4096)
-def _decided(problem: Problem, machine: Machine, version: int, timed: bool, missing: str | None) -> tuple[str, str]:
+def _decided(problem: Problem, machine: Machine, version: int, timed: bool, missing: str) -> tuple[str, str]:
     """decided() on this machine, once for each version of what is known."""
     known = times(problem)
     if timed and timing_cache.lookup(problem, machine) is None:
@@ -173,7 +173,7 @@ def _decided(problem: Problem, machine: Machine, version: int, timed: bool, miss
         timing_cache.remember(problem, machine, measured, timing_cache.FIRST_SIGHT)
         known = known._replace(measured=measured)
     name, why = decide(problem, machine.kind, known)
-    if name == branches.NAME and problem.device != "cuda" and missing is not None:
+    if name == branches.NAME and problem.device != "cuda" and missing:
         _warn_without_extension(missing)
         without = Times(*({other: ms for other, ms in t.items() if other != branches.NAME} for t in known))
         name, why = decide(problem, machine.kind, without)
@@ -229,17 +229,17 @@ def network_bytes(module: ModuleType, problem: Problem) -> int:
     return BLOCKS_ALIKE * module.saved_bytes(problem) + module.transient_bytes(problem)
 
 
-def _saving_plan(problem: Problem) -> Plan | None:
-    """The plan that needs the least memory; None where nothing is kept, or nothing but one convolution is done."""
+def _saving_choice(problem: Problem) -> Choice | None:
+    """The one that needs the least memory; None where nothing is kept, or nothing but one convolution is done."""
     if not problem.grad or folded.declines(problem) is None:
         return None
     if torch.compiler.is_compiling():
         from . import constants  # as in choose()
 
-        name, why = constants.saver(*constants.pieces(problem))
+        name, why = constants.saver(*constants.as_constants(problem))
     else:
         name, why = least(problem)
-    return Plan(BACKENDS[name], why)
+    return Choice(BACKENDS[name], why)
 
 
 @functools.lru_cache(4096)
@@ -257,12 +257,12 @@ def least(problem: Problem) -> tuple[str, str]:
     return module.NAME, f"memory saver: keeps {kept:,} bytes for backward, {fewer}, and {besides}"
 
 
-def _forced(problem: Problem) -> Plan | None:
-    """The plan of the steps that one way alone computes, whatever is requested."""
+def _forced(problem: Problem) -> Choice | None:
+    """The choice of the steps that one way alone computes, whatever is requested."""
     if problem.transform:
-        return Plan(eager, f"under {problem.transform} only the definition has the rules that are needed")
+        return Choice(eager, f"under {problem.transform} only the definition has the rules that are needed")
     if problem.synced:
-        return Plan(synced, "SyncBatchNorm's statistics span processes: one collective forward, one backward")
+        return Choice(synced, "SyncBatchNorm's statistics span processes: one collective forward, one backward")
     return None
 
 

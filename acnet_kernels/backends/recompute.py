@@ -32,11 +32,6 @@ from .convolution import convolution_dtype, merge_kernels
 NAME = "recompute"
 
 
-def unavailable() -> str | None:
-    """Why this backend cannot run on this machine, or None."""
-    return branches.unavailable()
-
-
 def declines(problem: Problem) -> str | None:
     """Why this backend cannot compute the problem, or None."""
     return branches.declines(problem)
@@ -85,8 +80,8 @@ def _definition(ctx: Any) -> tuple[Callable[[], Tensor], list[Tensor]]:
     x, _, _, *tensors = ctx.saved_tensors
     eps, taps, geometry = ctx.constants
     affine = len(tensors) - len(ctx.need_weights)
-    plan = branches.plan_of(ops.unpack(geometry), ops.unpack_taps(taps), eps, affine, ctx.dtype, x.device.type)
-    return functools.partial(plan.definition, x, *tensors), [x, *tensors]
+    config = branches.config_of(ops.unpack(geometry), ops.unpack_taps(taps), eps, affine, ctx.dtype, x.device.type)
+    return functools.partial(config.definition, x, *tensors), [x, *tensors]
 
 
 _RECORDED = nodes.Recorded(ops.recompute_step, ops.setup, ops.backward, _definition)
@@ -106,12 +101,12 @@ def _step(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = x.dtype if dtype is None else dtype
-    plan = branches.plan_of(ops.unpack(geometry), ops.unpack_taps(taps), eps, len(gammas), dtype, x.device.type)
+    config = branches.config_of(ops.unpack(geometry), ops.unpack_taps(taps), eps, len(gammas), dtype, x.device.type)
     with torch.autocast(x.device.type, enabled=False):
-        if _has_triton(x) and plan.is_triton:
-            out, means, variances, rstds = _without_maps(x, weights, gammas, betas, plan)
+        if _has_triton(x) and config.is_triton:
+            out, means, variances, rstds = _without_maps(x, weights, gammas, betas, config)
         else:
-            out, _, means, variances, rstds = plan.forward(x, tuple(weights), gammas, betas)
+            out, _, means, variances, rstds = config.forward(x, tuple(weights), gammas, betas)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return out.to(dtype).contiguous(memory_format=layout), means, variances, rstds
 
@@ -122,43 +117,45 @@ def _has_triton(x: Tensor) -> bool:
 
 
 def _without_maps(
-    x: Tensor, weights: list[Tensor], gammas: list[Tensor], betas: list[Tensor], plan: branches.Plan
+    x: Tensor, weights: list[Tensor], gammas: list[Tensor], betas: list[Tensor], config: branches.StepConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, means, variances, rstds); no y_b is ever in memory. out is of the convolutions' dtype or wider."""
-    x, geometry = x.to(plan.conv_dtype), plan.geometry
-    kernels = [weight.to(plan.conv_dtype) for weight in weights]
-    means, variances, rstds = _triton_statistics(x, kernels, plan)
+    x, geometry = x.to(config.conv_dtype), config.geometry
+    kernels = [weight.to(config.conv_dtype) for weight in weights]
+    means, variances, rstds = _triton_statistics(x, kernels, config)
     scale = rstds * torch.stack(gammas) if gammas else rstds
     top = scale.abs().amax(0)
     top = torch.where(top > 0, top, 1)
     wide = bn_sum.accumulation_dtype(x.dtype)
-    folded = _folded(kernels, scale / top, plan).to(x.dtype)
+    folded = _folded(kernels, scale / top, config).to(x.dtype)
     place = geometry.placement(geometry.whole)
     z = F.conv2d(x, folded, None, geometry.stride, place.padding, place.dilation, geometry.groups)
     # The mean that this convolution's own rounding gives: as in a batch norm, a level much larger than the spread
     # cancels exactly.
-    level = _statistics_of([z], [1.0])[0][0]
-    centre = level.to(wide)
-    shift = top * (centre - level)
+    mean = _statistics_of([z], [1.0])[0][0]
+    centre = mean.to(wide)
+    shift = top * (centre - mean)
     for beta in betas:
         shift += beta
     centre, top, shift = (t.to(wide)[:, None, None] for t in (centre, top, shift))
     return z.to(wide).sub_(centre).mul_(top).add_(shift), means, variances, rstds
 
 
-def _triton_statistics(x: Tensor, kernels: list[Tensor], plan: branches.Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_statistics(
+    x: Tensor, kernels: list[Tensor], config: branches.StepConfig
+) -> tuple[Tensor, Tensor, Tensor]:
     """(means, variances, rstds) of every y_b, B×K float64, in two launches."""
     from ..ops import triton_conv  # Triton is slow to import, and only CUDA needs it
     from ..ops.triton_bn_sum import merge_statistics
 
-    taps = [taps for taps, _ in plan.branches]
-    if plan.is_summed:
-        kernels, taps = [plan.merged(kernels)], [plan.geometry.whole]
+    taps = [taps for taps, _ in config.branches]
+    if config.is_summed:
+        kernels, taps = [config.merged(kernels)], [config.geometry.whole]
     x = x.contiguous(memory_format=torch.channels_last)
     weights = [weight.contiguous(memory_format=torch.channels_last) for weight in kernels]
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        _, moments = triton_conv.conv_forward(x, weights, triton_conv.Window.of(plan.geometry, taps), store=False)
-        norms = merge_statistics(moments, [], [], plan.eps)
+        _, moments = triton_conv.conv_forward(x, weights, triton_conv.Window.of(config.geometry, taps), store=False)
+        norms = merge_statistics(moments, [], [], config.eps)
     return norms.means, norms.variances, norms.rstds
 
 
@@ -174,12 +171,12 @@ def _statistics_of(ys: list[Tensor], eps: list[float]) -> tuple[Tensor, Tensor]:
     return norms.means, norms.rstds
 
 
-def _folded(kernels: list[Tensor], scale: Tensor, plan: branches.Plan) -> Tensor:
+def _folded(kernels: list[Tensor], scale: Tensor, config: branches.StepConfig) -> Tensor:
     """Σ_b scale_b·W_b, at least float32; scale is B×K, or 1×K of all."""
     wide = bn_sum.accumulation_dtype(kernels[0].dtype)
     rows = scale.to(wide).expand(len(kernels), -1)
     scaled = [weight.to(wide) * row[:, None, None, None] for weight, row in zip(kernels, rows, strict=True)]
-    return merge_kernels(scaled, [taps for taps, _ in plan.branches], plan.geometry)
+    return merge_kernels(scaled, [taps for taps, _ in config.branches], config.geometry)
 
 
 @torch.library.impl("acnet_kernels::recompute_step_backward", ("CPU", "CUDA"))
@@ -202,20 +199,20 @@ def _step_backward(
     none = means.new_empty(0, dtype=dtype)
     if not (need_x or any(need_weights) or need_gammas):
         return x.new_empty(0), [], none, grad.sum((0, 2, 3), dtype=dtype)
-    plan = branches.plan_of(
+    config = branches.config_of(
         ops.unpack(geometry), ops.unpack_taps(taps), eps, len(gammas), grad.dtype, x.device.type
     )
-    needs_dy = plan.needs_dy(need_x, need_weights)
+    needs_dy = config.needs_dy(need_x, need_weights)
     with torch.autocast(x.device.type, enabled=False):
-        ys = plan.maps(x, tuple(weights))
+        ys = config.maps(x, tuple(weights))
         if (
-            _has_triton(x) and plan.is_triton
+            _has_triton(x) and config.is_triton
         ):  # forward's are of another kernel's maps: what that rounds otherwise, times Σg, is no dγ
             means, rstds = _statistics_of(ys, eps)
         like = bn_sum.like(grad, ys[0])
-        kept = ys if plan.is_summed else [y for y, (_, own) in zip(ys, plan.branches, strict=True) if own]
-        dys, dgammas, dbeta = plan.map_gradients(like, x, kept, means, rstds, gammas, needs_dy, True)
-        dx, dws = branches.convolution_gradients(plan, dys, x, tuple(weights), need_x, tuple(need_weights))
+        kept = ys if config.is_summed else [y for y, (_, own) in zip(ys, config.branches, strict=True) if own]
+        dys, dgammas, dbeta = config.map_gradients(like, x, kept, means, rstds, gammas, needs_dy, True)
+        dx, dws = branches.convolution_gradients(config, dys, x, tuple(weights), need_x, tuple(need_weights))
     return (
         x.new_empty(0) if dx is None else _as(dx, x),
         [_as(dw, weight) for dw, weight in zip(dws, weights, strict=True) if dw is not None],

@@ -172,9 +172,9 @@ class _SyncedSum(torch.autograd.Function):
         d_maps, d_gammas, d_betas = [], [], []
         for b, (y, gamma, beta) in enumerate(zip(maps, gammas, betas, strict=True)):
             scale = rstd[b] if gamma is None else rstd[b] * gamma.to(dtype)
-            slope = product_means[b] * rstd[b].square()
+            y_factor = product_means[b] * rstd[b].square()
             centred = y.to(dtype) - _per_channel(mean[b])
-            dy = _per_channel(scale) * (g - _per_channel(g_mean) - centred * _per_channel(slope))
+            dy = _per_channel(scale) * (g - _per_channel(g_mean) - centred * _per_channel(y_factor))
             d_maps.append(dy.to(y.dtype))
             d_gammas.append(None if gamma is None else (local[1 + b] * rstd[b]).to(gamma.dtype))
             d_betas.append(None if beta is None else local[0].to(beta.dtype))

@@ -152,8 +152,8 @@ class Scratch:
         self.x = leaf(*problem.shape, dtype=problem.input_dtype)
         branches = []
         for taps, convolved, normed in zip(problem.branches, problem.convolved, problem.normed, strict=True):
-            thin = problem.shape[1] // geometry.groups
-            weight = leaf(filters, thin, taps.rows, taps.columns) if convolved else None
+            cg = problem.shape[1] // geometry.groups
+            weight = leaf(filters, cg, taps.rows, taps.columns) if convolved else None
             branches.append(Branch(taps, weight, None, norm() if normed else None))
         self.step = Step(geometry, tuple(branches), norm() if problem.total else None)
         shape = (problem.shape[0], filters, *problem.output_size)

@@ -25,7 +25,7 @@ from ..atomic import replacing
 from ..geometry import Geometry, Taps
 from ..spec import BRANCH, MIXED, Problem
 from . import cost
-from .machine import CUDA, Machine, instructions
+from .device_info import CUDA, Machine, instructions
 
 FORMAT = 1
 TUNED, BENCHMARK, FIRST_SIGHT = "tune()", "the benchmarks", "first sight"

@@ -261,8 +261,8 @@ def apply_grad(
     for b in tl.static_range(B):
         if dys[b] is not None:
             scale = tl.load(coefficient_ptr + K + 2 * b * K + k, mask=k_live, other=0.0)
-            slope = tl.load(coefficient_ptr + K + (2 * b + 1) * K + k, mask=k_live, other=0.0)
+            y_factor = tl.load(coefficient_ptr + K + (2 * b + 1) * K + k, mask=k_live, other=0.0)
             mean, rest = mean_of(mean_ptr, b * K + k, k_live)
             y = tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32)
-            dy = scale[None, :] * g + slope[None, :] * (y - mean[None, :] - rest[None, :])
+            dy = scale[None, :] * g + y_factor[None, :] * (y - mean[None, :] - rest[None, :])
             tl.store(dys[b] + at, dy.to(dys[b].dtype.element_ty), mask=live)

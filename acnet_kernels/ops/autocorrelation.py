@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from ._extension import MISSING, TRITON
+from ._extension import LOADED, TRITON
 
 SCHEMA = (
     "cross_correlation(Tensor x, Tensor x_pivot, Tensor y, Tensor y_pivot, int[] rows, int[] columns, int groups)"
@@ -123,7 +123,7 @@ def _fake(
 
 
 _library = torch.library.Library("acnet_kernels", "FRAGMENT")
-if MISSING is not None:
+if not LOADED:
     _library.define(SCHEMA)
     _library.impl("cross_correlation", _plain, "CPU")
 _library.impl("cross_correlation", on_cuda, "CUDA")

@@ -33,11 +33,11 @@ from torch import Tensor
 
 from .._torch_compat import suggest_memory_format
 from . import check
-from ._extension import MISSING, TRITON
+from ._extension import LOADED, TRITON
 
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 
-if MISSING is not None:
+if not LOADED:
     _COMMON = "Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy"
     _LIBRARY.define(
         "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype)"
@@ -294,7 +294,7 @@ on_cuda = {
 }
 for _name, _kernel in on_cuda.items():
     _LIBRARY.impl(_name, _kernel, "CUDA")
-if MISSING is not None:
+if not LOADED:
     _LIBRARY.impl("bn_sum_forward", _forward, "CPU")
     _LIBRARY.impl("bn_sum_backward", _backward, "CPU")
     _LIBRARY.impl("bn_sum_backward_", _backward_, "CPU")

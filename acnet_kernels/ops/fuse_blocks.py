@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from . import check as checks
-from ._extension import MISSING
+from ._extension import LOADED
 
 ERROR = "acnet_kernels::fuse_blocks: "  # what the C++ operators' messages begin with
 _INPUTS = (
@@ -434,7 +434,7 @@ def _entry_backward(
 
 
 _library = torch.library.Library("acnet_kernels", "FRAGMENT")
-if MISSING is not None:
+if not LOADED:
     for schema in SCHEMAS:
         _library.define(schema)
 # Below autograd, on every device that has no kernel of its own.

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from . import check
-from ._extension import MISSING
+from ._extension import LOADED
 
 COUNTERS = (*check.FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-if MISSING is None:
+if LOADED:
     update_running_ = torch.ops.acnet_kernels.update_running_.default
     _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 

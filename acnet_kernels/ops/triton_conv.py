@@ -33,7 +33,7 @@ _KERNELS = {"conv": conv_branches, "dgrad": conv_dgrad, "wgrad": conv_wgrad}
 _DEPTHWISE = {"conv": depthwise_branches, "dgrad": depthwise_dgrad, "wgrad": depthwise_wgrad}
 
 
-class _Plan(NamedTuple):
+class _Launch(NamedTuple):
     """What a launch is made of beyond its tensors; one a problem, cached."""
 
     kernel: Any
@@ -68,7 +68,7 @@ def checked_size(window: Window, shape: Sequence[int]) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def _plan(
+def _make_launch(
     kind: str,
     shape: tuple[int, ...],
     K: int,
@@ -78,7 +78,7 @@ def _plan(
     precision: str,
     device: torch.device,
     config: Config | None,
-) -> _Plan:
+) -> _Launch:
     N, C, H, W = shape
     size = checked_size(window, shape)
     rows = N * size[0] * size[1]
@@ -109,17 +109,17 @@ def _plan(
     scalars |= {"OH": size[0], "OW": size[1]}
     numbers = tuple(value for name, value in scalars.items() if name in kernel.arg_names)
     taps = end_row(window) - first_row(window) if depthwise else taps_above(window, 0)
-    return _Plan(kernel, depthwise, size, rows, numbers, taken, config, taps)
+    return _Launch(kernel, depthwise, size, rows, numbers, taken, config, taps)
 
 
-def _plan_of(
+def _launch_of(
     kind: str,
     like: Tensor,
     shape: tuple[int, ...],
     weights: Sequence[Tensor],
     window: Window,
     config: Config | None,
-) -> _Plan:
+) -> _Launch:
     """Checks the weights against an input of `shape` and `like`'s dtype and device, and looks the launch up."""
     if len(weights) != len(window.branches) or not weights:
         raise ValueError(f"weights must hold a tensor for each branch of {window}, got {len(weights)}")
@@ -138,7 +138,9 @@ def _plan_of(
     if not last and not all(w.is_contiguous() for w in weights):
         raise ValueError("weights must all be contiguous or all be channels_last")
     exact = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
-    return _plan(kind, tuple(shape), K, window, last, dtype, "tf32x3" if exact else "tf32", like.device, config)
+    return _make_launch(
+        kind, tuple(shape), K, window, last, dtype, "tf32x3" if exact else "tf32", like.device, config
+    )
 
 
 def _empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -156,10 +158,10 @@ def conv_forward(
         config: in place of the table's choice.
     """
     check_maps(x=x)
-    plan = _plan_of("conv", x, x.shape, weights, window, config)
-    M, K, (block_m, block_k, *_) = plan.rows, plan.scalars[1], plan.config
-    ys = [_empty_map((x.shape[0], K, *plan.size), x) for _ in weights] if store else []
-    if plan.depthwise:
+    launch = _launch_of("conv", x, x.shape, weights, window, config)
+    M, K, (block_m, block_k, *_) = launch.rows, launch.scalars[1], launch.config
+    ys = [_empty_map((x.shape[0], K, *launch.size), x) for _ in weights] if store else []
+    if launch.depthwise:
         tiles, rows = configs.row_split(M, K, Tile(block_m, block_k))
         split: tuple[int, ...] = (M, rows, tiles)
         grid: tuple[int, ...] = (tiles, cdiv(K, block_k))
@@ -169,7 +171,7 @@ def conv_forward(
         grid = (tiles * window.groups * cdiv(K // window.groups, block_k),)
     partial = torch.empty((len(weights), 2, K, tiles), dtype=torch.float32, device=x.device)
     targets = tuple(ys) or (None,) * len(weights)
-    plan.kernel[grid](x, tuple(weights), targets, partial, *split, *plan.scalars, STORE=store, **plan.options)
+    launch.kernel[grid](x, tuple(weights), targets, partial, *split, *launch.scalars, STORE=store, **launch.options)
     return ys, Moments(partial, rows, M)
 
 
@@ -202,20 +204,20 @@ def input_grad(
     dy = _check_grads(dys, weights)
     CG = weights[0].shape[1]
     shape = (dy.shape[0], CG * window.groups, *input_size)
-    plan = _plan_of("dgrad", dy, shape, weights, window, config)
-    _check_size(dy, plan.scalars[1], plan.size)
+    launch = _launch_of("dgrad", dy, shape, weights, window, config)
+    _check_size(dy, launch.scalars[1], launch.size)
     dx = _empty_map(shape, dy)
-    if plan.depthwise:
+    if launch.depthwise:
         M = shape[0] * input_size[0] * input_size[1]
         split: tuple[int, ...] = (M,)
-        grid: tuple[int, ...] = (cdiv(M, plan.config.block_m), cdiv(shape[1], plan.config.block_k))
+        grid: tuple[int, ...] = (cdiv(M, launch.config.block_m), cdiv(shape[1], launch.config.block_k))
     else:
         largest_phase = cdiv(input_size[0], window.stride_h) * cdiv(input_size[1], window.stride_w)
-        tiles = cdiv(shape[0] * largest_phase, plan.config.block_m)
-        blocks = window.groups * cdiv(CG, plan.config.block_c)
+        tiles = cdiv(shape[0] * largest_phase, launch.config.block_m)
+        blocks = window.groups * cdiv(CG, launch.config.block_c)
         split = (shape[0], tiles)
         grid = (window.stride_h * window.stride_w * tiles * blocks,)
-    plan.kernel[grid](tuple(dys), tuple(weights), dx, *split, *plan.scalars, **plan.options)
+    launch.kernel[grid](tuple(dys), tuple(weights), dx, *split, *launch.scalars, **launch.options)
     return dx
 
 
@@ -228,25 +230,25 @@ def weight_grads(
     """
     dy = _check_grads(dys, weights)
     check_maps(x=x)
-    plan = _plan_of("wgrad", x, x.shape, weights, window, config)
+    launch = _launch_of("wgrad", x, x.shape, weights, window, config)
     if dy.shape[0] != x.shape[0] or dy.dtype != x.dtype:
         raise ValueError(f"dys must be {x.dtype} for {x.shape[0]} images, got {dy.dtype} for {dy.shape[0]}")
-    _check_size(dy, plan.scalars[1], plan.size)
+    _check_size(dy, launch.scalars[1], launch.size)
     dws = [torch.empty_like(w, memory_format=torch.preserve_format) for w in weights]
     K = dy.shape[1]
-    if plan.depthwise:
-        blocks = cdiv(K, plan.config.block_k)
+    if launch.depthwise:
+        blocks = cdiv(K, launch.config.block_k)
     else:
         KG, CG = K // window.groups, x.shape[1] // window.groups
-        blocks = window.groups * cdiv(KG, plan.config.block_k) * cdiv(CG, plan.config.block_c)
-    splits, rows = configs.pixel_split(plan.rows, blocks * plan.taps, plan.config.block_m)
+        blocks = window.groups * cdiv(KG, launch.config.block_k) * cdiv(CG, launch.config.block_c)
+    splits, rows = configs.pixel_split(launch.rows, blocks * launch.taps, launch.config.block_m)
     sizes = tuple(w.numel() for w in weights)
     targets, stride = tuple(dws), sum(sizes)
     if splits > 1:
         partial = torch.empty(splits * stride, dtype=torch.float32, device=x.device)
         targets = tuple(partial[sum(sizes[:b]) :] for b in range(len(sizes)))
-    grid = (blocks, plan.taps, splits)
-    plan.kernel[grid](x, tuple(dys), targets, plan.rows, rows, stride, *plan.scalars, **plan.options)
+    grid = (blocks, launch.taps, splits)
+    launch.kernel[grid](x, tuple(dys), targets, launch.rows, rows, stride, *launch.scalars, **launch.options)
     if splits > 1:
         grid = (cdiv(max(sizes), _SUM_BLOCK), len(sizes), 1)
         sum_splits[grid](targets, tuple(dws), sizes, splits, stride, BLOCK=_SUM_BLOCK)

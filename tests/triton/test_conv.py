@@ -113,15 +113,15 @@ def test_64_bit_offsets_change_nothing(
 ) -> None:
     t = Tensors(problem, torch.float32, device)
     narrow = step(t)
-    plan = triton_conv._plan
-    monkeypatch.setattr(triton_conv, "_plan", lambda *args: _widened(plan(*args)))
+    launch = triton_conv._make_launch
+    monkeypatch.setattr(triton_conv, "_make_launch", lambda *args: _widened(launch(*args)))
     wide = step(t)
     assert all(torch.equal(narrow[name], wide[name]) for name in narrow)
 
 
-def _widened(plan):
-    assert not plan.options["INT64_OFFSETS"]
-    return plan._replace(options={**plan.options, "INT64_OFFSETS": True})
+def _widened(launch):
+    assert not launch.options["INT64_OFFSETS"]
+    return launch._replace(options={**launch.options, "INT64_OFFSETS": True})
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,10 @@ def _widened(plan):
 def test_wide_from_the_first_map_of_two_to_the_31(shape: tuple[int, ...], K: int, wide: bool) -> None:
     window = PROBLEMS[0].window
     for kind in ("conv", "dgrad", "wgrad"):
-        plan = triton_conv._plan(kind, shape, K, window, True, torch.float16, "tf32", torch.device("cpu"), SMALL)
-        assert plan.options["INT64_OFFSETS"] == wide
+        launch = triton_conv._make_launch(
+            kind, shape, K, window, True, torch.float16, "tf32", torch.device("cpu"), SMALL
+        )
+        assert launch.options["INT64_OFFSETS"] == wide
 
 
 @BOTH_KINDS

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..training.report import LABELS, parameters
 from . import evaluate, paper, plots
+from .config import StudyConfig
 from .lab import Lab
-from .plan import Plan
 from .study import (
     Cell,
     Measured,
@@ -35,8 +35,8 @@ ROWS = {
 }
 
 
-def cells(plan: Plan) -> list[Cell]:
-    return training_cells(plan, ROWS)
+def cells(config: StudyConfig) -> list[Cell]:
+    return training_cells(config, ROWS)
 
 
 def measure(lab: Lab, cell: Cell) -> dict[str, Any]:

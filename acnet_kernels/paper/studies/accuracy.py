@@ -9,8 +9,8 @@ from typing import Any
 
 from ..training.report import LABELS, parameters
 from . import evaluate, paper, plots
+from .config import StudyConfig
 from .lab import Lab
-from .plan import Plan
 from .study import (
     Cell,
     Difference,
@@ -29,8 +29,8 @@ from .study import (
 BLOCKS = ("plain", "acb")
 
 
-def cells(plan: Plan) -> list[Cell]:
-    return [cell for recipe in plan.accuracy for cell in training_cells(plan, BLOCKS, recipe)]
+def cells(config: StudyConfig) -> list[Cell]:
+    return [cell for recipe in config.accuracy for cell in training_cells(config, BLOCKS, recipe)]
 
 
 def measure(lab: Lab, cell: Cell) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from ..training import interrupt, report
 from ..training.command import add_machine_arguments
 from ..training.loop import AMP_DTYPES
 from . import ablation, accuracy, magnitudes, page, pruning, rotation, shifted
+from .config import StudyConfig, make
 from .lab import Lab
-from .plan import Plan, make
 from .store import Store, merged, write_csv, writing
 from .study import Cell, Network, Study, setting, training_cells
 
@@ -91,7 +91,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError("--shard is a part of the work and --plot-only does none: give one of them")
     with writing(out):
         if not arguments.plot_only:
-            code = _measure(studies, plan_of(arguments), arguments, console)
+            code = _measure(studies, config_of(arguments), arguments, console)
             if code or arguments.shard:
                 return code
         for study in studies:
@@ -100,7 +100,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def plan_of(arguments: argparse.Namespace) -> Plan:
+def config_of(arguments: argparse.Namespace) -> StudyConfig:
     """The plan that the options ask for."""
     return make(arguments.quick, **{name: getattr(arguments, name) for name in PLANNING})
 
@@ -118,7 +118,7 @@ def command_line(arguments: argparse.Namespace) -> str:
     return f"{PROGRAM} {shlex.join([*words, '--out', str(arguments.out)])}"
 
 
-def _measure(studies: list[Study], plan: Plan, arguments: argparse.Namespace, console: Console) -> int:
+def _measure(studies: list[Study], config: StudyConfig, arguments: argparse.Namespace, console: Console) -> int:
     """Trains what is missing, then measures what is missing; 0, or the exit code of an interruption."""
     from .watch import Forecast
 
@@ -126,16 +126,16 @@ def _measure(studies: list[Study], plan: Plan, arguments: argparse.Namespace, co
         torch.set_num_threads(arguments.threads)
     out, device = arguments.out, choose_device(arguments.device)
     run = {"command": command_line(arguments), "machine": report.machine(device)}
-    lab = Lab(plan, out / NETWORKS, device, arguments.data_dir, arguments.workers)
+    lab = Lab(config, out / NETWORKS, device, arguments.data_dir, arguments.workers)
     for study in studies:
-        for recipe in plan.accuracy if study.compares_networks else (plan.recipe,):
+        for recipe in config.accuracy if study.compares_networks else (config.recipe,):
             lab.check(recipe)
     make_directory(out)
     stores = {study.name: _store(study, run, arguments) for study in studies}
-    mine = _networks(plan, arguments.shard)
+    mine = _networks(config, arguments.shard)
     work: dict[Network, list[tuple[Study, Cell]]] = {}
     for study in studies:
-        cells = [cell for cell in study.cells(plan) if Network.of(cell) in mine]
+        cells = [cell for cell in study.cells(config) if Network.of(cell) in mine]
         missing = [cell for cell in cells if cell not in stores[study.name]]
         console.print(f"{study.name}: {len(missing)} of {len(cells)} cells are to be measured")
         for cell in missing:
@@ -163,11 +163,11 @@ def _measure(studies: list[Study], plan: Plan, arguments: argparse.Namespace, co
     return 0
 
 
-def _networks(plan: Plan, shard: tuple[int, int] | None) -> set[Network]:
-    """The shard's networks of a plan: the same for all of its studies, which share them."""
-    cells = training_cells(plan, report.LABELS)
-    for recipe in plan.accuracy:
-        cells += training_cells(plan, accuracy.BLOCKS, recipe)
+def _networks(config: StudyConfig, shard: tuple[int, int] | None) -> set[Network]:
+    """The shard's networks of a configuration: the same for all of its studies, which share them."""
+    cells = training_cells(config, report.LABELS)
+    for recipe in config.accuracy:
+        cells += training_cells(config, accuracy.BLOCKS, recipe)
     part, of = shard or (1, 1)
     return set(list(dict.fromkeys(map(Network.of, cells)))[part - 1 :: of])
 

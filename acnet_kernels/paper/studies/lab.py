@@ -19,7 +19,7 @@ from ...conversion import fuse
 from ..training import checkpoints
 from ..training.data import Data, open_data
 from ..training.loop import LAST, Observer, Recipe, Trainer, build_model
-from .plan import Plan
+from .config import StudyConfig
 from .study import Cell, Network
 
 if TYPE_CHECKING:
@@ -32,15 +32,17 @@ class Lab:
     """Trains each network once, keeps it on disk, and hands it to whichever study asks.
 
     Args:
-        plan: what to train and how.
+        config: what to train and how.
         folder: for the networks' checkpoints, one directory each; made where missing.
         device: where to compute.
         data_dir: where the data set's files are.
         workers: processes that read a directory of images.
     """
 
-    def __init__(self, plan: Plan, folder: Path, device: torch.device, data_dir: Path | None, workers: int) -> None:
-        self.plan, self.folder, self.device = plan, folder, device
+    def __init__(
+        self, config: StudyConfig, folder: Path, device: torch.device, data_dir: Path | None, workers: int
+    ) -> None:
+        self.config, self.folder, self.device = config, folder, device
         self._data_dir, self._workers = data_dir, workers
         self._open = lru_cache(maxsize=None)(self._open_data)
         self._load = lru_cache(maxsize=2)(self._load_network)
@@ -113,7 +115,7 @@ class Lab:
         return Trainer(recipe, self._open(recipe.data), self.device)
 
     def _recipe(self, network: Network) -> Recipe:
-        recipe = self.plan.find(network.data, network.net, network.recipe, network.backend)
+        recipe = self.config.find(network.data, network.net, network.recipe, network.backend)
         return replace(recipe, block=network.block, seed=network.seed)
 
     def _open_data(self, name: str) -> Data:
@@ -121,9 +123,9 @@ class Lab:
             name,
             self.device,
             folder=self._data_dir,
-            limit=self.plan.recipe.limit,  # every recipe of a plan has the same limit and image size
-            test_limit=self.plan.test_limit,
-            image_size=self.plan.recipe.image_size,
+            limit=self.config.recipe.limit,  # every recipe of a configuration has the same limit and image size
+            test_limit=self.config.test_limit,
+            image_size=self.config.recipe.image_size,
             workers=self._workers,
         )
 

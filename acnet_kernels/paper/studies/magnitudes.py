@@ -13,8 +13,8 @@ from torch import Tensor
 from ..models.blocks import VARIANTS
 from ..training.report import LABELS, kernel_magnitudes, mean_magnitude, plot_kernels
 from . import plots
+from .config import StudyConfig
 from .lab import Lab
-from .plan import Plan
 from .pruning import STUDIED
 from .regions import regions
 from .study import (
@@ -41,8 +41,8 @@ RATIOS = {
 }
 
 
-def cells(plan: Plan) -> list[Cell]:
-    return training_cells(plan, STUDIED)
+def cells(config: StudyConfig) -> list[Cell]:
+    return training_cells(config, STUDIED)
 
 
 def measure(lab: Lab, cell: Cell) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..training.report import LABELS, kernel_magnitudes
 from . import plots
+from .config import StudyConfig
 from .evaluate import accuracies
 from .lab import Lab
-from .plan import Plan
 from .regions import kernel_of, regions
 from .study import Cell, Measured, Study, Table, by, percent, subject, training_cells
 
@@ -76,14 +76,14 @@ def sparsities(region: str, kernel: int) -> list[Fraction]:
     return sorted({*(STEP * step for step in range(int(end / STEP) + 1)), SKELETON_QUOTED, end})
 
 
-def cells(plan: Plan) -> list[Cell]:
-    kernel = kernel_of(plan.recipe.net)
+def cells(config: StudyConfig) -> list[Cell]:
+    kernel = kernel_of(config.recipe.net)
     return [
         {**network, "kernel": kernel, "region": region, "sparsity": str(sparsity), "pruning": pruning}
-        for network in training_cells(plan, STUDIED)
+        for network in training_cells(config, STUDIED)
         for region in STUDIED[str(network["block"])]
         for sparsity in sparsities(region, kernel)
-        for pruning in range(plan.prunings if sparsity else 1)  # without pruning there is nothing to repeat
+        for pruning in range(config.prunings if sparsity else 1)  # without pruning there is nothing to repeat
     ]
 
 

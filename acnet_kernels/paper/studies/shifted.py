@@ -7,14 +7,14 @@ from pathlib import Path
 
 from ..training.report import LABELS
 from . import paper, plots
+from .config import StudyConfig
 from .evaluate import measure
-from .plan import Plan
 from .pruning import STUDIED
 from .study import Cell, Measured, Study, Table, by, by_seed, difference, percent, subject, top1, training_cells
 
 
-def cells(plan: Plan) -> list[Cell]:
-    return training_cells(plan, STUDIED)
+def cells(config: StudyConfig) -> list[Cell]:
+    return training_cells(config, STUDIED)
 
 
 def table(results: Sequence[Measured]) -> Table:

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..training.report import LABELS
-from .plan import Plan
+from .config import StudyConfig
 
 if TYPE_CHECKING:
     from ..training.loop import Recipe
@@ -74,7 +74,7 @@ class Study:
         title: of its section.
         paper: where the paper has it and what was found there.
         limits: what the numbers do and do not show.
-        cells: what the plan asks to measure; every cell has the coordinates of a `Network`.
+        cells: what the configuration asks to measure; every cell has the coordinates of a `Network`.
         measure: the values of one cell.
         table, finding: of measured cells; finding is a sentence or two made from the numbers.
         plots: file name → what draws measured cells to a path.
@@ -87,7 +87,7 @@ class Study:
     title: str
     paper: str
     limits: str
-    cells: Callable[[Plan], list[Cell]]
+    cells: Callable[[StudyConfig], list[Cell]]
     measure: Callable[[Lab, Cell], dict[str, Any]]
     table: Callable[[Sequence[Measured]], Table]
     finding: Callable[[Sequence[Measured]], str]
@@ -107,13 +107,13 @@ class Study:
         return list(found.values())
 
 
-def training_cells(plan: Plan, blocks: Iterable[str], recipe: Recipe | None = None) -> list[Cell]:
-    """One cell a trained network of a recipe (the plan's main one): every block with every seed."""
-    recipe = recipe or plan.recipe
+def training_cells(config: StudyConfig, blocks: Iterable[str], recipe: Recipe | None = None) -> list[Cell]:
+    """One cell a trained network of a recipe (the configuration's main one): every block with every seed."""
+    recipe = recipe or config.recipe
     networks = [
-        Network(recipe.data, recipe.net, plan.words(recipe), recipe.backend, block, seed)
+        Network(recipe.data, recipe.net, config.words(recipe), recipe.backend, block, seed)
         for block in blocks
-        for seed in range(plan.seeds)
+        for seed in range(config.seeds)
     ]
     return [network._asdict() for network in networks]
 

@@ -12,7 +12,7 @@ from ..training.presets import IMAGENET_FOLDER, PRESETS
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyConfig:
     """The size of the studies. Block and seed of its recipes are the studies' to fill in.
 
     Attributes:
@@ -61,13 +61,13 @@ def _digits(net: str) -> Recipe:
 
 
 # Minutes on two cores, on data that is on every machine.
-QUICK = Plan(
+QUICK = StudyConfig(
     recipe=_digits("resnet8"),
     accuracy=tuple(_digits(net) for net in ("cifar-quick", "resnet8", "resnet20", "wrn10-1", "densenet10")),
     seeds=3,
 )
-PAPER = Plan(recipe=PRESETS["resnet56"], accuracy=tuple(r for r in PRESETS.values() if r.data == "cifar10"))
-PHOTOGRAPHS = Plan(
+PAPER = StudyConfig(recipe=PRESETS["resnet56"], accuracy=tuple(r for r in PRESETS.values() if r.data == "cifar10"))
+PHOTOGRAPHS = StudyConfig(
     recipe=PRESETS["resnet18"], accuracy=tuple(r for r in PRESETS.values() if r.data == IMAGENET_FOLDER)
 )
 
@@ -81,32 +81,32 @@ def make(
     prunings: int | None = None,
     test_limit: int | None = None,
     **changes: Any,
-) -> Plan:
-    """The quick plan or the paper's (its ImageNet one for photographs), changed where an argument is given.
+) -> StudyConfig:
+    """The quick studies or the paper's (its ImageNet ones for photographs), changed where an argument is given.
 
     Args:
         quick: which of the two.
         net: another network for all but the accuracy table.
         nets: the accuracy table's networks.
-        seeds, prunings, test_limit: as `Plan` has them.
+        seeds, prunings, test_limit: as `StudyConfig` has them.
         changes: fields of every recipe; those that are None stay.
     """
-    plan = QUICK if quick else PAPER
+    config = QUICK if quick else PAPER
     changes = {name: value for name, value in changes.items() if value is not None}
     if not quick and changes.get("data", NAMES[0]) not in NAMES:
         # Photographs bring the networks made for them.
-        image_size = changes.get("image_size", plan.recipe.image_size)
-        plan = PHOTOGRAPHS if image_size > LARGEST else plan
+        image_size = changes.get("image_size", config.recipe.image_size)
+        config = PHOTOGRAPHS if image_size > LARGEST else config
 
     def recipe(name: str) -> Recipe:
         known = None if quick else PRESETS.get(name)
-        return replace(known or replace(plan.recipe, net=name), **changes)
+        return replace(known or replace(config.recipe, net=name), **changes)
 
-    nets = [r.net for r in plan.accuracy] if nets is None else nets
-    return Plan(
-        recipe=recipe(net or plan.recipe.net),
+    nets = [r.net for r in config.accuracy] if nets is None else nets
+    return StudyConfig(
+        recipe=recipe(net or config.recipe.net),
         accuracy=tuple(recipe(name) for name in nets),
-        seeds=seeds or plan.seeds,
-        prunings=prunings or plan.prunings,
+        seeds=seeds or config.seeds,
+        prunings=prunings or config.prunings,
         test_limit=test_limit,
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import convolution, cost, cpuinfo, machine, planner, timing_cache
+from acnet_kernels.backends import convolution, cost, cpuinfo, device_info, planner, timing_cache
 from benchmarks import machine as benchmark_machine
 from benchmarks.fit import problem_of
 
@@ -41,11 +41,11 @@ class Processor:
         self.patch.setattr(cpuinfo.platform, "machine", lambda: "x86_64")
         forget()
         self.patch.setattr(convolution, "_SLOW_HALF_TYPES", cpuinfo.slow_half_types())
-        return machine.this_machine("cpu")
+        return device_info.this_machine("cpu")
 
 
 def forget():
-    for cached in (cpuinfo.first, machine.cpu_name, machine._machine, planner._decided):
+    for cached in (cpuinfo.first, device_info.cpu_name, device_info._machine, planner._decided):
         cached.cache_clear()
 
 
@@ -67,7 +67,7 @@ def committed_devices():
 
 def test_committed_results_are_those_of_the_processor_without_amx(processor):
     plain = processor.be(EMERALD_RAPIDS)
-    assert plain == (machine.CPU, "Intel Xeon Processor (emerald-rapids), 2 threads")
+    assert plain == (device_info.CPU, "Intel Xeon Processor (emerald-rapids), 2 threads")
     assert {plain.name} == set(cost.measured()) <= committed_devices()
     assert (RESULTS / benchmark_machine.machine_class()).is_dir()
 
@@ -82,7 +82,7 @@ def test_times_measured_without_amx_decide_there_and_nowhere_else(processor, dty
     assert "measured" in planner.choose(problem).reason
     for units in ({"amx": True}, {"amx": True, "amx_fp16": True}):
         other = processor.be(EMERALD_RAPIDS, **units)
-        assert other.kind == machine.FAST_HALF_CPU
+        assert other.kind == device_info.FAST_HALF_CPU
         assert timing_cache.lookup(problem, other) is None
         assert "measured" not in planner.choose(problem).reason
         assert not (RESULTS / benchmark_machine.machine_class()).exists()
@@ -115,14 +115,14 @@ def test_what_pytorchs_kernels_may_use_tells_machines_apart(processor, monkeypat
 
 def test_names(processor):
     amd = "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t: 207\nmodel name\t: AMD EPYC\n"
-    assert processor.be(amd) == (machine.CPU, "AMD EPYC, 2 threads")
+    assert processor.be(amd) == (device_info.CPU, "AMD EPYC, 2 threads")
     fast = processor.be(amd + "flags\t\t: avx512f avx512_bf16\n")
-    assert fast == (machine.FAST_HALF_CPU, "AMD EPYC (AVX512-BF16), 2 threads")
+    assert fast == (device_info.FAST_HALF_CPU, "AMD EPYC (AVX512-BF16), 2 threads")
     assert processor.be(EMERALD_RAPIDS, amx=True).name == "Intel Xeon Processor (emerald-rapids, AMX), 2 threads"
     assert benchmark_machine.machine_class() == "xeon-emerald-rapids-amx-2core"
     both = processor.be(EMERALD_RAPIDS.replace("207", "1"), amx=True, amx_fp16=True)
     assert both.name == "Intel Xeon Processor (AMX, AMX-FP16), 2 threads"
     processor.info.unlink()
     forget()
-    assert machine.cpu_name() == f"{machine.platform.processor() or 'x86_64'} (AMX, AMX-FP16)"
-    assert machine.instructions() == torch.backends.cpu.get_cpu_capability()
+    assert device_info.cpu_name() == f"{device_info.platform.processor() or 'x86_64'} (AMX, AMX-FP16)"
+    assert device_info.instructions() == torch.backends.cpu.get_cpu_capability()
