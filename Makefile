@@ -11,7 +11,7 @@ PACKAGES := numpy "torch$(if $(TORCH),==$(TORCH).*)"
 all: test
 
 # The extension builds against the torch it will be loaded by, so torch goes in first and isolation is off.
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/* csrc/node/*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q "setuptools>=77" wheel ninja $(PACKAGES)
 	$(PY) -m pip install -q --no-build-isolation -e ".[demo,export,test]" $(PACKAGES)

@@ -2,11 +2,13 @@
 
 ACNET_KERNELS_BUILD=auto (default) builds where a C++ compiler and torch are found and installs without the
 extension where not, or where the compiler fails; 1 makes either an error; 0 never builds. The CUDA kernels are a
-library of their own, built where nvcc is found and torch has CUDA, so that the CPU part loads everywhere.
+library of their own, built where nvcc is found and torch has CUDA, so that the CPU part loads everywhere; so is the
+autograd node, which only the Python and torch that it is built for can load.
 """
 
 import glob
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,11 +93,18 @@ def extension() -> dict:
             raise SystemExit(message + " (ACNET_KERNELS_BUILD=1 asked for it)")
         print(message, file=sys.stderr)
         return {}
+    import torch
     from torch.utils.cpp_extension import CppExtension
 
     sources = sorted(glob.glob("csrc/*.cpp"))
     flags = {"cxx": FLAGS + HOST_FLAGS + without_paths()}
     modules = [CppExtension("acnet_kernels._C", sources, extra_compile_args=flags, py_limited_api=True)]
+    # The autograd node, of one Python and one torch, which its name says: by torch's own choice of C++ standard.
+    name = "_node_" + re.sub(r"\W", "_", torch.__version__)
+    flags = {"cxx": ["-O3", *HOST_FLAGS, *without_paths()]}
+    modules.append(
+        CppExtension(f"acnet_kernels.{name}", sorted(glob.glob("csrc/node/*.cpp")), extra_compile_args=flags)
+    )
     no_cuda = why_not_cuda()
     if no_cuda is None:
         modules.append(cuda_module())
@@ -104,7 +113,6 @@ def extension() -> dict:
     return {
         "ext_modules": modules,
         "cmdclass": {"build_ext": build_command(required=switch == "1")},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 

@@ -38,6 +38,8 @@ top_saved_tensors_hooks = _private("_C._autograd._top_saved_tensors_default_hook
 keeps_graph = _private("_C._autograd._get_current_graph_task_keep_graph")
 # -1 outside a backward, where alone the device may be waited for.
 graph_task_id = _private("_C._current_graph_task_id")
+# How many modes see every operator now.
+dispatch_modes = _private("_C._len_torch_dispatch_stack")
 # Base classes: of a mode that sees every operator; of an operator, for annotations.
 TorchDispatchMode = _private("utils._python_dispatch.TorchDispatchMode")
 OpOverload = _private("_ops.OpOverload")

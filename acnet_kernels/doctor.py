@@ -30,6 +30,7 @@ def report() -> list[tuple[str, str]]:
         ("nvcc", _tool("nvcc")),
         ("CUDA", _cuda()),
         ("extension", _extension.WHY_MISSING or "loaded"),
+        ("autograd node", _extension.WHY_NODE_MISSING or "loaded"),
         ("CUDA kernels", _extension.WHY_CUDA_MISSING or "loaded"),
     ]
 

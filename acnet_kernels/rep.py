@@ -13,6 +13,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, fx, nn
 
+from . import lanes
 from .backends import planner
 from .functional import plan, run
 from .geometry import Geometry, IntOrPair, PaddingMode, Pair, Taps, as_int
@@ -140,8 +141,22 @@ class RepBlock(nn.Module):
         # Tracers record the submodules' calls: right in both modes, and PyTorch's operators alone.
         if isinstance(x, fx.Proxy) or torch.jit.is_tracing():
             return self._forward_modules(x)
-        step = read(self.submodules())
-        return self._forward_modules(x) if isinstance(step, str) else run(x, step, self.backend)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            out = lanes.take(self, x, self.backend)
+            if out is not None:
+                return out
+        given = self.submodules()
+        step = read(given)
+        if isinstance(step, str):
+            return self._forward_modules(x)
+        out = run(x, step, self.backend)
+        if not compiling:
+            lanes.learn(self, given, step, x, self.backend)
+        return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return lanes.forget(self.__dict__)
 
     def _forward_modules(self, x: Tensor) -> Tensor:
         given, geometry, out = self.submodules(), self.geometry, None

@@ -18,6 +18,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bn_sum_ops.h"
 #include "check.h"
 
 namespace acnet::bn_sum {
@@ -207,6 +208,8 @@ double plain_mean(const Tensor& y, int64_t channel) {
   return sum / static_cast<double>(y.numel() / y.size(1));
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
                                                    std::optional<ScalarType> dtype) {
   constexpr Check check("bn_sum_forward");
@@ -277,6 +280,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
     return std::make_tuple(out, means, variances, rstds);
   });
 }
+
+namespace {
 
 // What a gradient is computed from, checked.
 struct Gradient {
@@ -351,6 +356,8 @@ std::tuple<Tensor, Tensor> backward_into(const Gradient& from, const Tensor& gra
   });
 }
 
+}  // namespace
+
 std::tuple<Tensors, Tensor, Tensor> backward(Tensor grad, Tensors ys, Tensor means, Tensor rstds,
                                              Tensors gammas, std::vector<bool> needs_dy) {
   const Gradient from(Check("bn_sum_backward"), grad, ys, means, rstds, gammas, needs_dy);
@@ -393,8 +400,6 @@ std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tens
   return backward_into(from, grad, targets);
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
   m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
@@ -413,3 +418,8 @@ STABLE_TORCH_LIBRARY_IMPL(acnet_kernels, CPU, m) {
 }
 
 }  // namespace acnet::bn_sum
+
+extern "C" const acnet::Functions* acnet::acnet_functions() {
+  static constexpr Functions functions{&bn_sum::forward, &bn_sum::backward, &bn_sum::backward_, &running::update_running_};
+  return &functions;
+}

@@ -1,4 +1,4 @@
-// Batch-norm sums on the CPU: out = Σ_b BN_b(y_b) + Σ_a z_a and its gradient, over up to eight N×K×H×W maps.
+// Batch-norm sums on the CPU: out = Σ_b BN_b(y_b) and its gradient, over up to eight N×K×H×W maps.
 //
 // Four passes over the maps, each written once (bn_sum_kernels.h) and compiled for several instruction sets
 // (bn_sum_{generic,avx2,avx512}.cpp). bn_sum.cpp holds the operators: it cuts the maps into chunks, runs the passes
@@ -52,7 +52,7 @@ struct Passes {
   // Σ g (y_b − center_b) for each map, then Σ g: [chunks][maps + 1][channels].
   void (*reduce)(const MapLayout&, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
                  int64_t end);
-  // dy_b = scale_b g + slope_b (y_b − center_b) + offset_b, for the maps whose dy is not null; dy may be y.
+  // dy_b = scale_b g + y_factor_b (y_b − center_b) + offset_b, for the maps whose dy is not null; dy may be y.
   void (*gradient)(const MapLayout&, const void* grad, const void* const* y, const A* center, const A* scale,
                    const A* y_factor, const A* offset, void* const* dy, int64_t begin, int64_t end);
 };

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "bn_sum_ops.h"
 #include "check.h"
 
 namespace acnet::running {
@@ -78,6 +79,8 @@ std::vector<View> statistics_of(const Tensors& tensors, const char* name, const 
   return views;
 }
 
+}  // namespace
+
 void update_running_(Tensors running_means, Tensors running_vars, Tensors counters, Tensor means, Tensor variances,
                      std::vector<double> momenta, int64_t count) {
   const int64_t norms = static_cast<int64_t>(momenta.size());
@@ -121,8 +124,6 @@ void update_running_(Tensors running_means, Tensors running_vars, Tensors counte
     move(kept_vars[b], static_cast<const double*>(variance.data) + at, unbiased, momenta[b]);
   }
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
   m.def(

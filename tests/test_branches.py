@@ -19,26 +19,36 @@ from steps import (
 from torch import nn
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import branches
+from acnet_kernels.backends import branches, node
 
 
 def block(*args, backend="branches", **kwargs):
     return scramble(ACBlock(*args, backend=backend, **kwargs))
 
 
+@pytest.fixture(params=["C++", "Python"])
+def _whose_node(request, monkeypatch):
+    """Both nodes that run a step: the C++ one where it is built, and the one that serves where it is not."""
+    if request.param == "Python":
+        monkeypatch.setattr(node, "NODE", None)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.usefixtures("_whose_node")
 def test_every_geometry(geometry, layout):
     check(block(4, 6, **geometry), torch.randn(3, 4, 13, 11).to(memory_format=layout))
 
 
 @pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
+@pytest.mark.usefixtures("_whose_node")
 def test_every_variant(kwargs):
     check(block(5, 7, 3, padding=1, **kwargs), torch.randn(4, 5, 9, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.usefixtures("_whose_node")
 def test_autocast(dtype, layout):
     b = block(8, 16, 3, padding=1)
     check(b, torch.randn(4, 8, 12, 10).to(memory_format=layout), dtype)
@@ -103,6 +113,7 @@ def test_convolution_biases():
 
 
 @pytest.mark.parametrize("kept", ["", "x", "hor_conv.weight", "square_bn", "conv"])
+@pytest.mark.usefixtures("_whose_node")
 def test_frozen_parts_get_no_gradient(kept):
     b = block(4, 6, 3, padding=1)
     for name, p in b.named_parameters():
@@ -151,6 +162,7 @@ def test_what_it_declines():
     assert b(x[:0]).shape == (0, 6, 5, 5)
 
 
+@pytest.mark.usefixtures("_whose_node")
 def test_constant_input():
     b = block(4, 6, 3, padding=0)
     out = b(torch.full((2, 4, 6, 6), 3.3))
@@ -179,7 +191,8 @@ def test_retained_graph_gives_the_same_twice():
         torch.autograd.grad(out, inputs, grad)
 
 
-def test_dy_is_written_over_the_maps_unless_a_hook_keeps_them():
+def test_dy_is_written_over_the_maps_unless_a_hook_keeps_them(monkeypatch):
+    monkeypatch.setattr(node, "NODE", None)  # Python's node shows what it saves
     b, x, grad = block(4, 6, 3, padding=1), torch.randn(2, 4, 6, 6, requires_grad=True), torch.randn(2, 6, 6, 6)
     out = b(x)
     maps = [t for t in _node(out).saved_tensors if t.shape == out.shape]

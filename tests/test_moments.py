@@ -44,7 +44,7 @@ def gradient(request, monkeypatch):
     """Both ways to the gradient of x, whatever the number of channels; the first also as where the level rounds."""
     monkeypatch.setattr(moments, "LEAST_CHANNELS_BY_BRANCH", 1 if request.param == "by branch" else 1 << 30)
     if request.param == "centred":
-        monkeypatch.setattr(moments, "_rounds_by_the_level", lambda dtype, x: x.dtype == dtype)
+        monkeypatch.setattr(moments, "_rounds_by_the_mean", lambda dtype, x: x.dtype == dtype)
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 7])

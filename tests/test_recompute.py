@@ -34,7 +34,7 @@ def block(*args, **kwargs):
 @pytest.mark.parametrize("geometry", [*GEOMETRIES, {"kernel_size": 3, "padding": 1, "groups": 2}], ids=str)
 def test_every_geometry(geometry, layout):
     b, x = block(4, 6, **geometry), torch.randn(3, 4, 13, 11).to(memory_format=layout)
-    assert b.config(x)[1].backend is recompute
+    assert b.plan(x)[1].backend is recompute
     check(b, x)
 
 
@@ -129,10 +129,10 @@ def test_one_value_a_channel_is_refused_before_anything_changes():
 
 def test_what_it_declines():
     b, x = block(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5)
-    assert "empty" in b.config(x[:0])[1].reason
+    assert "empty" in b.plan(x[:0])[1].reason
     b.hor_bn.eval()
-    assert b.config(x)[1].backend is eager
-    assert "normalises by running statistics" in b.config(x)[1].reason
+    assert b.plan(x)[1].backend is eager
+    assert "normalises by running statistics" in b.plan(x)[1].reason
 
 
 # --- memory ---------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_what_it_declines():
 def test_keeps_x_alone(geometry, dtype):
     b, x = block(4, 6, **geometry), torch.randn(3, 4, 13, 11, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
-        problem = b.config(x)[0]
+        problem = b.plan(x)[0]
         _, kept = saved_by(b, x)
     known = {t.untyped_storage().data_ptr() for t in (x, *b.parameters())}
     statistics = 2 * 3 * 6 * 8  # mean and rstd of every branch and channel, float64
@@ -152,7 +152,7 @@ def test_keeps_x_alone(geometry, dtype):
     assert others == statistics + (3 * 4 * 15 * 13 * 4 if padded else 0)
     assert recompute.saved_bytes(problem) == 3 * 4 * 13 * 11 * 4
     with torch.no_grad():
-        assert recompute.saved_bytes(b.config(x)[0]) == 0
+        assert recompute.saved_bytes(b.plan(x)[0]) == 0
 
 
 def test_a_chain_with_relu_in_place_keeps_one_map_a_block():
@@ -163,16 +163,16 @@ def test_memory_saver_takes_it():
     x = torch.randn(2, 8, 32, 32)
     strided, plain = ACBlock(8, 16, 3, stride=2, padding=1), ACBlock(8, 8, 3, padding=1)
     with acnet_kernels.memory_saver():
-        problem, config = strided.config(x)
-        assert config.backend is recompute
-        assert f"{eager.saved_bytes(problem) - x.nbytes:,} fewer than eager" in config.reason
-        assert plain.config(x)[1].backend is recompute
+        problem, plan = strided.plan(x)
+        assert plan.backend is recompute
+        assert f"{eager.saved_bytes(problem) - x.nbytes:,} fewer than eager" in plan.reason
+        assert plain.plan(x)[1].backend is recompute
         with torch.no_grad():
-            assert strided.config(x)[1].backend is eager  # nothing is kept, so nothing is saved
+            assert strided.plan(x)[1].backend is eager  # nothing is kept, so nothing is saved
         row = acnet_kernels.explain(strided, x).blocks[0]
         assert (row.backend, row.saved_bytes) == ("recompute", x.nbytes)
         assert row.transient_bytes == recompute.transient_bytes(problem)
-    assert strided.config(x)[1].backend is not recompute
+    assert strided.plan(x)[1].backend is not recompute
 
 
 # --- transforms -----------------------------------------------------------------------------------------

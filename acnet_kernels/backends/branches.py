@@ -33,7 +33,7 @@ from ..kernels.window import MOST_BRANCHES, Window
 from ..ops import bn_sum
 from ..ops.recompute import Branches
 from ..spec import Norm, Problem, Step, autocast_dtype
-from . import mixed, nodes
+from . import mixed, node, nodes
 from .batchnorm import batch_norm, update_running
 from .convolution import (
     add_input_gradient,
@@ -241,8 +241,6 @@ class _Step(torch.autograd.Function):
         ctx: Any, config: StepConfig, update: nodes.Update, x: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         weights, gammas, betas = config.split(tensors)
-        if x.device.type == "cpu":
-            _keep_freed_memory()
         # Nothing here is differentiated: calls need not pass the dispatcher's autograd layer.
         with nodes.without_autocast(x.device.type), below_autograd():
             out, ys, means, variances, rstds = config.forward(x, weights, gammas, betas)
@@ -473,6 +471,10 @@ def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
     update = functools.partial(update_running, inputs.norms, count=count, biases=inputs.biases)
     tensors = (x, *inputs.weights, *inputs.gammas, *inputs.betas)
     if not torch.compiler.is_compiling():
+        if x.is_cpu:
+            _keep_freed_memory()
+        if node.suits(config, x, inputs):
+            return node.run(config, x, inputs)
         return _Step.apply(config, update, *tensors)[0]
     out, means, variances = _composed(config, *tensors)
     with torch.no_grad():

@@ -357,8 +357,7 @@ def _step(
         rounded, unit = _in_range(_fuse(branches, scale, kernel), convolution_dtype(x.dtype, x.device.type))
         exact = rounded.double() if unit is None else rounded.double() * unit
         # The mean of what the rounded weights give, not of what the exact ones would: it cancels exactly.
-        mean = (exact @ sums.unsqueeze(2)).flatten() / pixels
-        bias = beta.double() - mean
+        bias = beta.double() - (exact @ sums.unsqueeze(2)).flatten() / pixels
         weight = _as_conv(rounded, kernel)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         if _rounds_by_the_mean(weight.dtype, x):

@@ -35,6 +35,11 @@ class Choice(NamedTuple):
     reason: str
 
 
+def state() -> tuple[bool, int]:
+    """Changes whenever a choice may come out otherwise for the same problem in the same surroundings."""
+    return _saving, timing_cache.version()
+
+
 def check_choice(backend: str) -> str:
     """backend itself; ValueError where it names none."""
     if backend not in CHOICES:

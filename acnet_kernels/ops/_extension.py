@@ -5,12 +5,16 @@ Says too whether Triton is there, whose kernels need no build.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
 _PACKAGE = Path(__file__).parent.parent
+LIBRARY = _PACKAGE / "_C.abi3.so"
 
 
 def _load(library: Path, what: str, remedy: str) -> str:
@@ -30,7 +34,7 @@ TRITON = importlib.util.find_spec("triton") is not None
 
 # Why the C++ operators are missing; empty when they are registered.
 WHY_MISSING = _load(
-    _PACKAGE / "_C.abi3.so",
+    LIBRARY,
     "the C++ extension",
     "install with a C++ compiler present and `pip install --no-build-isolation`, in which ACNET_KERNELS_BUILD=1 "
     "turns a failure into an error",
@@ -45,6 +49,19 @@ def _load_cuda() -> str:
         return "torch is built without CUDA"
     return _load(_PACKAGE / "_C_cuda.abi3.so", "the CUDA part of the extension", "install where nvcc is found")
 
+
+def _load_node() -> tuple[Any, str]:
+    if not LOADED:
+        return None, WHY_MISSING
+    name = "_node_" + re.sub(r"\W", "_", torch.__version__)
+    try:
+        return importlib.import_module(f"acnet_kernels.{name}"), ""
+    except ImportError as error:
+        return None, f"the C++ autograd node is not built for this Python and torch {torch.__version__} ({error})"
+
+
+# The module that runs a step of `branches` on the CPU in one call, or None, and why: Python's own node serves then.
+NODE, WHY_NODE_MISSING = _load_node()
 
 # Why the CUDA kernels are missing; empty when they are there. Without them CUDA tensors go through PyTorch.
 WHY_CUDA_MISSING = _load_cuda()

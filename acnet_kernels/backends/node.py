@@ -1,0 +1,98 @@
+"""A step of `branches` on the CPU as the C++ node of csrc/node, where that is built: one call from Python.
+
+It computes what branches.py does, in the same order. It leaves to Python's node steps whose sum is normalised, conv
+biases, batch norms without running statistics or with cumulative ones, maps so large that other ways to their
+gradients pay, and modes that watch single operators.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .._torch_compat import dispatch_modes
+from ..ops import _extension
+from . import nodes
+from .convolution import LEAST_MAP, column_gradient_pays
+from .phases import ALL_LIBRARY
+
+if TYPE_CHECKING:
+    from .branches import Inputs, StepConfig
+
+NODE = _extension.NODE
+_configs: list[StepConfig] = []
+
+
+def suits(config: StepConfig, x: Tensor, inputs: Inputs) -> bool:
+    """Whether the node computes this step, and is the faster way."""
+    return (
+        NODE is not None
+        and x.is_cpu
+        and config.phases == ALL_LIBRARY
+        and not config.is_summed
+        and not any(bias is not None for bias in inputs.biases)
+        and all(
+            norm.running_mean is not None and norm.num_batches_tracked is not None and norm.momentum is not None
+            for norm in inputs.norms
+        )
+        and not _has_faster_gradients(config, x, inputs.weights)
+        and dispatch_modes() == 0
+    )
+
+
+def _has_faster_gradients(config: StepConfig, x: Tensor, weights: Sequence[Tensor]) -> bool:
+    # convolution.py's ways, which branches.py knows alone: they pay where there is more to do than calls.
+    if config.geometry.stride != (1, 1):
+        return False
+    return x.numel() >= LEAST_MAP or column_gradient_pays(x, weights, config.geometry.groups)
+
+
+def run(config: StepConfig, x: Tensor, inputs: Inputs) -> Tensor:
+    """The step, where it `suits`; running statistics are updated."""
+    norms = inputs.norms
+    return NODE.run(
+        number(config, len(inputs.betas)),
+        x,
+        inputs.weights,
+        inputs.gammas,
+        inputs.betas,
+        [norm.running_mean for norm in norms],
+        [norm.running_var for norm in norms],
+        [norm.num_batches_tracked for norm in norms],
+        [norm.momentum for norm in norms],
+    )
+
+
+@functools.cache
+def number(config: StepConfig, betas: int) -> int:
+    """The number under which the node knows the configuration with so many βs; kept for good, as a graph may be."""
+    places = []
+    for place, (_, convolved) in zip(config.places, config.branches, strict=True):
+        places.append((int(convolved), *place.padding, *place.dilation, *place.edges))
+    _configs.append(config)
+    found = NODE.configure(
+        config.geometry.stride,
+        config.geometry.groups,
+        places,
+        config.eps,
+        config.affine,
+        betas,
+        config.conv_dtype,
+        config.dtype,
+    )
+    assert found == len(_configs) - 1
+    return found
+
+
+def _gradients(number: int, inputs: list[Tensor], needs: list[bool], grad: Tensor) -> list[Tensor | None]:
+    # Of x, the weights, the γs and the βs, where the node's will not do.
+    if not nodes.wants_definition(grad):
+        raise RuntimeError(f"a gradient of {type(grad).__name__} has no rule")
+    return nodes.gradients(functools.partial(_configs[number].definition, *inputs), inputs, needs, grad)
+
+
+if NODE is not None:
+    NODE.attach(str(_extension.LIBRARY), _gradients)

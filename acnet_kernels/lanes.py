@@ -1,0 +1,112 @@
+"""Lanes: the step that a block has taken, taken again by one call into C++ where nothing has changed.
+
+What a step depends on is read from the modules, described as a problem, looked up and handed on, tensor by tensor:
+more work than a small layer's arithmetic. So a block keeps, by the shape of x, what it found (csrc/node/lane.h):
+the class, settings and tensors' shapes of each submodule, and what else a choice hangs on. A lane compares all of
+it with what is there now, and anything else goes the long way, which knows the reasons.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._torch_compat import has_global_hooks
+from .backends import branches, node, planner
+from .functional import describe
+from .spec import BRANCH, Step
+from .submodules import CONV_BN, Submodules, kernel_of
+
+MOST = 16  # shapes that a block keeps a lane for
+_KEPT = "_lanes"
+_CONV_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice")
+_NORM_SETTINGS = ("training", "eps", "momentum", "track_running_stats")
+
+
+def take(block: nn.Module, x: Tensor, backend: str) -> Tensor | None:
+    """The block's step on x by a lane, None where none fits."""
+    kept = block.__dict__.get(_KEPT)
+    if kept is None or has_global_hooks():
+        return None
+    lanes, state = kept
+    if state != (backend, planner.state()):
+        del block.__dict__[_KEPT]
+        return None
+    lane = lanes.get(x.shape)
+    return None if lane is None else lane(x, block._modules)
+
+
+def learn(block: nn.Module, given: Submodules, step: Step, x: Tensor, backend: str) -> None:
+    """Keeps a lane for steps like this one, if the C++ node is what runs it."""
+    lane = _lane(given, step, x, backend) if node.NODE is not None and x.is_cpu else None
+    if lane is None:
+        return
+    lanes, state = block.__dict__.get(_KEPT) or ({}, None)
+    now = (backend, planner.state())
+    if state != now or len(lanes) >= MOST:
+        lanes = {}
+    block.__dict__[_KEPT] = ({**lanes, x.shape: lane}, now)
+
+
+def forget(state: dict[str, Any]) -> dict[str, Any]:
+    """A block's __dict__ without its lanes, which are of this process."""
+    return {name: value for name, value in state.items() if name != _KEPT}
+
+
+def _lane(given: Submodules, step: Step, x: Tensor, backend: str) -> Any:
+    problem = describe(x, step)
+    plain = problem.norm == BRANCH and not problem.transform and step.geometry.padding_mode == "zeros"
+    if not plain or planner.choose(problem, backend).backend is not branches:
+        return None
+    inputs = branches.inputs_of(x, step)
+    config = branches.config_of(
+        step.geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type
+    )
+    if not node.suits(config, x, inputs):
+        return None
+    modules: list[tuple[Any, ...]] = []
+    sources: list[list[tuple[Any, ...]]] = [[] for _ in range(6)]
+    weights, gammas, betas, means, variances, counters = sources
+    for slot, conv, norm in zip(given.layout.slots, given.convs, given.norms, strict=True):
+        if slot.container is not None:
+            modules.append(_module(slot.container, _at(given, slot.container), (), CONV_BN))
+        if conv is not None:
+            weights.append((len(modules), True, "weight", kernel_of(conv)[0]))
+            modules.append(_module(slot.conv, conv, _CONV_SETTINGS, (), bias=True))
+        if norm is not None:
+            known = {**norm._parameters, **norm._buffers}
+            if type(norm) is not nn.BatchNorm2d or (known["weight"] is None) != (not inputs.gammas):
+                return None
+            if (known["bias"] is None) != (not inputs.betas):
+                return None
+            for name, kind in (("weight", gammas), ("bias", betas)):
+                if known[name] is not None:
+                    kind.append((len(modules), True, name, known[name]))
+            buffers = (("running_mean", means), ("running_var", variances), ("num_batches_tracked", counters))
+            for name, kind in buffers:
+                kind.append((len(modules), False, name, known[name]))
+            modules.append(
+                _module(
+                    slot.norm, norm, _NORM_SETTINGS, (), weight=known["weight"] is None, bias=known["bias"] is None
+                )
+            )
+    momenta = [norm.momentum for norm in inputs.norms]
+    return node.NODE.Lane(node.number(config, len(inputs.betas)), x, modules, sources, momenta)
+
+
+def _at(given: Submodules, path: tuple[str, ...]) -> nn.Module:
+    index = [slot.container for slot in given.layout.slots if slot.container is not None].index(path)
+    return given.containers[index]
+
+
+def _module(
+    path: tuple[str, ...] | None,
+    module: nn.Module,
+    settings: tuple[str, ...],
+    children: tuple[str, ...],
+    **missing: bool,
+) -> tuple[Any, ...]:
+    own = module.__dict__
+    none = [(True, name) for name, is_none in missing.items() if is_none]
+    return list(path or ()), type(module), len(own), {name: own[name] for name in settings}, none, list(children)

@@ -1,0 +1,47 @@
+// The batch-norm sums and running statistics as C++ functions, for the autograd node of csrc/node, which is another
+// library: built against one torch, where this one serves all. ops/bn_sum.py and ops/running.py document them.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+
+namespace acnet {
+
+namespace bn_sum {
+
+// (out, means, variances, rstds)
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
+                                                   std::optional<ScalarType> dtype);
+
+// (dys, dgammas, dbeta)
+std::tuple<Tensors, Tensor, Tensor> backward(Tensor grad, Tensors ys, Tensor means, Tensor rstds, Tensors gammas,
+                                             std::vector<bool> needs_dy);
+
+// (dgammas, dbeta)
+std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tensor rstds, Tensors gammas,
+                                     std::vector<bool> needs_dy, Tensors dys);
+
+}  // namespace bn_sum
+
+namespace running {
+
+void update_running_(Tensors running_means, Tensors running_vars, Tensors counters, Tensor means, Tensor variances,
+                     std::vector<double> momenta, int64_t count);
+
+}  // namespace running
+
+struct Functions {
+  decltype(&bn_sum::forward) forward;
+  decltype(&bn_sum::backward) backward;
+  decltype(&bn_sum::backward_) backward_into;
+  decltype(&running::update_running_) update_running;
+};
+
+// What the node's library looks up.
+extern "C" __attribute__((visibility("default"))) const Functions* acnet_functions();
+
+}  // namespace acnet

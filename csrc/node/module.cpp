@@ -1,0 +1,68 @@
+// The Python module acnet_kernels._node_TORCH; acnet_kernels/backends/node.py is its one user.
+#include <dlfcn.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "lane.h"
+#include "step.h"
+
+namespace acnet::node {
+namespace {
+
+void attach(const std::string& library, py::object gradients) {
+  void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);
+  void* symbol = handle == nullptr ? nullptr : dlsym(handle, "acnet_functions");
+  if (symbol == nullptr) throw std::runtime_error(library + " is not loaded, or of another version");
+  functions = reinterpret_cast<const Functions* (*)()>(symbol)();
+  definition = gradients.release().ptr();
+}
+
+Tensor run(int64_t number, const Tensor& x, const variable_list& weights, const variable_list& gammas,
+           const variable_list& betas, const variable_list& running_means, const variable_list& running_vars,
+           const variable_list& counters, const std::vector<double>& momenta) {
+  const Running running{running_means, running_vars, counters, momenta};
+  return Step::apply(number, running, x, TensorList(weights), TensorList(gammas), TensorList(betas));
+}
+
+using Names = std::vector<std::pair<bool, py::str>>;
+
+std::vector<Module> modules_of(const py::list& given) {
+  std::vector<Module> modules;
+  for (const py::handle entry : given) {
+    const auto fields = py::cast<py::tuple>(entry);
+    Module module{py::cast<std::vector<py::str>>(fields[0]), fields[1], py::cast<py::ssize_t>(fields[2]), {},
+                  py::cast<Names>(fields[4]), py::cast<std::vector<py::str>>(fields[5])};
+    for (const auto& [name, value] : py::cast<py::dict>(fields[3]))
+      module.settings.emplace_back(py::cast<py::str>(name), py::reinterpret_borrow<py::object>(value));
+    modules.push_back(std::move(module));
+  }
+  return modules;
+}
+
+std::array<std::vector<Source>, 6> sources_of(const std::vector<std::vector<py::tuple>>& given) {
+  std::array<std::vector<Source>, 6> sources;
+  for (size_t kind = 0; kind < sources.size(); ++kind)
+    for (const py::tuple& entry : given.at(kind)) {
+      const auto t = py::cast<Tensor>(entry[3]);
+      sources[kind].push_back(
+          {py::cast<size_t>(entry[0]), py::cast<bool>(entry[1]), py::cast<py::str>(entry[2]), t.sizes().vec(), t.scalar_type()});
+    }
+  return sources;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("attach", &attach);
+  m.def("configure", &configure);
+  m.def("run", &run, py::call_guard<py::gil_scoped_release>());
+  py::class_<Lane>(m, "Lane")
+      .def(py::init([](int64_t number, const Tensor& x, const py::list& modules,
+                       const std::vector<std::vector<py::tuple>>& sources, std::vector<double> momenta) {
+        return Lane(number, x, modules_of(modules), sources_of(sources), std::move(momenta));
+      }))
+      .def("__call__", &Lane::operator());
+}
+
+}  // namespace acnet::node

@@ -1,0 +1,252 @@
+// A step of `branches` as one node of autograd's graph, in C++: the library's convolutions, the batch-norm sums and the
+// running statistics, forward and backward, without a call from Python between them. backends/branches.py says what is
+// computed and is the same in Python; this is for steps so small that their time is that of the calls.
+//
+// Unlike the operators this is built against one torch, whose C++ interface it needs: autograd nodes have no other.
+// Where it is missing, Python's node serves.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "../bn_sum_ops.h"
+
+namespace py = pybind11;
+
+namespace acnet::node {
+
+using at::Tensor;
+using at::TensorList;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Pair = std::array<int64_t, 2>;
+
+inline const Functions* functions = nullptr;  // of the operators' library
+inline PyObject* definition = nullptr;  // Python's gradients by the definition, where this node's will not do
+
+inline torch::stable::Tensor stable(const Tensor& t) { return torch::stable::Tensor(torch::aot_inductor::new_tensor_handle(Tensor(t))); }
+
+inline Tensors stable(TensorList list) {
+  Tensors all;
+  all.reserve(list.size());
+  for (const Tensor& t : list) all.push_back(stable(t));
+  return all;
+}
+
+inline Tensor unstable(const torch::stable::Tensor& t) { return *torch::aot_inductor::tensor_handle_to_tensor_pointer(t.get()); }
+
+struct Place {
+  bool convolved;
+  Pair padding, dilation;
+  std::array<int64_t, 4> edges;  // left, right, top, bottom of the input: padding, or cropping where negative
+
+  bool sees_all() const {
+    return std::all_of(edges.begin(), edges.end(), [](int64_t edge) { return edge == 0; });
+  }
+  // The branch's view of x.
+  Tensor apply(const Tensor& x) const { return sees_all() ? x : at::constant_pad_nd(x, edges, 0); }
+  // The gradient of x where `seen` is that of apply(x).
+  Tensor adjoint(const Tensor& seen) const {
+    return sees_all() ? seen : at::constant_pad_nd(seen, {-edges[0], -edges[1], -edges[2], -edges[3]}, 0);
+  }
+};
+
+// Everything about a step but its tensors.
+struct Config {
+  Pair stride;
+  int64_t groups;
+  std::vector<Place> places;
+  std::vector<double> eps;
+  size_t gammas, betas, convolutions;
+  at::ScalarType convolution_dtype, dtype;
+
+  Tensor convolve(const Tensor& x, const Tensor& weight, const Place& place) const {
+    return at::convolution(x, weight, {}, stride, place.padding, place.dilation, false, {0, 0}, groups);
+  }
+};
+
+// Configurations are kept for good, as Python keeps their like: a graph may outlive whoever made it.
+inline std::deque<Config> configs;
+inline std::mutex configs_lock;
+
+inline const Config& config_of(int64_t number) {
+  const std::lock_guard<std::mutex> guard(configs_lock);
+  return configs.at(static_cast<size_t>(number));
+}
+
+struct Running {
+  TensorList means, vars, counters;
+  const std::vector<double>& momenta;
+};
+
+inline bool is_channels_last(const Tensor& t) { return !t.is_contiguous() && t.is_contiguous(at::MemoryFormat::ChannelsLast); }
+
+// t in y's memory layout; t itself where it has that already.
+inline Tensor like(const Tensor& t, const Tensor& y) {
+  return t.contiguous(is_channels_last(y) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+}
+
+// What the batch norms normalise, of the branches in order: the convolutions' maps, and x for the identity.
+inline variable_list maps_of(const Config& config, const Tensor& x, TensorList weights) {
+  variable_list ys(config.places.size());
+  const Tensor* first = nullptr;
+  size_t w = 0;
+  for (size_t b = 0; b < ys.size(); ++b) {
+    const Place& place = config.places[b];
+    if (!place.convolved) continue;
+    ys[b] = config.convolve(place.apply(x), weights[w++].to(config.convolution_dtype), place);
+    if (first == nullptr) first = &ys[b];
+    else ys[b] = like(ys[b], *first);
+  }
+  for (size_t b = 0; b < ys.size(); ++b)
+    if (!config.places[b].convolved) ys[b] = like(config.places[b].apply(x), *first);
+  return ys;
+}
+
+struct WithoutAutogradAndAutocast {  // casts are made by hand, and nothing within is differentiated
+  at::AutoDispatchBelowADInplaceOrView below;
+  c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
+};
+
+// Whether only the definition's gradients will do: differentiable ones, or of a batch of gradients, or with a tangent.
+inline bool wants_definition(const Tensor& grad) {
+  const c10::DispatchKeySet wrapped({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
+                                     c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Python});
+  return at::GradMode::is_enabled() || grad.key_set().has_any(wrapped) || grad._fw_grad(0).defined();
+}
+
+struct Step : torch::autograd::Function<Step> {
+  static Tensor forward(AutogradContext* ctx, int64_t number, const Running& running, const Tensor& x, TensorList weights,
+                        TensorList gammas, TensorList betas) {
+    const WithoutAutogradAndAutocast guard;
+    const Config& config = config_of(number);
+    const variable_list ys = maps_of(config, x.to(config.convolution_dtype), weights);
+    auto [out, means, variances, rstds] =
+        functions->forward(stable(ys), stable(gammas), stable(betas), config.eps, config.dtype);
+    functions->update_running(stable(running.means), stable(running.vars), stable(running.counters), means, variances,
+                              running.momenta, ys[0].numel() / ys[0].size(1));
+    variable_list saved{x};
+    saved.insert(saved.end(), weights.begin(), weights.end());
+    saved.insert(saved.end(), gammas.begin(), gammas.end());
+    saved.push_back(unstable(means));
+    saved.push_back(unstable(rstds));
+    for (size_t b = 0; b < ys.size(); ++b)
+      if (config.places[b].convolved) saved.push_back(ys[b]);
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["config"] = number;
+    // A hook on saved tensors may keep what it was given.
+    ctx->saved_data["owns"] = !at::SavedTensorDefaultHooks::get_hooks(true).has_value();
+    ctx->set_materialize_grads(false);
+    return unstable(out);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const Config& config = config_of(ctx->saved_data.at("config").toInt());
+    const size_t convolved = config.convolutions, inputs = 1 + convolved + config.gammas;
+    variable_list found(2 + inputs + config.betas);  // the configuration's, the statistics', and those of the tensors
+    Tensor grad = grads[0];
+    if (!grad.defined()) return found;
+    const variable_list saved = ctx->get_saved_variables();
+    std::vector<bool> needs(inputs + config.betas);
+    for (size_t i = 0; i < needs.size(); ++i) needs[i] = ctx->needs_input_grad(i);
+    if (wants_definition(grad)) {
+      by_definition(ctx->saved_data.at("config").toInt(), saved, inputs, needs, grad, found);
+      return found;
+    }
+    const bool owns = ctx->saved_data.at("owns").toBool() && !torch::autograd::get_current_graph_task_keep_graph();
+    const WithoutAutogradAndAutocast guard;
+    const Tensor x = saved[0].to(config.convolution_dtype);
+    const TensorList weights(saved.data() + 1, convolved), kept(saved.data() + inputs + 2, convolved);
+    // The maps in order, which of them have a gradient that something needs, and where it goes.
+    variable_list ys, targets;
+    std::vector<bool> needs_dy;
+    size_t w = 0;
+    for (const Place& place : config.places) {
+      needs_dy.push_back(needs[0] || (place.convolved && needs[1 + w]));
+      ys.push_back(place.convolved ? kept[w++] : like(place.apply(x), kept[0]));
+      // The identity's map is x, never overwritten.
+      if (needs_dy.back() && owns) targets.push_back(place.convolved ? ys.back() : at::empty_like(ys.back()));
+    }
+    torch::stable::Tensor dgammas, dbeta;
+    const Tensors scales = stable(TensorList(saved.data() + 1 + convolved, config.gammas));
+    const auto means = stable(saved[inputs]), rstds = stable(saved[inputs + 1]), upstream = stable(like(grad, kept[0]));
+    if (owns) {
+      std::tie(dgammas, dbeta) =
+          functions->backward_into(upstream, stable(ys), means, rstds, scales, needs_dy, stable(targets));
+    } else {
+      Tensors dys;
+      std::tie(dys, dgammas, dbeta) = functions->backward(upstream, stable(ys), means, rstds, scales, needs_dy);
+      for (const auto& dy : dys) targets.push_back(unstable(dy));
+    }
+    Tensor dx;
+    const auto add = [&](const Tensor& more) { dx.defined() ? void(dx.add_(more)) : void(dx = more); };
+    for (size_t b = 0, t = 0; b < ys.size(); t += needs_dy[b++])  // the identity's is the first summand
+      if (needs_dy[b] && !config.places[b].convolved) add(config.places[b].adjoint(targets[t]));
+    w = 0;
+    for (size_t b = 0, t = 0; b < ys.size(); t += needs_dy[b++]) {
+      const Place& place = config.places[b];
+      if (!place.convolved) continue;
+      if (needs_dy[b]) {
+        auto [seen, dw, _] = at::convolution_backward(targets[t], place.apply(x), weights[w].to(config.convolution_dtype), {},
+                                                      config.stride, place.padding, place.dilation, false, {0, 0},
+                                                      config.groups, {needs[0], needs[1 + w], false});
+        if (seen.defined()) add(place.adjoint(seen));
+        found[3 + w] = dw;
+      }
+      ++w;
+    }
+    found[2] = dx;
+    // One tensor each: of a view, or of one given twice, autograd makes a copy.
+    const Tensor rows = unstable(dgammas), row = unstable(dbeta);
+    const int64_t channels = row.numel();
+    const auto copy = [&](const Tensor& from, size_t i) {
+      Tensor to = at::empty({channels}, from.options());
+      std::memcpy(to.data_ptr(), static_cast<const char*>(from.data_ptr()) + i * to.nbytes(), to.nbytes());
+      return to;
+    };
+    for (size_t i = 0; i < config.gammas; ++i)
+      if (needs[1 + convolved + i]) found[3 + convolved + i] = copy(rows, i);
+    for (size_t i = 0; i < config.betas; ++i)
+      if (needs[inputs + i]) found[2 + inputs + i] = copy(row, 0);
+    return found;
+  }
+
+  static void by_definition(int64_t number, const variable_list& saved, size_t inputs, const std::vector<bool>& needs,
+                            const Tensor& grad, variable_list& found) {
+    const py::gil_scoped_acquire gil;
+    const py::object gradients = py::reinterpret_borrow<py::object>(definition);
+    const variable_list given(saved.begin(), saved.begin() + static_cast<int64_t>(inputs));
+    const auto results = gradients(number, given, needs, grad).cast<std::vector<std::optional<Tensor>>>();
+    for (size_t i = 0; i < results.size(); ++i)
+      if (results[i]) found[2 + i] = *results[i];
+  }
+};
+
+inline int64_t configure(Pair stride, int64_t groups, const std::vector<std::array<int64_t, 9>>& places,
+                  const std::vector<double>& eps, size_t gammas, size_t betas, at::ScalarType convolution_dtype,
+                  at::ScalarType dtype) {
+  Config config{stride, groups, {}, eps, gammas, betas, 0, convolution_dtype, dtype};
+  for (const auto& n : places) {
+    config.places.push_back({n[0] != 0, {n[1], n[2]}, {n[3], n[4]}, {n[5], n[6], n[7], n[8]}});
+    config.convolutions += n[0] != 0;
+  }
+  const std::lock_guard<std::mutex> guard(configs_lock);
+  configs.push_back(std::move(config));
+  return static_cast<int64_t>(configs.size()) - 1;
+}
+
+}  // namespace acnet::node
