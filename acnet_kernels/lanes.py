@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._torch_compat import has_global_hooks
-from .backends import branches, node, planner
+from .backends import branches, folded, node, planner, recompute
 from .functional import describe
-from .spec import BRANCH, Step
+from .ops.fusion import fold_arguments_as_it_is
+from .spec import BRANCH, Problem, Step
 from .submodules import CONV_BN, Submodules, kernel_of
 
 MOST = 16  # shapes that a block keeps a lane for
@@ -56,43 +57,71 @@ def forget(state: dict[str, Any]) -> dict[str, Any]:
 
 def _lane(given: Submodules, step: Step, x: Tensor, backend: str) -> Any:
     problem = describe(x, step)
-    plain = problem.norm == BRANCH and not problem.transform and step.geometry.padding_mode == "zeros"
-    if not plain or planner.choose(problem, backend).backend is not branches:
+    if problem.norm != BRANCH or problem.transform or step.geometry.padding_mode != "zeros":
         return None
+    chosen = planner.choose(problem, backend).backend
+    if chosen is folded:
+        run = None if problem.grad else _fold(step, problem)
+    else:
+        run = _number(step, x, chosen) if chosen in (branches, recompute) else None
+    read = None if run is None else _read(given, chosen is not folded)
+    if read is None:
+        return None
+    momenta = [] if chosen is folded else [norm.momentum for norm in step.norms]
+    return node.NODE.Lane(run, x, *read, momenta)
+
+
+def _number(step: Step, x: Tensor, chosen: Any) -> int | None:
+    """Of the training step in the node."""
     inputs = branches.inputs_of(x, step)
     config = branches.config_of(
         step.geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type
     )
-    if not node.suits(config, x, inputs):
+    suits = node.suits(config, x, inputs)
+    return node.number(config, len(inputs.betas), chosen is branches) if suits else None
+
+
+def _fold(step: Step, problem: Problem) -> Any:
+    """The step in eval."""
+    if any(branch.bias is not None for branch in step.branches):
         return None
+    arguments, place = fold_arguments_as_it_is(step), step.geometry.placement(step.geometry.whole)
+    return node.NODE.Fold(
+        step.geometry.stride,
+        place.padding,
+        place.dilation,
+        step.geometry.groups,
+        arguments.blocks,
+        arguments.branches,
+        arguments.eps,
+        problem.channels_last,
+    )
+
+
+def _read(given: Submodules, trains: bool) -> tuple[list[Any], list[list[Any]]] | None:
+    """The modules, and where among them the step's tensors are, as Lane takes them; None for other batch norms."""
     modules: list[tuple[Any, ...]] = []
     sources: list[list[tuple[Any, ...]]] = [[] for _ in range(6)]
     weights, gammas, betas, means, variances, counters = sources
     for slot, conv, norm in zip(given.layout.slots, given.convs, given.norms, strict=True):
         if slot.container is not None:
-            modules.append(_module(slot.container, _at(given, slot.container), (), CONV_BN))
+            modules.append(_module(slot.container, _at(given, slot.container), (), (), CONV_BN))
         if conv is not None:
             weights.append((len(modules), True, "weight", kernel_of(conv)[0]))
-            modules.append(_module(slot.conv, conv, _CONV_SETTINGS, (), bias=True))
-        if norm is not None:
-            known = {**norm._parameters, **norm._buffers}
-            if type(norm) is not nn.BatchNorm2d or (known["weight"] is None) != (not inputs.gammas):
-                return None
-            if (known["bias"] is None) != (not inputs.betas):
-                return None
-            for name, kind in (("weight", gammas), ("bias", betas)):
-                if known[name] is not None:
-                    kind.append((len(modules), True, name, known[name]))
-            buffers = (("running_mean", means), ("running_var", variances), ("num_batches_tracked", counters))
-            for name, kind in buffers:
-                kind.append((len(modules), False, name, known[name]))
-            modules.append(
-                _module(
-                    slot.norm, norm, _NORM_SETTINGS, (), weight=known["weight"] is None, bias=known["bias"] is None
-                )
-            )
-    momenta = [norm.momentum for norm in inputs.norms]
-    return node.NODE.Lane(node.number(config, len(inputs.betas)), x, modules, sources, momenta)
+            modules.append(_module(slot.conv, conv, _CONV_SETTINGS, ("bias",)))
+        if type(norm) is not nn.BatchNorm2d:
+            return None
+        affine, buffers = norm._parameters, norm._buffers
+        for name, kind in (("weight", gammas), ("bias", betas)):
+            if affine[name] is not None:
+                kind.append((len(modules), True, name, affine[name]))
+        kept = [("running_mean", means), ("running_var", variances)]
+        for name, kind in [*kept, ("num_batches_tracked", counters)] if trains else kept:
+            kind.append((len(modules), False, name, buffers[name]))
+        none = tuple(name for name, tensor in affine.items() if tensor is None)
+        modules.append(_module(slot.norm, norm, _NORM_SETTINGS, none))
+    norms = len(means)
+    return None if {len(gammas), len(betas)} - {0, norms} else (modules, sources)
 
 
 def _at(given: Submodules, path: tuple[str, ...]) -> nn.Module:
@@ -104,9 +133,9 @@ def _module(
     path: tuple[str, ...] | None,
     module: nn.Module,
     settings: tuple[str, ...],
-    children: tuple[str, ...],
-    **missing: bool,
+    none: tuple[str, ...],
+    children: tuple[str, ...] = (),
 ) -> tuple[Any, ...]:
     own = module.__dict__
-    none = [(True, name) for name, is_none in missing.items() if is_none]
-    return list(path or ()), type(module), len(own), {name: own[name] for name in settings}, none, list(children)
+    missing = [(True, name) for name in none]
+    return list(path or ()), type(module), len(own), {name: own[name] for name in settings}, missing, list(children)

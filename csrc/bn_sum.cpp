@@ -18,7 +18,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "bn_sum_ops.h"
+#include "functions.h"
 #include "check.h"
 
 namespace acnet::bn_sum {
@@ -420,6 +420,7 @@ STABLE_TORCH_LIBRARY_IMPL(acnet_kernels, CPU, m) {
 }  // namespace acnet::bn_sum
 
 extern "C" const acnet::Functions* acnet::acnet_functions() {
-  static constexpr Functions functions{&bn_sum::forward, &bn_sum::backward, &bn_sum::backward_, &running::update_running_};
+  static constexpr Functions functions{&bn_sum::forward, &bn_sum::backward, &bn_sum::backward_,
+                                       &running::update_running_, &fuse_blocks};
   return &functions;
 }

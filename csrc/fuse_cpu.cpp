@@ -5,6 +5,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "functions.h"
 #include "fuse_blocks.h"
 #include "fuse_simd.h"
 
@@ -248,6 +249,8 @@ void run(const Fusion& fusion) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, starts.back(), kGrain, call, &range));
 }
 
+}  // namespace
+
 std::tuple<Tensors, Tensors> fuse_blocks(const Tensors& weight, const Tensors& gamma, const Tensors& beta,
                                          const Tensors& mean, const Tensors& var, const Tensors& conv_bias,
                                          const std::vector<int64_t>& blocks, const std::vector<int64_t>& branches,
@@ -256,6 +259,8 @@ std::tuple<Tensors, Tensors> fuse_blocks(const Tensors& weight, const Tensors& g
   run(fusion);
   return {std::move(fusion.weights), std::move(fusion.biases)};
 }
+
+namespace {
 
 void fuse_blocks_out(const Tensors& weight, const Tensors& gamma, const Tensors& beta, const Tensors& mean,
                      const Tensors& var, const Tensors& conv_bias, const std::vector<int64_t>& blocks,

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "bn_sum_ops.h"
+#include "functions.h"
 #include "check.h"
 
 namespace acnet::running {

@@ -23,6 +23,7 @@ BLOCKS = {
     "5x5, border": lambda: ACBlock(4, 6, 5, padding=1, shift=1, backend="branches"),
     "grouped, strided": lambda: ACBlock(4, 8, 3, stride=2, padding=1, groups=2, backend="branches"),
     "no affine": lambda: ACBlock(4, 4, 3, padding=1, use_affine=False, backend="branches"),
+    "recompute": lambda: ACBlock(4, 6, 3, padding=1, backend="recompute"),
     "repvgg": lambda: RepVGGBlock(4, 4, 3, padding=1, backend="branches"),
     "mobileone": lambda: MobileOneBlock(4, 4, 3, padding=1, num_conv_branches=3, backend="branches"),
 }
@@ -83,6 +84,35 @@ def test_under_autocast():
         assert lanes.take(b, x, b.backend).dtype == torch.bfloat16
     assert_same(found, wanted)
     assert lanes.take(b, x, b.backend) is None
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", [*BLOCKS, "depthwise"])
+def test_eval(name, dtype, layout):
+    make = BLOCKS.get(name, lambda: ACBlock(4, 4, 3, padding=1, groups=4, backend="branches"))
+    b, twin, x = both(make, dtype, layout)
+    b.eval(), twin.eval()
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            wanted = twin(x)
+            b(x)
+            found = lanes.take(b, x, b.backend)
+            assert found is not None
+            assert_same([b.finish(found), b(x)], [wanted, wanted])
+    assert lanes.take(b, x, b.backend) is None
+    assert b(x).requires_grad
+    with torch.no_grad():
+        b.train(), twin.train()
+        assert_same([b(x)], [twin(x)])
+        b(x)
+        b.eval(), twin.eval()
+        b.hor_bn.running_var.fill_(-1) if isinstance(b, ACBlock) else None
+        twin.hor_bn.running_var.fill_(-1) if isinstance(b, ACBlock) else None
+        twin.load_state_dict(b.state_dict())
+        assert torch.equal(b(x).isnan(), twin(x).isnan())
+        b(x)
+        assert torch.equal(b.finish(lanes.take(b, x, b.backend)).isnan(), twin(x).isnan())
 
 
 def test_python_without_the_node_agrees(monkeypatch):

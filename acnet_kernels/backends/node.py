@@ -1,6 +1,6 @@
-"""A step of `branches` on the CPU as the C++ node of csrc/node, where that is built: one call from Python.
+"""A step of `branches` or `recompute` on the CPU as the C++ node of csrc/node, where that is built: one call.
 
-It computes what branches.py does, in the same order. It leaves to Python's node steps whose sum is normalised, conv
+It computes what they do, in the same order. It leaves to Python's nodes steps whose sum is normalised, conv
 biases, batch norms without running statistics or with cumulative ones, maps so large that other ways to their
 gradients pay, and modes that watch single operators.
 """
@@ -50,11 +50,11 @@ def _has_faster_gradients(config: StepConfig, x: Tensor, weights: Sequence[Tenso
     return x.numel() >= LEAST_MAP or column_gradient_pays(x, weights, config.geometry.groups)
 
 
-def run(config: StepConfig, x: Tensor, inputs: Inputs) -> Tensor:
-    """The step, where it `suits`; running statistics are updated."""
+def run(config: StepConfig, x: Tensor, inputs: Inputs, keeps_maps: bool) -> Tensor:
+    """The step, where it `suits`, keeping its maps for backward or not; running statistics are updated."""
     norms = inputs.norms
     return NODE.run(
-        number(config, len(inputs.betas)),
+        number(config, len(inputs.betas), keeps_maps),
         x,
         inputs.weights,
         inputs.gammas,
@@ -67,8 +67,8 @@ def run(config: StepConfig, x: Tensor, inputs: Inputs) -> Tensor:
 
 
 @functools.cache
-def number(config: StepConfig, betas: int) -> int:
-    """The number under which the node knows the configuration with so many βs; kept for good, as a graph may be."""
+def number(config: StepConfig, betas: int, keeps_maps: bool) -> int:
+    """The number under which the node knows a step with so many βs; kept for good, as a graph may be."""
     places = []
     for place, (_, convolved) in zip(config.places, config.branches, strict=True):
         places.append((int(convolved), *place.padding, *place.dilation, *place.edges))
@@ -82,6 +82,7 @@ def number(config: StepConfig, betas: int) -> int:
         betas,
         config.conv_dtype,
         config.dtype,
+        keeps_maps,
     )
     assert found == len(_configs) - 1
     return found

@@ -24,10 +24,15 @@ def fold(step: Step) -> tuple[Tensor, Tensor]:
 def fold_as_it_is(step: Step) -> tuple[Tensor, Tensor]:
     """`fold` whatever the running variances are: a negative or non-finite one makes of its channel what it makes of
     nn.BatchNorm2d's."""
+    return fold_arguments(fold_arguments_as_it_is(step))[0]
+
+
+def fold_arguments_as_it_is(step: Step) -> Arguments:
+    """The operator's arguments for `fold_as_it_is`."""
     arguments = Arguments.empty()
     append_step(arguments, step)
     arguments.branches[::6] = [present | ANY_VARIANCE for present in arguments.branches[::6]]
-    return fold_arguments(arguments)[0]
+    return arguments
 
 
 def fold_steps(

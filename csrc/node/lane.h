@@ -11,6 +11,7 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 
 #include <utility>
+#include <variant>
 
 #include "step.h"
 
@@ -43,32 +44,50 @@ inline py::str interned(const char* name) { return py::reinterpret_steal<py::str
 
 // Autocast, threads and whatever else a choice of backend hangs on besides the modules and x.
 struct Surroundings {
-  bool grad, autocast;
+  bool grad, inference, autocast;
   at::ScalarType autocast_dtype;
   int threads;
 
   static Surroundings now() {
-    return {at::GradMode::is_enabled(), at::autocast::is_autocast_enabled(at::kCPU),
+    return {at::GradMode::is_enabled(), c10::InferenceMode::is_enabled(), at::autocast::is_autocast_enabled(at::kCPU),
             at::autocast::get_autocast_dtype(at::kCPU), at::get_num_threads()};
   }
   bool operator==(const Surroundings& other) const {
-    return grad == other.grad && autocast == other.autocast && (!autocast || autocast_dtype == other.autocast_dtype) &&
+    return grad == other.grad && inference == other.inference && autocast == other.autocast && (!autocast || autocast_dtype == other.autocast_dtype) &&
            threads == other.threads;
   }
   // Modes, transforms and tracers, which know PyTorch's operators or have rules of their own.
   static bool are_special() {
     return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
            c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-           torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr || torch::jit::tracer::isTracing() ||
-           c10::InferenceMode::is_enabled();
+           torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr || torch::jit::tracer::isTracing();
+  }
+};
+
+// What a block is in eval: one convolution, folded each time.
+struct Fold {
+  Pair stride, padding, dilation;
+  int64_t groups;
+  std::vector<int64_t> blocks, branches;
+  std::vector<double> eps;
+  bool channels_last;
+
+  Tensor run(const Tensor& x, TensorList weights, TensorList gammas, TensorList betas, TensorList means, TensorList vars) const {
+    const auto [weight, bias] = functions->fuse(stable(weights), stable(gammas), stable(betas), stable(means), stable(vars),
+                                                {}, blocks, branches, eps);
+    Tensor kernel = unstable(weight[0]);
+    // Of one channel it is dense in both layouts, and folded in the other.
+    if (channels_last && kernel.size(1) == 1) kernel = kernel.to(kernel.options(), false, false, at::MemoryFormat::ChannelsLast);
+    return at::conv2d(x, kernel, unstable(bias[0]), stride, padding, dilation, groups);
   }
 };
 
 class Lane {
  public:
-  Lane(int64_t number, const Tensor& x, std::vector<Module> modules, std::array<std::vector<Source>, 6> sources,
-       std::vector<double> momenta)
-      : number_(number),
+  // What it runs, by its number or as a fold; what it ran on, and from which tensors of which modules.
+  Lane(std::variant<int64_t, Fold> step, const Tensor& x, std::vector<Module> modules,
+       std::array<std::vector<Source>, 6> sources, std::vector<double> momenta)
+      : step_(std::move(step)),
         sizes_(x.sizes().vec()),
         strides_(x.strides().vec()),
         dtype_(x.scalar_type()),
@@ -105,8 +124,12 @@ class Lane {
     Tensor out;
     {
       const py::gil_scoped_release release;
-      const Running running{means, vars, counters, momenta_};
-      out = Step::apply(number_, running, input, TensorList(weights), TensorList(gammas), TensorList(betas));
+      if (const Fold* fold = std::get_if<Fold>(&step_)) {
+        out = fold->run(input, weights, gammas, betas, means, vars);
+      } else {
+        const Running running{means, vars, counters, momenta_};
+        out = Step::apply(std::get<int64_t>(step_), running, input, TensorList(weights), TensorList(gammas), TensorList(betas));
+      }
     }
     return py::cast(out);
   }
@@ -164,7 +187,7 @@ class Lane {
     return item(item(own, parameter ? parameters : buffers), name);
   }
 
-  int64_t number_;
+  std::variant<int64_t, Fold> step_;
   std::vector<int64_t> sizes_, strides_;
   at::ScalarType dtype_;
   bool requires_grad_;

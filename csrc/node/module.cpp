@@ -57,10 +57,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attach", &attach);
   m.def("configure", &configure);
   m.def("run", &run, py::call_guard<py::gil_scoped_release>());
+  py::class_<Fold>(m, "Fold")
+      .def(py::init<Pair, Pair, Pair, int64_t, std::vector<int64_t>, std::vector<int64_t>, std::vector<double>, bool>());
   py::class_<Lane>(m, "Lane")
-      .def(py::init([](int64_t number, const Tensor& x, const py::list& modules,
+      .def(py::init([](std::variant<int64_t, Fold> step, const Tensor& x, const py::list& modules,
                        const std::vector<std::vector<py::tuple>>& sources, std::vector<double> momenta) {
-        return Lane(number, x, modules_of(modules), sources_of(sources), std::move(momenta));
+        return Lane(std::move(step), x, modules_of(modules), sources_of(sources), std::move(momenta));
       }))
       .def("__call__", &Lane::operator());
 }

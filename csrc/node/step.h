@@ -23,7 +23,7 @@
 #include <optional>
 #include <vector>
 
-#include "../bn_sum_ops.h"
+#include "../functions.h"
 
 namespace py = pybind11;
 
@@ -73,6 +73,7 @@ struct Config {
   std::vector<double> eps;
   size_t gammas, betas, convolutions;
   at::ScalarType convolution_dtype, dtype;
+  bool keeps_maps;  // for backward; where not, it computes them anew
 
   Tensor convolve(const Tensor& x, const Tensor& weight, const Place& place) const {
     return at::convolution(x, weight, {}, stride, place.padding, place.dilation, false, {0, 0}, groups);
@@ -117,6 +118,20 @@ inline variable_list maps_of(const Config& config, const Tensor& x, TensorList w
   return ys;
 }
 
+// The same of the convolutions' maps, kept.
+inline variable_list from_kept(const Config& config, const Tensor& x, TensorList kept) {
+  variable_list ys;
+  size_t w = 0;
+  for (const Place& place : config.places) ys.push_back(place.convolved ? kept[w++] : like(place.apply(x), kept[0]));
+  return ys;
+}
+
+// The map whose layout is the others'.
+inline const Tensor& first_map(const Config& config, const variable_list& ys) {
+  const auto at = std::find_if(config.places.begin(), config.places.end(), [](const Place& p) { return p.convolved; });
+  return ys[static_cast<size_t>(at - config.places.begin())];
+}
+
 struct WithoutAutogradAndAutocast {  // casts are made by hand, and nothing within is differentiated
   at::AutoDispatchBelowADInplaceOrView below;
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
@@ -144,7 +159,7 @@ struct Step : torch::autograd::Function<Step> {
     saved.insert(saved.end(), gammas.begin(), gammas.end());
     saved.push_back(unstable(means));
     saved.push_back(unstable(rstds));
-    for (size_t b = 0; b < ys.size(); ++b)
+    for (size_t b = 0; b < ys.size() && config.keeps_maps; ++b)
       if (config.places[b].convolved) saved.push_back(ys[b]);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["config"] = number;
@@ -167,23 +182,28 @@ struct Step : torch::autograd::Function<Step> {
       by_definition(ctx->saved_data.at("config").toInt(), saved, inputs, needs, grad, found);
       return found;
     }
-    const bool owns = ctx->saved_data.at("owns").toBool() && !torch::autograd::get_current_graph_task_keep_graph();
+    const bool owns = !config.keeps_maps || (ctx->saved_data.at("owns").toBool() &&
+                                             !torch::autograd::get_current_graph_task_keep_graph());
     const WithoutAutogradAndAutocast guard;
     const Tensor x = saved[0].to(config.convolution_dtype);
-    const TensorList weights(saved.data() + 1, convolved), kept(saved.data() + inputs + 2, convolved);
+    const TensorList weights(saved.data() + 1, convolved);
     // The maps in order, which of them have a gradient that something needs, and where it goes.
-    variable_list ys, targets;
+    variable_list ys = config.keeps_maps ? from_kept(config, x, TensorList(saved.data() + inputs + 2, convolved))
+                                         : maps_of(config, x, weights);
+    const Tensor& first = first_map(config, ys);
+    variable_list targets;
     std::vector<bool> needs_dy;
     size_t w = 0;
-    for (const Place& place : config.places) {
-      needs_dy.push_back(needs[0] || (place.convolved && needs[1 + w]));
-      ys.push_back(place.convolved ? kept[w++] : like(place.apply(x), kept[0]));
+    for (size_t b = 0; b < ys.size(); ++b) {
+      const bool convolved_map = config.places[b].convolved;
+      needs_dy.push_back(needs[0] || (convolved_map && needs[1 + w]));
+      w += convolved_map;
       // The identity's map is x, never overwritten.
-      if (needs_dy.back() && owns) targets.push_back(place.convolved ? ys.back() : at::empty_like(ys.back()));
+      if (needs_dy.back() && owns) targets.push_back(convolved_map ? ys[b] : at::empty_like(ys[b]));
     }
     torch::stable::Tensor dgammas, dbeta;
     const Tensors scales = stable(TensorList(saved.data() + 1 + convolved, config.gammas));
-    const auto means = stable(saved[inputs]), rstds = stable(saved[inputs + 1]), upstream = stable(like(grad, kept[0]));
+    const auto means = stable(saved[inputs]), rstds = stable(saved[inputs + 1]), upstream = stable(like(grad, first));
     if (owns) {
       std::tie(dgammas, dbeta) =
           functions->backward_into(upstream, stable(ys), means, rstds, scales, needs_dy, stable(targets));
@@ -238,8 +258,8 @@ struct Step : torch::autograd::Function<Step> {
 
 inline int64_t configure(Pair stride, int64_t groups, const std::vector<std::array<int64_t, 9>>& places,
                   const std::vector<double>& eps, size_t gammas, size_t betas, at::ScalarType convolution_dtype,
-                  at::ScalarType dtype) {
-  Config config{stride, groups, {}, eps, gammas, betas, 0, convolution_dtype, dtype};
+                  at::ScalarType dtype, bool keeps_maps) {
+  Config config{stride, groups, {}, eps, gammas, betas, 0, convolution_dtype, dtype, keeps_maps};
   for (const auto& n : places) {
     config.places.push_back({n[0] != 0, {n[1], n[2]}, {n[3], n[4]}, {n[5], n[6], n[7], n[8]}});
     config.convolutions += n[0] != 0;

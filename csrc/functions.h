@@ -1,5 +1,5 @@
-// The batch-norm sums and running statistics as C++ functions, for the autograd node of csrc/node, which is another
-// library: built against one torch, where this one serves all. ops/bn_sum.py and ops/running.py document them.
+// Batch-norm sums, running statistics and folds as C++ functions, for the autograd node of csrc/node, which is another
+// library: built against one torch, where this one serves all. ops/ documents them.
 #pragma once
 
 #include <cstdint>
@@ -34,11 +34,18 @@ void update_running_(Tensors running_means, Tensors running_vars, Tensors counte
 
 }  // namespace running
 
+// (weights, biases) of the convolutions that the blocks fold into; ops/fuse_blocks.py says what the numbers are.
+std::tuple<Tensors, Tensors> fuse_blocks(const Tensors& weight, const Tensors& gamma, const Tensors& beta,
+                                         const Tensors& mean, const Tensors& var, const Tensors& conv_bias,
+                                         const std::vector<int64_t>& blocks, const std::vector<int64_t>& branches,
+                                         const std::vector<double>& eps);
+
 struct Functions {
   decltype(&bn_sum::forward) forward;
   decltype(&bn_sum::backward) backward;
   decltype(&bn_sum::backward_) backward_into;
   decltype(&running::update_running_) update_running;
+  decltype(&fuse_blocks) fuse;
 };
 
 // What the node's library looks up.
