@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends import branches, cost, eager, folded, phases, planner
-from .backends.device_info import this_machine
+from .backends import branches, eager, folded, phases, planner
 from .conversion import RECORD, Conversion, blocks_of
 from .observing import as_input, in_modes, undisturbed
 from .rep import RepBlock
@@ -22,8 +21,8 @@ class BlockReport:
     """One call of one block: its input and output shapes (None if not known), the path taken and why.
 
     `saved_bytes` counts the maps the path keeps for backward (0 where nothing needs a gradient), `transient_bytes`
-    what a step holds at most besides, its output and gradients included (None where not known). `predicted` and
-    `measured` are backend → milliseconds of a step, as far as known, where the planner chooses by time.
+    what a step holds at most besides, its output and gradients included (None where not known). `measured` is
+    backend → milliseconds of a step, as far as known, where the planner chooses by time.
     """
 
     name: str
@@ -34,7 +33,6 @@ class BlockReport:
     parameters: int
     saved_bytes: int | None
     transient_bytes: int | None = None
-    predicted: Mapping[str, float] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -42,13 +40,11 @@ class BlockReport:
 class Explanation:
     """The blocks in the order they run, and every convolution convert() looked at. str() is a table.
 
-    `origin` says where the constants of the predicted times come from, `failure` what the model raised on the input
-    ('' where it ran): the blocks after that have no shapes.
+    `failure` says what the model raised on the input ('' where it ran): the blocks after that have no shapes.
     """
 
     blocks: list[BlockReport]
     conversions: list[Conversion]
-    origin: str = ""
     failure: str = ""
 
     def __str__(self) -> str:
@@ -62,7 +58,6 @@ class Explanation:
                 "parameters",
                 "saved",
                 "besides",
-                "predicted",
                 "measured",
                 "reason",
             )
@@ -71,8 +66,8 @@ class Explanation:
             total = f", {_size(sum(saved))} saved for backward" if saved else ""
             parameters = sum({b.name: b.parameters for b in self.blocks}.values())
             lines += [f"{len({b.name for b in self.blocks})} blocks, {parameters:,} parameters{total}"]
-            if any(b.predicted for b in self.blocks):
-                lines += [f"times are milliseconds of a step; predictions: {self.origin}"]
+            if any(b.measured for b in self.blocks):
+                lines += ["times are milliseconds of a step"]
         else:
             lines += ["no block in this model"]
         if self.failure:
@@ -110,8 +105,7 @@ def explain(model: nn.Module, inputs: Sequence[int] | Tensor | None = None) -> E
         failure = _failure(error)
     called = {report.name for report in reports}
     reports += [_without_shape(name, block) for block, name in blocks.items() if name not in called]
-    prices = cost.prices().get(this_machine(x.device.type).kind)
-    return Explanation(reports, conversions, prices.origin if prices else "", failure)
+    return Explanation(reports, conversions, failure)
 
 
 def visit(model: nn.Module, x: Tensor, look: Callable[[RepBlock, Tensor], None]) -> None:
@@ -143,15 +137,15 @@ def _report(name: str, block: RepBlock, x: Tensor) -> BlockReport:
         backend, reason, memory, times = _path(block, x)
     except Exception as error:  # a table of what is wrong must not be what goes wrong
         return BlockReport(name, tuple(x.shape), None, "?", _failure(error), _parameters(block), None)
-    return BlockReport(name, tuple(x.shape), shape, backend, reason, _parameters(block), *memory, *times)
+    return BlockReport(name, tuple(x.shape), shape, backend, reason, _parameters(block), *memory, times)
 
 
 def _failure(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
-def _path(block: RepBlock, x: Tensor) -> tuple[str, str, tuple[int | None, int | None], planner.Times]:
-    unknown = planner.Times({}, {})
+def _path(block: RepBlock, x: Tensor) -> tuple[str, str, tuple[int | None, int | None], Mapping[str, float]]:
+    unknown: Mapping[str, float] = {}
     if block.deploy:
         conv = block.fused
         needed = x.requires_grad or any(p.requires_grad for p in conv.parameters())
@@ -161,7 +155,7 @@ def _path(block: RepBlock, x: Tensor) -> tuple[str, str, tuple[int | None, int |
     if forced is not None:  # what the submodules keep is theirs to know
         return eager.NAME, f"through the submodules: {forced}", (None, None), unknown
     problem, plan = block.plan(x)
-    times = planner.times(problem) if plan.backend.NAME in planner.candidates(problem) else unknown
+    times = planner.measured(problem) if plan.backend.NAME in planner.candidates(problem) else unknown
     reason = plan.reason
     if plan.backend is branches and problem.device == phases.DEVICE:
         reason += f"; {phases.chosen(problem.explicit())}"
@@ -204,11 +198,8 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 def _cells(block: BlockReport) -> tuple[str, ...]:
     memory = ("?" if count is None else _size(count) for count in (block.saved_bytes, block.transient_bytes))
     shapes = _shape(block.input_shape), _shape(block.output_shape)
-    times = (
-        f"{known[block.backend]:.3g}" if block.backend in known else ""
-        for known in (block.predicted, block.measured)
-    )
-    return block.name, *shapes, block.backend, f"{block.parameters:,}", *memory, *times, block.reason
+    time = f"{block.measured[block.backend]:.3g}" if block.backend in block.measured else ""
+    return block.name, *shapes, block.backend, f"{block.parameters:,}", *memory, time, block.reason
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -128,5 +128,5 @@ def test_the_source_distribution_holds_all_that_is_built_from(tmp_path):
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     needed = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
-    needed |= {"setup.py", "pyproject.toml", "LICENSE", "acnet_kernels/backends/cost.json"}
+    needed |= {"setup.py", "pyproject.toml", "LICENSE"}
     assert needed <= packed

@@ -15,7 +15,7 @@ import torch
 
 import acnet_kernels
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import cost, planner, timer, timing_cache
+from acnet_kernels.backends import planner, timer, timing_cache
 from acnet_kernels.backends.device_info import Machine, this_machine
 
 MACHINE = Machine("cpu", "a processor, 2 threads")
@@ -82,16 +82,13 @@ def test_the_file_is_read_once(monkeypatch):
     assert reads == [MACHINE]
 
 
-def test_tuned_times_come_before_the_benchmarks(monkeypatch):
-    p, q = problem(2, 4, 9, 8), problem(3, 4, 9, 8)
-    shipped = {timing_cache.key(p): {"eager": 1.0}, timing_cache.key(q): {"eager": 2.0}}
-    monkeypatch.setattr(cost, "measured", lambda: {MACHINE.name: shipped})
+def test_the_newest_times_count_on_their_machine_alone():
+    p = problem(2, 4, 9, 8)
     timing_cache.store(MACHINE, {timing_cache.key(p): {"eager": 3.0}})
     assert timing_cache.lookup(p, MACHINE) == ({"eager": 3.0}, timing_cache.TUNED)
-    assert timing_cache.lookup(q, MACHINE) == ({"eager": 2.0}, timing_cache.BENCHMARK)
-    assert timing_cache.lookup(q, OTHER) is None
-    timing_cache.remember(q, MACHINE, {"eager": 4.0}, timing_cache.FIRST_SIGHT)
-    assert timing_cache.lookup(q, MACHINE) == ({"eager": 4.0}, timing_cache.FIRST_SIGHT)
+    timing_cache.remember(p, MACHINE, {"eager": 4.0}, timing_cache.FIRST_SIGHT)
+    assert timing_cache.lookup(p, MACHINE) == ({"eager": 4.0}, timing_cache.FIRST_SIGHT)
+    assert timing_cache.lookup(p, OTHER) is None
 
 
 def test_where_the_file_lies(monkeypatch, folder, tmp_path):

@@ -30,7 +30,7 @@ from torch import Tensor
 from .._torch_compat import below_autograd, keeps_graph, top_saved_tensors_hooks
 from ..geometry import Geometry, Placement
 from ..kernels.window import MOST_BRANCHES, Window
-from ..ops import bn_sum
+from ..ops import _extension, bn_sum
 from ..ops.recompute import Branches
 from ..spec import Norm, Problem, Step, autocast_dtype
 from . import mixed, node, nodes
@@ -62,6 +62,17 @@ def declines(problem: Problem) -> str | None:
     if problem.device not in ("cpu", "cuda", "meta"):
         return f"device type {problem.device} has no batch-norm sum"
     return mixed.declines(problem)
+
+
+def unfused(problem: Problem) -> str | None:
+    """Why its batch-norm sums are plain PyTorch's here, and slow, or None."""
+    if problem.device != "cuda":
+        return _extension.WHY_MISSING or None
+    if not _extension.TRITON:
+        return "Triton, whose passes add batch norms up, is not installed"
+    if not problem.channels_last or problem.dtype == torch.float64:
+        return "Triton's passes take channels_last maps, and none of float64"
+    return None
 
 
 def saved_bytes(problem: Problem) -> int:

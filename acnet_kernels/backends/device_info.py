@@ -1,4 +1,4 @@
-"""Which machine this is: the names that measured and predicted times are filed under."""
+"""Which machine this is: the names that measured times are filed under."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from typing import NamedTuple
 import torch
 
 from . import cpuinfo
-from .convolution import convolution_dtype
-
-# The kinds of machine that the cost model tells apart.
-CPU, FAST_HALF_CPU, CUDA = "cpu", "cpu with fast bfloat16", "cuda"
 
 # Family 6 models whose /proc/cpuinfo name says no more than "Xeon Processor" under virtualisation.
 INTEL_MODELS = {
@@ -26,9 +22,9 @@ INTEL_MODELS = {
 
 
 class Machine(NamedTuple):
-    """`kind` has constants of its own in the cost model; `name` is the device with the threads in use."""
+    """The type of device, and its name with the threads in use."""
 
-    kind: str
+    device: str
     name: str
 
 
@@ -70,9 +66,6 @@ def this_machine(device: str) -> Machine:
 @functools.cache
 def _machine(device: str, _: int) -> Machine:
     """this_machine() while it is this one: the current GPU, or a CPU with as many threads."""
-    if device == "cuda":
-        return Machine(CUDA, device_name("cuda"))
-    if device in ("cpu", "meta"):
-        kind = CPU if convolution_dtype(torch.bfloat16, "cpu") == torch.float32 else FAST_HALF_CPU
-        return Machine(kind, device_name())
-    return Machine(device, device)
+    if device == "meta":
+        device = "cpu"
+    return Machine(device, device_name(device) if device in ("cpu", "cuda") else device)

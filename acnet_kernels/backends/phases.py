@@ -4,15 +4,7 @@ Triton's kernels compute the convolutions of all branches at once: forward, they
 backward, they add the branches' dx up. So they move less memory, while the library's multiply faster. Which counts
 for more depends on the shape, and is found by measuring: `tune()`, and the planner at first sight of a shape where
 cudnn.benchmark is on, time a step under every assignment, and the fastest is kept. Until then all convolutions are
-the library's, between Triton's batch-norm passes. What a model for an H100's peak rates predicts is only said:
-
-    a launch takes max(its multiply-adds, its bytes) and LAUNCH seconds; n branches, M pixels of output
-    phase    library                                            Triton
-    forward  n convolutions; statistics n, apply n+1 maps      one launch: x, n maps; apply n+1 maps
-    dgrad    n convolutions, n−1 additions of 3 input maps     one launch: n maps, dx
-    wgrad    n convolutions                                    one launch and a sum: x, n maps
-
-A convolution of the library's moves x and y. Triton's multiply-adds are taken to be at SHARE of the library's rate.
+the library's, between Triton's batch-norm passes.
 """
 
 from __future__ import annotations
@@ -45,14 +37,6 @@ class Phases(NamedTuple):
 
 ALL_LIBRARY, ALL_TRITON = Phases(LIBRARY, LIBRARY, LIBRARY), Phases(TRITON, TRITON, TRITON)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Multiply-adds count as two operations. Sustained rates, not the data sheet's.
-TENSOR_FLOPS = 500e12  # half precision; TF32 has half of it
-VECTOR_FLOPS = 40e12
-BANDWIDTH = 2.7e12
-LAUNCH = 8e-6
-SHARE = 0.7
-LEAST_BLOCK = 16  # channels of the narrowest tile of a matrix product
 
 
 def declines(problem: Problem) -> str | None:
@@ -87,40 +71,6 @@ def label(phases: Phases) -> str:
     return f"branches ({' '.join(phases)})"
 
 
-def predict(problem: Problem) -> dict[str, dict[str, float]]:
-    """Phase that runs → LIBRARY and TRITON → milliseconds, by the model above."""
-    geometry, branches = problem.geometry, len(problem.branches)
-    n, c, *_ = problem.shape
-    rows, columns = problem.output_size
-    cg, wide = c // geometry.groups, problem.out_channels // geometry.groups
-    rate = VECTOR_FLOPS
-    if cg > 1:
-        cg, wide = max(cg, LEAST_BLOCK), max(wide, LEAST_BLOCK)
-        rate = TENSOR_FLOPS if problem.dtype.itemsize == 2 else TENSOR_FLOPS / 2
-    tap = 2 * n * rows * columns * geometry.groups * cg * wide / rate
-    taps = problem.taps
-    x, y = problem.input_bytes / BANDWIDTH, problem.output_bytes / BANDWIDTH
-
-    convolutions = sum(max(t * tap, x + y) for t in taps)
-    at_once = max(sum(taps) * tap / SHARE, x + branches * y)
-    apply = (branches + 1) * y
-    seconds = {
-        "forward": (convolutions + branches * y + apply + (branches + 3) * LAUNCH, at_once + apply + 3 * LAUNCH),
-        "dgrad": (convolutions + (branches - 1) * 3 * x + (2 * branches - 1) * LAUNCH, at_once + LAUNCH),
-        "wgrad": (convolutions + branches * LAUNCH, at_once + 2 * LAUNCH),
-    }
-    running = seconds if problem.grad else ("forward",)
-    return {
-        phase: dict(zip((LIBRARY, TRITON), (1e3 * t for t in seconds[phase]), strict=True)) for phase in running
-    }
-
-
-def predicted_best(problem: Problem) -> Phases:
-    """The assignment that the model predicts to take the least time."""
-    faster = {phase: TRITON for phase, t in predict(problem).items() if t[TRITON] < t[LIBRARY]}
-    return ALL_LIBRARY if declines(problem) is not None else ALL_LIBRARY._replace(**faster)
-
-
 class Choice(NamedTuple):
     """The assignment, and why; str() is for people."""
 
@@ -146,10 +96,7 @@ def choose(problem: Problem, measured: Mapping[str, float]) -> Choice:
     if timed:
         best = min(timed, key=timed.__getitem__)
         return Choice(best, f"measured {timed[best]:.3g} ms a step, other assignments to {max(timed.values()):.3g}")
-    times = ", ".join(f"{phase} {t[LIBRARY]:.2g} and {t[TRITON]:.2g}" for phase, t in predict(problem).items())
-    return Choice(
-        ALL_LIBRARY, f"Triton's phases await measurement; predicted, in ms by library and Triton: {times}"
-    )
+    return Choice(ALL_LIBRARY, "Triton's phases await measurement: tune()")
 
 
 def chosen(problem: Problem) -> Choice:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,7 @@ import torch
 from .._torch_compat import graph_task_id
 from ..ops import _extension
 from ..spec import Problem
-from . import branches, cost, eager, folded, moments, recompute, synced, timer, timing_cache
+from . import branches, eager, folded, moments, recompute, synced, timer, timing_cache
 from .device_info import Machine, this_machine
 
 # In order of simplicity: where two are about as fast, 'auto' takes the first.
@@ -108,14 +107,7 @@ def choose(problem: Problem, requested: str = "auto") -> Choice:
 
 
 # Medians of interleaved runs differ by this much from one run to the next.
-MEASURED_MARGINS = dict.fromkeys(BACKENDS, 0.03)
-
-
-class Times(NamedTuple):
-    """Backend → milliseconds of a step: what the cost model predicts, and what was measured (empty where not)."""
-
-    predicted: Mapping[str, float]
-    measured: Mapping[str, float]
+MARGIN = 0.03
 
 
 def candidates(problem: Problem) -> list[str]:
@@ -142,66 +134,53 @@ def measure(problem: Problem, autocast: bool, watch: Callable[..., dict[str, flo
     return {**found, branches.NAME: min(variants)} if variants else found
 
 
-def times(problem: Problem) -> Times:
-    """What is known about the candidates' times for problem."""
-    names, machine = candidates(problem), this_machine(problem.device)
-    predicted = {name: ms for name in names if (ms := cost.predict(problem, name, machine.kind)) is not None}
-    measured = timing_cache.lookup(problem, machine)
-    return Times(
-        predicted,
-        {name: ms for name, ms in measured.milliseconds.items() if name in names} if measured else {},
-    )
+def measured(problem: Problem) -> dict[str, float]:
+    """Candidate → milliseconds of a step for problem, as far as measured on this machine."""
+    known = timing_cache.lookup(problem, this_machine(problem.device))
+    return {name: ms for name in candidates(problem) if known and (ms := known.milliseconds.get(name)) is not None}
 
 
-def fastest(times: Mapping[str, float], margins: Mapping[str, float]) -> str:
-    """The backend that beats every simpler one by its margin; one without a margin never does."""
+def fastest(times: Mapping[str, float]) -> str:
+    """The backend that beats every simpler one by the margin."""
     chosen = ""
     for name in BACKENDS:
-        if name in times:
-            margin = margins.get(name, math.inf)
-            if not chosen or times[name] * (1 + margin) < times[chosen]:
-                chosen = name
+        if name in times and (not chosen or times[name] * (1 + MARGIN) < times[chosen]):
+            chosen = name
     return chosen
 
 
 def decided(problem: Problem, timed: bool) -> tuple[str, str]:
-    """(backend, why) of the candidate that takes the least time, as far as is known; `timed`: finds out first."""
+    """(backend, why) by what is known about this machine now; `timed`: times the candidates first."""
     return _decided(problem, this_machine(problem.device), timing_cache.version(), timed, _extension.WHY_MISSING)
 
 
 @functools.lru_cache(4096)
 def _decided(problem: Problem, machine: Machine, version: int, timed: bool, missing: str) -> tuple[str, str]:
     """decided() on this machine, once for each version of what is known."""
-    known = times(problem)
+    known = measured(problem)
     if timed and timing_cache.lookup(problem, machine) is None:
-        measured = measure(problem, torch.is_autocast_enabled(problem.device), timer.measure_apart)
-        timing_cache.remember(problem, machine, measured, timing_cache.FIRST_SIGHT)
-        known = known._replace(measured=measured)
-    name, why = decide(problem, machine.kind, known)
-    if name == branches.NAME and problem.device != "cuda" and missing:
-        _warn_without_extension(missing)
-        without = Times(*({other: ms for other, ms in t.items() if other != branches.NAME} for t in known))
-        name, why = decide(problem, machine.kind, without)
-        why = f"branches passed over: its batch-norm sums are slow without the C++ extension; {why}"
-    return name, why
+        found = measure(problem, torch.is_autocast_enabled(problem.device), timer.measure_apart)
+        timing_cache.remember(problem, machine, found, timing_cache.FIRST_SIGHT)
+        known = measured(problem)
+    return decide(problem, known)
 
 
-def decide(problem: Problem, kind: str, known: Times) -> tuple[str, str]:
-    """(backend, why) from what is known about the candidates' times on this kind of machine: the whole rule.
+def decide(problem: Problem, known: Mapping[str, float]) -> tuple[str, str]:
+    """(backend, why): the whole rule.
 
-    Measured times decide where there are any, else predicted ones: a backend is taken where it beats every simpler
-    one by a margin.
+    Of the candidates' measured times, where there are any, the least. Else `branches` wherever it has fused passes:
+    it does less than eager then, and takes the host less time.
     """
-    found, word = known.measured, "measured"
-    margins: Mapping[str, float] = MEASURED_MARGINS
-    if not found:
-        found, word = known.predicted, "predicted"
-        if eager.NAME not in found:
-            return eager.NAME, f"the time of no {problem.dtype} step is known on {kind}"
-        margins = cost.prices()[kind].margins
-    name = fastest(found, margins)
-    rest = "".join(f", {other} {ms:.3g}" for other, ms in found.items() if other != name)
-    return name, f"{REASONS[name]}: {word} {found[name]:.3g} ms{rest}" if rest else REASONS[name]
+    if known:
+        name = fastest(known)
+        rest = "".join(f", {other} {ms:.3g}" for other, ms in known.items() if other != name)
+        return name, f"{REASONS[name]}: measured {known[name]:.3g} ms{rest}"
+    why = branches.declines(problem) or branches.unfused(problem)
+    if why is None:
+        return branches.NAME, REASONS[branches.NAME]
+    if branches.declines(problem) is None and problem.device == "cpu":
+        _warn_without_extension(why)
+    return eager.NAME, f"branches is passed over: {why}"
 
 
 def _times_at_first_sight(problem: Problem) -> bool:

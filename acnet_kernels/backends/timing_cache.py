@@ -1,4 +1,4 @@
-"""Step times measured on this machine: those of the benchmarks, of `tune()`, and of this process.
+"""Step times measured on this machine: those of `tune()`, and of this process.
 
 `tune()` keeps what it measures in the user's cache directory ($ACNET_KERNELS_CACHE, or acnet_kernels in
 $XDG_CACHE_HOME, or in ~/.cache): a JSON file a device, thread count, instruction set and set of versions. It is
@@ -24,11 +24,10 @@ import torch
 from ..atomic import replacing
 from ..geometry import Geometry, Taps
 from ..spec import BRANCH, MIXED, Problem
-from . import cost
-from .device_info import CUDA, Machine, instructions
+from .device_info import Machine, instructions
 
 FORMAT = 1
-TUNED, BENCHMARK, FIRST_SIGHT = "tune()", "the benchmarks", "first sight"
+TUNED, FIRST_SIGHT = "tune()", "first sight"
 
 Times = dict[str, dict[str, float]]  # problem → backend → milliseconds
 
@@ -93,9 +92,7 @@ def lookup(problem: Problem, machine: Machine) -> Measured | None:
     """The times measured for problem on machine: the newest of its kind, or None."""
     known = _known.get(machine)
     if known is None:
-        known = {k: Measured(times, BENCHMARK) for k, times in cost.measured().get(machine.name, {}).items()}
-        known |= {k: Measured(times, TUNED) for k, times in load(machine).items()}
-        _known[machine] = known
+        known = _known[machine] = {k: Measured(times, TUNED) for k, times in load(machine).items()}
     return known.get(key(problem))
 
 
@@ -133,7 +130,7 @@ def identity(machine: Machine) -> dict[str, str]:
         triton = ""
     return {
         "device": machine.name,
-        "instructions": "" if machine.kind == CUDA else instructions(),
+        "instructions": "" if machine.device == "cuda" else instructions(),
         "torch": torch.__version__,
         "triton": triton,
         "acnet_kernels": __version__,
