@@ -13,7 +13,7 @@ import torch
 from .arguments import choose_device, make_directory, number
 from .errors import UserError, require
 
-PARTS = ("block", "network", "fusion", "memory", "codegen", "report", "all")
+PARTS = ("block", "network", "fusion", "host", "memory", "codegen", "report", "all")
 ROOT = Path(__file__).parents[1]
 QUICK_SECONDS, SECONDS = 0.2, 1.0
 

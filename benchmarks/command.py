@@ -11,12 +11,13 @@ import torch
 
 from acnet_kernels.errors import UserError
 
-from . import block, contenders, fusion, harness, memory, network, report, shapes
+from . import block, contenders, fusion, harness, host, memory, network, report, shapes
 
 PARTS: dict[str, Callable[[argparse.Namespace], list[Path]]] = {
     "block": block.run,
     "network": network.run,
     "fusion": fusion.run,
+    "host": host.run,
     "memory": memory.run,
 }
 LEAST, QUICK_LEAST = 3, 2  # timed calls of a contender that is slow
