@@ -6,7 +6,8 @@ from importlib.util import find_spec
 if sys.argv[:1] == ["-m"] and find_spec("torch") is None:  # `python -m acnet_kernels` comes by here
     sys.exit("python -m acnet_kernels: PyTorch is not installed; pip install torch")
 
-from . import checkpoint
+from . import adapters, checkpoint
+from .acceleration import accelerate, restore
 from .autotune import tune
 from .backends.planner import memory_saver
 from .block import ACBlock
@@ -28,11 +29,14 @@ __all__ = [
     "RepVGGBlock",
     "Taps",
     "acblock",
+    "accelerate",
+    "adapters",
     "checkpoint",
     "convert",
     "explain",
     "fold",
     "fuse",
     "memory_saver",
+    "restore",
     "tune",
 ]

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from .backends import planner, timer, timing_cache
 from .backends.device_info import this_machine
-from .conversion import blocks_of
-from .explanation import table, visit
+from .conversion import Block, blocks_of
+from .explanation import own_forward_reason, table, visit
 from .observing import as_input
-from .rep import RepBlock
 from .spec import Problem
 
 
@@ -80,7 +79,7 @@ def tune(model: nn.Module, example: Sequence[int] | Tensor) -> TuningReport:
     steps: dict[str, tuple[Problem, bool, list[str]]] = {}
     left = dict.fromkeys(blocks.values(), "does not run on this example in eval mode")
 
-    def look(block: RepBlock, t: Tensor) -> None:
+    def look(block: Block, t: Tensor) -> None:
         name, why = blocks[block], _no_choice(block, t)
         if why is not None:
             left[name] = why
@@ -92,7 +91,7 @@ def tune(model: nn.Module, example: Sequence[int] | Tensor) -> TuningReport:
         if name not in names:
             names.append(name)
 
-    visit(model, x, look)
+    visit(model, x, blocks, look)
     layers = []
     machine = this_machine(x.device.type)
     found: timing_cache.Times = {}
@@ -113,13 +112,13 @@ def tune(model: nn.Module, example: Sequence[int] | Tensor) -> TuningReport:
     return TuningReport(layers, left, path)
 
 
-def _no_choice(block: RepBlock, x: Tensor) -> str | None:
+def _no_choice(block: Block, x: Tensor) -> str | None:
     """Why the planner has nothing to choose for block, or None."""
     if block.deploy:
         return "it is deployed"
     if block.backend != "auto":
         return f"its backend is {block.backend!r}"
-    forced = block.module_path_reason()
+    forced = own_forward_reason(block, x)
     if forced is not None:
         return f"it runs through its submodules: {forced}"
     problem, plan = block.plan(x)

@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"])
     shapes = "of block: 'targets', parts of layers' names, or NxCxHxW->K [k5] [/2] [g32] [d2] (all)"
     add("--shapes", nargs="+", metavar="SHAPE", help=shapes)
-    add("--networks", nargs="+", metavar="NET", help="of network, memory and fusion (all)")
+    networks = "of network, memory and fusion (all); of network also timm:NAME and transformers:NAME"
+    add("--networks", nargs="+", metavar="NET", help=networks)
     contenders = (
         "eager, compile, 3k, checkpoint, conv+bn, plain, a backend's name, … (all; on a CPU compile runs on few)"
     )

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from ._torch_compat import BatchNormBase
-from .rep import RepBlock
+from .acceleration import is_block
 from .submodules import is_frozen
 
 
@@ -97,7 +97,7 @@ class Usage:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, RepBlock) or is_norm(m) or super().is_leaf_module(m, module_qualified_name)
+        return is_block(m) or is_norm(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> Usage:
@@ -112,7 +112,7 @@ def trace(model: nn.Module) -> Usage:
 
 def _collect(module: nn.Module, usage: Usage, seen: set[nn.Module], outside: Other) -> None:
     # outside: what gives the module its input and takes its output
-    if module in seen or isinstance(module, RepBlock):
+    if module in seen or is_block(module):
         return
     seen.add(module)
     if isinstance(module, nn.Conv2d):  # reached outside any graph

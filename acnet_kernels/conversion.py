@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .acceleration import Accelerated, HostBlock, detach, is_block, seen
 from .block import ACBlock
 from .conv_bn_pairs import Usage, trace
 from .observing import as_call, observe
@@ -124,7 +125,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _convolutions(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
     """Every Conv2d outside existing blocks → all its names."""
-    blocks = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, RepBlock)]
+    blocks = [name for name, module in model.named_modules(remove_duplicate=False) if is_block(module)]
     found: dict[nn.Conv2d, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Conv2d) and not any(name.startswith(f"{b}." if b else "") for b in blocks):
@@ -260,30 +261,40 @@ class _Builder:
                     getattr(block, f"{name}_conv").weight.zero_()
 
 
-def blocks_of(model: nn.Module | Iterable[nn.Module]) -> dict[str, RepBlock]:
-    """Name → every block of a model or of a sequence of modules, in order, each once in a model."""
-    found: dict[str, RepBlock] = {}
+Block = RepBlock | HostBlock
+
+
+def blocks_of(model: nn.Module | Iterable[nn.Module], *, others: bool = False) -> dict[str, Block]:
+    """Name → every block of a model or of a sequence of modules, in order, each once in a model.
+
+    Accelerated blocks of other libraries are among them; with `others`, those too that could be.
+    """
+    found: dict[str, Block] = {}
     if isinstance(model, nn.Module):
-        _collect(model, "", found, set())
+        _collect(model, "", found, set(), others)
         return found
     for index, module in enumerate(model):
         if not isinstance(module, nn.Module):
             raise TypeError(f"model_or_blocks must be a module or modules, got {type(module).__name__} at {index}")
-        _collect(module, str(index), found, set())
+        _collect(module, str(index), found, set(), others)
     return found
 
 
-def _collect(module: nn.Module, name: str, found: dict[str, RepBlock], seen: set[int]) -> None:
+def _collect(module: nn.Module, name: str, found: dict[str, Block], visited: set[int], others: bool) -> None:
     # named_modules() without the blocks' own submodules, which are most of a network's modules.
-    if id(module) in seen:
+    if id(module) in visited:
         return
-    seen.add(id(module))
+    visited.add(id(module))
     if isinstance(module, RepBlock):
         found[name] = module
         return
+    host = seen(module) if others or isinstance(module, Accelerated) else None
+    if isinstance(host, HostBlock):
+        found[name] = host
+        return
     for key, child in module._modules.items():
         if child is not None:
-            _collect(child, f"{name}.{key}" if name else key, found, seen)
+            _collect(child, f"{name}.{key}" if name else key, found, visited, others)
 
 
 def fold(
@@ -305,7 +316,7 @@ def fold(
 
 
 def _fold(
-    blocks: dict[str, RepBlock], out: Sequence[tuple[Tensor, Tensor]] | None = None
+    blocks: dict[str, Block], out: Sequence[tuple[Tensor, Tensor]] | None = None
 ) -> list[tuple[Tensor, Tensor]]:
     arguments = Arguments.empty()
     for name, block in blocks.items():
@@ -319,7 +330,9 @@ def _fold(
 def fuse(model: nn.Module, inplace: bool = False, *, keep_blocks: bool = False) -> nn.Module:
     """Replaces every block of model by the one nn.Conv2d that it equals, all folded in one call.
 
-    A block that does more after its sum (RepVGGBlock, MobileOneBlock) stays, deployed.
+    A block that does more after its sum (RepVGGBlock, MobileOneBlock) stays, deployed. Blocks of other libraries
+    that `accelerate` knows are folded too, accelerated or not: they stay in their library's own folded form, or are
+    replaced by the convolution and what follows it.
 
     Device, dtype, training flags, requires_grad, memory layout and hooks on the blocks are kept. Folded in
     float32 or better, rounded to the weights' dtype at the end. Warns about blocks in train mode: their batch
@@ -341,7 +354,7 @@ def fuse(model: nn.Module, inplace: bool = False, *, keep_blocks: bool = False) 
     with torch.inference_mode(False):
         if not inplace:
             model = _copy(model)
-        blocks = blocks_of(model)
+        blocks = blocks_of(model, others=True)
         trained = {name: block for name, block in blocks.items() if not block.deploy}
         with torch.no_grad():
             folded = _fold(trained)
@@ -352,20 +365,24 @@ def fuse(model: nn.Module, inplace: bool = False, *, keep_blocks: bool = False) 
             "folded convolutions use the running statistics, not the batch's: call eval() to see their output",
             stacklevel=2,
         )
-    for block, (weight, bias) in zip(trained.values(), folded, strict=True):
-        block.become(weight, bias)
-    if keep_blocks:
-        return model
     replacements: dict[nn.Module, nn.Module] = {}
+    for block, (weight, bias) in zip(trained.values(), folded, strict=True):
+        if isinstance(block, RepBlock):
+            block.become(weight, bias)
+            continue
+        other = block.become(weight, bias)
+        if other is not block.module:
+            replacements[block.module] = _with_hooks(block.module, other)
     for block in blocks.values():
-        if block.is_a_convolution and (block is not model or not inplace):
-            replacements[block] = _with_hooks(block)
+        if isinstance(block, HostBlock):
+            detach(block.module)
+        elif not keep_blocks and block.is_a_convolution and (block is not model or not inplace):
+            replacements[block] = _with_hooks(block, block.fused)
     return _replace(model, replacements)
 
 
-def _with_hooks(block: RepBlock) -> nn.Module:
+def _with_hooks(block: nn.Module, conv: nn.Module) -> nn.Module:
     # What is hung on a block is hung on what takes its place.
-    conv = block.fused
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         getattr(conv, name).update(getattr(block, name))
     for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .acceleration import HostBlock, left_alone
 from .backends import branches, eager, folded, phases, planner
-from .conversion import RECORD, Conversion, blocks_of
+from .conversion import RECORD, Block, Conversion, blocks_of
 from .observing import as_input, in_modes, undisturbed
-from .rep import RepBlock
+
+HOST = "host"  # the backend of an accelerated block that must run its own library's forward
+FOLDED_BY_HOST = "folded by its own library"
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,26 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """The blocks in the order they run, and every convolution convert() looked at. str() is a table.
+class LeftAlone:
+    """A block of another library, by its class's name, that `accelerate` has not taken, and why."""
 
-    `failure` says what the model raised on the input ('' where it ran): the blocks after that have no shapes.
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The blocks in the order they run, every convolution convert() looked at, and what is not accelerated.
+
+    str() is a table. `failure` says what the model raised on the input ('' where it ran): the blocks after that have
+    no shapes.
     """
 
     blocks: list[BlockReport]
     conversions: list[Conversion]
     failure: str = ""
+    left: list[LeftAlone] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = []
@@ -75,6 +89,8 @@ class Explanation:
         if self.conversions:
             rows = [(c.name, "converted" if c.converted else "left", c.note) for c in self.conversions]
             lines += ["", *table(("convolution", "convert()", "why"), rows)]
+        if self.left:
+            lines += ["", *table(("not accelerated", "class", "why"), [astuple(one) for one in self.left])]
         return "\n".join(lines)
 
 
@@ -93,44 +109,52 @@ def explain(model: nn.Module, inputs: Sequence[int] | Tensor | None = None) -> E
         TypeError: inputs is neither.
     """
     conversions = list(getattr(model, RECORD, []))
+    left = [LeftAlone(*row) for row in left_alone(model)]
     blocks = {block: name or "(model)" for name, block in blocks_of(model).items()}
     if inputs is None:
-        return Explanation([_without_shape(name, block) for block, name in blocks.items()], conversions)
+        return Explanation([_without_shape(name, block) for block, name in blocks.items()], conversions, left=left)
     x = as_input(model, inputs)
     reports: list[BlockReport] = []
     failure = ""
     try:
-        visit(model, x, lambda block, t: reports.append(_report(blocks[block], block, t)))
+        visit(model, x, blocks, lambda block, t: reports.append(_report(blocks[block], block, t)))
     except Exception as error:  # the model's own: what ran before it is told, and what stopped it
         failure = _failure(error)
     called = {report.name for report in reports}
     reports += [_without_shape(name, block) for block, name in blocks.items() if name not in called]
-    return Explanation(reports, conversions, failure)
+    return Explanation(reports, conversions, failure, left)
 
 
-def visit(model: nn.Module, x: Tensor, look: Callable[[RepBlock, Tensor], None]) -> None:
-    """Runs model on x in eval mode without gradients, and calls look(block, input) before each block runs.
+def visit(model: nn.Module, x: Tensor, blocks: Iterable[Block], look: Callable[[Block, Tensor], None]) -> None:
+    """Runs model on x in eval mode without gradients, and calls look(block, input) before each of its blocks runs.
 
-    look finds its block in the mode the block was in, with gradients enabled. Parameters, buffers, modes and
-    torch's random state are left as they were.
+    The input is what the block's branches get. look finds its block in the mode the block was in, with gradients
+    enabled. Parameters, buffers, modes and torch's random state are left as they were.
     """
     with undisturbed(model, x.device) as modes, ExitStack() as stack:
 
-        def hook(block: nn.Module, args: tuple[Any, ...]) -> None:
-            assert isinstance(block, RepBlock)
-            with in_modes({module: modes[module] for module in block.modules()}), torch.enable_grad():
-                look(block, args[0])
+        def watch(block: Block) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                x = block.adapter.prepare(module, args[0]) if isinstance(block, HostBlock) else args[0]
+                with in_modes({inner: modes[inner] for inner in module.modules()}), torch.enable_grad():
+                    look(block, x)
 
-        for block in blocks_of(model).values():
-            stack.callback(block.register_forward_pre_hook(hook).remove)
+            return hook
+
+        for block in blocks:
+            stack.callback(_module(block).register_forward_pre_hook(watch(block)).remove)
         model(x)
 
 
-def _parameters(block: RepBlock) -> int:
-    return sum(parameter.numel() for parameter in block.parameters())
+def _module(block: Block) -> nn.Module:
+    return block.module if isinstance(block, HostBlock) else block
 
 
-def _report(name: str, block: RepBlock, x: Tensor) -> BlockReport:
+def _parameters(block: Block) -> int:
+    return sum(parameter.numel() for parameter in _module(block).parameters())
+
+
+def _report(name: str, block: Block, x: Tensor) -> BlockReport:
     try:
         rows, columns = block.geometry.output_size(x.shape[2], x.shape[3])
         shape = (x.shape[0], block.out_channels, rows, columns)
@@ -144,16 +168,18 @@ def _failure(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
-def _path(block: RepBlock, x: Tensor) -> tuple[str, str, tuple[int | None, int | None], Mapping[str, float]]:
+def _path(block: Block, x: Tensor) -> tuple[str, str, tuple[int | None, int | None], Mapping[str, float]]:
     unknown: Mapping[str, float] = {}
     if block.deploy:
+        if isinstance(block, HostBlock):
+            return "deployed", FOLDED_BY_HOST, (None, None), unknown
         conv = block.fused
         needed = x.requires_grad or any(p.requires_grad for p in conv.parameters())
         saved = x.numel() * x.element_size() if needed else 0
         return "deployed", "folded for good: one convolution", (saved, None), unknown
-    forced = block.module_path_reason()
+    forced = own_forward_reason(block, x)
     if forced is not None:  # what the submodules keep is theirs to know
-        return eager.NAME, f"through the submodules: {forced}", (None, None), unknown
+        return (*_through(block, forced), (None, None), unknown)
     problem, plan = block.plan(x)
     times = planner.measured(problem) if plan.backend.NAME in planner.candidates(problem) else unknown
     reason = plan.reason
@@ -163,7 +189,12 @@ def _path(block: RepBlock, x: Tensor) -> tuple[str, str, tuple[int | None, int |
     return plan.backend.NAME, reason, memory, times
 
 
-def _without_shape(name: str, block: RepBlock) -> BlockReport:
+def own_forward_reason(block: Block, x: Tensor) -> str | None:
+    """Why a block runs through its modules on this input, or None."""
+    return block.module_path_reason() or (block.declines(x) if isinstance(block, HostBlock) else None)
+
+
+def _without_shape(name: str, block: Block) -> BlockReport:
     try:
         backend, reason = _path_without_shape(block)
     except Exception as error:  # as in _report
@@ -171,15 +202,21 @@ def _without_shape(name: str, block: RepBlock) -> BlockReport:
     return BlockReport(name, None, None, backend, reason, _parameters(block), None)
 
 
-def _path_without_shape(block: RepBlock) -> tuple[str, str]:
+def _path_without_shape(block: Block) -> tuple[str, str]:
     if block.deploy:
-        return "deployed", "folded for good: one convolution"
+        return "deployed", FOLDED_BY_HOST if isinstance(block, HostBlock) else "folded for good: one convolution"
     forced = block.module_path_reason()
     if forced is not None:
-        return eager.NAME, f"through the submodules: {forced}"
+        return _through(block, forced)
     if not any(norm.batch_stats for norm in block.step().norms):
         return folded.NAME, "running statistics normalise"
     return "?", "depends on the input: give explain() one, or its shape"
+
+
+def _through(block: Block, reason: str) -> tuple[str, str]:
+    if isinstance(block, HostBlock):
+        return HOST, f"its library's own forward: {reason}"
+    return eager.NAME, f"through the submodules: {reason}"
 
 
 def _size(count: int) -> str:

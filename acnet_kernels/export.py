@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .acceleration import Accelerated, HostBlock, seen
 from .rep import RepBlock
 
 
@@ -39,7 +40,8 @@ def weight_ranges(model: nn.Module) -> list[WeightRange]:
     """
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, RepBlock) and not module.deploy:
+        block = seen(module) if isinstance(module, Accelerated) else module
+        if isinstance(block, (RepBlock, HostBlock)) and not block.deploy:
             raise ValueError(f"block {name or '(model)'} is not folded: call fuse(model) first")
         if isinstance(module, nn.Conv2d):
             found.append(_range(name, module.weight.detach().double().flatten(1)))

@@ -17,7 +17,7 @@ from .backends import branches, folded, node, planner, recompute
 from .functional import describe
 from .ops.fusion import fold_arguments_as_it_is
 from .spec import BRANCH, Problem, Step
-from .submodules import CONV_BN, Submodules, kernel_of
+from .submodules import Submodules, is_frozen, kernel_of
 
 MOST = 16  # shapes that a block keeps a lane for
 _KEPT = "_lanes"
@@ -103,13 +103,19 @@ def _read(given: Submodules, trains: bool) -> tuple[list[Any], list[list[Any]]] 
     modules: list[tuple[Any, ...]] = []
     sources: list[list[tuple[Any, ...]]] = [[] for _ in range(6)]
     weights, gammas, betas, means, variances, counters = sources
+    for container, module in zip(given.layout.containers, given.containers, strict=True):
+        if not _add(modules, container.path, module, container.children):
+            return None
+    for path, module in zip(given.layout.idle, given.idle, strict=True):
+        if not _add(modules, path, module, ()):
+            return None
     for slot, conv, norm in zip(given.layout.slots, given.convs, given.norms, strict=True):
-        if slot.container is not None:
-            modules.append(_module(slot.container, _at(given, slot.container), (), (), CONV_BN))
         if conv is not None:
             weights.append((len(modules), True, "weight", kernel_of(conv)[0]))
             modules.append(_module(slot.conv, conv, _CONV_SETTINGS, ("bias",)))
-        if type(norm) is not nn.BatchNorm2d:
+        if not isinstance(norm, nn.BatchNorm2d) or is_frozen(norm):
+            return None
+        if norm._modules and not _add(modules, slot.norm or (), norm, ()):
             return None
         affine, buffers = norm._parameters, norm._buffers
         for name, kind in (("weight", gammas), ("bias", betas)):
@@ -124,9 +130,16 @@ def _read(given: Submodules, trains: bool) -> tuple[list[Any], list[list[Any]]] 
     return None if {len(gammas), len(betas)} - {0, norms} else (modules, sources)
 
 
-def _at(given: Submodules, path: tuple[str, ...]) -> nn.Module:
-    index = [slot.container for slot in given.layout.slots if slot.container is not None].index(path)
-    return given.containers[index]
+def _add(
+    modules: list[tuple[Any, ...]], path: tuple[str, ...], module: nn.Module | None, active: tuple[str, ...]
+) -> bool:
+    """Adds a module that is no source, and its children that must go on doing nothing; False if one is missing."""
+    if module is None:
+        return False
+    modules.append(_module(path, module, (), (), tuple(module._modules)))
+    idle = {name: child for name, child in module._modules.items() if name not in active}
+    modules += [_module((*path, name), child, (), ()) for name, child in idle.items() if child is not None]
+    return None not in idle.values()
 
 
 def _module(

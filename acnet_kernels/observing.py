@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ._torch_compat import TorchDispatchMode, tree_leaves
+from .acceleration import is_block
 from .conv_bn_pairs import Other, Usage, is_norm
-from .rep import RepBlock
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -150,7 +150,7 @@ class _Observer:
     """Watches one run of a model: every output of a convolution, from its birth to the end of the run."""
 
     def __init__(self, model: nn.Module) -> None:
-        inside = {m for block in model.modules() if isinstance(block, RepBlock) for m in block.modules()}
+        inside = {m for block in model.modules() if is_block(block) for m in block.modules()}
         self.modules = [m for m in model.modules() if m not in inside and not isinstance(m, torch.jit.ScriptModule)]
         self.usage = Usage({})
         self.running: list[nn.Module] = []  # the convolutions and batch norms whose forward runs now

@@ -68,6 +68,24 @@ def usual_slots(
     return slots
 
 
+def make_conv(placed: tuple[torch.Size, Settings], bias: bool, factory: Mapping[str, Any]) -> nn.Conv2d:
+    """The convolution of a weight's shape and settings."""
+    (outputs, cg, rows, columns), (stride, padding, dilation, groups, mode) = placed
+    size = (rows, columns)
+    return nn.Conv2d(cg * groups, outputs, size, stride, padding, dilation, groups, bias, mode, **factory)
+
+
+def as_conv(geometry: Geometry, weight: Tensor, bias: Tensor, like: Tensor | None, trained: bool) -> nn.Conv2d:
+    """The nn.Conv2d of this geometry that has this weight, in like's memory layout, and this bias."""
+    channels = weight.shape[1] * geometry.groups, weight.shape[0]
+    conv = make_conv(conv_at(geometry, channels, geometry.whole), True, {"device": "meta"})
+    if like is not None and prefers_channels_last(like, like):
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    conv.weight = nn.Parameter(weight.detach(), trained)
+    conv.bias = nn.Parameter(bias.detach(), trained)
+    return conv
+
+
 class RepBlock(nn.Module):
     """A block whose branches run as one step in training and as one folded convolution in eval.
 
@@ -99,19 +117,13 @@ class RepBlock(nn.Module):
         self.deploy = deploy
         self.backend = planner.check_choice(backend)
 
-    @staticmethod
-    def _make_conv(placed: tuple[torch.Size, Settings], bias: bool, factory: Mapping[str, Any]) -> nn.Conv2d:
-        (outputs, cg, rows, columns), (stride, padding, dilation, groups, mode) = placed
-        size = (rows, columns)
-        return nn.Conv2d(cg * groups, outputs, size, stride, padding, dilation, groups, bias, mode, **factory)
-
     def _conv(self, number: int, factory: Mapping[str, Any]) -> nn.Conv2d:
         """The convolution of a slot."""
-        return self._make_conv(self._layout.convs[number], False, factory)
+        return make_conv(self._layout.convs[number], False, factory)
 
     def _fused_conv(self, factory: Mapping[str, Any]) -> nn.Conv2d:
         geometry = self._layout.geometry
-        return self._make_conv(conv_at(geometry, self._layout.channels, geometry.whole), True, factory)
+        return make_conv(conv_at(geometry, self._layout.channels, geometry.whole), True, factory)
 
     @property
     def fused(self) -> nn.Conv2d:
@@ -237,7 +249,7 @@ class RepBlock(nn.Module):
         placed = [conv_at(geometry, layout.channels, geometry.whole)] if self.deploy else layout.convs
         for conv, own in zip(convs, placed, strict=True):
             if conv is not None:
-                like = self._make_conv(own, False, {"device": "meta"})
+                like = make_conv(own, False, {"device": "meta"})
                 for attribute in (*names, "_reversed_padding_repeated_twice"):
                     setattr(conv, attribute, getattr(like, attribute))
         self._layout = layout
@@ -416,15 +428,8 @@ class RepBlock(nn.Module):
 
     def folded_conv(self, weight: Tensor, bias: Tensor) -> nn.Conv2d:
         """The nn.Conv2d of this weight and bias (as `become`) where the block is, trained as it is."""
-        geometry, channels = self.geometry, (weight.shape[1] * self.groups, weight.shape[0])
-        conv = self._make_conv(conv_at(geometry, channels, geometry.whole), True, {"device": "meta"})
-        like = self._kernel()
-        if like is not None and prefers_channels_last(like, like):
-            weight = weight.contiguous(memory_format=torch.channels_last)
         trained = any(p.requires_grad for p in self.parameters())
-        conv.weight = nn.Parameter(weight.detach(), trained)
-        conv.bias = nn.Parameter(bias.detach(), trained)
-        return conv.train(self.training)
+        return as_conv(self.geometry, weight, bias, self._kernel(), trained).train(self.training)
 
     def train(self, mode: bool = True) -> RepBlock:
         """As nn.Module.train; warns when a deployed block is set to train: its batch norms are gone."""

@@ -37,6 +37,7 @@ _READ = (*_CALLED, "weight", "bias", "running_mean", "running_var", "num_batches
 _HARMLESS = {"__init__", "_check_input_dim", "extra_repr", "__constants__"}
 _HARMLESS |= {"__doc__", "__module__", "__annotations__", "__annotate_func__", "__annotations_cache__"}
 _HARMLESS |= {"__static_attributes__", "__firstlineno__"}
+_IDLE_IN_EVAL = {"DropPath", "DropBlock2d"}  # by whatever library: they drop in training alone
 _FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
 
 
@@ -54,23 +55,50 @@ class Slot(NamedTuple):
     container: tuple[str, ...] | None = None
 
 
+class Container(NamedTuple):
+    """A module between a block and its branches: of this class, and calling it is calling these children of it.
+
+    Children that do nothing (see `does_nothing`) are not named.
+    """
+
+    path: tuple[str, ...]
+    kind: type[nn.Module]
+    children: tuple[str, ...]
+
+
 Settings = tuple[Pair, Pair, Pair, int, PaddingMode]  # stride, padding, dilation, groups, padding_mode
 
 
 class Layout(NamedTuple):
-    """Where a block was built to have its branches, and their modules; `convs` are its convolutions, by slot."""
+    """Where a block was built to have its branches, and their modules; `convs` are its convolutions, by slot.
+
+    `idle` are modules that the block calls between its branches, and that must do nothing.
+    """
 
     geometry: Geometry
     channels: Pair  # in and out
     slots: tuple[Slot, ...]
     total: str | None  # the batch norm after the sum
     convs: tuple[tuple[torch.Size, Settings], ...]  # the weight's shape, and the settings
+    containers: tuple[Container, ...]
+    idle: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def of(cls, geometry: Geometry, channels: Pair, slots: Sequence[Slot], total: str | None = None) -> Layout:
-        """The layout of these slots."""
+    def of(
+        cls,
+        geometry: Geometry,
+        channels: Pair,
+        slots: Sequence[Slot],
+        total: str | None = None,
+        containers: Sequence[Container] | None = None,
+        idle: Sequence[tuple[str, ...]] = (),
+    ) -> Layout:
+        """The layout of these slots; their containers, where none are given, are nn.Sequentials of CONV_BN."""
         convs = tuple(conv_at(geometry, channels, slot.taps) for slot in slots)
-        return cls(geometry, channels, tuple(slots), total, convs)
+        if containers is None:
+            paths = [slot.container for slot in slots if slot.container is not None]
+            containers = [Container(path, nn.Sequential, CONV_BN) for path in paths]
+        return cls(geometry, channels, tuple(slots), total, convs, tuple(containers), tuple(idle))
 
 
 def conv_at(geometry: Geometry, channels: Pair, taps: Taps) -> tuple[torch.Size, Settings]:
@@ -90,7 +118,8 @@ class Submodules(NamedTuple):
     convs: list[nn.Module | None]
     norms: list[nn.Module | None]
     total: nn.Module | None
-    containers: list[nn.Module]
+    containers: list[nn.Module | None]
+    idle: list[nn.Module | None]
     missing: str
 
     @classmethod
@@ -99,19 +128,18 @@ class Submodules(NamedTuple):
         modules, missing = block._modules, ""
         convs: list[nn.Module | None] = []
         norms: list[nn.Module | None] = []
-        containers: list[nn.Module] = []
-        for _, _, conv, norm, container in layout.slots:
+        for _, _, conv, norm, _ in layout.slots:
             for path, found in ((conv, convs), (norm, norms)):
                 module = None if path is None else module_at(modules, path)
                 found.append(module)
                 if module is None and path is not None:
                     missing = missing or ".".join(path)
-            if container is not None and (module := module_at(modules, container)) is not None:
-                containers.append(module)
+        containers = [module_at(modules, container.path) for container in layout.containers]
+        idle = [module_at(modules, path) for path in layout.idle]
         total = None if layout.total is None else modules.get(layout.total)
         if total is None and layout.total is not None:
             missing = missing or layout.total
-        return cls(layout, convs, norms, total, containers, missing)
+        return cls(layout, convs, norms, total, containers, idle, missing)
 
     def named(self) -> Iterator[tuple[str, Any, type[nn.Module], frozenset[str]]]:
         """(name, module, the class that a block builds there, what every instance of it has) of each."""
@@ -157,21 +185,39 @@ def speaks_for(given: Submodules) -> Geometry | str:
             or _is_altered(norm, _NORM_ATTRIBUTES, compiling)
         ):
             return _first_reason(given)
-    for container in given.containers:
-        if (why := _why_no_container(container)) is not None:
+    for module, container in zip(given.containers, given.layout.containers, strict=True):
+        if (why := _why_no_container(module, container)) is not None:
             return why
+    for module, path in zip(given.idle, given.layout.idle, strict=True):
+        if not does_nothing(module):
+            return f"{'.'.join(path)}, between the branches, is a {type(module).__name__}, or has hooks"
     return _agree(given)
 
 
-def _why_no_container(module: nn.Module) -> str | None:
-    """Why calling the module is not calling its convolution and then its batch norm, or None."""
-    if type(module) is not nn.Sequential or _is_altered(
-        module, _CONTAINER_ATTRIBUTES, torch.compiler.is_compiling()
-    ):
-        return f"a branch's container {_why_special(module, nn.Sequential, _CONTAINER_ATTRIBUTES)}"
-    if tuple(module._modules) != CONV_BN:
-        return f"a branch's container holds {tuple(module._modules)}, not {CONV_BN}"
+def _why_no_container(module: nn.Module | None, container: Container) -> str | None:
+    """Why calling the module is not calling the convolution and then the batch norm that it holds, or None."""
+    if module is None:  # with what it holds, which is missed first
+        return None
+    kind, children = container.kind, container.children
+    if type(module) is not kind or _is_altered(module, _CONTAINER_ATTRIBUTES, torch.compiler.is_compiling()):
+        return f"a branch's container {_why_special(module, kind, _CONTAINER_ATTRIBUTES)}"
+    found = module._modules
+    if tuple(found) != children and tuple([n for n in found if not does_nothing(found[n])]) != children:
+        return f"a branch's container holds {tuple(found)}, not {children}"
     return None
+
+
+def _drops(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module).__name__ in _IDLE_IN_EVAL and not hooks
+
+
+def does_nothing(module: nn.Module | None) -> bool:
+    """Whether calling a module that a block has, or has not, is no more than handing x on."""
+    return module is None or (
+        type(module) is nn.Identity
+        and not _is_altered(module, _CONTAINER_ATTRIBUTES, torch.compiler.is_compiling())
+    )
 
 
 def _first_reason(given: Submodules) -> str:
@@ -205,9 +251,12 @@ def read_for_fold(given: Submodules) -> Step:
                 f"cannot fold: {name} has track_running_stats=False, so it always normalises by the "
                 "batch and no fixed convolution equals it"
             )
-    for container in given.containers:
-        if (why := _why_no_container(container)) is not None:
+    for module, container in zip(given.containers, given.layout.containers, strict=True):
+        if (why := _why_no_container(module, container)) is not None:
             raise ValueError(f"cannot fold: {why}")
+    for module, path in zip(given.idle, given.layout.idle, strict=True):
+        if module is not None and not (does_nothing(module) or _drops(module)):
+            raise ValueError(f"cannot fold: {'.'.join(path)} is a {type(module).__name__}, or has hooks")
     with _evaluating(modules):
         geometry = _agree(given)
         if isinstance(geometry, str):
@@ -238,10 +287,21 @@ def _is_known_norm(norm: nn.Module) -> bool:
     """Whether a module's eval is nn.BatchNorm2d's.
 
     Known are nn.BatchNorm2d and nn.SyncBatchNorm, classes derived from the base of both that change nothing but
-    the check of the input (what undoing a SyncBatchNorm conversion leaves behind), and FrozenBatchNorm2d.
+    the check of the input (what undoing a SyncBatchNorm conversion leaves behind), FrozenBatchNorm2d, and timm's
+    batch norms with an activation where that is none.
     """
     kind: type = type(norm)
-    return kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm or is_frozen(norm) or _changes_nothing(kind)
+    if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
+        return True
+    if _has_activation(kind):
+        return all(does_nothing(child) for child in norm._modules.values())
+    return is_frozen(norm) or _changes_nothing(kind)
+
+
+def _has_activation(kind: type) -> bool:
+    """Whether a class is a batch norm as timm writes it, with a child to drop and an activation after itself."""
+    base = {"BatchNormAct2d": nn.BatchNorm2d, "SyncBatchNormAct": nn.SyncBatchNorm}.get(kind.__name__)
+    return base is not None and kind.__bases__ == (base,)
 
 
 @functools.cache
@@ -296,8 +356,11 @@ def _changes_values(module: nn.Module) -> bool:
 
 def _why_special(module: nn.Module, expected: type[nn.Module], usual: frozenset[str]) -> str:
     kind = type(module)
+    if _has_activation(kind) and (inside := [n for n, m in module._modules.items() if not does_nothing(m)]):
+        return f"is a {kind.__name__} with {' and '.join(inside)} of its own inside the sum"
     if kind is not expected and not (expected is nn.BatchNorm2d and _is_known_norm(module)):
-        return f"is a {kind.__name__}, not a plain nn.{expected.__name__}"
+        plain = f"nn.{expected.__name__}" if expected.__module__.startswith("torch.nn.") else expected.__name__
+        return f"is a {kind.__name__}, not a plain {plain}"
     own = next((name for name in _CALLED if name in module.__dict__), _shadows(module, usual))
     return f"has a {own} of its own" if own else "has hooks"
 
@@ -331,7 +394,7 @@ def _agree(given: Submodules) -> Geometry | str:
         return why
     group = None
     for norm in (*given.norms, given.total):
-        if type(norm) is nn.SyncBatchNorm and (its := _group_of(norm)) is not None:
+        if isinstance(norm, nn.SyncBatchNorm) and (its := _group_of(norm)) is not None:
             if group is not None and its is not group:
                 return "its batch norms synchronise over different process groups"
             group = its

@@ -11,7 +11,7 @@ import torch
 
 from acnet_kernels.errors import UserError
 
-from . import block, contenders, fusion, harness, host, memory, network, report, shapes
+from . import block, contenders, fusion, harness, host, libraries, memory, network, report, shapes
 
 PARTS: dict[str, Callable[[argparse.Namespace], list[Path]]] = {
     "block": block.run,
@@ -57,8 +57,11 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--{error}") from None
     networks = list(dict.fromkeys((*network.NETWORKS, *fusion.NETWORKS)))
     options.networks = options.networks or (["resnet56"] if quick else networks)
+    of_libraries = {name: found for name in options.networks if (found := libraries.parse(name)) is not None}
+    for found in of_libraries.values():
+        libraries.check(found)
     known = dict.fromkeys((*contenders.names(options.device), *network.TIMED, *network.MEASURED))
-    for option, accepted in (("networks", networks), ("contenders", list(known))):
+    for option, accepted in (("networks", [*networks, *of_libraries]), ("contenders", list(known))):
         for name in getattr(options, option):
             if name not in accepted:
                 raise UserError(f"--{option} must be of {', '.join(accepted)}, got {name!r}")

@@ -1,7 +1,10 @@
 """A training step of whole networks: plain, ACNet in eager, compiled, and by this package.
 
 A step is forward, loss, backward and an SGD update on random images, channels_last; half precision is autocast.
-Writes network-<dtype>.csv.
+Writes network-<dtype>.csv; of other libraries' networks, as they are and accelerated, also what a step keeps for
+backward, to accelerated-<dtype>.csv. These are in PyTorch's usual layout: in channels_last the CPU library's weight
+gradient of a 1×1 convolution of 3 channels and stride 2, as RepVGG's and MobileOne's stems have it, writes outside
+its memory (torch 2.14.1, AVX-512).
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acnet_kernels import ACBlock
+from acnet_kernels import ACBlock, accelerate
 from acnet_kernels.paper import models
 
-from . import harness
+from . import harness, libraries
 from .contenders import COMPILED, Checkpointed, Modules
 
 CLASSES = 10
@@ -54,6 +57,7 @@ NETWORKS = {
 COMPILED_NETWORKS = ("resnet18",)
 OURS = ("auto", "recompute", "memory_saver")
 TIMED = ("plain", "eager", *COMPILED, "auto", "memory_saver")
+OF_LIBRARIES = ("eager", *COMPILED, "auto", "memory_saver")  # eager: the library's own
 MEASURED = ("plain", "eager", "compile", "checkpoint", *OURS)  # in bytes
 
 
@@ -67,15 +71,20 @@ def with_blocks(model: nn.Module, made_of: Callable[[ACBlock], nn.Module]) -> nn
 
 
 def build(network: str, contender: str, device: torch.device) -> nn.Module:
-    """The contender's network in training mode, channels_last, from the same seed as all others."""
+    """The contender's network in training mode and its layout, from the same seed as all others."""
     torch.manual_seed(0)
-    if contender == "plain":
+    found = libraries.parse(network)
+    if found is not None:
+        model = libraries.build(found, CLASSES)
+        if contender in OURS:
+            accelerate(model, backend=contender)
+    elif contender == "plain":
         model = models.build(network, CLASSES, block="plain")
     else:
         model = models.build(network, CLASSES, backend=contender if contender in OURS else "eager")
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=layout_of(network))
     if contender == "eager":
-        return with_blocks(model, Modules)
+        return with_blocks(model, Modules)  # a library's network has none
     if contender == "checkpoint":
         return with_blocks(model, lambda block: Checkpointed(Modules(block)))
     if contender in COMPILED:
@@ -84,10 +93,15 @@ def build(network: str, contender: str, device: torch.device) -> nn.Module:
     return model
 
 
+def layout_of(name: str) -> torch.memory_format:
+    """The memory layout a network is measured in."""
+    return torch.channels_last if libraries.parse(name) is None else torch.contiguous_format
+
+
 def batch_of(network: Network, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random images, channels_last, and labels."""
+    """Random images, in the network's layout, and labels."""
     images = torch.randn(batch, 3, network.size, network.size, device=device)
-    return images.to(memory_format=torch.channels_last), torch.randint(CLASSES, (batch,), device=device)
+    return images.to(memory_format=layout_of(network.name)), torch.randint(CLASSES, (batch,), device=device)
 
 
 def loss_of(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,28 +131,45 @@ def names_for(network: Network, options: argparse.Namespace, among: tuple[str, .
     return [name for name in among if name not in COMPILED or (name in compiled and (cuda or name == "compile"))]
 
 
+def find(name: str) -> Network | None:
+    """The network of this name, the paper's or another library's, or None."""
+    found = libraries.parse(name)
+    return NETWORKS.get(name) if found is None else Network(name, libraries.image_size(found), 4, 64)
+
+
 def run(options: argparse.Namespace) -> list[Path]:
     """Times all networks in all dtypes; returns the files written."""
     written = []
     for dtype in options.dtype:
-        report = harness.Report(options.device)
-        for name in [name for name in options.networks if name in NETWORKS]:
-            line = measure(NETWORKS[name], dtype, options, report)
-            print(f"{name} {harness.dtype_name(dtype)}: {line}", flush=True)
-        written.append(options.out / f"network-{harness.dtype_name(dtype)}.csv")
-        report.write_csv(written[-1])
+        reports: dict[str, harness.Report] = {}
+        for network in [network for name in options.networks if (network := find(name)) is not None]:
+            kind = "network" if libraries.parse(network.name) is None else "accelerated"
+            report = reports.setdefault(kind, harness.Report(options.device))
+            line = measure(network, dtype, options, report)
+            print(f"{network.name} {harness.dtype_name(dtype)}: {line}", flush=True)
+        for kind, report in reports.items():
+            written.append(options.out / f"{kind}-{harness.dtype_name(dtype)}.csv")
+            report.write_csv(written[-1])
     return written
 
 
 def measure(network: Network, dtype: torch.dtype, options: argparse.Namespace, report: harness.Report) -> str:
     """Times one network's contenders and adds their rows; returns its line of the log."""
-    batch = network.batch(options.device)
+    batch, shape = network.batch(options.device), network.shape(network.batch(options.device))
     images, labels = batch_of(network, batch, options.device)
-    calls = {
-        name: [training_step(build(network.name, name, options.device), images, labels, dtype)]
-        for name in names_for(network, options, TIMED)
+    of_library = libraries.parse(network.name) is not None
+    layout = "nchw" if of_library else "channels_last"
+    models = {
+        name: build(network.name, name, options.device)
+        for name in names_for(network, options, OF_LIBRARIES if of_library else TIMED)
     }
+    if of_library:
+        for name, model in models.items():
+            known = [*model.parameters(), *model.buffers()]
+            kept = harness.saved_bytes(lambda model=model: loss_of(model, images, labels, dtype), known)
+            report.add(name, "step", shape, dtype, layout, "saved_bytes", float(kept))
+    calls = {name: [training_step(model, images, labels, dtype)] for name, model in models.items()}
     samples = harness.measure(calls, options.device, warm_up=0.02, seconds=4 * options.seconds, least=options.least)
     for name, found in samples.items():
-        report.add(name, "step", network.shape(batch), dtype, "channels_last", "time_ms", found)
+        report.add(name, "step", shape, dtype, layout, "time_ms", found)
     return ", ".join(f"{name} {found.p50:.1f}" for name, found in samples.items())

@@ -29,11 +29,12 @@ class Results:
     network: dict[str, list[Row]] = field(default_factory=dict)
     memory: dict[str, list[Row]] = field(default_factory=dict)
     fusion: dict[str, list[Row]] = field(default_factory=dict)
+    accelerated: dict[str, list[Row]] = field(default_factory=dict)
 
     @property
     def rows(self) -> Iterator[Row]:
         """All of them."""
-        for kind in (self.block, self.phases, self.network, self.memory, self.fusion):
+        for kind in (self.block, self.phases, self.network, self.memory, self.fusion, self.accelerated):
             for rows in kind.values():
                 yield from rows
 
@@ -41,7 +42,7 @@ class Results:
 def read(directory: Path) -> Results:
     """The CSVs in the directory; none where it does not exist."""
     results = Results()
-    for kind in ("block", "phases", "network", "memory", "fusion"):
+    for kind in ("block", "phases", "network", "memory", "fusion", "accelerated"):
         for path in sorted(directory.glob(f"{kind}*.csv"), key=lambda path: "float32" not in path.stem):
             getattr(results, kind)[path.stem.partition("-")[2] or "float32"] = harness.read_csv(path)
     return results
@@ -68,6 +69,7 @@ def write(directory: Path, before: Results) -> list[Path]:
         speed_part,
         roofline_part,
         network_part,
+        accelerated_part,
         memory_part,
         fusion_part,
     )
@@ -275,6 +277,32 @@ def network_part(results: Results, directory: Path) -> Part | None:
         for network, times in of.items()
     ]
     return Part("Whole networks", [], Table(("step, ms", "dtype", *names), lines), [path])
+
+
+def accelerated_part(results: Results, directory: Path) -> Part | None:
+    """Steps of other libraries' networks, as they are and accelerated."""
+    lines = []
+    for dtype, rows in results.accelerated.items():
+        kept = analysis.steps(rows, "saved_bytes")
+        for network, times in analysis.steps(rows).items():
+            if not {"eager", OURS} <= times.keys():
+                continue
+            faster = f"{times['eager'].p50 / times[OURS].p50:.2f}"
+            saved = (f"{kept[network][name].p50 / MIB:.1f}" for name in ("eager", OURS))
+            lines.append((network, dtype, *(_shown(times[name]) for name in ("eager", OURS)), faster, *saved))
+    if not lines:
+        return None
+    header = (
+        "network",
+        "dtype",
+        "its own, ms",
+        "accelerated, ms",
+        "times as fast",
+        "saved, MiB",
+        "accelerated, MiB",
+    )
+    text = ["`accelerate(model)` and nothing else; `python -m acnet_kernels bench network --networks timm:NAME …`."]
+    return Part("Networks of other libraries", text, Table(header, lines), [])
 
 
 def memory_part(results: Results, directory: Path) -> Part | None:

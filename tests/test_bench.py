@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from acnet_kernels import bench, cli
-from benchmarks import analysis, codegen, fusion, harness, memory, network, report
+from benchmarks import analysis, codegen, fusion, harness, libraries, memory, network, report
 from benchmarks.harness import Row
 
 TINY = ["--quick", "--seconds", "0.01", "--dtype", "float32"]
@@ -78,6 +78,28 @@ def test_all_parts_write_their_rows_and_a_report(tmp_path, capsys):
     assert "**0 of " in (tmp_path / "report.md").read_text()
 
 
+def test_a_librarys_network_is_measured_before_and_after(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("timm", reason="its network is measured: extra `test`")
+    monkeypatch.setattr(libraries, "image_size", lambda name: 32)
+    options = [*TINY, "--networks", "timm:repghostnet_050", "--contenders", "eager", "auto", "--out", tmp_path]
+    code, _, errors = run(capsys, "network", *options)
+    assert (code, errors) == (0, "")
+    assert [path.stem for path in tmp_path.glob("*.csv")] == ["accelerated-float32"]
+    rows = harness.read_csv(tmp_path / "accelerated-float32.csv")
+    measured = [(name, metric) for metric in ("saved_bytes", "time_ms") for name in ("auto", "eager")]
+    assert sorted((row.contender, row.metric) for row in rows) == sorted(measured)
+    assert {row.shape for row in rows} == {"timm:repghostnet_050 4x3x32x32"}
+    assert "Networks of other libraries" in (tmp_path / "report.md").read_text()
+
+
+def test_networks_of_transformers_give_logits():
+    pytest.importorskip("transformers", reason="its networks are built: extra `test`")
+    for name in ("textnet", "pp_lcnet_v3"):
+        found = libraries.parse(f"transformers:{name}")
+        libraries.check(found)
+        assert libraries.build(found, 10)(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+
+
 def test_contenders_and_dtype_are_chosen(tmp_path, capsys):
     shape = ["--shapes", "1x2x3x3->2"]
     assert (
@@ -107,6 +129,7 @@ def test_contenders_and_dtype_are_chosen(tmp_path, capsys):
         ("block --shapes resnet57", "--shapes must be 'targets', a part of a name"),
         ("block --shapes 1x2->3", "--shape must be like '8x64x56x56->64 k5 /2 g32 d2', got '1x2->3'"),
         ("network --networks resnet9", "--networks must be of resnet56"),
+        ("network --networks timm:resnet9", "--networks: timm has no 'resnet9'"),
         ("block --contenders fast", "--contenders must be of eager"),
         ("block --dtype float64", "argument --dtype: invalid choice: 'float64'"),
         ("block --seconds 0", "argument --seconds: must be a float above 0"),
