@@ -52,8 +52,8 @@ class LeftAlone:
 class Explanation:
     """The blocks in the order they run, every convolution convert() looked at, and what is not accelerated.
 
-    str() is a table. `failure` says what the model raised on the input ('' where it ran): the blocks after that have
-    no shapes.
+    str() is a table. `failure` says what the model raised on the input ('' where it ran): the blocks after that
+    have no shapes.
     """
 
     blocks: list[BlockReport]
