@@ -238,6 +238,13 @@ struct Window {
     __builtin_memset(zero, 0, pitch * sizeof(A));
   }
 
+  // Of channels_last, a row's vectors lie far apart: what the processor expects next is other channels.
+  void prefetch(int64_t n, int64_t q) const {
+    if (map->channel != 1 || q >= rows) return;
+    const T* from = map->data + n * map->image + q * map->row;
+    for (int64_t j = 0; j < columns; ++j) __builtin_prefetch(from + j * map->column);
+  }
+
   // Row q of image n from its first column on.
   const A* row(int64_t n, int64_t q) {
     if (q < 0 || q >= rows) return zero + left * kLanes<A>;
@@ -245,6 +252,7 @@ struct Window {
     A* to = slots + slot * pitch + left * kLanes<A>;
     if (held[slot] != n * rows + q) {
       held[slot] = n * rows + q;
+      prefetch(n, q + 1);
       pack_row<T, A>(*map, map->data + n * map->image + q * map->row, columns, pivot, to);
     }
     return to;

@@ -58,12 +58,12 @@ def declines(problem: Problem) -> str | None:
     geometry = problem.geometry
     if not all(problem.batch_stats):
         return "a batch norm normalises by its running statistics"
-    if geometry.padding_mode != "zeros":
-        return f"padding_mode {geometry.padding_mode!r} is not 'zeros'"
     if not problem.dtype.is_floating_point:
         return f"dtype {problem.dtype} is not a float"
     if depthwise.computes(geometry, problem.shape[1], problem.out_channels):
         return mixed.declines(problem)
+    if geometry.padding_mode != "zeros":
+        return f"padding_mode {geometry.padding_mode!r} is not 'zeros'"
     if geometry.kernel[0] != geometry.kernel[1] or geometry.kernel[0] % 2 == 0:
         return f"kernel_size {geometry.kernel} is not one odd number twice, for which the identities hold"
     for name, value, wanted in (

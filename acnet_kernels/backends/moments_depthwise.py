@@ -54,7 +54,8 @@ def is_fastest(problem: Problem) -> bool:
 
 
 def saved_bytes(problem: Problem) -> int:
-    """Bytes kept for backward: x, and of every channel some numbers for each tap and each batch norm."""
+    """Bytes kept for backward: x, padded where it must be, and some numbers for each tap and each batch norm."""
+    problem = problem.explicit()
     taps, norms = math.prod(problem.geometry.kernel), len(problem.batch_stats)
     numbers = taps
     if problem.norm != SUM:
@@ -67,6 +68,7 @@ def saved_bytes(problem: Problem) -> int:
 
 def transient_bytes(problem: Problem) -> int:
     """Bytes that a step holds at most besides what it keeps, its output and its gradients among them."""
+    problem = problem.explicit()
     rows, columns = problem.geometry.kernel
     taps = rows * columns
     kinds = (2 * rows - 1) * (2 * columns - 1)  # of pixels, about
@@ -196,13 +198,13 @@ def _step(
         centred.append(plain.products(y)[:, places])
         levels.append(y)
     rstds = rstds_of(torch.stack(variances), eps)
-    out = 0
+    out = plain.x.new_zeros(())
     for b, (y, rstd) in enumerate(zip(levels, rstds, strict=True)):
         out = out + y * _per_channel(gammas[b].double() * rstd if gammas else rstd)
         out = out + _per_channel(betas[b].double()) if betas else out
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return (
-        out.to(x.dtype).contiguous(memory_format=layout),  # type: ignore[attr-defined]
+        torch.empty(out.shape, dtype=x.dtype, device=x.device, memory_format=layout).copy_(out),
         torch.stack(means),
         torch.stack(variances),
         rstds,
