@@ -363,10 +363,16 @@ void find_statistics(const Problem& problem, const View& x, const Statistics& fo
   });
 }
 
-Tensor empty_map(const Tensor& x, int64_t channels, int64_t rows, int64_t columns, bool channels_last) {
+Tensor empty_out(const Problem& problem, const Tensor& x, bool channels_last) {
   using torch::headeronly::MemoryFormat;
-  return torch::stable::empty({x.size(0), channels, rows, columns}, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const Plan& plan = problem.plan();
+  const std::vector<int64_t> sizes = {plan.images, problem.outputs, plan.rows.out, plan.columns.out};
+  try {
+    return torch::stable::empty(sizes, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+                                channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  } catch (const std::exception&) {  // whose words name a file of the machine that built torch
+    problem.check.fail("there is no memory for an output of shape ", Shape{sizes.data(), 4});
+  }
 }
 
 double* doubles(Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
@@ -499,7 +505,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x
   return dispatch(problem.x.type(), [&](auto element, auto accumulator) {
     using T = decltype(element);
     using A = decltype(accumulator);
-    Tensor out = empty_map(x, K, plan.rows.out, plan.columns.out, channels_last);
+    Tensor out = empty_out(problem, x, channels_last);
     const auto make = [&](std::vector<int64_t> sizes, ScalarType type) { return torch::stable::new_empty(x, sizes, type); };
     Tensor means = make({norms, K}, ScalarType::Double), variances = make({norms, K}, ScalarType::Double);
     Tensor rstds = make({norms, K}, ScalarType::Double), pivot = make({problem.channels}, ScalarType::Double);
