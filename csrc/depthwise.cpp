@@ -1,4 +1,4 @@
-// The operators depthwise_step and depthwise_step_backward on the CPU: checks, tasks, threads and merging. Their meaning
+// The operators of depthwise blocks on the CPU: checks, tasks, threads and merging. Their meaning
 // is documented once, in acnet_kernels/ops/depthwise.py. The passes are in depthwise_kernels.h.
 #include "depthwise.h"
 
@@ -493,26 +493,25 @@ void convolve(const Problem& problem, const std::vector<View>& betas, const Stat
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x, Tensors weights, Tensors gammas,
-                                                                        Tensors betas, std::vector<double> eps,
-                                                                        std::vector<int64_t> taps,
-                                                                        std::vector<int64_t> geometry, bool channels_last) {
-  const Problem problem("depthwise_step", x, weights, gammas, static_cast<int64_t>(eps.size()), taps, geometry);
-  const std::vector<View> shifts(betas.begin(), betas.end());
-  problem.affine(shifts, "betas");
+// What autograd keeps besides the tensors it is given.
+struct Found {
+  Tensor means, variances, pivot, sums, centred;
+
+  Statistics statistics() { return {doubles(means), doubles(variances), doubles(pivot), doubles(sums)}; }
+};
+
+Found statistics_of(const Problem& problem, const Tensor& x, const std::vector<double>& eps) {
   const Plan& plan = problem.plan();
   const int64_t K = problem.outputs, norms = problem.norms();
-  return dispatch(problem.x.type(), [&](auto element, auto accumulator) {
+  const auto make = [&](std::vector<int64_t> sizes, ScalarType type) { return torch::stable::new_empty(x, sizes, type); };
+  Found all{make({norms, K}, ScalarType::Double), make({norms, K}, ScalarType::Double),
+            make({problem.channels}, ScalarType::Double), make({problem.channels, plan.taps}, ScalarType::Double),
+            make({K, problem.numbers}, sums_of(problem.x.type()))};
+  dispatch(problem.x.type(), [&](auto element, auto accumulator) {
     using T = decltype(element);
     using A = decltype(accumulator);
-    Tensor out = empty_out(problem, x, channels_last);
-    const auto make = [&](std::vector<int64_t> sizes, ScalarType type) { return torch::stable::new_empty(x, sizes, type); };
-    Tensor means = make({norms, K}, ScalarType::Double), variances = make({norms, K}, ScalarType::Double);
-    Tensor rstds = make({norms, K}, ScalarType::Double), pivot = make({problem.channels}, ScalarType::Double);
-    Tensor sums = make({problem.channels, plan.taps}, ScalarType::Double);
-    Tensor centred = make({K, problem.numbers}, sums_of(problem.x.type()));
-    const Statistics found{doubles(means), doubles(variances), doubles(pivot), doubles(sums)};
-    A* products = static_cast<A*>(centred.mutable_data_ptr());
+    const Statistics found = all.statistics();
+    A* products = static_cast<A*>(all.centred.mutable_data_ptr());
     const auto in_double = [&] {
       Tensor wide = torch::stable::to(x, ScalarType::Double);
       const View view(wide);
@@ -529,15 +528,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x
     }
     if (plan.images > 0 && !finite(found.variances, norms * K)) define_statistics<T>(problem, found);
     if (hides_nothing) without_rounding(problem, eps, found);
-    double* rstd = doubles(rstds);
-    for (int64_t b = 0; b < norms; ++b)
-      for (int64_t o = 0; o < K; ++o) {
-        const double spread = found.variances[b * K + o] + eps[b];
-        rstd[b * K + o] = spread == 0 ? 0 : 1 / std::sqrt(spread);  // as in nn.BatchNorm2d, whose ε may be 0
-      }
-    convolve<T, A>(problem, shifts, found, rstd, out);
-    return std::make_tuple(out, means, variances, rstds, pivot, sums, centred);
   });
+  return all;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> statistics(Tensor x, Tensors weights, std::vector<double> eps,
+                                                              std::vector<int64_t> taps, std::vector<int64_t> geometry) {
+  const Problem problem("depthwise_statistics", x, weights, {}, static_cast<int64_t>(eps.size()), taps, geometry);
+  Found found = statistics_of(problem, x, eps);
+  return {found.means, found.variances, found.pivot, found.sums, found.centred};
+}
+
+void check_double(const Check& check, const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) {
+  const View v(t);
+  check.readable(v, name);
+  check.shape(v, name, sizes);
+  check.type(v, name, ScalarType::Double, "dtype float64");
+  check.contiguous(v, name);
+}
+
+Tensor normalise(const Problem& problem, const Tensor& x, const Tensors& betas, const Statistics& found,
+                 const double* rstds, bool channels_last) {
+  const std::vector<View> shifts(betas.begin(), betas.end());
+  Tensor out = empty_out(problem, x, channels_last);
+  dispatch(problem.x.type(), [&](auto element, auto accumulator) {
+    convolve<decltype(element), decltype(accumulator)>(problem, shifts, found, rstds, out);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x, Tensors weights, Tensors gammas,
+                                                                        Tensors betas, std::vector<double> eps,
+                                                                        std::vector<int64_t> taps,
+                                                                        std::vector<int64_t> geometry, bool channels_last) {
+  const Problem problem("depthwise_step", x, weights, gammas, static_cast<int64_t>(eps.size()), taps, geometry);
+  problem.affine({betas.begin(), betas.end()}, "betas");
+  Found found = statistics_of(problem, x, eps);
+  Tensor rstds = torch::stable::empty_like(found.variances);
+  const double* variance = doubles(found.variances);
+  for (int64_t i = 0; i < problem.norms() * problem.outputs; ++i) {
+    const double spread = variance[i] + eps[i / problem.outputs];
+    doubles(rstds)[i] = spread == 0 ? 0 : 1 / std::sqrt(spread);  // as in nn.BatchNorm2d, whose ε may be 0
+  }
+  Tensor out = normalise(problem, x, betas, found.statistics(), doubles(rstds), channels_last);
+  return {out, found.means, found.variances, rstds, found.pivot, found.sums, found.centred};
+}
+
+Tensor apply(Tensor x, Tensors weights, Tensors gammas, Tensors betas, Tensor means, Tensor rstds, Tensor pivot,
+             std::vector<int64_t> taps, std::vector<int64_t> geometry, bool channels_last) {
+  const View given(means);
+  const Problem problem("depthwise_apply", x, weights, gammas, given.dim == 2 ? given.sizes[0] : -1, taps, geometry);
+  problem.affine({betas.begin(), betas.end()}, "betas");
+  check_double(problem.check, means, "means", {problem.norms(), problem.outputs});
+  check_double(problem.check, rstds, "rstds", {problem.norms(), problem.outputs});
+  check_double(problem.check, pivot, "pivot", {problem.channels});
+  return normalise(problem, x, betas, {doubles(means), nullptr, doubles(pivot), nullptr}, doubles(rstds), channels_last);
 }
 
 // ---- backward ----
@@ -569,6 +614,7 @@ struct Wanted {
   std::vector<View> layouts;
   void *gammas, *beta;         // norms × K and K, of the type of sums
   bool x;
+  const double* averages;      // Σ g·ŷ_b and then Σ g of every channel by the number of values, or null: by these maps
 };
 
 template <class E>
@@ -633,7 +679,12 @@ void differentiate(const Problem& problem, const View& grad, const Kept& kept, c
             for (int64_t t = 0; t < size; ++t) inner += weight.data()[t * lanes + l] * patch.data()[k.places[t] * lanes + l];
             const double dgamma = rstd * (inner - mean * total[l]);
             if (wanted.gammas != nullptr) put<A>(wanted.gammas, at, dgamma);
-            const double factor = dgamma * share * rstd, offset = total[l] * share;
+            double projection = dgamma * share, offset = total[l] * share;
+            if (wanted.averages != nullptr) {
+              projection = wanted.averages[at];
+              offset = wanted.averages[problem.norms() * K + o];
+            }
+            const double factor = projection * rstd;
             slope[l] = scale * factor;
             shift[l] = scale * (factor * mean - offset);
             const double* sums = doubles_of(kept.sums) + c * taps;
@@ -699,13 +750,15 @@ void differentiate(const Problem& problem, const View& grad, const Kept& kept, c
 
 std::tuple<Tensor, Tensors, Tensor, Tensor> step_backward(Tensor grad, Tensor x, Tensors weights, Tensors gammas, Tensor means,
                                                           Tensor rstds, Tensor pivot, Tensor sums, Tensor centred,
-                                                          std::vector<int64_t> taps, std::vector<int64_t> geometry,
-                                                          bool need_x, std::vector<bool> need_weights, bool need_gammas) {
+                                                          std::optional<Tensor> averages, std::vector<int64_t> taps,
+                                                          std::vector<int64_t> geometry, bool need_x,
+                                                          std::vector<bool> need_weights, bool need_gammas) {
   const View given(means);
   const Problem problem("depthwise_step_backward", x, weights, gammas, given.dim == 2 ? given.sizes[0] : -1, taps, geometry);
   const Check& check = problem.check;
   const Kept kept(problem, means, rstds, pivot, sums, centred);
   const Plan& plan = problem.plan();
+  if (averages.has_value()) check_double(check, *averages, "averages", {problem.norms() + 1, problem.outputs});
   const View gradient(grad);
   check.readable(gradient, "grad");
   check.shape(gradient, "grad", {plan.images, problem.outputs, plan.rows.out, plan.columns.out});
@@ -721,7 +774,8 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> step_backward(Tensor grad, Tensor x,
                                  : torch::stable::new_empty(x, {0}, wide);
     Tensor dbeta = torch::stable::new_empty(x, {problem.outputs}, wide);
     Tensors dws;
-    Wanted wanted{{}, {}, need_gammas ? dgammas.mutable_data_ptr() : nullptr, dbeta.mutable_data_ptr(), need_x};
+    Wanted wanted{{}, {}, need_gammas ? dgammas.mutable_data_ptr() : nullptr, dbeta.mutable_data_ptr(), need_x,
+                  averages.has_value() ? doubles(*averages) : nullptr};
     for (size_t i = 0; i < weights.size(); ++i) {
       if (need_weights[i]) dws.push_back(torch::stable::empty_like(weights[i]));
       wanted.weights.push_back(need_weights[i] ? dws.back().mutable_data_ptr() : nullptr);
@@ -739,13 +793,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
       "depthwise_step(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, int[] taps,"
       " int[] geometry, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "depthwise_statistics(Tensor x, Tensor[] weights, float[] eps, int[] taps, int[] geometry)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "depthwise_apply(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor means, Tensor rstds,"
+      " Tensor pivot, int[] taps, int[] geometry, bool channels_last) -> Tensor");
+  m.def(
       "depthwise_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor means, Tensor rstds,"
-      " Tensor pivot, Tensor sums, Tensor centred, int[] taps, int[] geometry, bool need_x, bool[] need_weights,"
+      " Tensor pivot, Tensor sums, Tensor centred, Tensor? averages, int[] taps, int[] geometry, bool need_x,"
+      " bool[] need_weights,"
       " bool need_gammas) -> (Tensor, Tensor[], Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(acnet_kernels, CPU, m) {
   m.impl("depthwise_step", TORCH_BOX(&step));
+  m.impl("depthwise_statistics", TORCH_BOX(&statistics));
+  m.impl("depthwise_apply", TORCH_BOX(&apply));
   m.impl("depthwise_step_backward", TORCH_BOX(&step_backward));
 }
 

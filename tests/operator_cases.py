@@ -451,7 +451,29 @@ def depthwise_step_backward(r: random.Random) -> list[Any]:
     out, means, _, rstds, pivot, sums, centred = depthwise._step(*args, last_)
     needs = [r.random() < 0.7, [r.random() < 0.7 for _ in weights], r.random() < 0.7]
     grad = layout_of(r, torch.randn(out.shape).to(x.dtype))
-    return [grad, x, weights, gammas, means, rstds, pivot, sums, centred, taps, geometry, *needs]
+    averages = torch.randn(len(means) + 1, means.shape[1], dtype=torch.float64) if r.random() < 0.5 else None
+    return [grad, x, weights, gammas, means, rstds, pivot, sums, centred, averages, taps, geometry, *needs]
+
+
+def depthwise_statistics(r: random.Random) -> list[Any]:
+    x, weights, _, _, *rest, _ = depthwise_step(r)
+    return [x, weights, *rest]
+
+
+def depthwise_statistics_results(x: Any, weights: Any, *rest: Any) -> list[Any]:
+    _, means, variances, *_ = depthwise_step_results(x, weights, [], [], *rest, False)
+    return [means, variances, None, None, None]
+
+
+def depthwise_apply(r: random.Random) -> list[Any]:
+    x, weights, gammas, betas, eps, *numbers, last_ = depthwise_step(r)
+    means, variances, pivot, *_ = depthwise._statistics(x, weights, eps, *numbers)
+    return [x, weights, gammas, betas, means, 1 / (variances + 0.1).sqrt(), pivot, *numbers, last_]
+
+
+def depthwise_apply_results(x: Any, weights: Any, gammas: Any, betas: Any, *rest: Any) -> list[Any]:
+    wide_ = [[wide(t) for t in own] for own in (weights, gammas, betas)]
+    return [depthwise._apply(wide(x), *wide_, *rest)]
 
 
 def depthwise_step_backward_results(*args: Any) -> list[Any]:
@@ -577,6 +599,8 @@ CASES = {
     "bn_sum_backward_": Case(bn_sum_backward_, bn_sum_write_results),
     "bn_sum_forward": Case(bn_sum_forward, bn_sum_forward_results),
     "cross_correlation": Case(cross_correlation, cross_correlation_results),
+    "depthwise_apply": Case(depthwise_apply, depthwise_apply_results),
+    "depthwise_statistics": Case(depthwise_statistics, depthwise_statistics_results),
     "depthwise_step": Case(depthwise_step, depthwise_step_results),
     "depthwise_step_backward": Case(depthwise_step_backward, depthwise_step_backward_results),
     "edge_strips": Case(edge_strips, edge_strips_results),

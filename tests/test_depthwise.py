@@ -2,13 +2,16 @@
 
 import copy
 import random
+from dataclasses import replace
 
+import distributed
 import oracle
 import pytest
 import torch
 from oracle import rel
 from steps import LEVELS, saved_by
 from test_branch_lists import Block, modules, truth
+from test_distributed import Collectives
 
 from acnet_kernels import ACBlock
 from acnet_kernels.backends import moments, moments_depthwise, planner
@@ -51,7 +54,7 @@ class Depthwise(Block):
         torch.nn.Module.__init__(self)
         arguments, self.kinds, total = LISTS[name]
         self.geometry = Geometry.make(**{"kernel_size": 3, "padding": 1, "groups": channels} | arguments)
-        self.backend, out = backend, channels * multiplier
+        self.backend, out, self.synced = backend, channels * multiplier, False
         self.convs, self.norms = torch.nn.ModuleList(), torch.nn.ModuleList()
         for kind, taps, normed in self.kinds:
             conv = torch.nn.Identity()
@@ -61,6 +64,18 @@ class Depthwise(Block):
             self.norms.append(torch.nn.BatchNorm2d(out) if normed else torch.nn.Identity())
         self.total = torch.nn.BatchNorm2d(out) if total else None
         oracle.scramble(self)
+
+    def step(self):
+        """As of nn.SyncBatchNorm where `synced`."""
+        step = super().step()
+        if not self.synced:
+            return step
+
+        def grouped(norm):
+            return norm and norm._replace(group=torch.distributed.group.WORLD)
+
+        branches = tuple(branch._replace(norm=grouped(branch.norm)) for branch in step.branches)
+        return replace(step, branches=branches, norm=grouped(step.norm))
 
 
 def check(block, x, noise=0.5):
@@ -186,8 +201,8 @@ def test_random_lists_by_the_operators(seed):
     grad = torch.randn(got[0].shape, dtype=torch.float64)
     rest = taps, geometry, True, [True] * len(weights), True
     _, means, _, rstds, pivot, sums, centred = got
-    back = ops.depthwise_step_backward(grad, x, weights, gammas, means, rstds, pivot, sums, centred, *rest)
-    want = moments_depthwise._step_backward(grad, x, weights, gammas, true[1], *true[3:], *rest)
+    back = ops.depthwise_step_backward(grad, x, weights, gammas, means, rstds, pivot, sums, centred, None, *rest)
+    want = moments_depthwise._step_backward(grad, x, weights, gammas, true[1], *true[3:], None, *rest)
     largest = max(t.norm() for t in (want[0], *want[1], *want[2:]))
     for a, b in zip((back[0], *back[1], *back[2:]), (want[0], *want[1], *want[2:]), strict=True):
         assert (a - b).norm() <= 1e-9 * max(b.norm(), largest)
@@ -225,7 +240,7 @@ def test_opcheck(dtype, seed):
     x, weights = x.detach(), [weight.detach() for weight in weights]
     shape = recompute.unpack(geometry).output_size(*x.shape[2:])
     grad = torch.randn(len(x), len(weights[0]), *shape).to(dtype)
-    back = [grad, x, weights, gammas, means, rstds, pivot, sums, centred, taps, geometry, True, [True] * len(weights), True]
+    back = [grad, x, weights, gammas, means, rstds, pivot, sums, centred, None, taps, geometry, True, [True] * len(weights), True]
     torch.library.opcheck(ops.depthwise_step_backward, back)
 
 
@@ -267,6 +282,46 @@ def test_what_is_kept_is_what_it_says(name, dtype):
         _, kept = saved_by(block, x)
     parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
     assert sum(size for data, size in kept.items() if data not in parameters) == moments.saved_bytes(problem)
+
+
+# ---- several processes ----
+
+SIZES = (5, 2, 0)
+
+
+def synced_step(rank, world, block, x, grad):
+    block.synced = True
+    x, grad = (t.split(list(SIZES))[rank].clone() for t in (x, grad))
+    x.requires_grad_()
+    with Collectives() as forward:
+        out = block(x)
+    with Collectives() as backward:
+        out.backward(grad)
+    names = forward.names, backward.names
+    gradients = {name: p.grad for name, p in block.named_parameters()}
+    return {"out": out.detach(), "x": x.grad, "grads": gradients, "buffers": dict(block.named_buffers()), "names": names}
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch is built without gloo")
+@pytest.mark.parametrize("name", ["mobileone", "mobileone of stride 2", "sum", "5×5"])
+def test_processes_share_one_batchs_statistics_in_one_collective_each_way(name):
+    block, x = Depthwise(name, 6).double(), torch.randn(sum(SIZES), 6, 7, 6).double() * 2 + 30
+    grad = torch.randn(block(x).shape).double() + 1
+    whole = copy.deepcopy(block)
+    results = distributed.run(len(SIZES), synced_step, block, x, grad)
+    true = truth(block, x, grad)
+    got = {key: torch.cat([r[key] for r in results]) for key in ("out", "x")}
+    for key in results[0]["grads"]:  # each process holds its share
+        got[key] = torch.stack([r["grads"][key] for r in results]).sum(0)
+    largest = max(t.norm() for t in true.values())
+    for key, t in true.items():
+        assert (got[key] - t).norm() <= 1e-9 * max(t.norm(), largest), key
+    modules(whole, x)
+    for r in results:
+        for key, t in whole.named_buffers():
+            torch.testing.assert_close(r["buffers"][key], t)
+        if _extension.LOADED:
+            assert [len(names) for names in r["names"]] == [1, 1]
 
 
 def test_it_is_what_auto_takes():

@@ -176,6 +176,51 @@ def _per_channel(t: Tensor) -> Tensor:
     return t[:, None, None]
 
 
+@checked(ops.check_statistics)
+def _statistics(
+    x: Tensor, weights: list[Tensor], eps: list[float], taps: list[int], geometry: list[int]
+) -> tuple[Tensor, ...]:
+    plain = _Plain(x, weights, len(eps), taps, geometry)
+    means, variances, centred = [], [], []
+    for kernel, places in zip(plain.kernels, plain.places, strict=True):
+        y = plain.convolve(plain.x, kernel)
+        mean = y.sum((0, 2, 3)) / plain.values
+        y = y - _per_channel(mean)
+        means.append(mean)
+        variances.append(y.square().sum((0, 2, 3)) / plain.values)
+        centred.append(plain.products(y)[:, places])
+    return (
+        torch.stack(means),
+        torch.stack(variances),
+        plain.x.new_zeros(x.shape[1]),
+        plain.sums(),
+        torch.cat(centred, 1).to(accumulation_dtype(x.dtype)),
+    )
+
+
+@checked(ops.check_apply)
+def _apply(
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    pivot: Tensor,
+    taps: list[int],
+    geometry: list[int],
+    channels_last: bool,
+) -> Tensor:
+    plain = _Plain(x, weights, len(means), taps, geometry)
+    out = plain.x.new_zeros(())
+    for b, kernel in enumerate(plain.kernels):
+        y = plain.convolve(plain.x, kernel) - _per_channel(means[b])
+        out = out + y * _per_channel(gammas[b].double() * rstds[b] if gammas else rstds[b])
+        out = out + _per_channel(betas[b].double()) if betas else out
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(out.shape, dtype=x.dtype, device=x.device, memory_format=layout).copy_(out)
+
+
 @checked(ops.check_step)
 def _step(
     x: Tensor,
@@ -187,31 +232,10 @@ def _step(
     geometry: list[int],
     channels_last: bool,
 ) -> tuple[Tensor, ...]:
-    plain = _Plain(x, weights, len(eps), taps, geometry)
-    means, variances, centred, levels = [], [], [], []
-    for kernel, places in zip(plain.kernels, plain.places, strict=True):
-        y = plain.convolve(plain.x, kernel)
-        mean = y.sum((0, 2, 3)) / plain.values
-        y = y - _per_channel(mean)
-        means.append(mean)
-        variances.append(y.square().sum((0, 2, 3)) / plain.values)
-        centred.append(plain.products(y)[:, places])
-        levels.append(y)
-    rstds = rstds_of(torch.stack(variances), eps)
-    out = plain.x.new_zeros(())
-    for b, (y, rstd) in enumerate(zip(levels, rstds, strict=True)):
-        out = out + y * _per_channel(gammas[b].double() * rstd if gammas else rstd)
-        out = out + _per_channel(betas[b].double()) if betas else out
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return (
-        torch.empty(out.shape, dtype=x.dtype, device=x.device, memory_format=layout).copy_(out),
-        torch.stack(means),
-        torch.stack(variances),
-        rstds,
-        plain.x.new_zeros(x.shape[1]),
-        plain.sums(),
-        torch.cat(centred, 1).to(accumulation_dtype(x.dtype)),
-    )
+    means, variances, pivot, *rest = _statistics(x, weights, eps, taps, geometry)
+    rstds = rstds_of(variances, eps)
+    out = _apply(x, weights, gammas, betas, means, rstds, pivot, taps, geometry, channels_last)
+    return out, means, variances, rstds, pivot, *rest
 
 
 @checked(ops.check_backward)
@@ -225,6 +249,7 @@ def _step_backward(
     pivot: Tensor,
     sums: Tensor,
     centred: Tensor,
+    averages: Tensor | None,
     taps: list[int],
     geometry: list[int],
     need_x: bool,
@@ -234,14 +259,15 @@ def _step_backward(
     dtype, m = accumulation_dtype(x.dtype), grad.shape[1] // x.shape[1]
     plain, g = _Plain(x, weights, len(means), taps, geometry), grad.double()
     products, dbeta = plain.products(g), g.sum((0, 2, 3))
-    offset, sums = dbeta / plain.values, sums.repeat_interleave(m, 0)
+    sums = sums.repeat_interleave(m, 0)
+    offset = dbeta / plain.values if averages is None else averages[-1]
     dgammas, dkernels, dx = [], [], plain.x.new_zeros(())
     parts = centred.double().split([len(places) for places in plain.places], 1)
     for b, (kernel, places) in enumerate(zip(plain.kernels, plain.places, strict=True)):
         dgamma = rstds[b] * ((kernel * products).sum(1) - means[b] * dbeta)
         dgammas.append(dgamma)
         scale = rstds[b] * gammas[b].double() if gammas else rstds[b]
-        factor = dgamma / plain.values * rstds[b]
+        factor = (dgamma / plain.values if averages is None else averages[b]) * rstds[b]
         dkernel = products - offset[:, None] * sums
         dkernel[:, places] -= factor[:, None] * parts[b]
         dkernels.append(scale[:, None] * dkernel)
@@ -269,7 +295,12 @@ def _step_backward(
     )
 
 
-_DEVICES = ("CUDA",) if LOADED else ("CPU", "CUDA")
-for _device in _DEVICES:
-    ops.LIBRARY.impl("depthwise_step", _step, _device)
-    ops.LIBRARY.impl("depthwise_step_backward", _step_backward, _device)
+_KERNELS = {
+    "depthwise_statistics": _statistics,
+    "depthwise_apply": _apply,
+    "depthwise_step": _step,
+    "depthwise_step_backward": _step_backward,
+}
+for _device in ("CUDA",) if LOADED else ("CPU", "CUDA"):
+    for _name, _kernel in _KERNELS.items():
+        ops.LIBRARY.impl(_name, _kernel, _device)

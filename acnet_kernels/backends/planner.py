@@ -15,7 +15,7 @@ import torch
 from .._torch_compat import graph_task_id
 from ..ops import _extension
 from ..spec import Problem
-from . import branches, eager, folded, moments, moments_depthwise, recompute, synced, timer, timing_cache
+from . import branches, eager, folded, moments, moments_depthwise, recompute, synced, synced_depthwise, timer, timing_cache
 from .device_info import Machine, this_machine
 
 # In order of simplicity: where two are about as fast, 'auto' takes the first.
@@ -248,7 +248,8 @@ def _forced(problem: Problem) -> Choice | None:
     if problem.transform:
         return Choice(eager, f"under {problem.transform} only the definition has the rules that are needed")
     if problem.synced:
-        return Choice(synced, "SyncBatchNorm's statistics span processes: one collective forward, one backward")
+        module = synced_depthwise if synced_depthwise.computes(problem) else synced
+        return Choice(module, "SyncBatchNorm's statistics span processes: one collective forward, one backward")
     return None
 
 

@@ -4,9 +4,13 @@
         -> (out, means, variances, rstds, pivot, sums, centred)
         out = Σ_b BN_b(W_b * x) by the batch's statistics, in x's dtype and the layout named; differentiable in the
         tensors. means, (biased) variances and rstds are B×K in float64. What follows is for the gradient alone.
-    depthwise_step_backward(grad, x, weights, gammas, means, rstds, pivot, sums, centred, taps, geometry, need_x,
-                            need_weights, need_gammas) -> (dx, dws, dgammas, dbeta)
-        Gradients of what is needed; dws holds those of the weights that need one, the others are empty.
+    depthwise_statistics(x, weights, eps, taps, geometry) -> (means, variances, pivot, sums, centred)
+    depthwise_apply(x, weights, gammas, betas, means, rstds, pivot, taps, geometry, channels_last) -> out
+        Its halves, for statistics that are not x's own.
+    depthwise_step_backward(grad, x, weights, gammas, means, rstds, pivot, sums, centred, averages, taps, geometry,
+                            need_x, need_weights, need_gammas) -> (dx, dws, dgammas, dbeta)
+        Gradients of what is needed; dws holds those of the weights that need one, the others are empty. `averages`,
+        unless these maps' own, are those of g·ŷ_b and, last, of g: (B + 1)×K, float64.
 
 Arguments: `x`, N×C×H×W of any layout; `weights`, K×1×rows×columns, one entry a convolution; `eps` and, unless [],
 `gammas` and `betas` (K), one entry a batch norm: one a branch, or one after their sum; `taps` and `geometry` are what
@@ -39,12 +43,22 @@ if not LOADED:
         " int[] geometry, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     LIBRARY.define(
+        "depthwise_statistics(Tensor x, Tensor[] weights, float[] eps, int[] taps, int[] geometry)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+    LIBRARY.define(
+        "depthwise_apply(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor means, Tensor rstds,"
+        " Tensor pivot, int[] taps, int[] geometry, bool channels_last) -> Tensor"
+    )
+    LIBRARY.define(
         "depthwise_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor means, Tensor rstds,"
-        " Tensor pivot, Tensor sums, Tensor centred, int[] taps, int[] geometry, bool need_x, bool[] need_weights,"
-        " bool need_gammas) -> (Tensor, Tensor[], Tensor, Tensor)"
+        " Tensor pivot, Tensor sums, Tensor centred, Tensor? averages, int[] taps, int[] geometry, bool need_x,"
+        " bool[] need_weights, bool need_gammas) -> (Tensor, Tensor[], Tensor, Tensor)"
     )
 
 depthwise_step = torch.ops.acnet_kernels.depthwise_step.default
+depthwise_statistics = torch.ops.acnet_kernels.depthwise_statistics.default
+depthwise_apply = torch.ops.acnet_kernels.depthwise_apply.default
 depthwise_step_backward = torch.ops.acnet_kernels.depthwise_step_backward.default
 
 
@@ -62,6 +76,44 @@ def check_step(
     check.one_device(x=x, weights=weights, gammas=gammas, betas=betas)
     _check_problem(x, weights, gammas, len(eps), taps, geometry)
     check_affine(weights, len(eps), betas=betas)
+
+
+def check_statistics(
+    x: Tensor, weights: list[Tensor], eps: list[float], taps: list[int], geometry: list[int]
+) -> None:
+    """ValueError where an argument of depthwise_statistics does not fit the others; the message names it."""
+    check.one_device(x=x, weights=weights)
+    _check_problem(x, weights, [], len(eps), taps, geometry)
+
+
+def check_apply(
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    pivot: Tensor,
+    taps: list[int],
+    geometry: list[int],
+    channels_last: bool,
+) -> None:
+    """ValueError where an argument of depthwise_apply does not fit the others; the message names it."""
+    kept = {"means": means, "rstds": rstds, "pivot": pivot}
+    check.one_device(x=x, weights=weights, gammas=gammas, betas=betas, **kept)
+    norms = _norms(means)
+    shape = _check_problem(x, weights, gammas, norms, taps, geometry)
+    check_affine(weights, norms, betas=betas)
+    check.shape((norms, shape[1]), means=means, rstds=rstds)
+    check.shape((x.shape[1],), pivot=pivot)
+    check.dtype(torch.float64, "as depthwise_statistics returns it", **kept)
+    check.contiguous(**kept)
+
+
+def _norms(means: Tensor) -> int:
+    if means.dim() != 2:
+        raise ValueError(f"means must have shape (norms, K), got {tuple(means.shape)}")
+    return means.shape[0]
 
 
 def _check_problem(
@@ -97,6 +149,7 @@ def check_backward(
     pivot: Tensor,
     sums: Tensor,
     centred: Tensor,
+    averages: Tensor | None,
     taps: list[int],
     geometry: list[int],
     need_x: bool,
@@ -105,10 +158,8 @@ def check_backward(
 ) -> None:
     """ValueError where an argument of depthwise_step_backward does not fit the others; the message names it."""
     kept = {"means": means, "rstds": rstds, "pivot": pivot, "sums": sums}
-    check.one_device(x=x, grad=grad, weights=weights, gammas=gammas, centred=centred, **kept)
-    if means.dim() != 2:
-        raise ValueError(f"means must have shape (norms, K), got {tuple(means.shape)}")
-    norms, c = means.shape[0], x.shape[1] if x.dim() == 4 else 0
+    check.one_device(x=x, grad=grad, weights=weights, gammas=gammas, centred=centred, averages=averages, **kept)
+    norms, c = _norms(means), x.shape[1] if x.dim() == 4 else 0
     shape = _check_problem(x, weights, gammas, norms, taps, geometry)
     check.shape(shape, grad=grad)
     check.dtype(x.dtype, "as x", grad=grad)
@@ -119,7 +170,9 @@ def check_backward(
     check.shape((shape[1], numbers_of(norms, taps, geometry)), centred=centred)
     check.dtype(torch.float64, "as depthwise_step returns it", **kept)
     check.dtype(accumulation_dtype(x.dtype), "as depthwise_step returns it", centred=centred)
-    check.contiguous(centred=centred, **kept)
+    check.contiguous(centred=centred, averages=averages, **kept)
+    check.shape((norms + 1, shape[1]), averages=averages)
+    check.dtype(torch.float64, "as the statistics", averages=averages)
 
 
 @torch.library.register_fake("acnet_kernels::depthwise_step")
@@ -134,19 +187,48 @@ def _(
     geometry: list[int],
     channels_last: bool,
 ) -> tuple[Tensor, ...]:
-    k = weights[0].shape[0]
+    means, variances, *rest = _empty_statistics(x, weights, eps, taps, geometry)
+    return _empty_out(x, weights, geometry, channels_last), means, variances, torch.empty_like(means), *rest
+
+
+def _empty_out(x: Tensor, weights: list[Tensor], geometry: list[int], channels_last: bool) -> Tensor:
     size = unpack(geometry).output_size(x.shape[2], x.shape[3])
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    means, variances, rstds = (x.new_empty(len(eps), k, dtype=torch.float64) for _ in range(3))
+    shape = (x.shape[0], weights[0].shape[0], *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _empty_statistics(
+    x: Tensor, weights: list[Tensor], eps: list[float], taps: list[int], geometry: list[int]
+) -> tuple[Tensor, ...]:
+    k = weights[0].shape[0]
     return (
-        torch.empty(x.shape[0], k, *size, dtype=x.dtype, device=x.device, memory_format=layout),
-        means,
-        variances,
-        rstds,
+        x.new_empty(len(eps), k, dtype=torch.float64),
+        x.new_empty(len(eps), k, dtype=torch.float64),
         x.new_empty(x.shape[1], dtype=torch.float64),
         x.new_empty(x.shape[1], geometry[0] * geometry[1], dtype=torch.float64),
         x.new_empty(k, numbers_of(len(eps), taps, geometry), dtype=accumulation_dtype(x.dtype)),
     )
+
+
+torch.library.register_fake("acnet_kernels::depthwise_statistics")(check.checked(check_statistics)(_empty_statistics))
+
+
+@torch.library.register_fake("acnet_kernels::depthwise_apply")
+@check.checked(check_apply)
+def _(
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: Any,
+    betas: Any,
+    means: Tensor,
+    rstds: Tensor,
+    pivot: Tensor,
+    taps: Any,
+    geometry: list[int],
+    channels_last: bool,
+) -> Tensor:
+    return _empty_out(x, weights, geometry, channels_last)
 
 
 @torch.library.register_fake("acnet_kernels::depthwise_step_backward")
@@ -161,6 +243,7 @@ def _(
     pivot: Tensor,
     sums: Tensor,
     centred: Tensor,
+    averages: Any,
     taps: Any,
     geometry: Any,
     need_x: bool,
@@ -193,7 +276,7 @@ def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     weights, gammas = rest[:count], rest[count:]
     _, taps, geometry = ctx.constants
     dx, dws, dgammas, dbeta = depthwise_step_backward(
-        grad, x, weights, gammas, means, rstds, pivot, sums, centred, taps, geometry,
+        grad, x, weights, gammas, means, rstds, pivot, sums, centred, None, taps, geometry,
         ctx.need_x, ctx.need_weights, ctx.need_gammas,
     )  # fmt: skip
     given = iter(dws)
