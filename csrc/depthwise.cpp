@@ -117,6 +117,7 @@ struct Problem {
     check(std::min(kernel[0], kernel[1]) >= 1 && std::max(kernel[0], kernel[1]) <= kMostTaps,
           "geometry must have a kernel of 1 to ", kMostTaps, " taps a side, got ", kernel[0], " and ", kernel[1]);
     check(std::min(geometry[2], geometry[3]) >= 1, "geometry must have strides of at least 1");
+    check(std::max(geometry[4], geometry[5]) <= kMostPadding, "geometry must have a padding of at most ", kMostPadding);
     check(std::min(geometry[6], geometry[7]) >= 1, "geometry must have dilations of at least 1");
     channels = x.sizes[1];
     check(geometry[8] == channels, "geometry must have a group for each of x's ", channels, " channels, got ", geometry[8]);

@@ -8,6 +8,7 @@ namespace acnet::depthwise {
 
 constexpr int kMostTaps = 7;        // of a kernel's side
 constexpr int kMostMultiplier = 8;  // output channels an input channel
+constexpr int kMostPadding = 1024;
 
 // Positions first, first + step, … of one kind.
 struct Segment {

@@ -38,6 +38,7 @@ def computes(geometry: Geometry, channels: int, out_channels: int) -> bool:
     return (
         geometry.groups == channels
         and max(geometry.kernel) <= ops.MOST_TAPS
+        and max(geometry.padding) <= ops.MOST_PADDING
         and out_channels <= ops.MOST_MULTIPLIER * channels
     )
 

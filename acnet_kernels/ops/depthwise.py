@@ -14,8 +14,8 @@
 
 Arguments: `x`, N×C×H×W of any layout; `weights`, K×1×rows×columns, one entry a convolution; `eps` and, unless [],
 `gammas` and `betas` (K), one entry a batch norm: one a branch, or one after their sum; `taps` and `geometry` are what
-`recompute.pack_taps` and `recompute.pack` make of them, C groups, at most MOST_TAPS taps a side, and K = m·C with m at
-most MOST_MULTIPLIER. `pivot` (C, float64) is what x was centred by, `sums` (C×taps, float64) are those of its patches,
+`recompute.pack_taps` and `recompute.pack` make of them, C groups, at most MOST_TAPS taps a side, a padding of at most
+MOST_PADDING, and K = m·C with m at most MOST_MULTIPLIER. `pivot` (C, float64) is what x was centred by, `sums` (C×taps, float64) are those of its patches,
 `centred` holds W_b·(G − SSᵀ/M) of every batch norm's kernel, K×numbers in float32 or better.
 
 The C++ kernels (csrc/depthwise.cpp) register themselves for the CPU with the schemas below; the others are in
@@ -34,7 +34,7 @@ from ._extension import LOADED
 from .bn_sum import accumulation_dtype
 from .recompute import check_affine, check_problem, unpack, unpack_taps
 
-MOST_TAPS, MOST_MULTIPLIER = 7, 8  # those of csrc/depthwise_plan.h
+MOST_TAPS, MOST_MULTIPLIER, MOST_PADDING = 7, 8, 1024  # those of csrc/depthwise_plan.h
 
 LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 if not LOADED:
@@ -123,6 +123,8 @@ def _check_problem(
     shape = check_problem(x, weights, gammas, norms, taps, geometry)
     if max(geometry[:2]) > MOST_TAPS:
         raise ValueError(f"geometry must have a kernel of at most {MOST_TAPS} a side, got {geometry[:2]}")
+    if max(geometry[4:6]) > MOST_PADDING:
+        raise ValueError(f"geometry must have a padding of at most {MOST_PADDING}, got {geometry[4:6]}")
     if geometry[8] != x.shape[1] or shape[1] > MOST_MULTIPLIER * x.shape[1]:
         raise ValueError(
             f"geometry must have a group for each of x's {x.shape[1]} channels, and weights 1 to {MOST_MULTIPLIER} "
