@@ -26,7 +26,9 @@ namespace acnet::depthwise {
 namespace {
 
 constexpr int64_t kMostBranches = 8;
-constexpr int64_t kTaskPixels = 4096, kMostTasks = 256;  // a task's pixels, where there are not more tasks than that
+// A task's pixels, where there are not more tasks than that: few enough that the blocks of a channels_last run of rows
+// find it in cache, of the moments more, as each task leaves its sums behind.
+constexpr int64_t kTaskPixels = 1024, kMomentPixels = 4096, kMostTasks = 256;
 constexpr int64_t kSerialElements = 16 << 10;            // a thread's share is worth its start from here on
 // Pixels of a channel below which float32 products lose digits for good: their rounding does not average away, and a
 // variance much smaller than its terms, got from their squares, loses twice the digits that a map's own would.
@@ -209,10 +211,10 @@ Map<T> written(Tensor& t, const View& v, int64_t first, int64_t step, int64_t co
 struct Tasks {
   int64_t blocks, chunks, rows, grain;
 
-  Tasks(const Problem& problem, int64_t lanes, int64_t all_rows, int64_t columns) : rows(all_rows) {
+  Tasks(const Problem& problem, int64_t lanes, int64_t all_rows, int64_t columns, int64_t at_least) : rows(all_rows) {
     blocks = (problem.channels + lanes - 1) / lanes;
     const int64_t pixels = all_rows * columns;
-    chunks = std::clamp<int64_t>(pixels / kTaskPixels, 1, std::max<int64_t>(1, kMostTasks / blocks));
+    chunks = std::clamp<int64_t>(pixels / at_least, 1, std::max<int64_t>(1, kMostTasks / blocks));
     grain = std::max<int64_t>(1, blocks * chunks * kSerialElements / std::max<int64_t>(1, pixels * problem.channels));
   }
   int64_t count() const { return blocks * chunks; }
@@ -318,7 +320,7 @@ void find_statistics(const Problem& problem, const View& x, const Statistics& fo
   find_pivots<T, A>(x, channels, found.pivot);
   const Axis& rows = plan.rows;
   const Tasks tasks(problem, lanes, plan.images * (plan.by_kind ? rows.size : rows.out),
-                    plan.by_kind ? plan.columns.size : plan.columns.out);
+                    plan.by_kind ? plan.columns.size : plan.columns.out, kMomentPixels);
   const int64_t products = plan.products * lanes, numbers = products + plan.sums * lanes;
   Buffer<double> partial(tasks.count() * numbers);
   tasks.run(false, [&](const auto& each) {
@@ -450,7 +452,7 @@ void convolve(const Problem& problem, const std::vector<View>& betas, const Stat
   const Plan& plan = problem.plan();
   const Kernels<T, A>& kernel = kernels<T, A>();
   const int64_t lanes = kernel.pass.lanes, channels = problem.channels, m = plan.multiplier, taps = plan.taps;
-  const Tasks tasks(problem, lanes, plan.images * plan.rows.out, plan.columns.out);
+  const Tasks tasks(problem, lanes, plan.images * plan.rows.out, plan.columns.out, kTaskPixels);
   const int64_t kinds = int64_t(plan.rows.out_kinds) * plan.columns.out_kinds, numbers = (taps + kinds) * lanes;
   Buffer<A> folded(tasks.blocks * m * numbers);
   tasks.run_blocks(lanes * taps * (kinds + 2 * problem.norms()), [&](int64_t begin, int64_t end) {
@@ -628,7 +630,7 @@ void differentiate(const Problem& problem, const View& grad, const Kept& kept, c
   const Plan& plan = problem.plan();
   const Kernels<T, A>& kernel = kernels<T, A>();
   const int64_t lanes = kernel.pass.lanes, channels = problem.channels, m = plan.multiplier, taps = plan.taps, K = problem.outputs;
-  const Tasks tasks(problem, lanes, plan.images * plan.rows.out, plan.columns.out);
+  const Tasks tasks(problem, lanes, plan.images * plan.rows.out, plan.columns.out, kTaskPixels);
   const int64_t kinds = int64_t(plan.rows.out_kinds) * plan.columns.out_kinds, products = taps * lanes;
   const int64_t numbers = products + kinds * lanes;
   Buffer<double> partial(tasks.count() * m * numbers);
@@ -650,16 +652,17 @@ void differentiate(const Problem& problem, const View& grad, const Kept& kept, c
     });
   });
   const int64_t per_block = (taps * taps + taps) * lanes;  // of Q and the levels
-  Buffer<double> squares(wanted.x ? tasks.blocks * per_block : 0);
+  const int64_t inits = plan.sums * lanes, per_table = plan.correction * lanes + inits;
+  Buffer<A> tables(wanted.x ? tasks.blocks * per_table : 0);  // of what `gradient` takes
   Buffer<A> folded(wanted.x ? tasks.blocks * m * products : 0);
   const double values = static_cast<double>(plan.images * plan.rows.out * plan.columns.out), share = values > 0 ? 1 / values : 0;
   tasks.run_blocks(lanes * taps * taps * problem.norms(), [&](int64_t begin, int64_t end) {
-    Buffer<double> patch(products), weight(products), whole(products), level(4 * lanes);
+    Buffer<double> patch(products), weight(products), whole(products), level(4 * lanes), squares(per_block);
     double *pivot = level.data(), *total = pivot + lanes, *slope = total + lanes, *shift = slope + lanes;
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * lanes, count = std::min(lanes, channels - first);
       pivot_of(first, count, pivot);
-      double *q = squares.data() + block * per_block, *levels = q + taps * taps * lanes;
+      double *q = squares.data(), *levels = q + taps * taps * lanes;
       if (wanted.x) std::fill_n(q, per_block, 0.0);
       for (int64_t j = 0; j < m; ++j) {
         double* own = partial.data() + (block * m + j) * tasks.chunks * numbers;
@@ -721,29 +724,23 @@ void differentiate(const Problem& problem, const View& grad, const Kept& kept, c
         for (int64_t l = 0; l < count; ++l) put<A>(wanted.beta, (first + l) * m + j, total[l]);
         if (wanted.x) std::copy_n(whole.data(), products, folded.data() + (block * m + j) * products);
       }
+      A* table = tables.data() + block * per_table;
+      if (wanted.x) kernel.algebra.correct(plan, q, levels, pivot, table + inits, table);
     }
   });
   if (!wanted.x) return;
   const View target(dx);
-  const Tasks back(problem, lanes, plan.images * plan.rows.size, plan.columns.size);
-  const int64_t inits = plan.sums * lanes;
+  const Tasks back(problem, lanes, plan.images * plan.rows.size, plan.columns.size, kTaskPixels);
   back.run(true, [&](const auto& each) {
-    Buffer<A> scratch(plan.scratch * lanes), pivot(lanes), correction(plan.correction * lanes), init(inits);
-    Buffer<double> wide(lanes);
-    int64_t held = -1;
+    Buffer<A> scratch(plan.scratch * lanes), pivot(lanes);
     each([&](int64_t block, int64_t begin, int64_t end, int64_t) {
       const int64_t first = block * lanes, count = std::min(lanes, channels - first);
-      if (held != block) {
-        held = block;
-        pivot_of(first, count, wide.data());
-        pivot_of(first, count, pivot.data());
-        const double* q = squares.data() + block * per_block;
-        kernel.algebra.correct(plan, q, q + taps * taps * lanes, wide.data(), correction.data(), init.data());
-      }
+      pivot_of(first, count, pivot.data());
+      const A* table = tables.data() + block * per_table;
       Map<const T> grads[kMostMultiplier];
       for (int64_t j = 0; j < m; ++j) grads[j] = channels_of<T>(grad, first * m + j, m, count);
       kernel.pass.gradient(plan, channels_of<T>(problem.x, first, 1, count), pivot.data(), grads,
-                           folded.data() + block * m * products, correction.data(), init.data(),
+                           folded.data() + block * m * products, table + inits, table,
                            written<T>(dx, target, first, 1, count), begin, end, scratch.data());
     });
   });

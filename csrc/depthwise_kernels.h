@@ -226,7 +226,7 @@ struct Window {
     columns = width;
     left = before;
     pitch = (before + width + after) * kLanes<A>;
-    count = rows_held;
+    for (count = 1; count < rows_held;) count *= 2;  // so that a row's slot takes no division
     held = memory.template take<int64_t>(count);
     slots = memory.take(count * pitch);
     zero = memory.take(pitch);
@@ -248,7 +248,7 @@ struct Window {
   // Row q of image n from its first column on.
   const A* row(int64_t n, int64_t q) {
     if (q < 0 || q >= rows) return zero + left * kLanes<A>;
-    const int64_t slot = q % count;
+    const int64_t slot = q & (count - 1);
     A* to = slots + slot * pitch + left * kLanes<A>;
     if (held[slot] != n * rows + q) {
       held[slot] = n * rows + q;
@@ -601,7 +601,7 @@ void gradient(const Plan& plan, const Map<const T>& x, const A* pivot, const Map
     const int kind = rows.coarse_of[q];
     for (int r = 0; r < rows.taps; ++r) {
       if (!rows.reads[kind * rows.taps + r]) continue;
-      const int64_t p = (q + rows.padding - r * rows.dilation) / rows.stride;
+      const int64_t far = q + rows.padding - r * rows.dilation, p = rows.stride == 1 ? far : far / rows.stride;
       for (int j = 0; j < plan.multiplier; ++j) near[j][r] = gradients[j].row(n, p);
     }
     for (int r = 1 - rows.taps; r < rows.taps; ++r) far[r + rows.taps - 1] = window.row(n, q + r * rows.dilation);
@@ -615,7 +615,8 @@ void gradient(const Plan& plan, const Map<const T>& x, const A* pivot, const Map
       for (int j = 0; j < plan.multiplier; ++j)
         for (int t = 0; t < own.tap_count; ++t) {
           const Shift& tap = own.taps[t];
-          const int64_t p = (seg.first + columns.padding - tap.column * columns.dilation) / columns.stride;
+          const int64_t far = seg.first + columns.padding - tap.column * columns.dilation;
+          const int64_t p = columns.stride == 1 ? far : far / columns.stride;
           terms[count++] = {near[j][tap.row] + p * lanes,
                             weights + (int64_t(j) * plan.taps + tap.row * columns.taps + tap.column) * lanes};
         }

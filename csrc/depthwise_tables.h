@@ -150,7 +150,11 @@ class PlanTables {
         plan.correction += terms_.back().shift_count;
       }
     plan.terms = terms_.data();
-    const auto window = [](int64_t held, int64_t width) { return held / 2 + 1 + (held + 1) * width; };
+    const auto window = [](int64_t held, int64_t width) {
+      int64_t slots = 1;
+      while (slots < held) slots *= 2;
+      return slots / 2 + 1 + (slots + 1) * width;
+    };
     const int64_t padded = columns.padding + columns.size + columns.after, spread = columns.size + 2 * columns.reach;
     const int64_t row = std::max(columns.size, columns.out) + 64;  // unpacked by whole vectors of pixels
     const int64_t sums = plan.products + plan.sums + plan.taps + int64_t(rows.out_kinds) * columns.out_kinds;

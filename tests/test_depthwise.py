@@ -1,4 +1,4 @@
-"""Depthwise blocks by moments: exact in float64, as good as eager in every dtype, whatever the branches and geometry."""
+"""Depthwise blocks by moments: exact in float64, as good as eager in every dtype, for any branches and geometry."""
 
 import copy
 import random
@@ -17,19 +17,22 @@ from acnet_kernels import ACBlock
 from acnet_kernels.backends import moments, moments_depthwise, planner
 from acnet_kernels.functional import describe
 from acnet_kernels.geometry import Geometry, Taps
-from acnet_kernels.ops import _extension
+from acnet_kernels.ops import _extension, recompute
 from acnet_kernels.ops import depthwise as ops
-from acnet_kernels.ops import recompute
 
 WHOLE, CENTRE = Taps(0, 0, 3, 3), Taps(1, 1, 1, 1)
-# Name → (geometry's arguments, branches, whether a batch norm follows the sum), as in test_branch_lists, for C channels.
+# Name → (geometry's arguments, branches, whether a batch norm follows the sum), as in test_branch_lists.
 LISTS = {
     "mobileone": ({}, [*[("conv", WHOLE, True)] * 4, ("conv", CENTRE, True), ("identity", None, True)], False),
     "mobileone of stride 2": ({"stride": 2}, [*[("conv", WHOLE, True)] * 2, ("conv", CENTRE, True)], False),
     "acnet": ({}, [("conv", t, True) for t in (WHOLE, Taps(1, 0, 1, 3), Taps(0, 1, 3, 1))], False),
     "scale-invariant": ({}, [("conv", WHOLE, True), ("conv", CENTRE, True)], False),
     "one": ({}, [("conv", WHOLE, True)], False),
-    "pointwise": ({"kernel_size": 1, "padding": 0}, [("conv", Taps(0, 0, 1, 1), True), ("identity", None, True)], False),
+    "pointwise": (
+        {"kernel_size": 1, "padding": 0},
+        [("conv", Taps(0, 0, 1, 1), True), ("identity", None, True)],
+        False,
+    ),
     "repvit": ({}, [("conv", WHOLE, True), ("conv", CENTRE, False), ("identity", None, False)], True),
     "sum": ({}, [("conv", WHOLE, False), ("conv", CENTRE, False), ("identity", None, False)], True),
     "5×5": (
@@ -37,7 +40,11 @@ LISTS = {
         [("conv", Taps(0, 0, 5, 5), True), ("conv", Taps(1, 1, 3, 3), True), ("identity", None, True)],
         False,
     ),
-    "5×5 of stride 2": ({"kernel_size": 5, "padding": 2, "stride": 2}, [("conv", Taps(0, 0, 5, 5), True)] * 2, False),
+    "5×5 of stride 2": (
+        {"kernel_size": 5, "padding": 2, "stride": 2},
+        [("conv", Taps(0, 0, 5, 5), True)] * 2,
+        False,
+    ),
     "with gaps": ({"kernel_size": 5, "padding": 2}, [("conv", Taps(0, 0, 3, 3, 2), True)], False),
     "dilated": ({"padding": 2, "dilation": 2}, [("conv", WHOLE, True), ("identity", None, True)], False),
     "valid": ({"padding": 0}, [("conv", WHOLE, True), ("conv", CENTRE, True)], False),
@@ -83,7 +90,7 @@ def check(block, x, noise=0.5):
     choice = planner.choose(problem, "moments")
     assert choice.backend is moments, choice.reason
     if problem.geometry.padding_mode == "zeros":
-        assert moments_depthwise.computes(problem.geometry, x.shape[1], problem.out_channels)
+        assert moments_depthwise.computes(problem.geometry, x.shape[1], problem.out_channels, "cpu")
     with torch.no_grad():
         out = modules(copy.deepcopy(block).float() if x.dtype != torch.float64 else copy.deepcopy(block), wide(x))
     grad = (0.7 * out + noise * torch.randn_like(out) + 0.3).to(x.dtype)
@@ -96,7 +103,9 @@ def check(block, x, noise=0.5):
             continue
         vanishing = weight.dim() == 4 and weight[0].numel() == 1  # a BN of W·x does not depend on W but for ε
         if vanishing or (before_norm and name.startswith("norms") and "bias" in name):
-            norm = true[f"norms.{name.split('.')[1]}.weight"] if vanishing and not before_norm else true["total.bias"]
+            norm = (
+                true[f"norms.{name.split('.')[1]}.weight"] if vanishing and not before_norm else true["total.bias"]
+            )
             scale = (norm / weight.flatten() if vanishing else norm).double().norm()
             floor = oracle.FLOORS[x.dtype]
             error, its = ((found.pop(name).double() - true[name]).norm() for found in (got, eager))
@@ -192,7 +201,7 @@ def test_random_lists_by_the_operators(seed):
     r = random.Random(seed)
     torch.manual_seed(seed)
     args = arguments_of(r, torch.float64)
-    x, weights, gammas, betas, eps, taps, geometry, _ = args
+    x, weights, gammas, _, _, taps, geometry, _ = args
     true = moments_depthwise._step(*args)
     got = ops.depthwise_step(*args)
     for a, b in zip((*got[:4], got[5]), (*true[:4], true[5]), strict=True):
@@ -240,7 +249,23 @@ def test_opcheck(dtype, seed):
     x, weights = x.detach(), [weight.detach() for weight in weights]
     shape = recompute.unpack(geometry).output_size(*x.shape[2:])
     grad = torch.randn(len(x), len(weights[0]), *shape).to(dtype)
-    back = [grad, x, weights, gammas, means, rstds, pivot, sums, centred, None, taps, geometry, True, [True] * len(weights), True]
+    back = [
+        grad,
+        x,
+        weights,
+        gammas,
+        means,
+        rstds,
+        pivot,
+        sums,
+        centred,
+        None,
+        taps,
+        geometry,
+        True,
+        [True] * len(weights),
+        True,
+    ]
     torch.library.opcheck(ops.depthwise_step_backward, back)
 
 
@@ -261,7 +286,10 @@ def test_differentiable_twice():
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_compiled_it_keeps_x_alone_too(layout):
-    block, x = Depthwise("mobileone", 6).to(memory_format=layout), torch.randn(3, 6, 16, 16).to(memory_format=layout)
+    block, x = (
+        Depthwise("mobileone", 6).to(memory_format=layout),
+        torch.randn(3, 6, 16, 16).to(memory_format=layout),
+    )
     grad = torch.randn(3, 6, 16, 16)
     compiled = torch.compile(lambda m, t: m(t), fullgraph=True, backend="aot_eager")
     expected, got = oracle.run(block, x, grad), oracle.run(block, x, grad, compiled)
@@ -299,7 +327,13 @@ def synced_step(rank, world, block, x, grad):
         out.backward(grad)
     names = forward.names, backward.names
     gradients = {name: p.grad for name, p in block.named_parameters()}
-    return {"out": out.detach(), "x": x.grad, "grads": gradients, "buffers": dict(block.named_buffers()), "names": names}
+    return {
+        "out": out.detach(),
+        "x": x.grad,
+        "grads": gradients,
+        "buffers": dict(block.named_buffers()),
+        "names": names,
+    }
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch is built without gloo")

@@ -1,11 +1,12 @@
 """`moments` where every channel is a group of its own: one pass over the maps, whatever the number of branches.
 
-A channel's batch statistics are a quadratic form in its patches' second moments, 13 sums for a 3×3 kernel, so that
-the step is one reading of x for the moments, one convolution, one weight gradient, and one input gradient whose
-stencil includes the statistics' share: dx = Wᵀ * g − B * x + what the constants leave, B of (2k−1)² taps, with tables
-of its own for every kind of border pixel. Any stride, dilation and zero padding.
+A channel's batch statistics are a quadratic form in its patches' second moments, 13 sums for a 3×3 kernel. So the
+step is one reading of x for the moments, one convolution, one weight gradient, and one input gradient whose stencil
+includes the statistics' share: dx = Wᵀ * g − B * x + what the constants leave, B of (2k−1)² taps, with a table of
+its own for every kind of border pixel. Any stride, dilation and zero padding (docs/depthwise.md).
 
-This file has the operators' kernels in plain PyTorch, by the definition in float64; csrc/depthwise.cpp has the CPU's.
+This file has the operators' kernels in plain PyTorch, by the definition in float64; csrc/depthwise.cpp has the
+CPU's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from ..geometry import Geometry
 from ..ops import depthwise as ops
@@ -29,14 +31,12 @@ from ..spec import SUM, Problem, Step, prefers_channels_last
 from . import branches, nodes
 from .batchnorm import update_running
 
-# From here on three more convolutions of all branches cost less than two composites of (2k − 1)² taps.
-LEAST_SLOW_TAPS = 7
 
-
-def computes(geometry: Geometry, channels: int, out_channels: int) -> bool:
-    """Whether these operators compute steps of this geometry, by their limits; padding_mode aside."""
+def computes(geometry: Geometry, channels: int, out_channels: int, device: str) -> bool:
+    """Whether these operators compute steps of this geometry; not on CUDA, for which they have no fast kernels."""
     return (
         geometry.groups == channels
+        and device != "cuda"
         and max(geometry.kernel) <= ops.MOST_TAPS
         and max(geometry.padding) <= ops.MOST_PADDING
         and out_channels <= ops.MOST_MULTIPLIER * channels
@@ -49,8 +49,7 @@ def is_fastest(problem: Problem) -> bool:
     return (
         LOADED
         and problem.device == "cpu"
-        and max(geometry.kernel) < LEAST_SLOW_TAPS
-        and computes(geometry, problem.shape[1], problem.out_channels)
+        and computes(geometry, problem.shape[1], problem.out_channels, problem.device)
     )
 
 
@@ -276,7 +275,7 @@ def _step_backward(
             y = plain.convolve(plain.x, kernel) - _per_channel(means[b])
             dy = _per_channel(scale) * (g - _per_channel(offset) - _per_channel(factor) * y)
             geo = plain.geometry
-            dx = dx + torch.nn.grad.conv2d_input(
+            dx = dx + conv2d_input(
                 x.shape, plain.as_weight(kernel), dy, geo.stride, geo.padding, geo.dilation, geo.groups
             )
     dws, given = [], iter(zip(weights, need_weights, strict=True))

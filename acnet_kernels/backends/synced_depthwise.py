@@ -1,7 +1,7 @@
-"""Depthwise blocks whose batch norms are synchronised over processes: `moments_depthwise`, and one collective each way.
+"""Depthwise blocks whose batch norms span processes: `moments_depthwise`, and one collective each way.
 
-Each process finds its own maps' (count, mean, M2) per batch norm and channel from its input's moments; one all_gather
-carries all, and Chan's rule merges them. Backward sends this process's share of every dγ_b and of Σg in one
+Each process finds its own maps' (count, mean, M2) per batch norm and channel from its input's moments; one
+all_gather carries all, and Chan's rule merges them. Backward sends this process's share of every dγ_b and of Σg in one
 all_reduce. No map but x is kept.
 """
 
@@ -37,7 +37,7 @@ def computes(problem: Problem) -> bool:
         and problem.device == "cpu"
         and problem.norm != MIXED
         and all(problem.batch_stats)
-        and moments_depthwise.computes(geometry, problem.shape[1], problem.out_channels)
+        and moments_depthwise.computes(geometry, problem.shape[1], problem.out_channels, problem.device)
     )
 
 
@@ -71,7 +71,7 @@ def _update(inputs: branches.Inputs, means: Tensor, variances: Tensor) -> None:
 
 
 class _Synced(torch.autograd.Function):
-    """(group, (values, weights, γs), constants, update, x, *weights, *γ_b, *β_b) → (out, means, unbiased variances)."""
+    """(group, (values, weights, γs), constants, update, x, *weights, *γ_b, *β_b) → (out, means, variances)."""
 
     @staticmethod
     def forward(
@@ -84,9 +84,7 @@ class _Synced(torch.autograd.Function):
         packed = torch.cat([own.new_full((1,), values), own.flatten(), (variances * values).flatten()])
         total, means, m2 = synced.gather(packed, len(eps), group)
         rstds = rstds_of(m2 / total.clamp_min(1), eps)
-        out = ops.depthwise_apply(
-            x, weights, gammas, betas, means, rstds, pivot, taps, geometry, channels_last
-        )
+        out = ops.depthwise_apply(x, weights, gammas, betas, means, rstds, pivot, taps, geometry, channels_last)
         # Σ (y_b − mean)·x[t] about the mean of all: the level that the own one differs by, times Σ x[t].
         centred = centred + _level(own - means, sums, taps, geometry).to(centred.dtype)
         unbiased = m2 / (total - 1).clamp_min(1)
@@ -103,7 +101,7 @@ class _Synced(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Any, ...]:
         synced.check_gradient(g)
         total, *kept, sums, centred, x = ctx.saved_tensors[:7]
-        _, count, affine = ctx.counts
+        _, count, _ = ctx.counts
         rest = ctx.saved_tensors[7:]
         weights, gammas = list(rest[:count]), list(rest[count:])
         needs, statistics = ctx.needs_input_grad[4:], (*kept, sums, centred)
@@ -136,5 +134,7 @@ def _level(difference: Tensor, sums: Tensor, taps: list[int], geometry: list[int
     if len(difference) < len(found):
         return difference[0][:, None] * wide
     index = torch.arange(sums.shape[1]).view(geometry[0], geometry[1])
-    parts = [d[:, None] * wide[:, index[own.slices].flatten()] for d, (own, _) in zip(difference, found, strict=True)]
+    parts = [
+        d[:, None] * wide[:, index[own.slices].flatten()] for d, (own, _) in zip(difference, found, strict=True)
+    ]
     return torch.cat(parts, 1)

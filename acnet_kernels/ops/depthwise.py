@@ -13,10 +13,11 @@
         unless these maps' own, are those of g·ŷ_b and, last, of g: (B + 1)×K, float64.
 
 Arguments: `x`, N×C×H×W of any layout; `weights`, K×1×rows×columns, one entry a convolution; `eps` and, unless [],
-`gammas` and `betas` (K), one entry a batch norm: one a branch, or one after their sum; `taps` and `geometry` are what
-`recompute.pack_taps` and `recompute.pack` make of them, C groups, at most MOST_TAPS taps a side, a padding of at most
-MOST_PADDING, and K = m·C with m at most MOST_MULTIPLIER. `pivot` (C, float64) is what x was centred by, `sums` (C×taps, float64) are those of its patches,
-`centred` holds W_b·(G − SSᵀ/M) of every batch norm's kernel, K×numbers in float32 or better.
+`gammas` and `betas` (K), one entry a batch norm: one a branch, or one after their sum; `taps` and `geometry` are
+what `recompute.pack_taps` and `recompute.pack` make of them: C groups, at most MOST_TAPS taps a side, a padding of
+at most MOST_PADDING, and K = m·C with m at most MOST_MULTIPLIER. `pivot` (C, float64) is what x was centred by,
+`sums` (C×taps, float64) are those of its patches, `centred` holds W_b·(G − SSᵀ/M) of every batch norm's kernel,
+K×numbers in float32 or better.
 
 The C++ kernels (csrc/depthwise.cpp) register themselves for the CPU with the schemas below; the others are in
 backends/moments_depthwise.py.
@@ -51,8 +52,8 @@ if not LOADED:
         " Tensor pivot, int[] taps, int[] geometry, bool channels_last) -> Tensor"
     )
     LIBRARY.define(
-        "depthwise_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor means, Tensor rstds,"
-        " Tensor pivot, Tensor sums, Tensor centred, Tensor? averages, int[] taps, int[] geometry, bool need_x,"
+        "depthwise_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor means,"
+        " Tensor rstds, Tensor pivot, Tensor sums, Tensor centred, Tensor? averages, int[] taps, int[] geometry, bool need_x,"
         " bool[] need_weights, bool need_gammas) -> (Tensor, Tensor[], Tensor, Tensor)"
     )
 
@@ -213,7 +214,9 @@ def _empty_statistics(
     )
 
 
-torch.library.register_fake("acnet_kernels::depthwise_statistics")(check.checked(check_statistics)(_empty_statistics))
+torch.library.register_fake("acnet_kernels::depthwise_statistics")(
+    check.checked(check_statistics)(_empty_statistics)
+)
 
 
 @torch.library.register_fake("acnet_kernels::depthwise_apply")
