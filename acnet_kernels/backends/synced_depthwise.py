@@ -1,8 +1,8 @@
 """Depthwise blocks whose batch norms span processes: `moments_depthwise`, and one collective each way.
 
 Each process finds its own maps' (count, mean, M2) per batch norm and channel from its input's moments; one
-all_gather carries all, and Chan's rule merges them. Backward sends this process's share of every dγ_b and of Σg in one
-all_reduce. No map but x is kept.
+all_gather carries all, and Chan's rule merges them. Backward sends this process's share of every dγ_b and of Σg
+in one all_reduce. No map but x is kept.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ if not LOADED:
     )
     LIBRARY.define(
         "depthwise_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor means,"
-        " Tensor rstds, Tensor pivot, Tensor sums, Tensor centred, Tensor? averages, int[] taps, int[] geometry, bool need_x,"
-        " bool[] need_weights, bool need_gammas) -> (Tensor, Tensor[], Tensor, Tensor)"
+        " Tensor rstds, Tensor pivot, Tensor sums, Tensor centred, Tensor? averages, int[] taps, int[] geometry,"
+        " bool need_x, bool[] need_weights, bool need_gammas) -> (Tensor, Tensor[], Tensor, Tensor)"
     )
 
 depthwise_step = torch.ops.acnet_kernels.depthwise_step.default
