@@ -15,6 +15,7 @@ from torch import Tensor
 
 import acnet_kernels
 from acnet_kernels.backends import moments_algebra as algebra
+from acnet_kernels.backends import moments_depthwise as depthwise
 from acnet_kernels.block import taps_of
 from acnet_kernels.geometry import Geometry, Taps
 from acnet_kernels.kernels.window import Window
@@ -401,6 +402,86 @@ def recompute_step_backward_results(
     ]
 
 
+# ---- depthwise blocks ----
+
+
+def depthwise_step(r: random.Random) -> list[Any]:
+    dtype, kernel = r.choice(FLOATS), (r.randint(1, 5), r.randint(1, 5)) if r.random() < 0.5 else (3, 3)
+    c = r.choice([1, 3, 17])
+    out, stride = c * r.choice([1, 1, 2]), r.choices([1, 1, 2], k=2)
+    padding = [k // 2 for k in kernel] if r.random() < 0.6 else [r.randint(0, 3) for _ in kernel]
+    geometry = Geometry.make(kernel, stride, padding, r.choices([1, 1, 2], k=2), c)
+    size = [r.randint(1, 3) + d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
+    x = layout_of(r, torch.randn(r.randint(2, 3), c, *size).to(dtype))
+    found = [(some_taps(r, *kernel), True) for _ in range(r.randint(1, 3))]
+    if out == c and geometry.centre is not None and r.random() < 0.5:
+        found.append((geometry.centre, False))
+    weights = [torch.randn(out, 1, t.rows, t.columns).to(dtype) for t, convolved in found if convolved]
+    norms = r.choice([1, len(found)])
+    gammas, betas = ([torch.randn(out) for _ in range(norms)] if r.random() < 0.7 else [] for _ in range(2))
+    eps = [r.choice([1e-2, 1e-1]) for _ in range(norms)]
+    numbers = recompute.pack_taps(tuple(found)), recompute.pack(geometry)
+    return [x, weights, gammas, betas, eps, *numbers, r.random() < 0.5]
+
+
+def depthwise_maps(x: Tensor, weights: Any, taps: Any, geometry: Any, norms: int) -> list[Tensor]:
+    known, given, ys = recompute.unpack(geometry), iter(weights), []
+    for own, convolved in recompute.unpack_taps(taps):
+        place = known.placement(own)
+        y = place.apply(x)
+        if convolved:
+            y = F.conv2d(y, next(given), None, known.stride, place.padding, place.dilation, known.groups)
+        ys.append(y)
+    return ys if norms == len(ys) else [sum(ys)]
+
+
+def depthwise_step_results(
+    x: Any, weights: Any, gammas: Any, betas: Any, eps: Any, taps: Any, geometry: Any, _: Any
+) -> list[Any]:
+    ys = depthwise_maps(wide(x), [wide(w) for w in weights], taps, geometry, len(eps))
+    if x.shape[0] == 0:  # whose statistics are 0
+        none = torch.zeros(len(eps), ys[0].shape[1], dtype=torch.float64)
+        return [ys[0], none, none, None, None, None, None]
+    return [*bn_sum_forward_results(ys, gammas, betas, eps, None), None, None, None]
+
+
+def depthwise_step_backward(r: random.Random) -> list[Any]:
+    *args, last_ = depthwise_step(r)
+    x, weights, gammas, _, _, taps, geometry = args
+    out, means, _, rstds, pivot, sums, centred = depthwise._step(*args, last_)
+    needs = [r.random() < 0.7, [r.random() < 0.7 for _ in weights], r.random() < 0.7]
+    grad = layout_of(r, torch.randn(out.shape).to(x.dtype))
+    averages = torch.randn(len(means) + 1, means.shape[1], dtype=torch.float64) if r.random() < 0.5 else None
+    return [grad, x, weights, gammas, means, rstds, pivot, sums, centred, averages, taps, geometry, *needs]
+
+
+def depthwise_statistics(r: random.Random) -> list[Any]:
+    x, weights, _, _, *rest, _ = depthwise_step(r)
+    return [x, weights, *rest]
+
+
+def depthwise_statistics_results(x: Any, weights: Any, *rest: Any) -> list[Any]:
+    _, means, variances, *_ = depthwise_step_results(x, weights, [], [], *rest, False)
+    return [means, variances, None, None, None]
+
+
+def depthwise_apply(r: random.Random) -> list[Any]:
+    x, weights, gammas, betas, eps, *numbers, last_ = depthwise_step(r)
+    means, variances, pivot, *_ = depthwise._statistics(x, weights, eps, *numbers)
+    return [x, weights, gammas, betas, means, 1 / (variances + 0.1).sqrt(), pivot, *numbers, last_]
+
+
+def depthwise_apply_results(x: Any, weights: Any, gammas: Any, betas: Any, *rest: Any) -> list[Any]:
+    wide_ = [[wide(t) for t in own] for own in (weights, gammas, betas)]
+    return [depthwise._apply(wide(x), *wide_, *rest)]
+
+
+def depthwise_step_backward_results(*args: Any) -> list[Any]:
+    grad, x, weights, gammas, means, rstds, pivot, sums, centred, *rest = args
+    kept = means, rstds, pivot, sums, wide(centred)
+    return list(depthwise._step_backward(wide(grad), wide(x), [wide(w) for w in weights], gammas, *kept, *rest))
+
+
 # ---- folding, running statistics ----
 
 
@@ -518,6 +599,10 @@ CASES = {
     "bn_sum_backward_": Case(bn_sum_backward_, bn_sum_write_results),
     "bn_sum_forward": Case(bn_sum_forward, bn_sum_forward_results),
     "cross_correlation": Case(cross_correlation, cross_correlation_results),
+    "depthwise_apply": Case(depthwise_apply, depthwise_apply_results),
+    "depthwise_statistics": Case(depthwise_statistics, depthwise_statistics_results),
+    "depthwise_step": Case(depthwise_step, depthwise_step_results),
+    "depthwise_step_backward": Case(depthwise_step_backward, depthwise_step_backward_results),
     "edge_strips": Case(edge_strips, edge_strips_results),
     "fuse_blocks": Case(fuse_blocks, fuse_blocks_results),
     "fuse_blocks_out": Case(fuse_blocks_out, fuse_blocks_out_results),

@@ -208,7 +208,7 @@ def test_processes_statistics_merge_as_one_process_has_them(value):
     for part in y.split([1, 0, 3, 2]):
         mean, m2 = synced._moments(part, torch.float32)
         rows.append(torch.cat([torch.tensor([part.numel() / 3]), mean, m2]).double())
-    count, mean, m2 = synced._merge(torch.stack(rows), 1)
+    count, mean, m2 = synced.merge(torch.stack(rows), 1)
     wide = y.double()
     torch.testing.assert_close(mean[0], wide.mean((0, 2, 3)), rtol=1e-6, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(

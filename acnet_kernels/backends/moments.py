@@ -8,6 +8,7 @@ output exists, so the output is one convolution with the fused weights. Backward
     dx   = dgrad(g, Σ s_b·W̃_b) − Σ_b W̃ᵀ_b * (s_b·c_b·rstd_b·(W̃_b * x)) + what the constants leave
 
 Exactly three batch norms' training semantics; no map but x is kept, and no batch-norm pass over a map exists.
+Where every channel is a group of its own, moments_depthwise.py computes the same in passes of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ..ops.check import checked
 from ..spec import SUM, Branch, Norm, Problem, Step, autocast_dtype, prefers_channels_last
 from . import mixed, nodes
 from . import moments_algebra as algebra
+from . import moments_depthwise as depthwise
 from .batchnorm import batch_norm, update_running
 from .convolution import (
     add_convolution,
@@ -56,6 +58,12 @@ def declines(problem: Problem) -> str | None:
     geometry = problem.geometry
     if not all(problem.batch_stats):
         return "a batch norm normalises by its running statistics"
+    if not problem.dtype.is_floating_point:
+        return f"dtype {problem.dtype} is not a float"
+    if depthwise.computes(geometry, problem.shape[1], problem.out_channels, problem.device):
+        return mixed.declines(problem)
+    if geometry.padding_mode != "zeros":
+        return f"padding_mode {geometry.padding_mode!r} is not 'zeros'"
     if geometry.kernel[0] != geometry.kernel[1] or geometry.kernel[0] % 2 == 0:
         return f"kernel_size {geometry.kernel} is not one odd number twice, for which the identities hold"
     for name, value, wanted in (
@@ -65,10 +73,6 @@ def declines(problem: Problem) -> str | None:
     ):
         if value != wanted:
             return f"{name} {value} is not {wanted}, for which the identities hold"
-    if geometry.padding_mode != "zeros":
-        return f"padding_mode {geometry.padding_mode!r} is not 'zeros'"
-    if not problem.dtype.is_floating_point:
-        return f"dtype {problem.dtype} is not a float"
     return mixed.declines(problem)
 
 
@@ -77,6 +81,8 @@ def saved_bytes(problem: Problem) -> int:
     if not problem.grad:
         return 0
     nested, problem = mixed.saved_bytes(problem), mixed.inner(problem)
+    if depthwise.computes(problem.geometry, problem.shape[1], problem.out_channels, problem.device):
+        return nested + depthwise.saved_bytes(problem)
     matrix = problem.out_channels * problem.shape[1] // problem.geometry.groups
     weights = matrix * (math.prod(problem.geometry.kernel) if problem.norm == SUM else _kept_taps(problem))
     return nested + problem.input_bytes + weights * torch.promote_types(problem.dtype, torch.float32).itemsize
@@ -96,6 +102,8 @@ def transient_bytes(problem: Problem) -> int:
     """
     nested = mixed.transient_bytes(problem)
     n, c, h, w = problem.shape
+    if depthwise.computes(problem.geometry, c, problem.out_channels, problem.device):
+        return nested + depthwise.transient_bytes(mixed.inner(problem))
     k, groups, cpu = problem.geometry.kernel[0], problem.geometry.groups, problem.device == "cpu"
     cg, small = c // groups, torch.promote_types(problem.dtype, torch.float32)
     x, y = problem.map_bytes(problem.dtype)
@@ -124,7 +132,8 @@ def transient_bytes(problem: Problem) -> int:
 
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
-    return mixed.forward(_forward, x, step)
+    is_depthwise = depthwise.computes(step.geometry, x.shape[1], step.kernel.shape[0], x.device.type)
+    return mixed.forward(depthwise.forward if is_depthwise else _forward, x, step)
 
 
 def _forward(x: Tensor, step: Step) -> Tensor:
@@ -371,7 +380,7 @@ def _step(
             wide, bias = torch.empty_like(x[:images], dtype=weight.dtype), bias.to(weight.dtype)
             for part, target in _chunks(images, x, out):
                 target.copy_(F.conv2d(_converted(part, wide), weight, bias, 1, kernel // 2, 1, groups))
-        return out, mean.clone(), variance, pivot, sums, torch.cat(centred, 1).to(pivot.dtype)
+        return out, mean, variance, pivot, sums, torch.cat(centred, 1).to(pivot.dtype)
 
 
 def _centred_convolution(

@@ -15,7 +15,7 @@ import torch
 from .._torch_compat import graph_task_id
 from ..ops import _extension
 from ..spec import Problem
-from . import branches, eager, folded, moments, recompute, synced, timer, timing_cache
+from . import branches, eager, folded, moments, moments_depthwise, recompute, synced, synced_depthwise, timer, timing_cache
 from .device_info import Machine, this_machine
 
 # In order of simplicity: where two are about as fast, 'auto' takes the first.
@@ -175,6 +175,8 @@ def decide(problem: Problem, known: Mapping[str, float]) -> tuple[str, str]:
         name = fastest(known)
         rest = "".join(f", {other} {ms:.3g}" for other, ms in known.items() if other != name)
         return name, f"{REASONS[name]}: measured {known[name]:.3g} ms{rest}"
+    if moments_depthwise.is_fastest(problem) and moments.declines(problem) is None:
+        return moments.NAME, REASONS["depthwise"]
     why = branches.declines(problem) or branches.unfused(problem)
     if why is None:
         return branches.NAME, REASONS[branches.NAME]
@@ -246,7 +248,8 @@ def _forced(problem: Problem) -> Choice | None:
     if problem.transform:
         return Choice(eager, f"under {problem.transform} only the definition has the rules that are needed")
     if problem.synced:
-        return Choice(synced, "SyncBatchNorm's statistics span processes: one collective forward, one backward")
+        module = synced_depthwise if synced_depthwise.computes(problem) else synced
+        return Choice(module, "SyncBatchNorm's statistics span processes: one collective forward, one backward")
     return None
 
 
@@ -255,5 +258,6 @@ REASONS = {
     "branches": "fused batch-norm sums move less memory than three batch norms and two additions",
     "eager": "no other backend gains on the definition",
     "moments": "one convolution, with statistics from the input's autocorrelation",
+    "depthwise": "one pass over depthwise maps, whatever the number of branches",
     "recompute": "every branch's map computed twice, none kept",
 }

@@ -9,6 +9,7 @@ backend: it runs where norms are synchronised.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def _normalised_sum(maps: list[Tensor], norms: list[Norm]) -> Tensor:
     """Σ_b BN_b(y_b) by the statistics of all processes; running statistics and counters are updated."""
     eps = [norm.eps for norm in norms]
     affine = [*(norm.gamma for norm in norms), *(norm.beta for norm in norms)]
-    update = functools.partial(_update_running, norms)
+    update = functools.partial(move_running, norms)
     if not torch.compiler.is_compiling():  # which keeps statistics out of a node of autograd's graph
         return _SyncedSum.apply(norms[0].group, eps, update, *maps, *affine)[0]
     out, mean, var = _SyncedSum.apply(norms[0].group, eps, None, *maps, *affine)
@@ -76,7 +77,8 @@ def _normalised_sum(maps: list[Tensor], norms: list[Norm]) -> Tensor:
     return out
 
 
-def _update_running(norms: list[Norm], mean: Tensor, var: Tensor) -> None:
+def move_running(norms: Sequence[Norm], mean: Tensor, var: Tensor) -> None:
+    """Moves the running statistics and counters by the batch's mean and unbiased variance of each norm, B×K."""
     for norm, mean_b, var_b in zip(norms, mean, var, strict=True):
         if norm.running_mean is None or norm.running_var is None:
             continue
@@ -101,7 +103,7 @@ def _moments(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return mean, var * (y.numel() // y.shape[1])
 
 
-def _merge(packed: Tensor, branches: int) -> tuple[Tensor, Tensor, Tensor]:
+def merge(packed: Tensor, branches: int) -> tuple[Tensor, Tensor, Tensor]:
     """(count (), mean B×K, M2 B×K) of all processes from P rows [count, means, M2s], by Chan's rule."""
     count = packed[:, 0]
     mean_p, m2_p = packed[:, 1:].view(len(packed), 2, branches, -1).unbind(1)
@@ -109,6 +111,22 @@ def _merge(packed: Tensor, branches: int) -> tuple[Tensor, Tensor, Tensor]:
     mean = (weight * mean_p).sum(0)
     m2 = m2_p.sum(0) + (count[:, None, None] * (mean_p - mean).square()).sum(0)
     return count.sum(), mean, m2
+
+
+def gather(packed: Tensor, branches: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """merge() of what each process of the group has packed."""
+    rows = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, packed, group=group)
+    return merge(torch.stack(rows), branches)
+
+
+def check_gradient(g: Tensor) -> None:
+    """RuntimeError for a gradient that has no rule."""
+    if wants_definition(g):
+        raise RuntimeError(
+            "SyncBatchNorm's processes exchange the sums of one gradient at a time: neither a batch of them "
+            "(is_grads_batched, vectorize) nor a forward-mode one has a rule"
+        )
 
 
 class _SyncedSum(torch.autograd.Function):
@@ -130,9 +148,7 @@ class _SyncedSum(torch.autograd.Function):
         local = [_moments(y, dtype) for y in maps if y is not None]
         count = torch.full((1,), first.numel() // first.shape[1], dtype=torch.float64, device=first.device)
         packed = torch.cat([count, *(mean.double() for mean, _ in local), *(m2.double() for _, m2 in local)])
-        rows = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(rows, packed, group=group)
-        total, mean, m2 = _merge(torch.stack(rows), n)
+        total, mean, m2 = gather(packed, n, group)
         rstd = rstds_of(m2 / total.clamp_min(1), eps)
         saved_mean, saved_rstd = mean.to(dtype), rstd.to(dtype)
         out = None
@@ -154,11 +170,7 @@ class _SyncedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, _mean: Tensor, _var: Tensor) -> tuple[Any, ...]:
-        if wants_definition(g):
-            raise RuntimeError(
-                "SyncBatchNorm's processes exchange the sums of one gradient at a time: neither a batch of them "
-                "(is_grads_batched, vectorize) nor a forward-mode one has a rule"
-            )
+        check_gradient(g)
         total, mean, rstd, *tensors = ctx.saved_tensors
         n, dtype = ctx.branches, mean.dtype
         maps, gammas, betas = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]

@@ -80,32 +80,37 @@ def check_step(
 ) -> None:
     """ValueError where an argument of recompute_step does not fit the others; the message names it."""
     check.one_device(x=x, weights=weights, gammas=gammas, betas=betas)
-    _check_problem(x, weights, gammas, eps, taps, geometry)
-    _check_affine(weights, eps, betas=betas)
+    _check_images(x)
+    check_problem(x, weights, gammas, len(eps), taps, geometry)
+    check_affine(weights, len(eps), betas=betas)
     if dtype is not None and dtype not in check.FLOATS:
         raise ValueError(f"dtype must be None, float32, float64, float16 or bfloat16, got {dtype}")
 
 
-def _check_affine(weights: list[Tensor], eps: list[float], **lists: list[Tensor]) -> None:
+def _check_images(x: Tensor) -> None:
+    if x.dim() == 4 and x.shape[0] < 1:
+        raise ValueError(f"x must hold an image, got shape {tuple(x.shape)}")
+
+
+def check_affine(weights: list[Tensor], norms: int, **lists: list[Tensor]) -> None:
+    """ValueError unless each list is empty or has one vector of K numbers a batch norm."""
     for name, values in lists.items():
         if values:
-            check.length(len(eps), "as eps, or none", **{name: values})
+            check.length(norms, "one a batch norm, or none", **{name: values})
     check.shape(weights[0].shape[:1], **lists)
     check.floats(**lists)
 
 
-def _check_problem(
+def check_problem(
     x: Tensor,
     weights: list[Tensor],
     gammas: list[Tensor],
-    eps: list[float],
+    norms: int,
     taps: list[int],
     geometry: list[int],
 ) -> tuple[int, ...]:
-    """The shape of the output."""
+    """The shape of the output; ValueError where one of these arguments of a step does not fit the others."""
     check.maps(x=x)
-    if x.shape[0] < 1:
-        raise ValueError(f"x must hold an image, got shape {tuple(x.shape)}")
     if not 5 <= len(taps) <= 5 * MOST_BRANCHES or len(taps) % 5:
         raise ValueError(
             f"taps must hold 1 to {MOST_BRANCHES} branches, five numbers each, got {len(taps)} numbers"
@@ -118,8 +123,8 @@ def _check_problem(
     known = Geometry.make(rest[:2], rest[2:4], rest[4:6], rest[6:], groups, "zeros")
     branches = unpack_taps(taps)
     check.length(sum(convolved for _, convolved in branches), "one a convolution", weights=weights)
-    if len(eps) not in (1, len(branches)):
-        raise ValueError(f"eps must have {len(branches)} entries, one a branch, or 1, got {len(eps)}")
+    if norms not in (1, len(branches)):
+        raise ValueError(f"eps must have {len(branches)} entries, one a branch, or 1, got {norms}")
     if not weights or weights[0].dim() != 4 or weights[0].shape[0] < 1:
         raise ValueError(f"weights[0] must be K×C/groups×rows×columns, got {[tuple(w.shape) for w in weights[:1]]}")
     K, C = weights[0].shape[0], x.shape[1]
@@ -135,7 +140,7 @@ def _check_problem(
                 f"taps must have the identity on one tap, of maps of {K} channels at stride 1, got {own}"
             )
     check.floats(weights=weights)
-    _check_affine(weights, eps, gammas=gammas)
+    check_affine(weights, norms, gammas=gammas)
     return (x.shape[0], K, *known.output_size(x.shape[2], x.shape[3]))
 
 
@@ -155,7 +160,8 @@ def check_backward(
 ) -> None:
     """ValueError where an argument of recompute_step_backward does not fit the others; the message names it."""
     check.one_device(x=x, grad=grad, weights=weights, gammas=gammas, means=means, rstds=rstds)
-    shape = _check_problem(x, weights, gammas, eps, taps, geometry)
+    _check_images(x)
+    shape = check_problem(x, weights, gammas, len(eps), taps, geometry)
     check.shape(shape, grad=grad)
     check.floats(grad=grad)
     check.length(len(weights), "one a weight", need_weights=need_weights)

@@ -1,0 +1,303 @@
+"""The operators of depthwise blocks: schema, fake, autograd.
+
+    depthwise_step(x, weights, gammas, betas, eps, taps, geometry, channels_last)
+        -> (out, means, variances, rstds, pivot, sums, centred)
+        out = Σ_b BN_b(W_b * x) by the batch's statistics, in x's dtype and the layout named; differentiable in the
+        tensors. means, (biased) variances and rstds are B×K in float64. What follows is for the gradient alone.
+    depthwise_statistics(x, weights, eps, taps, geometry) -> (means, variances, pivot, sums, centred)
+    depthwise_apply(x, weights, gammas, betas, means, rstds, pivot, taps, geometry, channels_last) -> out
+        Its halves, for statistics that are not x's own.
+    depthwise_step_backward(grad, x, weights, gammas, means, rstds, pivot, sums, centred, averages, taps, geometry,
+                            need_x, need_weights, need_gammas) -> (dx, dws, dgammas, dbeta)
+        Gradients of what is needed; dws holds those of the weights that need one, the others are empty. `averages`,
+        unless these maps' own, are those of g·ŷ_b and, last, of g: (B + 1)×K, float64.
+
+Arguments: `x`, N×C×H×W of any layout; `weights`, K×1×rows×columns, one entry a convolution; `eps` and, unless [],
+`gammas` and `betas` (K), one entry a batch norm: one a branch, or one after their sum; `taps` and `geometry` are
+what `recompute.pack_taps` and `recompute.pack` make of them: C groups, at most MOST_TAPS taps a side, a padding of
+at most MOST_PADDING, and K = m·C with m at most MOST_MULTIPLIER. `pivot` (C, float64) is what x was centred by,
+`sums` (C×taps, float64) are those of its patches, `centred` holds W_b·(G − SSᵀ/M) of every batch norm's kernel,
+K×numbers in float32 or better.
+
+The C++ kernels (csrc/depthwise.cpp) register themselves for the CPU with the schemas below; the others are in
+backends/moments_depthwise.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import check
+from ._extension import LOADED
+from .bn_sum import accumulation_dtype
+from .recompute import check_affine, check_problem, unpack, unpack_taps
+
+MOST_TAPS, MOST_MULTIPLIER, MOST_PADDING = 7, 8, 1024  # those of csrc/depthwise_plan.h
+
+LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
+if not LOADED:
+    LIBRARY.define(
+        "depthwise_step(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, int[] taps,"
+        " int[] geometry, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+    LIBRARY.define(
+        "depthwise_statistics(Tensor x, Tensor[] weights, float[] eps, int[] taps, int[] geometry)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+    LIBRARY.define(
+        "depthwise_apply(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor means, Tensor rstds,"
+        " Tensor pivot, int[] taps, int[] geometry, bool channels_last) -> Tensor"
+    )
+    LIBRARY.define(
+        "depthwise_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor means,"
+        " Tensor rstds, Tensor pivot, Tensor sums, Tensor centred, Tensor? averages, int[] taps, int[] geometry,"
+        " bool need_x, bool[] need_weights, bool need_gammas) -> (Tensor, Tensor[], Tensor, Tensor)"
+    )
+
+depthwise_step = torch.ops.acnet_kernels.depthwise_step.default
+depthwise_statistics = torch.ops.acnet_kernels.depthwise_statistics.default
+depthwise_apply = torch.ops.acnet_kernels.depthwise_apply.default
+depthwise_step_backward = torch.ops.acnet_kernels.depthwise_step_backward.default
+
+
+def check_step(
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    eps: list[float],
+    taps: list[int],
+    geometry: list[int],
+    channels_last: bool,
+) -> None:
+    """ValueError where an argument of depthwise_step does not fit the others; the message names it."""
+    check.one_device(x=x, weights=weights, gammas=gammas, betas=betas)
+    _check_problem(x, weights, gammas, len(eps), taps, geometry)
+    check_affine(weights, len(eps), betas=betas)
+
+
+def check_statistics(
+    x: Tensor, weights: list[Tensor], eps: list[float], taps: list[int], geometry: list[int]
+) -> None:
+    """ValueError where an argument of depthwise_statistics does not fit the others; the message names it."""
+    check.one_device(x=x, weights=weights)
+    _check_problem(x, weights, [], len(eps), taps, geometry)
+
+
+def check_apply(
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    pivot: Tensor,
+    taps: list[int],
+    geometry: list[int],
+    channels_last: bool,
+) -> None:
+    """ValueError where an argument of depthwise_apply does not fit the others; the message names it."""
+    kept = {"means": means, "rstds": rstds, "pivot": pivot}
+    check.one_device(x=x, weights=weights, gammas=gammas, betas=betas, **kept)
+    norms = _norms(means)
+    shape = _check_problem(x, weights, gammas, norms, taps, geometry)
+    check_affine(weights, norms, betas=betas)
+    check.shape((norms, shape[1]), means=means, rstds=rstds)
+    check.shape((x.shape[1],), pivot=pivot)
+    check.dtype(torch.float64, "as depthwise_statistics returns it", **kept)
+    check.contiguous(**kept)
+
+
+def _norms(means: Tensor) -> int:
+    if means.dim() != 2:
+        raise ValueError(f"means must have shape (norms, K), got {tuple(means.shape)}")
+    return means.shape[0]
+
+
+def _check_problem(
+    x: Tensor, weights: list[Tensor], gammas: list[Tensor], norms: int, taps: list[int], geometry: list[int]
+) -> tuple[int, ...]:
+    """The shape of the output."""
+    shape = check_problem(x, weights, gammas, norms, taps, geometry)
+    if max(geometry[:2]) > MOST_TAPS:
+        raise ValueError(f"geometry must have a kernel of at most {MOST_TAPS} a side, got {geometry[:2]}")
+    if max(geometry[4:6]) > MOST_PADDING:
+        raise ValueError(f"geometry must have a padding of at most {MOST_PADDING}, got {geometry[4:6]}")
+    if geometry[8] != x.shape[1] or shape[1] > MOST_MULTIPLIER * x.shape[1]:
+        raise ValueError(
+            f"geometry must have a group for each of x's {x.shape[1]} channels, and weights 1 to {MOST_MULTIPLIER} "
+            f"output channels for each, got {geometry[8]} and {shape[1]}"
+        )
+    return shape
+
+
+def numbers_of(norms: int, taps: list[int], geometry: list[int]) -> int:
+    """How many numbers an output channel has in all batch norms' kernels: its row of `centred`."""
+    branches = unpack_taps(taps)
+    if norms < len(branches):
+        return geometry[0] * geometry[1]
+    return sum(own.rows * own.columns for own, _ in branches)
+
+
+def check_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    pivot: Tensor,
+    sums: Tensor,
+    centred: Tensor,
+    averages: Tensor | None,
+    taps: list[int],
+    geometry: list[int],
+    need_x: bool,
+    need_weights: list[bool],
+    need_gammas: bool,
+) -> None:
+    """ValueError where an argument of depthwise_step_backward does not fit the others; the message names it."""
+    kept = {"means": means, "rstds": rstds, "pivot": pivot, "sums": sums}
+    check.one_device(x=x, grad=grad, weights=weights, gammas=gammas, centred=centred, averages=averages, **kept)
+    norms, c = _norms(means), x.shape[1] if x.dim() == 4 else 0
+    shape = _check_problem(x, weights, gammas, norms, taps, geometry)
+    check.shape(shape, grad=grad)
+    check.dtype(x.dtype, "as x", grad=grad)
+    check.length(len(weights), "one a weight", need_weights=need_weights)
+    check.shape((norms, shape[1]), means=means, rstds=rstds)
+    check.shape((c,), pivot=pivot)
+    check.shape((c, geometry[0] * geometry[1]), sums=sums)
+    check.shape((shape[1], numbers_of(norms, taps, geometry)), centred=centred)
+    check.dtype(torch.float64, "as depthwise_step returns it", **kept)
+    check.dtype(accumulation_dtype(x.dtype), "as depthwise_step returns it", centred=centred)
+    check.contiguous(centred=centred, averages=averages, **kept)
+    check.shape((norms + 1, shape[1]), averages=averages)
+    check.dtype(torch.float64, "as the statistics", averages=averages)
+
+
+@torch.library.register_fake("acnet_kernels::depthwise_step")
+@check.checked(check_step)
+def _(
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: Any,
+    betas: Any,
+    eps: list[float],
+    taps: list[int],
+    geometry: list[int],
+    channels_last: bool,
+) -> tuple[Tensor, ...]:
+    means, variances, *rest = _empty_statistics(x, weights, eps, taps, geometry)
+    return _empty_out(x, weights, geometry, channels_last), means, variances, torch.empty_like(means), *rest
+
+
+def _empty_out(x: Tensor, weights: list[Tensor], geometry: list[int], channels_last: bool) -> Tensor:
+    size = unpack(geometry).output_size(x.shape[2], x.shape[3])
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (x.shape[0], weights[0].shape[0], *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _empty_statistics(
+    x: Tensor, weights: list[Tensor], eps: list[float], taps: list[int], geometry: list[int]
+) -> tuple[Tensor, ...]:
+    k = weights[0].shape[0]
+    return (
+        x.new_empty(len(eps), k, dtype=torch.float64),
+        x.new_empty(len(eps), k, dtype=torch.float64),
+        x.new_empty(x.shape[1], dtype=torch.float64),
+        x.new_empty(x.shape[1], geometry[0] * geometry[1], dtype=torch.float64),
+        x.new_empty(k, numbers_of(len(eps), taps, geometry), dtype=accumulation_dtype(x.dtype)),
+    )
+
+
+torch.library.register_fake("acnet_kernels::depthwise_statistics")(
+    check.checked(check_statistics)(_empty_statistics)
+)
+
+
+@torch.library.register_fake("acnet_kernels::depthwise_apply")
+@check.checked(check_apply)
+def _(
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: Any,
+    betas: Any,
+    means: Tensor,
+    rstds: Tensor,
+    pivot: Tensor,
+    taps: Any,
+    geometry: list[int],
+    channels_last: bool,
+) -> Tensor:
+    return _empty_out(x, weights, geometry, channels_last)
+
+
+@torch.library.register_fake("acnet_kernels::depthwise_step_backward")
+@check.checked(check_backward)
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: Any,
+    means: Tensor,
+    rstds: Tensor,
+    pivot: Tensor,
+    sums: Tensor,
+    centred: Tensor,
+    averages: Any,
+    taps: Any,
+    geometry: Any,
+    need_x: bool,
+    need_weights: list[bool],
+    need_gammas: bool,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    dtype = accumulation_dtype(x.dtype)
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        [torch.empty_like(weight) for weight, need in zip(weights, need_weights, strict=True) if need],
+        torch.empty_like(means, dtype=dtype) if need_gammas else means.new_empty(0, dtype=dtype),
+        means.new_empty(means.shape[1], dtype=dtype),
+    )
+
+
+def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weights, gammas, betas, eps, taps, geometry, _ = inputs
+    _, means, variances, rstds, pivot, sums, centred = output
+    ctx.mark_non_differentiable(means, variances, rstds, pivot, sums, centred)
+    ctx.save_for_backward(x, means, rstds, pivot, sums, centred, *weights, *gammas)
+    ctx.constants = eps, taps, geometry
+    ctx.beta_dtypes = [beta.dtype for beta in betas]
+    ctx.need_x, ctx.need_weights = x.requires_grad, [weight.requires_grad for weight in weights]
+    ctx.need_gammas = any(gamma.requires_grad for gamma in gammas)
+
+
+def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    x, means, rstds, pivot, sums, centred, *rest = ctx.saved_tensors
+    count = len(ctx.need_weights)
+    weights, gammas = rest[:count], rest[count:]
+    _, taps, geometry = ctx.constants
+    dx, dws, dgammas, dbeta = depthwise_step_backward(
+        grad, x, weights, gammas, means, rstds, pivot, sums, centred, None, taps, geometry,
+        ctx.need_x, ctx.need_weights, ctx.need_gammas,
+    )  # fmt: skip
+    given = iter(dws)
+    found = list(dgammas) if ctx.need_gammas else [None] * len(gammas)
+    return (
+        dx if ctx.need_x else None,
+        [next(given) if need else None for need in ctx.need_weights],
+        [d if d is None else d.to(gamma.dtype) for gamma, d in zip(gammas, found, strict=True)],
+        [dbeta.to(dtype) for dtype in ctx.beta_dtypes],
+        *(None,) * 4,
+    )
+
+
+def _no_double_backward(ctx: Any, *_: Any) -> NoReturn:
+    raise RuntimeError("depthwise_step_backward has no derivative; acblock() has one of every order")
+
+
+torch.library.register_autograd("acnet_kernels::depthwise_step", backward, setup_context=setup)
+torch.library.register_autograd("acnet_kernels::depthwise_step_backward", _no_double_backward)

@@ -1,0 +1,80 @@
+// Blocks of depthwise branches on the CPU: one pass over the maps whatever the number of branches.
+//
+// depthwise_kernels.h holds the passes and depthwise_algebra.h the small algebra between them, written once and compiled
+// for several instruction sets (depthwise_{generic,avx2,avx512}.cpp): a vector's lanes are channels, of which a pass takes
+// `lanes` at a time. depthwise_plan.h says where taps meet pixels. depthwise.cpp holds the operators: checks, tasks,
+// threads, merging. Which rows are summed together depends on the shapes alone: results are the same bits for every
+// number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "depthwise_plan.h"
+
+namespace acnet::depthwise {
+
+// Some channels of a map, `lanes` of them from `data` on. Strides are in elements.
+template <class T>
+struct Map {
+  T* data;
+  // Read: one past the map's last element. Written: one past the last element of the plane of the first channel that
+  // the rows at hand may cover, counted from `data`; what they write beyond a row is written again by the next one.
+  const T* limit;
+  int64_t image, channel, row, column;
+  int lanes;
+};
+
+// The passes take rows by number, through all images. Arrays have an entry a lane for each of their numbers.
+template <class T, class A>
+struct Passes {
+  int lanes;
+  // Adds the products of x − pivot (see Plan) over rows [begin, end), the input's where by_kind and else the output's,
+  // and its sums by fine kind.
+  void (*moments)(const Plan&, const Map<const T>& x, const A* pivot, int64_t begin, int64_t end, A* scratch,
+                  double* products, double* sums);
+  // out = init of the pixel's kind + Σ_t weights[t]·(x − pivot)[·, t], output rows [begin, end).
+  void (*convolve)(const Plan&, const Map<const T>& x, const A* pivot, const A* weights, const A* init, const Map<T>& out,
+                   int64_t begin, int64_t end, A* scratch);
+  // Adds Σ_p g[p]·(x − pivot)[p, t], and Σ g by kind of output pixels, over output rows [begin, end).
+  void (*correlate)(const Plan&, const Map<const T>& x, const A* pivot, const Map<const T>& grad, int64_t begin,
+                    int64_t end, A* scratch, double* products, double* sums);
+  // dx = init of the pixel's kind + Σ weights·g + correction·(x − pivot), input rows [begin, end). `grads` and `weights`
+  // are those of each output channel of an input channel.
+  void (*gradient)(const Plan&, const Map<const T>& x, const A* pivot, const Map<const T>* grads, const A* weights,
+                   const A* correction, const A* init, const Map<T>& dx, int64_t begin, int64_t end, A* scratch);
+};
+
+// In double; M is the number of pixels summed over.
+template <class A>
+struct Algebra {
+  int lanes;
+  // From `moments`' sums: G − SSᵀ/M of the patches (taps × taps) and S (taps).
+  void (*covariance)(const Plan&, const double* products, const double* sums, const double* pivot, double* gram,
+                     double* patch_sums);
+  // Of a kernel with these taps: its W·S/M, W·(G − SSᵀ/M) and W·(G − SSᵀ/M)·Wᵀ/M.
+  void (*statistics)(const Plan&, const int* places, int count, const double* weight, const double* gram,
+                     const double* patch_sums, double* mean, double* variance, double* centred);
+  // What `convolve` takes for this kernel (taps) and bias.
+  void (*fold)(const Plan&, const double* kernel, const double* bias, const double* pivot, A* weights, A* init);
+  // Σ_p g[p]·x[p, t] and Σ g, from `correlate`'s sums.
+  void (*patch_gradient)(const Plan&, const double* products, const double* sums, const double* pivot, double* gradient,
+                         double* total);
+  // What `gradient` takes, from Σ_b slope_b·W_b[t]·W_b[t′] (taps × taps) and Σ_b level_b·W_b[t] (taps).
+  void (*correct)(const Plan&, const double* squares, const double* levels, const double* pivot, A* correction, A* init);
+};
+
+#define ACNET_DEPTHWISE_DECLARE(isa) \
+  namespace isa {                    \
+  template <class T, class A>        \
+  Passes<T, A> passes();             \
+  template <class A>                 \
+  Algebra<A> algebra();              \
+  }
+ACNET_DEPTHWISE_DECLARE(generic)
+#if defined(__x86_64__)
+ACNET_DEPTHWISE_DECLARE(avx2)
+ACNET_DEPTHWISE_DECLARE(avx512)
+#endif
+#undef ACNET_DEPTHWISE_DECLARE
+
+}  // namespace acnet::depthwise

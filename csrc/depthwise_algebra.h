@@ -1,0 +1,226 @@
+// The small algebra of depthwise.h for one instruction set: loops over lanes, in double, for the compiler to turn into
+// vectors. Included by each depthwise_<isa>.cpp behind depthwise_kernels.h.
+
+namespace acnet::depthwise::ACNET_ISA {
+namespace {
+
+template <int lanes>
+using Lanes = double[lanes];  // one number, of all lanes
+
+template <int lanes>
+inline const Lanes<lanes>* rows_of(const double* p) {
+  return reinterpret_cast<const Lanes<lanes>*>(p);
+}
+template <int lanes>
+inline Lanes<lanes>* rows_of(double* p) {
+  return reinterpret_cast<Lanes<lanes>*>(p);
+}
+
+template <int lanes>
+inline void add(double* to, const double* from) {
+  for (int l = 0; l < lanes; ++l) to[l] += from[l];
+}
+template <int lanes>
+inline void add_product(double* to, const double* a, const double* b) {
+  for (int l = 0; l < lanes; ++l) to[l] += a[l] * b[l];
+}
+template <int lanes>
+inline void add_scaled(double* to, double factor, const double* a) {
+  for (int l = 0; l < lanes; ++l) to[l] += factor * a[l];
+}
+
+// The place of a shift in the half plane of them.
+inline int shift_place(const Plan& plan, int row, int column) {
+  const int reach = plan.columns.taps - 1;
+  return row == 0 ? column : reach + 1 + (row - 1) * (2 * reach + 1) + column + reach;
+}
+
+// Σ x̃ over the pixels that tap t reads and from which the shift to tap u leads inside: [t][u]; without `inside`, [t][0].
+template <class A>
+void covariance(const Plan& plan, const double* products, const double* sums, const double* pivot, double* gram,
+                double* patch_sums) {
+  constexpr int lanes = kLanes<A>;
+  const Axis &rows = plan.rows, &columns = plan.columns;
+  const int taps = plan.taps, wide = columns.taps;
+  const auto* product = rows_of<lanes>(products);
+  const auto* sum = rows_of<lanes>(sums);
+  auto* g = rows_of<lanes>(gram);
+  auto* s = rows_of<lanes>(patch_sums);
+  __builtin_memset(gram, 0, int64_t(taps) * taps * lanes * sizeof(double));
+  __builtin_memset(patch_sums, 0, int64_t(taps) * lanes * sizeof(double));
+  if (plan.by_kind) {
+    for (int i = 0; i < rows.coarse_kinds; ++i)
+      for (int j = 0; j < columns.coarse_kinds; ++j) {
+        const auto* own = product + (int64_t(i) * columns.coarse_kinds + j) * plan.shift_count;
+        for (int t = 0; t < taps; ++t) {
+          if (!rows.reads[i * rows.taps + t / wide] || !columns.reads[j * wide + t % wide]) continue;
+          for (int u = t; u < taps; ++u)
+            add<lanes>(g[t * taps + u], own[shift_place(plan, u / wide - t / wide, u % wide - t % wide)]);
+        }
+      }
+  } else {
+    for (int t = 0; t < taps; ++t)
+      for (int u = t; u < taps; ++u) add<lanes>(g[t * taps + u], *product++);
+  }
+  for (int i = 0; i < rows.fine_kinds; ++i)
+    for (int j = 0; j < columns.fine_kinds; ++j)
+      for (int t = 0; t < taps; ++t)
+        if (rows.fine_reads[i * rows.taps + t / wide] && columns.fine_reads[j * wide + t % wide])
+          add<lanes>(s[t], sum[i * columns.fine_kinds + j]);
+  // G − SSᵀ/M of x̃ + pivot, S = S̃ + N·pivot with N the pixels a tap sees; `seen` has X[t][u] = Σ x̃ of tap t where u
+  // sees inside, too. Term by term what is constant where nothing is padded cancels exactly.
+  const double count = double(plan.images * rows.out * columns.out), share = count > 0 ? 1 / count : 0;
+  const auto pixels = [&](int t, int u) {
+    return double(plan.images) * rows.pairs[t / wide * rows.taps + u / wide] * columns.pairs[t % wide * wide + u % wide];
+  };
+  for (int t = 0; t < taps; ++t)
+    for (int u = t; u < taps; ++u)
+      for (int l = 0; l < lanes; ++l) g[t * taps + u][l] -= s[t][l] * s[u][l] * share;
+  for (int t = 0; t < taps; ++t)
+    for (int u = 0; u < taps; ++u) {
+      const int low = t < u ? t : u, high = t < u ? u : t;
+      const double both = pixels(t, u), own = pixels(t, t), other = pixels(u, u);
+      if (both < own || other < count) {  // else X[t][u] = S̃[t], and all cancels
+        double seen[lanes] = {};
+        const int row = u / wide - t / wide + rows.taps - 1, column = u % wide - t % wide + wide - 1;
+        if (both == own) {
+          add<lanes>(seen, s[t]);
+        } else {
+          for (int i = 0; i < rows.fine_kinds; ++i) {
+            if (!rows.fine_reads[i * rows.taps + t / wide] || !rows.inside[i * (2 * rows.taps - 1) + row]) continue;
+            for (int j = 0; j < columns.fine_kinds; ++j)
+              if (columns.fine_reads[j * wide + t % wide] && columns.inside[j * (2 * wide - 1) + column])
+                add<lanes>(seen, sum[i * columns.fine_kinds + j]);
+          }
+        }
+        for (int l = 0; l < lanes; ++l) seen[l] = (seen[l] - s[t][l] * (other * share)) * pivot[l];
+        add<lanes>(g[low * taps + high], seen);
+        if (t == u) add<lanes>(g[low * taps + high], seen);
+      }
+      if (t > u) continue;
+      const double left = both - own * other * share;
+      for (int l = 0; l < lanes; ++l) g[t * taps + u][l] += left * pivot[l] * pivot[l];
+    }
+  for (int t = 0; t < taps; ++t) {
+    add_scaled<lanes>(s[t], pixels(t, t), pivot);
+    for (int u = 0; u < t; ++u) __builtin_memcpy(g[t * taps + u], g[u * taps + t], sizeof(double) * lanes);
+  }
+  // What belongs to taps that never see the image together counts for nothing: exactly so.
+  for (int t = 0; t < taps; ++t)
+    for (int u = 0; u < taps; ++u)
+      if (pixels(t, t) == 0 || pixels(u, u) == 0) __builtin_memset(g[t * taps + u], 0, sizeof(double) * lanes);
+}
+
+template <class A>
+void statistics(const Plan& plan, const int* places, int count, const double* weight, const double* gram,
+                const double* patch_sums, double* mean, double* variance, double* centred) {
+  constexpr int lanes = kLanes<A>;
+  const auto* w = rows_of<lanes>(weight);
+  const auto* g = rows_of<lanes>(gram);
+  const auto* s = rows_of<lanes>(patch_sums);
+  auto* c = rows_of<lanes>(centred);
+  const double values = double(plan.images * plan.rows.out * plan.columns.out), share = values > 0 ? 1 / values : 0;
+  double first[lanes] = {}, second[lanes] = {};
+  for (int t = 0; t < count; ++t) {
+    double sum[lanes] = {};
+    for (int u = 0; u < count; ++u) add_product<lanes>(sum, w[u], g[places[t] * plan.taps + places[u]]);
+    add_product<lanes>(first, w[t], s[places[t]]);
+    add_product<lanes>(second, w[t], sum);
+    __builtin_memcpy(c[t], sum, sizeof sum);
+  }
+  for (int l = 0; l < lanes; ++l) {
+    mean[l] = first[l] * share;
+    const double v = second[l] * share;
+    variance[l] = v < 0 ? 0 : v;
+  }
+}
+
+template <class A>
+void fold(const Plan& plan, const double* kernel, const double* bias, const double* pivot, A* weights, A* init) {
+  constexpr int lanes = kLanes<A>;
+  const Axis &rows = plan.rows, &columns = plan.columns;
+  const auto* k = rows_of<lanes>(kernel);
+  for (int i = 0; i < plan.taps * lanes; ++i) weights[i] = A(kernel[i]);
+  for (int i = 0; i < rows.out_kinds; ++i)
+    for (int j = 0; j < columns.out_kinds; ++j, init += lanes) {
+      double sum[lanes] = {};
+      for (int t = 0; t < plan.taps; ++t)
+        if (rows.seen[i * rows.taps + t / columns.taps] && columns.seen[j * columns.taps + t % columns.taps])
+          add<lanes>(sum, k[t]);
+      for (int l = 0; l < lanes; ++l) init[l] = A(bias[l] + pivot[l] * sum[l]);
+    }
+}
+
+template <class A>
+void patch_gradient(const Plan& plan, const double* products, const double* sums, const double* pivot, double* gradient,
+                    double* total) {
+  constexpr int lanes = kLanes<A>;
+  const Axis &rows = plan.rows, &columns = plan.columns;
+  const auto* sum = rows_of<lanes>(sums);
+  __builtin_memset(total, 0, lanes * sizeof(double));
+  for (int i = 0; i < rows.out_kinds * columns.out_kinds; ++i) add<lanes>(total, sum[i]);
+  for (int t = 0; t < plan.taps; ++t) {
+    double seen[lanes] = {};
+    for (int i = 0; i < rows.out_kinds; ++i)
+      for (int j = 0; j < columns.out_kinds; ++j)
+        if (rows.seen[i * rows.taps + t / columns.taps] && columns.seen[j * columns.taps + t % columns.taps])
+          add<lanes>(seen, sum[i * columns.out_kinds + j]);
+    for (int l = 0; l < lanes; ++l) gradient[t * lanes + l] = products[t * lanes + l] + pivot[l] * seen[l];
+  }
+}
+
+template <class A>
+void correct(const Plan& plan, const double* squares, const double* levels, const double* pivot, A* correction, A* init) {
+  constexpr int lanes = kLanes<A>;
+  const Axis &rows = plan.rows, &columns = plan.columns;
+  const int taps = plan.taps, wide = columns.taps;
+  const auto* q = rows_of<lanes>(squares);
+  const auto* level = rows_of<lanes>(levels);
+  for (int i = 0; i < rows.coarse_kinds; ++i)
+    for (int j = 0; j < columns.coarse_kinds; ++j) {
+      const Terms& own = plan.terms[i * columns.coarse_kinds + j];
+      A* to = correction + own.first * lanes;
+      for (int s = 0; s < own.shift_count; ++s, to += lanes) {
+        double sum[lanes] = {};
+        for (int t = 0; t < own.tap_count; ++t) {
+          const int row = own.taps[t].row + own.shifts[s].row, column = own.taps[t].column + own.shifts[s].column;
+          if (row < 0 || row >= rows.taps || column < 0 || column >= wide) continue;
+          add<lanes>(sum, q[(own.taps[t].row * wide + own.taps[t].column) * taps + row * wide + column]);
+        }
+        for (int l = 0; l < lanes; ++l) to[l] = A(-sum[l]);
+      }
+    }
+  for (int i = 0; i < rows.fine_kinds; ++i)
+    for (int j = 0; j < columns.fine_kinds; ++j, init += lanes) {
+      double sum[lanes] = {}, constant[lanes] = {};
+      for (int t = 0; t < taps; ++t) {
+        const int r = t / wide, c = t % wide;
+        if (!rows.fine_reads[i * rows.taps + r] || !columns.fine_reads[j * wide + c]) continue;
+        add<lanes>(sum, level[t]);
+        for (int v = 0; v < rows.taps; ++v) {
+          if (!rows.inside[i * (2 * rows.taps - 1) + v - r + rows.taps - 1]) continue;
+          for (int h = 0; h < wide; ++h)
+            if (columns.inside[j * (2 * wide - 1) + h - c + wide - 1]) add<lanes>(constant, q[t * taps + v * wide + h]);
+        }
+      }
+      for (int l = 0; l < lanes; ++l) init[l] = A(sum[l] - pivot[l] * constant[l]);
+    }
+}
+
+}  // namespace
+
+template <class A>
+Algebra<A> algebra() {
+  return {kLanes<A>, covariance<A>, statistics<A>, fold<A>, patch_gradient<A>, correct<A>};
+}
+
+#define ACNET_DEPTHWISE_INSTANTIATE(T, A) template Passes<T, A> passes();
+ACNET_DEPTHWISE_INSTANTIATE(float, float)
+ACNET_DEPTHWISE_INSTANTIATE(c10::BFloat16, float)
+ACNET_DEPTHWISE_INSTANTIATE(c10::Half, float)
+ACNET_DEPTHWISE_INSTANTIATE(double, double)
+#undef ACNET_DEPTHWISE_INSTANTIATE
+template Algebra<float> algebra();
+template Algebra<double> algebra();
+
+}  // namespace acnet::depthwise::ACNET_ISA

@@ -1,0 +1,648 @@
+// The passes of depthwise.h for one instruction set. Included once by each depthwise_<isa>.cpp, which defines
+//   ACNET_ISA     the namespace, in it multiply_add() of three vectors,
+//   ACNET_BYTES   the bytes of a vector register,
+//   ACNET_ROW     the pixels whose sums fill the registers,
+//   load_half / store_half  for c10::Half.
+// A pass packs the rows it needs, one vector a pixel, into a window that moves down the image, zeros beyond its borders.
+// Nothing here may call an inline function from elsewhere: compiled for this instruction set, it could be the copy
+// that the linker keeps for everybody.
+
+namespace acnet::depthwise::ACNET_ISA {
+namespace {
+
+template <class A>
+struct Simd {
+  typedef A Vec __attribute__((vector_size(ACNET_BYTES)));
+  static constexpr int lanes = ACNET_BYTES / sizeof(A);
+};
+template <class A>
+using Vec = typename Simd<A>::Vec;
+template <class A>
+constexpr int kLanes = Simd<A>::lanes;
+typedef uint16_t Bits16 __attribute__((vector_size(ACNET_BYTES / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(ACNET_BYTES)));
+
+inline Vec<float> widen(const float* p) {
+  Vec<float> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec<float> widen(const c10::BFloat16* p) {
+  Bits16 bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return (Vec<float>)(__builtin_convertvector(bits, Bits32) << 16);
+}
+inline Vec<float> widen(const c10::Half* p) { return load_half(p); }
+
+// A whole vector at p.
+template <class A, class T>
+inline Vec<A> load(const T* p) {
+  if constexpr (sizeof(A) == sizeof(T)) {
+    Vec<A> v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  } else if constexpr (sizeof(A) == 4) {
+    return widen(p);
+  } else {
+    T buffer[kLanes<float>] = {};
+    __builtin_memcpy(buffer, p, kLanes<A> * sizeof(T));
+    const Vec<float> narrow = widen(buffer);
+    Vec<A> v;
+    for (int i = 0; i < kLanes<A>; ++i) v[i] = narrow[i];
+    return v;
+  }
+}
+
+inline void store(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store(c10::BFloat16* p, Vec<float> v) {
+  // Round to nearest even; a NaN stays one.
+  const Bits32 bits = (Bits32)v;
+  const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits16 half = __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, Bits16);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+inline void store(c10::Half* p, Vec<float> v) { store_half(p, v); }
+
+// The first n elements at p; the others are zero.
+template <class A, class T>
+inline Vec<A> load_part(const T* p, int64_t n) {
+  T buffer[kLanes<A>];
+  __builtin_memset(buffer, 0, sizeof buffer);
+  __builtin_memcpy(buffer, p, n * sizeof(T));
+  return load<A>(buffer);
+}
+template <class T, class A>
+inline void store_part(T* p, Vec<A> v, int64_t n) {
+  T buffer[kLanes<A>];
+  store(buffer, v);
+  __builtin_memcpy(p, buffer, n * sizeof(T));
+}
+
+// ---- rows in and out: kLanes planes ↔ one vector a pixel ----
+
+#if defined(__clang__) || __GNUC__ >= 12
+template <class V, int... I>
+struct Zip {
+  static V of(V a, V b) { return __builtin_shufflevector(a, b, I...); }
+};
+template <int lanes, class V>
+struct Halves;
+template <class V>
+struct Halves<2, V> {
+  using Low = Zip<V, 0, 2>;
+  using High = Zip<V, 1, 3>;
+};
+template <class V>
+struct Halves<4, V> {
+  using Low = Zip<V, 0, 4, 1, 5>;
+  using High = Zip<V, 2, 6, 3, 7>;
+};
+template <class V>
+struct Halves<8, V> {
+  using Low = Zip<V, 0, 8, 1, 9, 2, 10, 3, 11>;
+  using High = Zip<V, 4, 12, 5, 13, 6, 14, 7, 15>;
+};
+template <class V>
+struct Halves<16, V> {
+  using Low = Zip<V, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23>;
+  using High = Zip<V, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31>;
+};
+
+template <class A>
+inline void transpose(Vec<A> (&v)[kLanes<A>]) {
+  constexpr int lanes = kLanes<A>;
+  using H = Halves<lanes, Vec<A>>;
+#pragma GCC unroll 4
+  for (int round = 1; round < lanes; round *= 2) {
+    Vec<A> w[lanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      w[2 * i] = H::Low::of(v[i], v[i + lanes / 2]);
+      w[2 * i + 1] = H::High::of(v[i], v[i + lanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) v[i] = w[i];
+  }
+}
+#else
+template <class A>
+inline void transpose(Vec<A> (&v)[kLanes<A>]) {
+  for (int i = 0; i < kLanes<A>; ++i)
+    for (int j = 0; j < i; ++j) {
+      const A kept = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = kept;
+    }
+}
+#endif
+
+template <class T, class A>
+void pack_row(const Map<const T>& map, const T* p, int64_t columns, Vec<A> pivot, A* to) {
+  constexpr int lanes = kLanes<A>;
+  if (map.channel == 1 && map.lanes == lanes) {
+    for (int64_t j = 0; j < columns; ++j) store(to + j * lanes, load<A>(p + j * map.column) - pivot);
+  } else if (map.column == 1 && sizeof(T) <= sizeof(A) && (sizeof(A) == 4 || sizeof(T) == sizeof(A))) {
+    for (int64_t j = 0; j < columns; j += lanes) {
+      if (j + lanes > columns && columns >= lanes) j = columns - lanes;  // once more what is there already
+      const int64_t n = columns - j < lanes ? columns - j : lanes;
+      Vec<A> v[lanes];
+      for (int l = 0; l < lanes; ++l) {
+        const T* from = p + l * map.channel + j;
+        if (l >= map.lanes) v[l] = Vec<A>{};
+        else v[l] = n == lanes || from + lanes <= map.limit ? load<A>(from) : load_part<A>(from, n);
+      }
+      transpose<A>(v);
+      for (int64_t i = 0; i < n; ++i) store(to + (j + i) * lanes, v[i] - pivot);
+    }
+  } else {
+    T pixel[lanes];
+    __builtin_memset(pixel, 0, sizeof pixel);
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int l = 0; l < map.lanes; ++l) pixel[l] = p[j * map.column + l * map.channel];
+      store(to + j * lanes, load<A>(pixel) - pivot);
+    }
+  }
+}
+
+// `from` may be read up to a vector's pixels beyond the row. Up to `limit`, of the first plane, what follows the row is
+// written later.
+template <class T, class A>
+void unpack_row(const A* from, int64_t columns, const Map<T>& map, T* p, const T* limit) {
+  constexpr int lanes = kLanes<A>;
+  if (map.channel == 1 && map.lanes == lanes) {
+    for (int64_t j = 0; j < columns; ++j) store(p + j * map.column, load<A>(from + j * lanes));
+  } else if (map.column == 1) {
+    for (int64_t j = 0; j < columns; j += lanes) {
+      if (j + lanes > columns && columns >= lanes) j = columns - lanes;
+      const int64_t n = columns - j < lanes ? columns - j : lanes;
+      Vec<A> v[lanes];
+#pragma GCC unroll 16
+      for (int l = 0; l < lanes; ++l) v[l] = load<A>(from + (j + l) * lanes);
+      transpose<A>(v);
+      const bool whole = n == lanes || p + j + lanes <= limit;
+      for (int l = 0; l < map.lanes; ++l) {
+        if (whole) store(p + l * map.channel + j, v[l]);
+        else store_part<T, A>(p + l * map.channel + j, v[l], n);
+      }
+    }
+  } else {
+    T pixel[lanes];
+    for (int64_t j = 0; j < columns; ++j) {
+      store(pixel, load<A>(from + j * lanes));
+      for (int l = 0; l < map.lanes; ++l) p[j * map.column + l * map.channel] = pixel[l];
+    }
+  }
+}
+
+// ---- scratch ----
+
+template <class A>
+struct Memory {
+  A* free;
+  template <class E = A>
+  E* take(int64_t numbers) {  // of E, rounded up to vectors
+    E* taken = reinterpret_cast<E*>(free);
+    const int64_t vectors = (numbers * int64_t(sizeof(E)) + ACNET_BYTES - 1) / ACNET_BYTES;
+    free += vectors * kLanes<A>;
+    return taken;
+  }
+};
+
+// The rows of a map around the one at hand, packed.
+template <class T, class A>
+struct Window {
+  const Map<const T>* map;
+  Vec<A> pivot;
+  int64_t rows, columns, left, pitch, count;
+  int64_t* held;
+  A *slots, *zero;
+
+  void open(const Map<const T>& own, Vec<A> level, int64_t height, int64_t width, int64_t before, int64_t after,
+            int64_t rows_held, Memory<A>& memory) {
+    map = &own;
+    pivot = level;
+    rows = height;
+    columns = width;
+    left = before;
+    pitch = (before + width + after) * kLanes<A>;
+    for (count = 1; count < rows_held;) count *= 2;  // so that a row's slot takes no division
+    held = memory.template take<int64_t>(count);
+    slots = memory.take(count * pitch);
+    zero = memory.take(pitch);
+    for (int64_t i = 0; i < count; ++i) {
+      held[i] = -1;
+      __builtin_memset(slots + i * pitch, 0, left * kLanes<A> * sizeof(A));
+      __builtin_memset(slots + i * pitch + (left + columns) * kLanes<A>, 0, after * kLanes<A> * sizeof(A));
+    }
+    __builtin_memset(zero, 0, pitch * sizeof(A));
+  }
+
+  // Of channels_last, a row's vectors lie far apart: what the processor expects next is other channels.
+  void prefetch(int64_t n, int64_t q) const {
+    if (map->channel != 1 || q >= rows) return;
+    const T* from = map->data + n * map->image + q * map->row;
+    for (int64_t j = 0; j < columns; ++j) __builtin_prefetch(from + j * map->column);
+  }
+
+  // Row q of image n from its first column on.
+  const A* row(int64_t n, int64_t q) {
+    if (q < 0 || q >= rows) return zero + left * kLanes<A>;
+    const int64_t slot = q & (count - 1);
+    A* to = slots + slot * pitch + left * kLanes<A>;
+    if (held[slot] != n * rows + q) {
+      held[slot] = n * rows + q;
+      prefetch(n, q + 1);
+      pack_row<T, A>(*map, map->data + n * map->image + q * map->row, columns, pivot, to);
+    }
+    return to;
+  }
+};
+
+// ---- sums of products: Σ_c fixed[c]·moved_r[c + b], rows r < Rows and pixels b < Runs ----
+
+template <int Rows, int Run, class A>
+void multiply_rows(const A* fixed, int64_t fixed_step, const A* const* moved, int64_t moved_step, int64_t n, A* sums) {
+  constexpr int lanes = kLanes<A>;
+  Vec<A> acc[Rows][Run] = {};
+  const A* from[Rows];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) from[r] = moved[r];
+  for (int64_t c = 0; c < n; ++c, fixed += fixed_step) {
+    const Vec<A> own = load<A>(fixed);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 13
+      for (int b = 0; b < Run; ++b) acc[r][b] = multiply_add(own, load<A>(from[r] + b * lanes), acc[r][b]);
+      from[r] += moved_step;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 13
+    for (int b = 0; b < Run; ++b) {
+      A* sum = sums + (r * Run + b) * lanes;
+      store(sum, load<A>(sum) + acc[r][b]);
+    }
+}
+
+// Rows of `run` neighbours each, whose sums follow each other.
+template <class A>
+void multiply_runs(const A* fixed, int64_t fixed_step, const A* const* moved, int rows, int run, int64_t moved_step,
+                   int64_t n, A* sums) {
+  using Multiply = void (*)(const A*, int64_t, const A* const*, int64_t, int64_t, A*);
+  static constexpr Multiply kOne[] = {multiply_rows<1, 1, A>,  multiply_rows<1, 2, A>,  multiply_rows<1, 3, A>,
+                                      multiply_rows<1, 4, A>,  multiply_rows<1, 5, A>,  multiply_rows<1, 6, A>,
+                                      multiply_rows<1, 7, A>,  multiply_rows<1, 8, A>,  multiply_rows<1, 9, A>,
+                                      multiply_rows<1, 10, A>, multiply_rows<1, 11, A>, multiply_rows<1, 12, A>,
+                                      multiply_rows<1, 13, A>};
+  static constexpr Multiply kTwo[] = {multiply_rows<2, 1, A>, multiply_rows<2, 2, A>, multiply_rows<2, 3, A>,
+                                      multiply_rows<2, 4, A>, multiply_rows<2, 5, A>, multiply_rows<2, 6, A>};
+  static constexpr Multiply kThree[] = {multiply_rows<3, 1, A>, multiply_rows<3, 2, A>, multiply_rows<3, 3, A>,
+                                        multiply_rows<3, 4, A>};
+  for (int r = 0; r < rows;) {
+    int taken = 1;
+    if (run <= 4 && rows - r >= 3) taken = 3;
+    else if (run <= 6 && rows - r >= 2) taken = 2;
+    const Multiply* multiply = taken == 3 ? kThree : taken == 2 ? kTwo : kOne;
+    multiply[run - 1](fixed, fixed_step, moved + r, moved_step, n, sums + int64_t(r) * run * kLanes<A>);
+    r += taken;
+  }
+}
+
+template <class A>
+void add_up(const A* from, int64_t step, int64_t n, A* sum) {
+  Vec<A> acc[4] = {};
+  int64_t c = 0;
+  for (; c + 4 <= n; c += 4, from += 4 * step)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) acc[i] += load<A>(from + i * step);
+  for (; c < n; ++c, from += step) acc[0] += load<A>(from);
+  store(sum, load<A>(sum) + ((acc[0] + acc[1]) + (acc[2] + acc[3])));
+}
+
+// Sums over pieces of so many pixels or rows, then over the pieces in double.
+constexpr int64_t kPiecePixels = 4096, kPieceRows = 128;
+
+template <class A>
+struct Piece {
+  A* sums;
+  double* total;
+  int64_t numbers, pixels, rows;
+
+  Piece(int64_t vectors, double* total, Memory<A>& memory)
+      : sums(memory.take(vectors * kLanes<A>)), total(total), numbers(vectors * kLanes<A>), pixels(0), rows(0) {
+    __builtin_memset(sums, 0, numbers * sizeof(A));
+  }
+  void end_row(int64_t columns) {
+    pixels += columns;
+    if (++rows >= kPieceRows || pixels >= kPiecePixels) end();
+  }
+  void end() {
+    for (int64_t i = 0; i < numbers; ++i) total[i] += double(sums[i]);
+    __builtin_memset(sums, 0, numbers * sizeof(A));
+    pixels = rows = 0;
+  }
+};
+
+// The rows of a half plane of shifts, or of all taps behind one: where they begin, and how many neighbours each has.
+template <class A>
+void multiply_half_plane(const A* fixed, int64_t step, const A* const* rows, int present, int64_t first, int64_t before,
+                         int64_t after, int64_t spread, int64_t n, A* sums) {
+  // Of row 0 neighbours 0 to `after`, of the others −before to after; `spread` is their distance.
+  constexpr int lanes = kLanes<A>;
+  const int own = int(after) + 1, all = int(before + after) + 1;
+  const A* moved[2 * kMostTaps];
+  if (spread == 1) {
+    moved[0] = rows[0] + first * lanes;
+    multiply_runs<A>(fixed, step, moved, 1, own, step, n, sums);
+    for (int r = 1; r < present; ++r) moved[r - 1] = rows[r] + (first - before) * lanes;
+    if (present > 1) multiply_runs<A>(fixed, step, moved, present - 1, all, step, n, sums + own * lanes);
+    return;
+  }
+  for (int r = 0; r < present; ++r) {
+    const int64_t from = r == 0 ? 0 : -before;
+    for (int64_t b = from; b <= after; ++b) moved[b - from] = rows[r] + (first + b * spread) * lanes;
+    multiply_runs<A>(fixed, step, moved, int(after - from) + 1, 1, step, n, sums);
+    sums += (after - from + 1) * lanes;
+  }
+}
+
+template <class T, class A>
+void moments(const Plan& plan, const Map<const T>& x, const A* pivot, int64_t begin, int64_t end, A* scratch,
+             double* products, double* sums) {
+  constexpr int lanes = kLanes<A>;
+  const Axis &rows = plan.rows, &columns = plan.columns;
+  Memory<A> memory{scratch};
+  Piece<A> product(plan.products, products, memory), sum(plan.sums, sums, memory);
+  const int64_t left = plan.by_kind ? columns.reach : columns.padding, right = plan.by_kind ? columns.reach : columns.after;
+  Window<T, A> window;
+  window.open(x, load<A>(pivot), rows.size, columns.size, left, right, rows.reach + 1, memory);
+  const auto add_row = [&](int64_t n, int64_t q) {
+    const A* own = window.row(n, q);
+    for (int s = 0; s < columns.fine.count; ++s) {
+      const Segment& seg = columns.fine.data[s];
+      add_up<A>(own + seg.first * lanes, seg.step * lanes, seg.count,
+                sum.sums + (int64_t(rows.fine_of[q]) * columns.fine_kinds + seg.kind) * lanes);
+    }
+    sum.end_row(columns.size);
+  };
+  const A* from[kMostTaps];
+  if (plan.by_kind) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / rows.size, q = i % rows.size;
+      int present = 0;
+      for (; present < rows.taps && q + present * rows.dilation < rows.size; ++present)
+        from[present] = window.row(n, q + present * rows.dilation);
+      for (int s = 0; s < columns.coarse.count; ++s) {
+        const Segment& seg = columns.coarse.data[s];
+        A* to = product.sums + (int64_t(rows.coarse_of[q]) * columns.coarse_kinds + seg.kind) * plan.shift_count * lanes;
+        multiply_half_plane<A>(from[0] + seg.first * lanes, seg.step * lanes, from, present, seg.first, columns.taps - 1,
+                               columns.taps - 1, columns.dilation, seg.count, to);
+      }
+      product.end_row(columns.size);
+      add_row(n, q);
+    }
+  } else {
+    const int taps = columns.taps;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / rows.out, p = i % rows.out, top = p * rows.stride - rows.padding;
+      for (int r = 0; r < rows.taps; ++r) from[r] = window.row(n, top + r * rows.dilation);
+      A* to = product.sums;
+      for (int t = 0; t < plan.taps; ++t) {
+        const int r = t / taps, b = t % taps, left_taps = b, right_taps = taps - 1 - b;
+        const int64_t first = b * columns.dilation - columns.padding;
+        multiply_half_plane<A>(from[r] + first * lanes, columns.stride * lanes, from + r, rows.taps - r, first, left_taps,
+                               right_taps, columns.dilation, columns.out, to);
+        to += (plan.taps - t) * lanes;
+      }
+      product.end_row(columns.out);
+      // The input rows from this window's top to the next one's, and all before the first and after the last.
+      const int64_t own_first = p == 0 ? 0 : top > 0 ? top : 0;
+      const int64_t own_end = p == rows.out - 1 || top + rows.stride > rows.size ? rows.size : top + rows.stride;
+      for (int64_t q = own_first; q < own_end; ++q) add_row(n, q);
+    }
+  }
+  product.end();
+  sum.end();
+}
+
+template <class T, class A>
+void correlate(const Plan& plan, const Map<const T>& x, const A* pivot, const Map<const T>& grad, int64_t begin,
+               int64_t end, A* scratch, double* products, double* sums) {
+  constexpr int lanes = kLanes<A>;
+  const Axis &rows = plan.rows, &columns = plan.columns;
+  Memory<A> memory{scratch};
+  Piece<A> product(plan.taps, products, memory), sum(int64_t(rows.out_kinds) * columns.out_kinds, sums, memory);
+  Window<T, A> window;
+  window.open(x, load<A>(pivot), rows.size, columns.size, columns.padding, columns.after, rows.reach + 1, memory);
+  Window<T, A> gradient;
+  gradient.open(grad, Vec<A>{}, rows.out, columns.out, 0, 0, 1, memory);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / rows.out, p = i % rows.out, top = p * rows.stride - rows.padding;
+    const A* g = gradient.row(n, p);
+    const A* moved[kMostTaps];
+    for (int r = 0; r < rows.taps; ++r) moved[r] = window.row(n, top + r * rows.dilation) - columns.padding * lanes;
+    if (columns.dilation == 1) {
+      multiply_runs<A>(g, lanes, moved, rows.taps, columns.taps, columns.stride * lanes, columns.out, product.sums);
+    } else {
+      for (int r = 0; r < rows.taps; ++r) {
+        const A* spread[kMostTaps];
+        for (int b = 0; b < columns.taps; ++b) spread[b] = moved[r] + b * columns.dilation * lanes;
+        multiply_runs<A>(g, lanes, spread, columns.taps, 1, columns.stride * lanes, columns.out,
+                         product.sums + int64_t(r) * columns.taps * lanes);
+      }
+    }
+    for (int s = 0; s < columns.outputs.count; ++s) {
+      const Segment& seg = columns.outputs.data[s];
+      add_up<A>(g + seg.first * lanes, seg.step * lanes, seg.count,
+                sum.sums + (int64_t(rows.out_of[p]) * columns.out_kinds + seg.kind) * lanes);
+    }
+    product.end_row(columns.out);
+    sum.end_row(columns.out);
+  }
+  product.end();
+  sum.end();
+}
+
+// ---- sums of terms: out[c] = init[kind[c]] + Σ_i weight_i·from_i[c] ----
+
+template <class A>
+struct Term {
+  const A *from, *weight;
+};
+
+// Terms whose pixels follow each other, then terms whose pixels are Step apart.
+template <class A>
+struct TermList {
+  const Term<A>* data;
+  int near, all;
+};
+
+template <int Pixels, int Step, class A>
+void add_terms(const TermList<A>& terms, const A* init, const int* kinds, int64_t kind_step, int64_t first, int64_t blocks,
+               A* to, int64_t to_step) {
+  constexpr int lanes = kLanes<A>;
+  for (int64_t c = first; blocks > 0; --blocks, c += Pixels) {
+    Vec<A> acc[Pixels];
+#pragma GCC unroll 16
+    for (int u = 0; u < Pixels; ++u) acc[u] = load<A>(init + kinds[(c + u) * kind_step] * int64_t(lanes));
+    for (int i = 0; i < terms.near; ++i) {
+      const Vec<A> weight = load<A>(terms.data[i].weight);
+      const A* from = terms.data[i].from + c * lanes;
+#pragma GCC unroll 16
+      for (int u = 0; u < Pixels; ++u) acc[u] = multiply_add(weight, load<A>(from + u * lanes), acc[u]);
+    }
+    for (int i = terms.near; i < terms.all; ++i) {
+      const Vec<A> weight = load<A>(terms.data[i].weight);
+      const A* from = terms.data[i].from + c * Step * lanes;
+#pragma GCC unroll 16
+      for (int u = 0; u < Pixels; ++u) acc[u] = multiply_add(weight, load<A>(from + u * Step * lanes), acc[u]);
+    }
+    A* target = to + c * to_step;
+#pragma GCC unroll 16
+    for (int u = 0; u < Pixels; ++u) store(target + u * to_step, acc[u]);
+  }
+}
+
+template <class A>
+using AddTerms = void (*)(const TermList<A>&, const A*, const int*, int64_t, int64_t, int64_t, A*, int64_t);
+
+template <int Step, class A>
+inline AddTerms<A> adder_of(int64_t pixels) {
+  static constexpr AddTerms<A> kAll[] = {
+      add_terms<1, Step, A>, add_terms<2, Step, A>,  add_terms<3, Step, A>,  add_terms<4, Step, A>,
+      add_terms<5, Step, A>, add_terms<6, Step, A>,  add_terms<7, Step, A>,  add_terms<8, Step, A>,
+      add_terms<9, Step, A>, add_terms<10, Step, A>, add_terms<11, Step, A>, add_terms<12, Step, A>,
+  };
+  return kAll[pixels - 1];
+}
+
+// n pixels: as few blocks of at most ACNET_ROW as there can be, of about one size.
+template <class A>
+void add_all_terms(const TermList<A>& terms, int64_t step, const A* init, const int* kinds, int64_t kind_step, int64_t n,
+                   A* to, int64_t to_step) {
+  if (step > 2 && terms.all > terms.near) {
+    Term<A> moved[(kMostMultiplier + 4) * kMostTaps * kMostTaps];
+    for (int64_t c = 0; c < n; ++c) {
+      for (int i = 0; i < terms.all; ++i)
+        moved[i] = {terms.data[i].from + (i < terms.near ? c : c * step) * kLanes<A>, terms.data[i].weight};
+      const TermList<A> one = {moved, terms.near, terms.all};
+      add_terms<1, 1, A>(one, init, kinds + c * kind_step, kind_step, 0, 1, to + c * to_step, to_step);
+    }
+    return;
+  }
+  const int64_t blocks = (n + ACNET_ROW - 1) / ACNET_ROW, size = n / blocks, larger = n - size * blocks;
+  const auto add = [&](int64_t pixels, int64_t first, int64_t count) {
+    if (count == 0) return;
+    const AddTerms<A> adder = step == 2 ? adder_of<2, A>(pixels) : adder_of<1, A>(pixels);
+    adder(terms, init, kinds, kind_step, first, count, to, to_step);
+  };
+  add(size + 1, 0, larger);
+  add(size, larger * (size + 1), blocks - larger);
+}
+
+// Whether rows can be written where they belong, vector by vector.
+template <class T, class A>
+bool writes_in_place(const Map<T>& out) {
+  return sizeof(T) == sizeof(A) && out.channel == 1 && out.lanes == kLanes<A>;
+}
+
+template <class T, class A>
+void convolve(const Plan& plan, const Map<const T>& x, const A* pivot, const A* weights, const A* init, const Map<T>& out,
+              int64_t begin, int64_t end, A* scratch) {
+  constexpr int lanes = kLanes<A>;
+  const Axis &rows = plan.rows, &columns = plan.columns;
+  Memory<A> memory{scratch};
+  Window<T, A> window;
+  window.open(x, load<A>(pivot), rows.size, columns.size, columns.padding, columns.after, rows.reach + 1, memory);
+  Term<A>* terms = memory.template take<Term<A>>(plan.taps);
+  A* packed = memory.take((columns.out + lanes) * lanes);
+  const bool in_place = writes_in_place<T, A>(out);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / rows.out, p = i % rows.out, top = p * rows.stride - rows.padding;
+    int count = 0;
+    for (int r = 0; r < rows.taps; ++r) {
+      const int64_t q = top + r * rows.dilation;
+      if (q < 0 || q >= rows.size) continue;
+      const A* from = window.row(n, q) - columns.padding * lanes;
+      for (int b = 0; b < columns.taps; ++b)
+        terms[count++] = {from + b * columns.dilation * lanes, weights + (r * columns.taps + b) * lanes};
+    }
+    T* to = out.data + n * out.image + p * out.row;
+    A* target = in_place ? reinterpret_cast<A*>(to) : packed;
+    const TermList<A> list = {terms, 0, count};
+    add_all_terms<A>(list, columns.stride, init + int64_t(rows.out_of[p]) * columns.out_kinds * lanes, columns.out_of, 1,
+                     columns.out, target, in_place ? out.column : lanes);
+    if (!in_place) {
+      const int64_t last = (n + 1) * rows.out < end ? rows.out : end - n * rows.out;
+      unpack_row<T, A>(packed, columns.out, out, to, out.data + n * out.image + last * out.row);
+    }
+  }
+}
+
+template <class T, class A>
+void gradient(const Plan& plan, const Map<const T>& x, const A* pivot, const Map<const T>* grads, const A* weights,
+              const A* correction, const A* init, const Map<T>& dx, int64_t begin, int64_t end, A* scratch) {
+  constexpr int lanes = kLanes<A>;
+  const Axis &rows = plan.rows, &columns = plan.columns;
+  Memory<A> memory{scratch};
+  Window<T, A> window, gradients[kMostMultiplier];
+  window.open(x, load<A>(pivot), rows.size, columns.size, columns.reach, columns.reach, 2 * rows.reach + 1, memory);
+  for (int j = 0; j < plan.multiplier; ++j)
+    gradients[j].open(grads[j], Vec<A>{}, rows.out, columns.out, 0, 0, rows.reach / rows.stride + 2, memory);
+  Term<A>* terms = memory.template take<Term<A>>(plan.multiplier * plan.taps + 4 * plan.taps);
+  A* packed = memory.take((columns.size + lanes) * lanes);
+  const bool in_place = writes_in_place<T, A>(dx);
+  const A* near[kMostMultiplier][kMostTaps];
+  const A* far[2 * kMostTaps];
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / rows.size, q = i % rows.size;
+    const int kind = rows.coarse_of[q];
+    for (int r = 0; r < rows.taps; ++r) {
+      if (!rows.reads[kind * rows.taps + r]) continue;
+      const int64_t far = q + rows.padding - r * rows.dilation, p = rows.stride == 1 ? far : far / rows.stride;
+      for (int j = 0; j < plan.multiplier; ++j) near[j][r] = gradients[j].row(n, p);
+    }
+    for (int r = 1 - rows.taps; r < rows.taps; ++r) far[r + rows.taps - 1] = window.row(n, q + r * rows.dilation);
+    T* to = dx.data + n * dx.image + q * dx.row;
+    A* target = in_place ? reinterpret_cast<A*>(to) : packed;
+    const int64_t to_step = in_place ? dx.column : lanes;
+    for (int s = 0; s < columns.coarse.count; ++s) {
+      const Segment& seg = columns.coarse.data[s];
+      const Terms& own = plan.terms[kind * columns.coarse_kinds + seg.kind];
+      int count = 0;
+      for (int j = 0; j < plan.multiplier; ++j)
+        for (int t = 0; t < own.tap_count; ++t) {
+          const Shift& tap = own.taps[t];
+          const int64_t far = seg.first + columns.padding - tap.column * columns.dilation;
+          const int64_t p = columns.stride == 1 ? far : far / columns.stride;
+          terms[count++] = {near[j][tap.row] + p * lanes,
+                            weights + (int64_t(j) * plan.taps + tap.row * columns.taps + tap.column) * lanes};
+        }
+      const int near_count = count;
+      for (int t = 0; t < own.shift_count; ++t) {
+        const Shift& shift = own.shifts[t];
+        terms[count++] = {far[shift.row + rows.taps - 1] + (seg.first + shift.column * columns.dilation) * lanes,
+                          correction + (own.first + t) * lanes};
+      }
+      const TermList<A> list = {terms, near_count, count};
+      add_all_terms<A>(list, seg.step, init + int64_t(rows.fine_of[q]) * columns.fine_kinds * lanes,
+                       columns.fine_of + seg.first, seg.step, seg.count, target + seg.first * to_step,
+                       seg.step * to_step);
+    }
+    if (!in_place) {
+      const int64_t last = (n + 1) * rows.size < end ? rows.size : end - n * rows.size;
+      unpack_row<T, A>(packed, columns.size, dx, to, dx.data + n * dx.image + last * dx.row);
+    }
+  }
+}
+
+}  // namespace
+
+template <class T, class A>
+Passes<T, A> passes() {
+  return {kLanes<A>, moments<T, A>, convolve<T, A>, correlate<T, A>, gradient<T, A>};
+}
+
+}  // namespace acnet::depthwise::ACNET_ISA
