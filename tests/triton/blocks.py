@@ -8,7 +8,7 @@ from oracle import scramble
 from problems import Problem
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import branches, convolution, phases
+from acnet_kernels.backends import branches, convolution, node, phases
 from acnet_kernels.backends.phases import Phases
 from acnet_kernels.block import BRANCHES
 from acnet_kernels.geometry import Taps
@@ -21,6 +21,7 @@ def on_device_path(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(convolution, "_SLOW_HALF_TYPES", frozenset())
         monkeypatch.setattr(phases, "DEVICE", "cpu")
+        monkeypatch.setattr(node, "NODE", None)  # which is for what the CPU does for itself
         for name, kernel in bn_sum.on_cuda.items():
             monkeypatch.setattr(bn_sum, name, kernel)
 
