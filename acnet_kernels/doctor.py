@@ -13,7 +13,7 @@ from importlib import metadata
 import torch
 
 from . import __version__
-from .ops import _extension
+from .ops import _extension, launch
 
 
 def report() -> list[tuple[str, str]]:
@@ -32,6 +32,7 @@ def report() -> list[tuple[str, str]]:
         ("extension", _extension.WHY_MISSING or "loaded"),
         ("autograd node", _extension.WHY_NODE_MISSING or "loaded"),
         ("CUDA kernels", _extension.WHY_CUDA_MISSING or "loaded"),
+        ("launches", _launches()),
     ]
 
 
@@ -63,6 +64,11 @@ def _tool(*names: str) -> str:
     # The line with a version number; nvcc prints dates and a copyright before it.
     version = next((line for line in output.splitlines() if re.search(r"\d+\.\d+", line)), "no version printed")
     return f"{path}: {version}"
+
+
+def _launches() -> str:
+    why = launch.WHY_TRITONS
+    return f"by Triton's launcher: {why}" if why else "a direction's in one call of the CUDA driver's"
 
 
 def _cuda() -> str:

@@ -186,7 +186,10 @@ def bn_cases(arch: int, count: int = 3) -> Iterator[Case]:
     vectors = dict.fromkeys((f"{name}_ptr" for name in names), "*fp32")
     vectors |= dict.fromkeys(("mean_ptr", "var_ptr", "rstd_ptr"), "*fp64")
     tuples = dict.fromkeys(("gammas", "betas", "partials"), ("*fp32",) * count)
-    common = {**scalars, **vectors, **tuples, "eps": ("fp32",) * count, "sizes": ("i32",) * count}
+    tuples |= dict.fromkeys(("running_means", "running_vars"), ("*fp32",) * count)
+    tuples |= dict.fromkeys(("eps", "momenta", "momenta_rest"), ("fp32",) * count)
+    tuples |= {"counters": ("*i64",) * count, "shifts": (None,) * count, "sizes": ("i32",) * count}
+    common = {**scalars, **vectors, **tuples}
     for dtype in ("bf16", "fp16", "fp32"):
         maps = dict.fromkeys(("ys", "dys", "dws"), (f"*{dtype}",) * count)
         maps |= dict.fromkeys(("g_ptr", "out_ptr"), f"*{dtype}")

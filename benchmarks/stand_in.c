@@ -2,14 +2,32 @@
 #include "cuda.h"
 #include <stdio.h>
 
+#ifndef LAUNCHED  // what is done with a launch that is accepted
+#define LAUNCHED(config, function, arguments)
+#endif
+
 #define ACCEPTS(name, ...) CUresult CUDAAPI name(__VA_ARGS__) { return CUDA_SUCCESS; }
 #define ANSWERS(name, value, ...) CUresult CUDAAPI name(__VA_ARGS__) { *out = value; return CUDA_SUCCESS; }
 
 static const unsigned SHARED = 227 * 1024, GRID_YZ = 65535, THREADS = 1024;
 
 ANSWERS(cuGetErrorString, "an error of the stand-in", CUresult error, const char **out)
-ANSWERS(cuCtxGetCurrent, (CUcontext)1, CUcontext *out)
-ACCEPTS(cuCtxSetCurrent, CUcontext context)
+static _Thread_local CUcontext current_context = (CUcontext)1, outer_context;
+ANSWERS(cuCtxGetCurrent, current_context, CUcontext *out)
+CUresult CUDAAPI cuCtxSetCurrent(CUcontext context) {
+  current_context = context;
+  return CUDA_SUCCESS;
+}
+CUresult CUDAAPI cuCtxPushCurrent(CUcontext context) {
+  outer_context = current_context;
+  current_context = context;
+  return CUDA_SUCCESS;
+}
+CUresult CUDAAPI cuCtxPopCurrent(CUcontext *out) {
+  *out = current_context;
+  current_context = outer_context;
+  return CUDA_SUCCESS;
+}
 ANSWERS(cuCtxGetDevice, 0, CUdevice *out)
 ANSWERS(cuCtxGetLimit, 1 << 20, size_t *out, CUlimit limit)
 ACCEPTS(cuCtxSetLimit, CUlimit limit, size_t value)
@@ -20,7 +38,8 @@ ANSWERS(cuDeviceGet, index, CUdevice *out, int index)
 ANSWERS(cuDevicePrimaryCtxRetain, (CUcontext)1, CUcontext *out, CUdevice device)
 ANSWERS(cuModuleLoadData, (CUmodule)2, CUmodule *out, const void *image)
 ACCEPTS(cuModuleUnload, CUmodule module)
-ANSWERS(cuModuleGetFunction, (CUfunction)3, CUfunction *out, CUmodule module, const char *name)
+static size_t functions;  // each has a handle of its own
+ANSWERS(cuModuleGetFunction, (CUfunction)++functions, CUfunction *out, CUmodule module, const char *name)
 ANSWERS(cuFuncGetAttribute, attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? (int)THREADS : 0, int *out,
         CUfunction_attribute attribute, CUfunction function)
 ACCEPTS(cuFuncSetAttribute, CUfunction function, CUfunction_attribute attribute, int value)
@@ -57,5 +76,13 @@ CUresult CUDAAPI cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, 
             c->gridDimX, c->gridDimY, c->gridDimZ, threads, c->sharedMemBytes);
     return CUDA_ERROR_INVALID_VALUE;
   }
+  LAUNCHED(c, function, arguments);
   return CUDA_SUCCESS;
+}
+
+CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                                unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void **arguments,
+                                void **extra) {
+  CUlaunchConfig const config = {grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, stream, NULL, 0};
+  return cuLaunchKernelEx(&config, function, arguments, extra);
 }

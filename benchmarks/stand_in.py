@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 
 MODES = ("compile", "launch")
 CAPABILITY = (9, 0)
+HERE = Path(__file__).parent
 
 
 def mode() -> str | None:
@@ -38,11 +39,23 @@ def mode() -> str | None:
     return asked
 
 
-def install(how: str) -> None:
-    """From now on Triton launches on the stand-in, and this package takes the CPU for its device."""
+def install(how: str, source: Path = HERE / "stand_in.c") -> ctypes.CDLL | None:
+    """From now on Triton launches on the stand-in, and this package takes the CPU for its device.
+
+    Returns the driver built from `source`, with `compile`.
+    """
+    driver = install_kernels(how, source)
+    _convolutions()
+    return driver
+
+
+def install_kernels(how: str, source: Path = HERE / "stand_in.c") -> ctypes.CDLL | None:
+    """`install`, but that the library's convolutions do compute, as the CPU's."""
+    library = _load_library(source) if how == "compile" else None
     _driver(how)
     _streams()
     _paths()
+    return library
 
 
 def _driver(how: str) -> None:
@@ -50,7 +63,6 @@ def _driver(how: str) -> None:
         def __init__(self) -> None:
             self.launcher_cls = driver.CudaLauncher
             if how == "compile":
-                _load_library()
                 self.utils = driver.CudaUtils()
             self.get_device_capability = lambda *_: CAPABILITY
             self.get_current_stream = self.get_current_device = lambda *_: 0
@@ -61,17 +73,24 @@ def _driver(how: str) -> None:
         JITFunction._do_compile = _uncompiled
 
 
-def _load_library() -> None:
+def _load_library(source: Path) -> ctypes.CDLL:
     """Builds the driver's stand-in, and has Triton link its launchers to it."""
     folder = Path(tempfile.mkdtemp(prefix="stand-in-"))
     atexit.register(shutil.rmtree, folder)
-    source, library = Path(__file__).with_suffix(".c"), folder / "libcuda.so.1"
-    include = Path(driver.__file__).parent / "include"
+    library, include = folder / "libcuda.so.1", Path(driver.__file__).parent / "include"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or "cc"
-    command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{library.name}", f"-I{include}", str(source)]
+    command = [
+        compiler,
+        "-shared",
+        "-fPIC",
+        f"-Wl,-soname,{library.name}",
+        f"-I{include}",
+        f"-I{HERE}",
+        str(source),
+    ]
     subprocess.run([*command, "-o", str(library)], check=True)
     triton.knobs.nvidia.libcuda_path = str(folder)
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 class _Kernel:
@@ -148,23 +167,32 @@ def _uncomputed(operator: Any) -> Callable[..., Any]:
 
 def _paths() -> None:
     """This package's CUDA paths for tensors of the CPU."""
-    from acnet_kernels.backends import convolution, phases, recompute, timer
-    from acnet_kernels.ops import autocorrelation, bn_sum, triton_block
+    from acnet_kernels.backends import convolution, node, phases, recompute, timer
+    from acnet_kernels.ops import autocorrelation, bn_sum, triton_block, triton_step
 
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the CPU's says nothing of CUDA's
     phases.DEVICE = "cpu"
+    node.NODE = None  # which is for what the CPU does for itself
     timer.cuda_sleep = lambda cycles: None
     convolution._SLOW_HALF_TYPES = frozenset()
     recompute._has_triton = lambda x: x.dtype != torch.float64
-    ours, aten = torch.library.Library("acnet_kernels", "FRAGMENT"), torch.library.Library("aten", "IMPL")
+    ours = torch.library.Library("acnet_kernels", "FRAGMENT")
     for name, kernel in {**bn_sum.on_cuda, "cross_correlation": autocorrelation.on_cuda}.items():
         ours.impl(name, kernel, "CPU", allow_override=True)
     ours.impl("triton_forward", triton_block._forward, "CPU")
     ours.impl("triton_input_grad", triton_block._input_grad, "CPU")
     ours.impl("triton_weight_grads", triton_block._weight_grads, "CPU")
+    ours.impl("triton_step_", triton_step.run_forward, "CPU")
+    ours.impl("triton_step_backward_", triton_step.run_backward, "CPU")
+    ours.impl("triton_bn_sum_", triton_step.run_bn_sum, "CPU")
+    _LIBRARIES.append(ours)  # it unregisters when it is collected
+
+
+def _convolutions() -> None:
+    aten = torch.library.Library("aten", "IMPL")
     for name in ("convolution", "convolution_backward"):
         aten.impl(name, _uncomputed(getattr(torch.ops.aten, name).default), "CPU")
-    _LIBRARIES.extend((ours, aten))  # they unregister when they are collected
+    _LIBRARIES.append(aten)
 
 
 _LIBRARIES: list[torch.library.Library] = []

@@ -544,7 +544,7 @@ def update_running_results(
     return [running_means, running_vars, counters]
 
 
-# ---- Triton's, which run on CUDA: here their shape inference is called, on meta tensors ----
+# ---- Triton's and the driver's, which run on CUDA: here their shape inference is called, on meta tensors ----
 
 
 def triton_forward(r: random.Random) -> list[Any]:
@@ -582,6 +582,51 @@ def triton_weight_grads(r: random.Random) -> list[Any]:
     return [x, [triton_map(x, weights, window) for _ in weights], weights, window]
 
 
+def running_of(r: random.Random, norms: int, k: int) -> list[list[Any]]:
+    """running_means, running_vars, counters, shifts and momenta, or none of them."""
+    if r.random() < 0.3:
+        return [[], [], [], [], []]
+    means, variances = ([torch.rand(k).to(r.choice(FLOATS)) for _ in range(norms)] for _ in range(2))
+    counters = [torch.tensor(r.randint(0, 9)) for _ in means]
+    shifts = [torch.randn(k) for _ in means] if r.random() < 0.5 else []
+    return [means, variances, counters, shifts, [r.choice([math.nan, r.random()]) for _ in means]]
+
+
+def triton_step_(r: random.Random) -> list[Any]:
+    x, weights, gammas, betas, eps, window = triton_forward(r)
+    running = running_of(r, len(weights), weights[0].shape[0])
+    return to_meta([x, weights, gammas, betas, *running, eps, window])
+
+
+def triton_step_backward_(r: random.Random) -> list[Any]:
+    x, weights, gammas, _, eps, window = triton_forward(r)
+    grad, *ys = (triton_map(x, weights, window) for _ in range(len(weights) + 1))
+    statistics = (x.new_empty(len(eps), weights[0].shape[0], dtype=torch.float64) for _ in range(2))
+    needs = [r.random() < 0.5 for _ in weights]
+    return [grad, x, weights, gammas, *statistics, ys, window, r.random() < 0.5, needs, r.random() < 0.5]
+
+
+def triton_bn_sum_(r: random.Random) -> list[Any]:
+    ys, gammas, betas, eps, _ = bn_sum_forward(r)
+    ys = [last(y.to(torch.float32 if y.dtype == torch.float64 else y.dtype)) for y in ys]
+    dtype = r.choice([None, torch.bfloat16]) if ys[0].dtype == torch.float32 else None
+    return to_meta([ys, gammas, betas, *running_of(r, len(ys), ys[0].shape[1]), eps, dtype])
+
+
+def replay(r: random.Random) -> list[Any]:
+    return [r.randint(-5, -1), 0, [torch.randn(r.randint(0, 4)) for _ in range(r.randint(1, 3))]]
+
+
+def replay_results(routine: Any, stream: Any, tensors: Any) -> list[Any]:
+    return [tensors, []]  # nothing was recorded
+
+
+def remember(r: random.Random) -> list[Any]:
+    _, _, tensors = replay(r)
+    kernel = [1, *r.choices(range(1, 9), k=3), 128, 0, 2, 0, 0, -1, 5]
+    return to_meta([r.randint(-5, -1), tensors, [torch.randn(3)], r.choice([0, 256]), kernel * r.randint(0, 2)])
+
+
 def to_meta(value: Any) -> Any:
     """The same with every tensor on the meta device."""
     if isinstance(value, list):
@@ -611,8 +656,13 @@ CASES = {
     "patch_gram": Case(patch_gram, patch_gram_results),
     "recompute_step": Case(recompute_step, recompute_step_results),
     "recompute_step_backward": Case(recompute_step_backward, recompute_step_backward_results),
+    "remember": Case(remember, nothing, "meta"),
+    "replay": Case(replay, replay_results),
+    "triton_bn_sum_": Case(triton_bn_sum_, nothing, "meta"),
     "triton_forward": Case(triton_forward, nothing, "meta"),
     "triton_input_grad": Case(triton_input_grad, nothing, "meta"),
+    "triton_step_": Case(triton_step_, nothing, "meta"),
+    "triton_step_backward_": Case(triton_step_backward_, nothing, "meta"),
     "triton_weight_grads": Case(triton_weight_grads, nothing, "meta"),
     "update_running_": Case(update_running_, update_running_results),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 from .._torch_compat import below_autograd, foreach_add_, foreach_mul_
 from ..ops import running
 from ..ops._extension import LOADED
+from ..ops.running import Running
 from ..spec import Norm
 
 
@@ -86,6 +88,36 @@ def update_running(
             running.update_running_(running_means, running_vars, counters, means, variances, factors, count)
     else:
         _update_running(running_means, running_vars, counters, means, variances, momenta, count)
+
+
+class Update(NamedTuple):
+    """update_running() to come, of everything but the batch's statistics; `elements` is its count."""
+
+    norms: Sequence[Norm]
+    elements: int
+    biases: Sequence[Tensor | None]
+
+    def __call__(self, means: Tensor, variances: Tensor) -> None:
+        update_running(self.norms, means, variances, self.elements, self.biases)
+
+    def running(self) -> Running | None:
+        """The buffers, for an operator that moves them itself, or None where it does not take them."""
+        means, variances, counters = [], [], []
+        for norm in self.norms:
+            mean, var, counter = norm.running_mean, norm.running_var, norm.num_batches_tracked
+            if mean is None or var is None or counter is None or counter.numel() != 1:
+                return None
+            means.append(mean)
+            variances.append(var)
+            counters.append(counter)
+        shifts = [bias for bias in self.biases if bias is not None]
+        if shifts and len(shifts) < len(means):
+            return None
+        vectors = (*means, *variances, *shifts)
+        shared = len({t.data_ptr() for t in (*means, *variances, *counters)}) < 3 * len(means)  # one norm twice
+        if shared or not all(t.is_contiguous() for t in vectors):
+            return None
+        return Running(means, variances, counters, shifts, [norm.momentum for norm in self.norms])
 
 
 def _update_running(

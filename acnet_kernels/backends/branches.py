@@ -32,9 +32,10 @@ from ..geometry import Geometry, Placement
 from ..kernels.window import MOST_BRANCHES, Window
 from ..ops import _extension, bn_sum
 from ..ops.recompute import Branches
+from ..ops.running import NONE
 from ..spec import Norm, Problem, Step, autocast_dtype
 from . import mixed, node, nodes
-from .batchnorm import batch_norm, update_running
+from .batchnorm import Update, batch_norm
 from .convolution import (
     add_input_gradient,
     column_weight_gradient,
@@ -44,7 +45,7 @@ from .convolution import (
     merge_kernels,
     tap_view,
 )
-from .phases import ALL_LIBRARY, ALL_TRITON, TRITON, Phases, assignments, label, phases_of
+from .phases import ALL_LIBRARY, ALL_TRITON, TRITON, Phases, assignments, label, on_device, phases_of
 
 NAME = "branches"
 
@@ -159,9 +160,35 @@ class StepConfig(NamedTuple):
             x, cast = x.to(self.conv_dtype), [weight.to(self.conv_dtype) for weight in weights]
             return triton_phases.forward(x, cast, gammas, betas, self.eps, self.window)
         ys = self.maps(x, weights)
-        dtype = None if self.dtype == ys[0].dtype else self.dtype
-        out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, dtype)
+        out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, self._out_dtype(ys))
         return out, ys, means, variances, rstds
+
+    def step(
+        self, x: Tensor, weights: tuple[Tensor, ...], gammas: list[Tensor], betas: list[Tensor], update: Update
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+        """forward(), not differentiable, and the update; Triton's passes move the running statistics themselves."""
+        by_triton = self.phases.forward == TRITON
+        ys = [] if by_triton else self.maps(x, weights)
+        running = update.running() if by_triton or (on_device(x) and bn_sum.triton_takes(ys)) else None
+        if by_triton:
+            from . import triton_phases  # Triton is slow to import
+
+            x, cast = x.to(self.conv_dtype), [weight.to(self.conv_dtype) for weight in weights]
+            found = triton_phases.step(x, cast, gammas, betas, running or NONE, self.eps, self.window)
+            out, ys, means, variances, rstds = found
+        elif running is not None:
+            from . import triton_phases
+
+            dtype = self._out_dtype(ys)
+            out, means, variances, rstds = triton_phases.bn_sum(ys, gammas, betas, running, self.eps, dtype)
+        else:
+            out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, self._out_dtype(ys))
+        if running is None:
+            update(means, variances)
+        return out, ys, means, variances, rstds
+
+    def _out_dtype(self, ys: list[Tensor]) -> torch.dtype | None:
+        return None if self.dtype == ys[0].dtype else self.dtype
 
     def merged(self, weights: Sequence[Tensor]) -> Tensor:
         """The kernel whose convolution is the sum of all branches'."""
@@ -249,13 +276,12 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, config: StepConfig, update: nodes.Update, x: Tensor, *tensors: Tensor
+        ctx: Any, config: StepConfig, update: Update, x: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         weights, gammas, betas = config.split(tensors)
         # Nothing here is differentiated: calls need not pass the dispatcher's autograd layer.
         with nodes.without_autocast(x.device.type), below_autograd():
-            out, ys, means, variances, rstds = config.forward(x, weights, gammas, betas)
-        update(means, variances)
+            out, ys, means, variances, rstds = config.step(x, weights, gammas, betas, update)
         ctx.config = config
         # A hook on saved tensors may keep what it was given.
         ctx.owns_maps = top_saved_tensors_hooks(True) is None
@@ -479,9 +505,13 @@ def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
     config = config_of(
         geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type, phases
     )
-    update = functools.partial(update_running, inputs.norms, count=count, biases=inputs.biases)
+    update = Update(inputs.norms, count, inputs.biases)
     tensors = (x, *inputs.weights, *inputs.gammas, *inputs.betas)
     if not torch.compiler.is_compiling():
+        if phases == ALL_TRITON:
+            from .triton_node import TritonStep  # Triton is slow to import
+
+            return TritonStep.apply(config, update, *tensors)
         if x.is_cpu:
             _keep_freed_memory()
         if node.suits(config, x, inputs):

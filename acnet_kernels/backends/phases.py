@@ -112,9 +112,14 @@ def _decided(problem: Problem, machine: Machine, version: int) -> Choice:
     return choose(problem, known.milliseconds if known else {})
 
 
+def on_device(x: Tensor) -> bool:
+    """Whether Triton's kernels are for where x is."""
+    return x.device.type == DEVICE and INSTALLED
+
+
 def phases_of(step: Step, x: Tensor) -> Phases:
     """What runs each phase of this step; x is padded already where the padding mode is not zeros."""
-    if x.device.type != DEVICE or not INSTALLED:
+    if not on_device(x):
         return ALL_LIBRARY
     problem = problem_of(step, x)
     if torch.compiler.is_compiling():

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.window import Window
-from ..ops import triton_block
+from ..ops import triton_block, triton_step
+from ..ops.running import Running
 
 Numbers = Sequence[int]  # what Window.flatten gives
 
@@ -22,12 +23,37 @@ def forward(
     window: Numbers,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
     """(out, ys, means, variances, rstds), in x's dtype; differentiable."""
-    return triton_block.triton_forward(_last(x), _alike(weights), gammas, betas, list(eps), window)
+    return triton_block.triton_forward(last(x), alike(weights), gammas, betas, list(eps), window)
+
+
+def step(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    running: Running,
+    eps: Sequence[float],
+    window: Numbers,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    """forward(), not differentiable, which moves running statistics too."""
+    return triton_step.forward(last(x), alike(weights), gammas, betas, running, eps, window)
+
+
+def bn_sum(
+    ys: Sequence[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    running: Running,
+    eps: Sequence[float],
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, means, variances, rstds) of maps that `triton_takes`, not differentiable; running statistics move."""
+    return triton_step.bn_sum(ys, gammas, betas, running, eps, dtype)
 
 
 def input_grad(dys: Sequence[Tensor], weights: Sequence[Tensor], window: Numbers, size: Sequence[int]) -> Tensor:
     """dx (rows × columns: size) from every branch's dy."""
-    return triton_block.triton_input_grad([_last(dy) for dy in dys], _alike(weights), window, list(size))
+    return triton_block.triton_input_grad([last(dy) for dy in dys], alike(weights), window, list(size))
 
 
 def weight_grads(
@@ -35,20 +61,21 @@ def weight_grads(
 ) -> list[Tensor | None]:
     """dW_b of each branch that needs one, and has a dy, None of the others."""
     wanted = [b for b, need in enumerate(needs) if need]
-    given = [_last(dy) for dy, need in zip(dys, needs, strict=True) if need and dy is not None]
+    given = [last(dy) for dy, need in zip(dys, needs, strict=True) if need and dy is not None]
     chosen = Window.unflatten(window).only(wanted).flatten()
-    found = triton_block.triton_weight_grads(_last(x), given, _alike([weights[b] for b in wanted]), chosen)
+    found = triton_block.triton_weight_grads(last(x), given, alike([weights[b] for b in wanted]), chosen)
     results = iter(found)
     return [next(results) if need else None for need in needs]
 
 
-def _last(t: Tensor) -> Tensor:
+def last(t: Tensor) -> Tensor:
+    """t in channels_last."""
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def _alike(weights: Sequence[Tensor]) -> list[Tensor]:
+def alike(weights: Sequence[Tensor]) -> list[Tensor]:
     """The weights in one memory format: their own if that is one, else channels_last."""
     for layout in (torch.channels_last, torch.contiguous_format):
         if all(weight.is_contiguous(memory_format=layout) for weight in weights):
             return list(weights)
-    return [_last(weight) for weight in weights]
+    return [last(weight) for weight in weights]

@@ -76,6 +76,12 @@ def merge_statistics(
     rstd_ptr,
     scale_ptr,
     bias_ptr,
+    running_means,
+    running_vars,
+    counters,
+    shifts,
+    momenta,
+    momenta_rest,
     M,
     K,
     TILES,
@@ -86,8 +92,11 @@ def merge_statistics(
     """Merges the tiles' moments (B×2×K×TILES) in a fixed order. Grid: (K,).
 
     Writes mean, biased variance and rstd (fp64, B×K each), scale s_b = γ_b·rstd_b (fp32, B×K) and bias = Σ_b β_b
-    (fp32, K).
+    (fp32, K). rstd is 0 where that is 1/0.
     Tile t covers rows t·ROWS … of M. A γ of None is 1, a β of None is 0.
+    Where running_means[b] is not None, it and running_vars[b] move towards the mean, shifted by shifts[b] unless
+    None, and the unbiased variance, by momenta[b] + momenta_rest[b], or where that is None by one over the batches
+    that counters[b] will have counted when `apply` has counted this one.
     """
     k = tl.program_id(0)
     lane = tl.arange(0, BLOCK_T)
@@ -109,7 +118,8 @@ def merge_statistics(
             delta = tl.load(means + tile, mask=tile < TILES, other=0.0).to(tl.float64) - mean
             total += tl.load(m2s + tile, mask=tile < TILES, other=0.0) + count * delta * delta
         var = tl.sum(total, 0) / M
-        rstd = 1.0 / tl.sqrt(var + eps[b])
+        spread = var + eps[b]
+        rstd = tl.where(spread == 0.0, 0.0, 1.0 / tl.sqrt(spread))
         scale = rstd.to(tl.float32)
         if gammas[b] is not None:
             scale *= tl.load(gammas[b] + k).to(tl.float32)
@@ -119,7 +129,23 @@ def merge_statistics(
         tl.store(var_ptr + row, var)
         tl.store(rstd_ptr + row, rstd)
         tl.store(scale_ptr + row, scale)
+        if running_means[b] is not None:
+            if momenta[b] is None:
+                factor = 1.0 / (tl.load(counters[b]) + 1).to(tl.float64)
+            else:  # two fp32 numbers, as one would round it
+                factor = tl.full([], 0.0, tl.float64) + momenta[b] + momenta_rest[b]
+            if shifts[b] is not None:
+                mean += tl.load(shifts[b] + k).to(tl.float64)
+            _move(running_means[b] + k, mean, factor)
+            _move(running_vars[b] + k, var * M / (M - 1), factor)
     tl.store(bias_ptr + k, bias)
+
+
+@triton.jit
+def _move(running_ptr, value, factor):
+    """running ← (1 − factor)·running + factor·value: a factor of 1 leaves nothing of what was before."""
+    before = tl.load(running_ptr).to(tl.float64)
+    tl.store(running_ptr, ((1.0 - factor) * before + factor * value).to(running_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -128,6 +154,7 @@ def apply(
     mean_ptr,
     scale_ptr,
     bias_ptr,
+    counters,
     out_ptr,
     M,
     K,
@@ -135,11 +162,15 @@ def apply(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out = Σ_b s_b·(y_b − μ_b) + bias.
+    """out = Σ_b s_b·(y_b − μ_b) + bias; every counter that is not None grows by one.
 
     Grid: (row blocks, channel blocks).
     Not s_b·y_b + shift: that cancels where |μ| ≫ σ.
     """
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        for b in tl.static_range(B):
+            if counters[b] is not None:
+                tl.store(counters[b], tl.load(counters[b]) + 1)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     k_live = k < K

@@ -113,13 +113,14 @@ def _check_affine(ys: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
     check.floats(**lists)
 
 
-def _check_forward(
+def check_forward(
     ys: list[Tensor],
     gammas: list[Tensor],
     betas: list[Tensor],
     eps: list[float],
     dtype: torch.dtype | None,
 ) -> None:
+    """ValueError where bn_sum_forward's arguments do not fit each other; the message names one."""
     check.one_device(ys=ys, gammas=gammas, betas=betas)
     _check(ys)
     _check_outer(ys[0], ys[0].dtype if dtype is None else dtype)
@@ -189,7 +190,7 @@ def _per_channel(values: Tensor) -> Tensor:
     return values[:, None, None]
 
 
-@check.checked(_check_forward)
+@check.checked(check_forward)
 def _forward(
     ys: list[Tensor],
     gammas: list[Tensor],
@@ -269,6 +270,12 @@ def _backward_(
     return _backward_into(grad, ys, means, rstds, gammas, _by_map(dys, needs_dy))
 
 
+def triton_takes(maps: Sequence[Tensor]) -> bool:
+    """Whether CUDA maps go through Triton's passes."""
+    layout = all(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
+    return TRITON and layout and maps[0].dtype != torch.float64
+
+
 def _on_cuda(name: str, plain: Callable[..., Any], checks: Callable[..., None]) -> Callable[..., Any]:
     """An operator's CUDA kernel: Triton's where it takes the maps, else the one in PyTorch."""
 
@@ -276,19 +283,17 @@ def _on_cuda(name: str, plain: Callable[..., Any], checks: Callable[..., None]) 
     def kernel(*args: Any) -> Any:
         maps = args[0] if name == "bn_sum_forward" else [args[0], *args[1]]
         maps += args[6] if name == "bn_sum_backward_" else []
-        layout = all(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
-        if not TRITON or not layout or maps[0].dtype == torch.float64:
+        if not triton_takes(maps):
             return plain(*args)
-        from . import triton_bn_sum  # Triton is slow to import, and only CUDA needs it
+        from . import triton_step  # Triton is slow to import, and only CUDA needs it
 
-        with torch.cuda.device_of(maps[0]):  # Triton launches on the current device
-            return getattr(triton_bn_sum, name)(*args)
+        return getattr(triton_step, name)(*args)
 
     return kernel
 
 
 on_cuda = {
-    "bn_sum_forward": _on_cuda("bn_sum_forward", _forward, _check_forward),
+    "bn_sum_forward": _on_cuda("bn_sum_forward", _forward, check_forward),
     "bn_sum_backward": _on_cuda("bn_sum_backward", _backward, _check_backward),
     "bn_sum_backward_": _on_cuda("bn_sum_backward_", _backward_, _check_written),
 }
@@ -301,10 +306,15 @@ if not LOADED:
 
 
 @torch.library.register_fake("acnet_kernels::bn_sum_forward")
-@check.checked(_check_forward)
+@check.checked(check_forward)
 def _(
     ys: list[Tensor], gammas: Any, betas: Any, eps: Any, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty_forward(ys, dtype)
+
+
+def empty_forward(ys: list[Tensor], dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What bn_sum_forward returns, unwritten."""
     means, variances, rstds = (ys[0].new_empty((len(ys), ys[0].shape[1]), dtype=torch.float64) for _ in range(3))
     return torch.empty_like(ys[0], dtype=dtype), means, variances, rstds
 

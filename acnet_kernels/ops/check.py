@@ -7,7 +7,7 @@ that mix meta tensors with others: their outputs would be uninitialised memory.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -41,7 +41,8 @@ def checked(check: Callable[..., None]) -> Callable[[_Kernel], _Kernel]:
     return decorate
 
 
-def _named(given: dict[str, _Given]) -> list[tuple[str, Tensor]]:
+def named(given: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of all that are given, a list's as `name[i]`."""
     found: list[tuple[str, Tensor]] = []
     for name, value in given.items():
         if isinstance(value, Tensor):
@@ -53,7 +54,7 @@ def _named(given: dict[str, _Given]) -> list[tuple[str, Tensor]]:
 
 def one_device(**given: _Given) -> None:
     """ValueError unless all tensors are on one device, and have memory there."""
-    tensors = _named(given)
+    tensors = named(given)
     for name, t in tensors:
         if t.device != tensors[0][1].device:
             raise ValueError(
@@ -65,28 +66,28 @@ def one_device(**given: _Given) -> None:
 
 def floats(**given: _Given) -> None:
     """ValueError unless all tensors are of a float dtype that the kernels know."""
-    for name, t in _named(given):
+    for name, t in named(given):
         if t.dtype not in FLOATS:
             raise ValueError(f"{name} must be float32, float64, float16 or bfloat16, got {t.dtype}")
 
 
 def dtype(wanted: torch.dtype, why: str, **given: _Given) -> None:
     """ValueError unless all tensors are of the wanted dtype."""
-    for name, t in _named(given):
+    for name, t in named(given):
         if t.dtype != wanted:
             raise ValueError(f"{name} must be {wanted}, {why}, got {t.dtype}")
 
 
 def shape(wanted: Sequence[int], **given: _Given) -> None:
     """ValueError unless all tensors are of the wanted shape."""
-    for name, t in _named(given):
+    for name, t in named(given):
         if tuple(t.shape) != tuple(wanted):
             raise ValueError(f"{name} must have shape {tuple(wanted)}, got {tuple(t.shape)}")
 
 
 def contiguous(**given: _Given) -> None:
     """ValueError unless all tensors are contiguous."""
-    for name, t in _named(given):
+    for name, t in named(given):
         if not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
 
@@ -100,7 +101,7 @@ def length(wanted: int, what: str, **given: Sequence[Any]) -> None:
 
 def maps(**given: _Given) -> None:
     """ValueError unless all tensors are N×C×H×W of a float dtype, with pixels; N may be 0."""
-    for name, t in _named(given):
+    for name, t in named(given):
         if t.dim() != 4 or min(t.shape[1:]) < 1:
             raise ValueError(f"{name} must be N×C×H×W with C, H, W > 0, got {tuple(t.shape)}")
     floats(**given)
@@ -150,7 +151,7 @@ def refuse_leaves(library: torch.library.Library, operator: OpOverload) -> None:
 
     def kernel(*args: Any) -> Any:
         if torch.is_grad_enabled():
-            for name, t in _named({name: args[i] for i, name in written}):
+            for name, t in named({name: args[i] for i, name in written}):
                 base = base_of(t)
                 if base is not None and base.requires_grad and base.is_leaf:
                     raise ValueError(

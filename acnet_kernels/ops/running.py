@@ -14,14 +14,44 @@ There is no such operator without the extension, nor on other devices: backends/
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import check
 from ._extension import LOADED
 
 COUNTERS = (*check.FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Running(NamedTuple):
+    """Running statistics of batch norms, as Triton's kernels move them: a list has an entry a norm, or none.
+
+    Means and variances are contiguous (K,) tensors, counters of one element; no two share memory. `shifts` (K,) are
+    added to the batch's means, [] for none. A momentum of None is the cumulative average.
+    """
+
+    means: Sequence[Tensor] = ()
+    variances: Sequence[Tensor] = ()
+    counters: Sequence[Tensor] = ()
+    shifts: Sequence[Tensor] = ()
+    momenta: Sequence[float | None] = ()
+
+    @classmethod
+    def of(cls, *lists: Any) -> Running:
+        """As operators take it: the lists in order, with NaN for None."""
+        means, variances, counters, shifts, momenta = lists
+        return cls(means, variances, counters, shifts, [None if math.isnan(f) else f for f in momenta])
+
+    def lists(self) -> tuple[Any, ...]:
+        """What `of` takes."""
+        return (*self[:4], [math.nan if momentum is None else momentum for momentum in self.momenta])
+
+
+NONE = Running()
 
 if LOADED:
     update_running_ = torch.ops.acnet_kernels.update_running_.default

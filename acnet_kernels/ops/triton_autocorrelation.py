@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from ..kernels.autocorrelation import centred_total
 from ..kernels.autocorrelation import cross_correlation as kernel
 from ..kernels.configs import cdiv
 from ..kernels.wgrad import sum_splits
+from . import launch
 from .check import MOST_TAPS
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -66,17 +68,26 @@ def cross_correlation(
     shifts = raster(rows, columns)
     if why is not None or shifts is None:
         raise ValueError(f"cross_correlation has no Triton kernel for this: {why}")
+    products, total = launch.run(routine, [x, x_pivot, y, y_pivot], len(rows), shifts, groups)
+    return products, total.permute(2, 0, 1)
+
+
+def routine(tensors: Sequence[Tensor], count: int, shifts: Raster, groups: int) -> list[Tensor]:
+    """[products of so many shifts, total as its kernel writes it] (ops/launch.py)."""
+    x, x_pivot, y, y_pivot = tensors
     N, C, H, W = x.shape
     K, M = y.shape[1], N * H * W
     CG, KG = C // groups, K // groups
     int64_offsets = max(x.numel(), y.numel()) >= 2**31
     config = configs.correlation("half" if x.dtype != torch.float32 else "ieee", int64_offsets, KG, CG)
-    products = torch.empty((len(rows), groups, KG, CG), dtype=torch.float32, device=x.device)
+    products = launch.empty((count, groups, KG, CG), torch.float32, x.device)
     blocks = groups * cdiv(KG, config.block_k) * cdiv(CG, config.block_c)
-    splits, share = configs.pixel_split(M, blocks * len(rows), config.block_m)
+    splits, share = configs.pixel_split(M, blocks * count, config.block_m)
     size = products.numel()
-    target = products if splits == 1 else torch.empty(splits * size, dtype=torch.float32, device=x.device)
-    kernel[len(rows), blocks, splits](
+    target = products if splits == 1 else launch.empty((splits * size,), torch.float32, x.device)
+    launch.launch(
+        kernel,
+        (count, blocks, splits),
         x,
         x_pivot,
         y,
@@ -100,7 +111,8 @@ def cross_correlation(
         **config.options,
     )
     if splits > 1:
-        sum_splits[cdiv(size, _BLOCK), 1, 1]((target,), (products,), (size,), splits, size, BLOCK=_BLOCK)
-    total = torch.empty((H, W, K), dtype=torch.float32, device=x.device)
-    centred_total[(cdiv(total.numel(), _BLOCK),)](y, y_pivot, total, N, H * W, K, BLOCK=_BLOCK)
-    return products, total.permute(2, 0, 1)
+        grid = (cdiv(size, _BLOCK), 1, 1)
+        launch.launch(sum_splits, grid, (target,), (products,), (size,), splits, size, BLOCK=_BLOCK)
+    total = launch.empty((H, W, K), torch.float32, x.device)
+    launch.launch(centred_total, (cdiv(total.numel(), _BLOCK),), y, y_pivot, total, N, H * W, K, BLOCK=_BLOCK)
+    return [products, total]

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import bn_sum, check, triton_conv
+from . import bn_sum, check, launch, triton_conv
+from .running import NONE, Running
 from .triton_conv import Window
 
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
@@ -35,8 +36,59 @@ triton_weight_grads = torch.ops.acnet_kernels.triton_weight_grads.default
 _KEY = "CPU" if triton_conv.INTERPRETED else "CUDA"
 
 
+# Routines (ops/launch.py): a convolution's precision, which PyTorch's switches set, is one of their constants.
+def forward_routine(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    running: Running,
+    eps: Sequence[float],
+    window: Sequence[int],
+) -> tuple[Any, ...]:
+    """launch.run's arguments, for [out, means, variances, rstds, *ys]; running statistics are moved."""
+    means, variances, counters, shifts, momenta = running
+    tensors = [x, *weights, *gammas, *betas, *means, *variances, *counters, *shifts]
+    counts = (len(weights), len(gammas), len(betas), len(means), len(shifts))
+    precision = triton_conv.precision_of(x.dtype)
+    return _forward_routine, tensors, counts, tuple(momenta), tuple(eps), tuple(window), precision
+
+
+def _forward_routine(
+    tensors: Sequence[Tensor],
+    counts: tuple[int, ...],
+    momenta: tuple[float | None, ...],
+    eps: tuple[float, ...],
+    window: tuple[int, ...],
+    precision: str,
+) -> list[Tensor]:
+    branches, gammas, betas, norms, shifts = counts
+    (x,), weights, scales, offsets, means, variances, counters, moved = launch.split(
+        tensors, (1, branches, gammas, betas, norms, norms, norms, shifts)
+    )
+    running = Running(means, variances, counters, moved, momenta)
+    own = Window.unflatten(window)
+    out, ys, found = triton_conv.block_forward(x, weights, scales, offsets, eps, own, running)
+    return [out, found.means, found.variances, found.rstds, *ys]
+
+
+def _input_grad_routine(
+    tensors: Sequence[Tensor], branches: int, window: tuple[int, ...], input_size: tuple[int, int], precision: str
+) -> list[Tensor]:
+    dys, weights = launch.split(tensors, (branches, branches))
+    return [triton_conv.input_grad(dys, weights, Window.unflatten(window), input_size)]
+
+
+def _weight_grads_routine(
+    tensors: Sequence[Tensor], branches: int, window: tuple[int, ...], precision: str
+) -> list[Tensor]:
+    (x,), dys, weights = launch.split(tensors, (1, branches, branches))
+    return triton_conv.weight_grads(x, dys, weights, Window.unflatten(window))
+
+
 # Shape inference checks the weights itself; where a kernel runs, triton_conv does, and keeps what it worked out.
-def _output_shape(shape: Sequence[int], weights: list[Tensor], numbers: list[int]) -> tuple[int, ...]:
+def output_shape(shape: Sequence[int], weights: list[Tensor], numbers: list[int]) -> tuple[int, ...]:
+    """The shape of every branch's map of an input of `shape`; ValueError where there is none."""
     window, channels = Window.unflatten(numbers), weights[0].shape[0]
     size = triton_conv.checked_size(window, shape)
     check.group_count(window.groups, x=shape[1], out=channels)
@@ -45,12 +97,26 @@ def _output_shape(shape: Sequence[int], weights: list[Tensor], numbers: list[int
     return shape[0], channels, *size
 
 
-def _check_weights(weights: list[Tensor], window: list[int]) -> None:
+def empty_forward(
+    x: Tensor, weights: list[Tensor], eps: list[float], window: list[int]
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    """What triton_forward returns, unwritten; ValueError where there is no output of that shape."""
+    shape = output_shape(x.shape, weights, window)
+
+    def empty() -> Tensor:
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    means, variances, rstds = (x.new_empty((len(eps), shape[1]), dtype=torch.float64) for _ in range(3))
+    return empty(), [empty() for _ in eps], means, variances, rstds
+
+
+def check_weights(weights: list[Tensor], window: list[int]) -> None:
+    """ValueError where the weights are not a branch of the window each."""
     check.length(len(Window.unflatten(window).branches), "one a branch of the window", weights=weights)
     check.maps(weights=weights)
 
 
-def _check_forward(
+def check_forward(
     x: Tensor,
     weights: list[Tensor],
     gammas: list[Tensor],
@@ -58,10 +124,11 @@ def _check_forward(
     eps: list[float],
     window: list[int],
 ) -> None:
+    """ValueError where triton_forward's arguments do not fit each other; the message names one."""
     check.one_device(x=x, weights=weights, gammas=gammas, betas=betas)
     check.maps(x=x)
     check.dtype(x.dtype, "as x", weights=weights)
-    _check_weights(weights, window)
+    check_weights(weights, window)
     check.length(len(weights), "one a branch", eps=eps)
     for name, vectors in (("gammas", gammas), ("betas", betas)):
         if vectors:
@@ -71,7 +138,7 @@ def _check_forward(
 
 
 def _check_grads(dys: list[Tensor], weights: list[Tensor], window: list[int]) -> None:
-    _check_weights(weights, window)
+    check_weights(weights, window)
     check.length(len(weights), "one for each of the weights", dys=dys)
     check.maps(dys=dys)
     check.dtype(dys[0].dtype, "as dys[0]", dys=dys, weights=weights)
@@ -93,7 +160,7 @@ def _check_weight_grads(x: Tensor, dys: list[Tensor], weights: list[Tensor], win
 
 
 @torch.library.impl(_LIBRARY, "triton_forward", _KEY)
-@check.checked(_check_forward)
+@check.checked(check_forward)
 def _forward(
     x: Tensor,
     weights: list[Tensor],
@@ -102,28 +169,27 @@ def _forward(
     eps: list[float],
     window: list[int],
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        out, ys, norms = triton_conv.block_forward(x, weights, gammas, betas, eps, Window.unflatten(window))
-    return out, ys, norms.means, norms.variances, norms.rstds
+    out, means, variances, rstds, *ys = launch.run(*forward_routine(x, weights, gammas, betas, NONE, eps, window))
+    return out, ys, means, variances, rstds
 
 
 @torch.library.impl(_LIBRARY, "triton_input_grad", _KEY)
 @check.checked(_check_input_grad)
 def _input_grad(dys: list[Tensor], weights: list[Tensor], window: list[int], input_size: list[int]) -> Tensor:
-    rows, cols = input_size
-    with torch.cuda.device_of(dys[0]):
-        return triton_conv.input_grad(dys, weights, Window.unflatten(window), (rows, cols))
+    numbers, precision = (tuple(window), tuple(input_size)), triton_conv.precision_of(dys[0].dtype)
+    (dx,) = launch.run(_input_grad_routine, [*dys, *weights], len(dys), *numbers, precision)
+    return dx
 
 
 @torch.library.impl(_LIBRARY, "triton_weight_grads", _KEY)
 @check.checked(_check_weight_grads)
 def _weight_grads(x: Tensor, dys: list[Tensor], weights: list[Tensor], window: list[int]) -> list[Tensor]:
-    with torch.cuda.device_of(x):
-        return triton_conv.weight_grads(x, dys, weights, Window.unflatten(window))
+    precision = triton_conv.precision_of(x.dtype)
+    return launch.run(_weight_grads_routine, [x, *dys, *weights], len(dys), tuple(window), precision)
 
 
 @torch.library.register_fake("acnet_kernels::triton_forward")
-@check.checked(_check_forward)
+@check.checked(check_forward)
 def _(
     x: Tensor,
     weights: list[Tensor],
@@ -132,27 +198,21 @@ def _(
     eps: list[float],
     window: list[int],
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
-    shape = _output_shape(x.shape, weights, window)
-
-    def empty() -> Tensor:
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-    means, variances, rstds = (x.new_empty((len(eps), shape[1]), dtype=torch.float64) for _ in range(3))
-    return empty(), [empty() for _ in eps], means, variances, rstds
+    return empty_forward(x, weights, eps, window)
 
 
 @torch.library.register_fake("acnet_kernels::triton_input_grad")
 @check.checked(_check_input_grad)
 def _(dys: list[Tensor], weights: list[Tensor], window: list[int], input_size: list[int]) -> Tensor:
     shape = (dys[0].shape[0], weights[0].shape[1] * Window.unflatten(window).groups, *input_size)
-    check.shape(_output_shape(shape, weights, window), dys=dys)
+    check.shape(output_shape(shape, weights, window), dys=dys)
     return torch.empty(shape, dtype=dys[0].dtype, device=dys[0].device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("acnet_kernels::triton_weight_grads")
 @check.checked(_check_weight_grads)
 def _(x: Tensor, dys: list[Tensor], weights: list[Tensor], window: list[int]) -> list[Tensor]:
-    check.shape(_output_shape(x.shape, weights, window), dys=dys)
+    check.shape(output_shape(x.shape, weights, window), dys=dys)
     return [torch.empty_like(w) for w in weights]
 
 

@@ -7,14 +7,17 @@ compute what the operators of these names promise (ops/bn_sum.py).
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import bn_sum as kernels
 from ..kernels.configs import cdiv, row_split, streaming_tile
+from .launch import empty, empty_like, launch
+from .running import NONE, Running
 
 BLOCK_T = 256  # partial results that a merging program reads at once
 
@@ -67,24 +70,32 @@ def statistics(ys: Sequence[Tensor]) -> Moments:
     M, K = pixels(ys[0]), ys[0].shape[1]
     tile = streaming_tile(K)
     tiles, rows = row_split(M, K, tile)
-    partial = torch.empty((len(ys), 2, K, tiles), dtype=torch.float32, device=ys[0].device)
+    partial = empty((len(ys), 2, K, tiles), torch.float32, ys[0].device)
     grid = (tiles, cdiv(K, tile.block_k))
-    kernels.statistics[grid](
-        tuple(ys), partial, M, K, tiles, rows, B=len(ys), BLOCK_M=tile.block_m, BLOCK_K=tile.block_k
-    )
+    sizes = {"B": len(ys), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    launch(kernels.statistics, grid, tuple(ys), partial, M, K, tiles, rows, **sizes)
     return Moments(partial, rows, M)
 
 
 def merge_statistics(
-    moments: Moments, gammas: Sequence[Tensor], betas: Sequence[Tensor], eps: Sequence[float]
+    moments: Moments,
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    eps: Sequence[float],
+    running: Running = NONE,
 ) -> Norms:
-    """Merges tiles in a fixed order: one launch. γ, β: one (K,) a map, or none at all for 1 and 0."""
+    """Merges tiles in a fixed order: one launch. γ, β: one (K,) a map, or none at all for 1 and 0.
+
+    Running statistics move, but their counters: `apply` counts the batch.
+    """
     partial = moments.partial
     B, _, K, tiles = partial.shape
-    means, variances, rstds = (torch.empty((B, K), dtype=torch.float64, device=partial.device) for _ in range(3))
-    scale = torch.empty((B, K), dtype=torch.float32, device=partial.device)
-    bias = torch.empty(K, dtype=torch.float32, device=partial.device)
-    kernels.merge_statistics[(K,)](
+    means, variances, rstds = (empty((B, K), torch.float64, partial.device) for _ in range(3))
+    scale = empty((B, K), torch.float32, partial.device)
+    bias = empty((K,), torch.float32, partial.device)
+    launch(
+        kernels.merge_statistics,
+        (K,),
         partial,
         _vectors(gammas, B),
         _vectors(betas, B),
@@ -94,6 +105,7 @@ def merge_statistics(
         rstds,
         scale,
         bias,
+        *_running(running, B),
         moments.total,
         K,
         tiles,
@@ -101,10 +113,22 @@ def merge_statistics(
         B=B,
         BLOCK_T=BLOCK_T,
     )
-    if 0.0 in eps:  # 1/0 is 0 there, as in nn.BatchNorm2d
-        constant = (variances + variances.new_tensor(list(eps))[:, None]) == 0
-        rstds.masked_fill_(constant, 0), scale.masked_fill_(constant, 0)
     return Norms(means, variances, rstds, scale, bias)
+
+
+def _running(running: Running, B: int) -> tuple[tuple[Any, ...], ...]:
+    """What merge_statistics takes of it: four lists of tensors, and momenta as two fp32 numbers each."""
+    if not running.means:
+        return ((None,) * B,) * 6
+    tensors = (tuple(t) or (None,) * B for t in running[:4])
+    momenta = [(None, None) if momentum is None else _halves(momentum) for momentum in running.momenta]
+    return (*tensors, *zip(*momenta, strict=True))
+
+
+def _halves(number: float) -> tuple[float, float]:
+    """Two fp32 numbers whose sum it is."""
+    leading = struct.unpack("f", struct.pack("f", number))[0]
+    return leading, number - leading
 
 
 def _vectors(parameters: Sequence[Tensor], B: int) -> tuple[Tensor | None, ...]:
@@ -112,15 +136,19 @@ def _vectors(parameters: Sequence[Tensor], B: int) -> tuple[Tensor | None, ...]:
     return tuple(t.contiguous() for t in parameters) or (None,) * B
 
 
-def apply(ys: Sequence[Tensor], norms: Norms, dtype: torch.dtype | None = None) -> Tensor:
-    """Σ_b scale_b·(y_b − mean_b) + bias, in the maps' strides and `dtype` (None: theirs): one launch."""
+def apply(ys: Sequence[Tensor], norms: Norms, dtype: torch.dtype | None = None, running: Running = NONE) -> Tensor:
+    """Σ_b scale_b·(y_b − mean_b) + bias, in the maps' strides and `dtype` (None: theirs): one launch.
+
+    The counters of `running` grow by one.
+    """
     check_maps(**_named(ys=ys))
-    out = torch.empty_like(ys[0], dtype=dtype)
+    out = empty_like(ys[0], dtype)
     M, K = pixels(out), out.shape[1]
     tile = streaming_tile(K)
     grid = (cdiv(M, tile.block_m), cdiv(K, tile.block_k))
     sizes = {"B": len(ys), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
-    kernels.apply[grid](tuple(ys), norms.means, norms.scale, norms.bias, out, M, K, **sizes)
+    counters = tuple(running.counters) or (None,) * len(ys)
+    launch(kernels.apply, grid, tuple(ys), norms.means, norms.scale, norms.bias, counters, out, M, K, **sizes)
     return out
 
 
@@ -130,14 +158,15 @@ def bn_sum_forward(
     betas: Sequence[Tensor],
     eps: Sequence[float],
     dtype: torch.dtype | None,
+    running: Running = NONE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, means, variances, rstds) of out = Σ_b BN_b(y_b) by the batch's statistics: three launches.
 
     gammas, betas: one (K,) a map, or [] for γ = 1 and β = 0. dtype: out's, None for the maps'. The statistics: B×K,
-    fp64.
+    fp64. Running statistics and their counters are moved.
     """
-    norms = merge_statistics(statistics(ys), gammas, betas, eps)
-    return apply(ys, norms, dtype), norms.means, norms.variances, norms.rstds
+    norms = merge_statistics(statistics(ys), gammas, betas, eps, running)
+    return apply(ys, norms, dtype, running), norms.means, norms.variances, norms.rstds
 
 
 def bn_sum_backward(
@@ -152,7 +181,7 @@ def bn_sum_backward(
 
     grad is dL/dout, channels_last. Every map's dβ is the same Σ grad.
     """
-    dys = [torch.empty_like(y) for y, need in zip(ys, needs_dy, strict=True) if need]
+    dys = [empty_like(y) for y, need in zip(ys, needs_dy, strict=True) if need]
     return dys, *bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy, dys)
 
 
@@ -173,16 +202,15 @@ def bn_sum_backward_(
     tile = streaming_tile(K)
     tiles, rows = row_split(M, K, tile)
     blocks = cdiv(K, tile.block_k)
-    partial = torch.empty((1 + B, K, tiles), dtype=torch.float32, device=grad.device)
+    partial = empty((1 + B, K, tiles), torch.float32, grad.device)
     sizes = {"B": B, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
-    kernels.reduce_grad[tiles, blocks](grad, tuple(ys), means, partial, M, K, tiles, rows, **sizes)
-    dgammas = torch.empty((B, K), dtype=torch.float32, device=grad.device)
-    dbeta = torch.empty(K, dtype=torch.float32, device=grad.device)
-    coefficients = torch.empty((1 + 2 * B, K), dtype=torch.float32, device=grad.device)
-    kernels.merge_grad[(K,)](
-        partial, _vectors(gammas, B), rstds, dgammas, dbeta, coefficients, M, K, tiles, B=B, BLOCK_T=BLOCK_T
-    )
+    launch(kernels.reduce_grad, (tiles, blocks), grad, tuple(ys), means, partial, M, K, tiles, rows, **sizes)
+    dgammas = empty((B, K), torch.float32, grad.device)
+    dbeta = empty((K,), torch.float32, grad.device)
+    coefficients = empty((1 + 2 * B, K), torch.float32, grad.device)
+    merged = (partial, _vectors(gammas, B), rstds, dgammas, dbeta, coefficients)
+    launch(kernels.merge_grad, (K,), *merged, M, K, tiles, B=B, BLOCK_T=BLOCK_T)
     if dys:
         grid = (cdiv(M, tile.block_m), blocks)
-        kernels.apply_grad[grid](grad, tuple(ys), targets, means, coefficients, M, K, **sizes)
+        launch(kernels.apply_grad, grid, grad, tuple(ys), targets, means, coefficients, M, K, **sizes)
     return dgammas, dbeta

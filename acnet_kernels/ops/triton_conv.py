@@ -25,6 +25,8 @@ from ..kernels.taps import end_row, first_row, taps_above
 from ..kernels.wgrad import conv_wgrad, sum_splits
 from ..kernels.window import MOST_BRANCHES, Window
 from .check import MOST_TAPS, addressable
+from .launch import empty, empty_like, launch, tail
+from .running import NONE, Running
 from .triton_bn_sum import Moments, Norms, apply, check_maps, merge_statistics
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -33,7 +35,7 @@ _KERNELS = {"conv": conv_branches, "dgrad": conv_dgrad, "wgrad": conv_wgrad}
 _DEPTHWISE = {"conv": depthwise_branches, "dgrad": depthwise_dgrad, "wgrad": depthwise_wgrad}
 
 
-class _Launch(NamedTuple):
+class _Prepared(NamedTuple):
     """What a launch is made of beyond its tensors; one a problem, cached."""
 
     kernel: Any
@@ -68,7 +70,7 @@ def checked_size(window: Window, shape: Sequence[int]) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def _make_launch(
+def _prepare(
     kind: str,
     shape: tuple[int, ...],
     K: int,
@@ -78,7 +80,7 @@ def _make_launch(
     precision: str,
     device: torch.device,
     config: Config | None,
-) -> _Launch:
+) -> _Prepared:
     N, C, H, W = shape
     size = checked_size(window, shape)
     rows = N * size[0] * size[1]
@@ -109,17 +111,17 @@ def _make_launch(
     scalars |= {"OH": size[0], "OW": size[1]}
     numbers = tuple(value for name, value in scalars.items() if name in kernel.arg_names)
     taps = end_row(window) - first_row(window) if depthwise else taps_above(window, 0)
-    return _Launch(kernel, depthwise, size, rows, numbers, taken, config, taps)
+    return _Prepared(kernel, depthwise, size, rows, numbers, taken, config, taps)
 
 
-def _launch_of(
+def _prepared(
     kind: str,
     like: Tensor,
     shape: tuple[int, ...],
     weights: Sequence[Tensor],
     window: Window,
     config: Config | None,
-) -> _Launch:
+) -> _Prepared:
     """Checks the weights against an input of `shape` and `like`'s dtype and device, and looks the launch up."""
     if len(weights) != len(window.branches) or not weights:
         raise ValueError(f"weights must hold a tensor for each branch of {window}, got {len(weights)}")
@@ -137,14 +139,17 @@ def _launch_of(
     last = all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
     if not last and not all(w.is_contiguous() for w in weights):
         raise ValueError("weights must all be contiguous or all be channels_last")
+    return _prepare(kind, tuple(shape), K, window, last, dtype, precision_of(dtype), like.device, config)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How maps of this dtype are multiplied now: in "tf32", or in "tf32x3" where PyTorch is not to use TF32."""
     exact = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
-    return _make_launch(
-        kind, tuple(shape), K, window, last, dtype, "tf32x3" if exact else "tf32", like.device, config
-    )
+    return "tf32x3" if exact else "tf32"
 
 
 def _empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return empty(shape, like.dtype, like.device, torch.channels_last)
 
 
 def conv_forward(
@@ -158,10 +163,10 @@ def conv_forward(
         config: in place of the table's choice.
     """
     check_maps(x=x)
-    launch = _launch_of("conv", x, x.shape, weights, window, config)
-    M, K, (block_m, block_k, *_) = launch.rows, launch.scalars[1], launch.config
-    ys = [_empty_map((x.shape[0], K, *launch.size), x) for _ in weights] if store else []
-    if launch.depthwise:
+    prepared = _prepared("conv", x, x.shape, weights, window, config)
+    M, K, (block_m, block_k, *_) = prepared.rows, prepared.scalars[1], prepared.config
+    ys = [_empty_map((x.shape[0], K, *prepared.size), x) for _ in weights] if store else []
+    if prepared.depthwise:
         tiles, rows = configs.row_split(M, K, Tile(block_m, block_k))
         split: tuple[int, ...] = (M, rows, tiles)
         grid: tuple[int, ...] = (tiles, cdiv(K, block_k))
@@ -169,9 +174,10 @@ def conv_forward(
         tiles, rows = cdiv(M, block_m), block_m
         split = (M, tiles)
         grid = (tiles * window.groups * cdiv(K // window.groups, block_k),)
-    partial = torch.empty((len(weights), 2, K, tiles), dtype=torch.float32, device=x.device)
+    partial = empty((len(weights), 2, K, tiles), torch.float32, x.device)
     targets = tuple(ys) or (None,) * len(weights)
-    launch.kernel[grid](x, tuple(weights), targets, partial, *split, *launch.scalars, STORE=store, **launch.options)
+    sizes = (*split, *prepared.scalars)
+    launch(prepared.kernel, grid, x, tuple(weights), targets, partial, *sizes, STORE=store, **prepared.options)
     return ys, Moments(partial, rows, M)
 
 
@@ -182,14 +188,16 @@ def block_forward(
     betas: Sequence[Tensor],
     eps: Sequence[float],
     window: Window,
+    running: Running = NONE,
 ) -> tuple[Tensor, list[Tensor], Norms]:
     """(out, y_b, statistics) of Σ_b BN_b(W_b * x) by the batch's statistics: three launches.
 
-    gammas, betas, eps: one entry a branch; gammas, betas may be empty for γ = 1, β = 0.
+    gammas, betas, eps: one entry a branch; gammas, betas may be empty for γ = 1, β = 0. Running statistics and
+    their counters are moved.
     """
     ys, moments = conv_forward(x, weights, window)
-    norms = merge_statistics(moments, gammas, betas, eps)
-    return apply(ys, norms), ys, norms
+    norms = merge_statistics(moments, gammas, betas, eps, running)
+    return apply(ys, norms, running=running), ys, norms
 
 
 def input_grad(
@@ -204,20 +212,21 @@ def input_grad(
     dy = _check_grads(dys, weights)
     CG = weights[0].shape[1]
     shape = (dy.shape[0], CG * window.groups, *input_size)
-    launch = _launch_of("dgrad", dy, shape, weights, window, config)
-    _check_size(dy, launch.scalars[1], launch.size)
+    prepared = _prepared("dgrad", dy, shape, weights, window, config)
+    _check_size(dy, prepared.scalars[1], prepared.size)
     dx = _empty_map(shape, dy)
-    if launch.depthwise:
+    if prepared.depthwise:
         M = shape[0] * input_size[0] * input_size[1]
         split: tuple[int, ...] = (M,)
-        grid: tuple[int, ...] = (cdiv(M, launch.config.block_m), cdiv(shape[1], launch.config.block_k))
+        grid: tuple[int, ...] = (cdiv(M, prepared.config.block_m), cdiv(shape[1], prepared.config.block_k))
     else:
         largest_phase = cdiv(input_size[0], window.stride_h) * cdiv(input_size[1], window.stride_w)
-        tiles = cdiv(shape[0] * largest_phase, launch.config.block_m)
-        blocks = window.groups * cdiv(CG, launch.config.block_c)
+        tiles = cdiv(shape[0] * largest_phase, prepared.config.block_m)
+        blocks = window.groups * cdiv(CG, prepared.config.block_c)
         split = (shape[0], tiles)
         grid = (window.stride_h * window.stride_w * tiles * blocks,)
-    launch.kernel[grid](tuple(dys), tuple(weights), dx, *split, *launch.scalars, **launch.options)
+    sizes = (*split, *prepared.scalars)
+    launch(prepared.kernel, grid, tuple(dys), tuple(weights), dx, *sizes, **prepared.options)
     return dx
 
 
@@ -230,28 +239,29 @@ def weight_grads(
     """
     dy = _check_grads(dys, weights)
     check_maps(x=x)
-    launch = _launch_of("wgrad", x, x.shape, weights, window, config)
+    prepared = _prepared("wgrad", x, x.shape, weights, window, config)
     if dy.shape[0] != x.shape[0] or dy.dtype != x.dtype:
         raise ValueError(f"dys must be {x.dtype} for {x.shape[0]} images, got {dy.dtype} for {dy.shape[0]}")
-    _check_size(dy, launch.scalars[1], launch.size)
-    dws = [torch.empty_like(w, memory_format=torch.preserve_format) for w in weights]
+    _check_size(dy, prepared.scalars[1], prepared.size)
+    dws = [empty_like(w) for w in weights]
     K = dy.shape[1]
-    if launch.depthwise:
-        blocks = cdiv(K, launch.config.block_k)
+    if prepared.depthwise:
+        blocks = cdiv(K, prepared.config.block_k)
     else:
         KG, CG = K // window.groups, x.shape[1] // window.groups
-        blocks = window.groups * cdiv(KG, launch.config.block_k) * cdiv(CG, launch.config.block_c)
-    splits, rows = configs.pixel_split(launch.rows, blocks * launch.taps, launch.config.block_m)
+        blocks = window.groups * cdiv(KG, prepared.config.block_k) * cdiv(CG, prepared.config.block_c)
+    splits, rows = configs.pixel_split(prepared.rows, blocks * prepared.taps, prepared.config.block_m)
     sizes = tuple(w.numel() for w in weights)
     targets, stride = tuple(dws), sum(sizes)
     if splits > 1:
-        partial = torch.empty(splits * stride, dtype=torch.float32, device=x.device)
-        targets = tuple(partial[sum(sizes[:b]) :] for b in range(len(sizes)))
-    grid = (blocks, launch.taps, splits)
-    launch.kernel[grid](x, tuple(dys), targets, launch.rows, rows, stride, *launch.scalars, **launch.options)
+        partial = empty((splits * stride,), torch.float32, x.device)
+        targets = tuple(tail(partial, sum(sizes[:b])) for b in range(len(sizes)))
+    grid = (blocks, prepared.taps, splits)
+    split = (prepared.rows, rows, stride)
+    launch(prepared.kernel, grid, x, tuple(dys), targets, *split, *prepared.scalars, **prepared.options)
     if splits > 1:
         grid = (cdiv(max(sizes), _SUM_BLOCK), len(sizes), 1)
-        sum_splits[grid](targets, tuple(dws), sizes, splits, stride, BLOCK=_SUM_BLOCK)
+        launch(sum_splits, grid, targets, tuple(dws), sizes, splits, stride, BLOCK=_SUM_BLOCK)
     return dws
 
 

@@ -8,7 +8,7 @@ from oracle import scramble
 from problems import Problem
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import branches, convolution
+from acnet_kernels.backends import branches, convolution, node, phases
 from acnet_kernels.backends.phases import Phases
 from acnet_kernels.block import BRANCHES
 from acnet_kernels.geometry import Taps
@@ -20,13 +20,15 @@ def on_device_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, CPU tensors go the way of CUDA's: the same dtypes, and Triton's batch-norm passes."""
     if INTERPRETED:
         monkeypatch.setattr(convolution, "_SLOW_HALF_TYPES", frozenset())
+        monkeypatch.setattr(phases, "DEVICE", "cpu")
+        monkeypatch.setattr(node, "NODE", None)  # which is for what the CPU does for itself
         for name, kernel in bn_sum.on_cuda.items():
             monkeypatch.setattr(bn_sum, name, kernel)
 
 
-def assign(monkeypatch: pytest.MonkeyPatch, phases: Phases) -> None:
+def assign(monkeypatch: pytest.MonkeyPatch, assigned: Phases) -> None:
     """Every step of `branches` from now on runs its phases like this."""
-    monkeypatch.setattr(branches, "phases_of", lambda step, x: phases)
+    monkeypatch.setattr(branches, "phases_of", lambda step, x: assigned)
 
 
 def block_of(problem: Problem, device: torch.device) -> tuple[ACBlock, torch.Tensor]:

@@ -164,7 +164,7 @@ def _bn_pass(name: str, one: torch.Tensor, tiles: int) -> None:
     double = torch.zeros(1, dtype=torch.float64)
     runs: dict[str, Callable[[], None]] = {
         "statistics": lambda: bn_sum.statistics[(1,)]((one,) * 2, vector, M, C, tiles, BLOCK, **sizes),
-        "apply": lambda: bn_sum.apply[(1,)]((one,) * 2, double, vector, vector, one, M, C, ADDED=0, **sizes),
+        "apply": lambda: bn_sum.apply[(1,)]((one,) * 2, double, vector, vector, (None,) * 2, one, M, C, **sizes),
         "reduce_grad": lambda: bn_sum.reduce_grad[(1,)](
             one, (one,) * 2, double, vector, M, C, tiles, BLOCK, **sizes
         ),

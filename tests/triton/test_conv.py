@@ -113,8 +113,8 @@ def test_64_bit_offsets_change_nothing(
 ) -> None:
     t = Tensors(problem, torch.float32, device)
     narrow = step(t)
-    launch = triton_conv._make_launch
-    monkeypatch.setattr(triton_conv, "_make_launch", lambda *args: _widened(launch(*args)))
+    launch = triton_conv._prepare
+    monkeypatch.setattr(triton_conv, "_prepare", lambda *args: _widened(launch(*args)))
     wide = step(t)
     assert all(torch.equal(narrow[name], wide[name]) for name in narrow)
 
@@ -131,7 +131,7 @@ def _widened(launch):
 def test_wide_from_the_first_map_of_two_to_the_31(shape: tuple[int, ...], K: int, wide: bool) -> None:
     window = PROBLEMS[0].window
     for kind in ("conv", "dgrad", "wgrad"):
-        launch = triton_conv._make_launch(
+        launch = triton_conv._prepare(
             kind, shape, K, window, True, torch.float16, "tf32", torch.device("cpu"), SMALL
         )
         assert launch.options["INT64_OFFSETS"] == wide

@@ -1,5 +1,6 @@
 """Small problems are bound by launches: how many a step takes, all phases by Triton."""
 
+import copy
 import itertools
 
 import pytest
@@ -8,11 +9,12 @@ import triton
 from blocks import assign, block_of, on_device_path
 from clocks import FakeClock
 from problems import DEPTHWISE, PROBLEMS, SMALL, Problem, Tensors
+from steps import as_eager
 from torch import Tensor
 
 from acnet_kernels import explain, geometry, tune
-from acnet_kernels.backends import moments, phases, timer, timing_cache
-from acnet_kernels.backends.phases import ALL_TRITON
+from acnet_kernels.backends import batchnorm, moments, phases, timer, timing_cache
+from acnet_kernels.backends.phases import ALL_LIBRARY, ALL_TRITON, LIBRARY, TRITON, Phases
 from acnet_kernels.kernels import configs
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
 from acnet_kernels.ops.triton_conv import INTERPRETED
@@ -81,8 +83,12 @@ def test_launches_and_host_work_of_a_blocks_step(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At most 3 launches forward and 6 backward; what depends on shapes alone is worked out once."""
+    """At most 3 launches forward and 6 backward, running statistics and counters included.
+
+    What depends on shapes alone is worked out once.
+    """
     on_device_path(monkeypatch)
+    monkeypatch.setattr(batchnorm, "update_running", lambda *_: pytest.fail("the kernels moved them"))
     assign(monkeypatch, ALL_TRITON)
     block, x = block_of(problem, device)
     x.requires_grad_()
@@ -100,6 +106,36 @@ def test_launches_and_host_work_of_a_blocks_step(
                 monkeypatch.setattr(owner, name, lambda *_, name=name: pytest.fail(f"{name} was worked out again"))
     with pytest.raises(pytest.fail.Exception, match="worked out again"):
         block(x[:1])  # another shape
+
+
+@pytest.mark.parametrize("assigned", [ALL_LIBRARY, Phases(TRITON, LIBRARY, LIBRARY)], ids=phases.label)
+def test_running_statistics_cost_no_launch(
+    assigned: Phases, launches: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the library's convolutions, too; only a buffer that the kernels do not take is moved apart."""
+    on_device_path(monkeypatch)
+    assign(monkeypatch, assigned)
+    block, x = block_of(PROBLEMS[0], device)
+    first = "conv_branches" if assigned.forward == TRITON else "statistics"
+    apart: list[int] = []
+    update = batchnorm.update_running
+    monkeypatch.setattr(batchnorm, "update_running", lambda *args: (apart.append(1), update(*args)))
+    block(x)
+    assert launches == [first, "merge_statistics", "apply"]
+    assert not apart
+    for change in ("strided", "shared", "missing"):
+        other, eager = copy.deepcopy(block), as_eager(block)
+        for b in (other, eager):
+            if change == "strided":
+                b.hor_bn.running_mean = torch.zeros(2 * len(b.hor_bn.running_mean), device=device)[::2]
+            elif change == "shared":
+                b.hor_bn = b.square_bn
+            else:
+                b.hor_bn.running_mean = b.hor_bn.running_var = b.hor_bn.num_batches_tracked = None
+            b(x)
+        assert apart.pop()
+        for a, e in zip(other.buffers(), eager.buffers(), strict=True):
+            torch.testing.assert_close(a, e)
 
 
 # What a step works out from shapes alone.

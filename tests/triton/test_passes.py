@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_as_good_as, rel
-from torch import Tensor
+from torch import Tensor, nn
 
 from acnet_kernels.kernels.configs import Tile
-from acnet_kernels.ops import triton_bn_sum
+from acnet_kernels.ops import triton_bn_sum, triton_step
+from acnet_kernels.ops.running import Running
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(2, 7, 5, 3), (3, 16, 1, 1), (1, 5, 17, 19)]
@@ -118,3 +119,80 @@ def test_a_channel_without_variance_where_epsilon_is_zero(device: torch.device) 
     assert not dys[0][:, 2].any()
     assert not dgammas[:, 2].any()
     assert all(t.isfinite().all() for t in (out, *dys, dgammas))
+
+
+@pytest.mark.parametrize("momenta", [(0.1, 0.1), (0.7, None), (None, 1.0), (0.0, 1e-3)], ids=str)
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_running_statistics_are_batchnorm2d_s(
+    momenta: tuple[float | None, ...], shifted: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Means, unbiased variances and counters; to float64's last digits by the batch's statistics as returned."""
+    shape, K = (3, 5, 4, 3), 5
+    modules = [nn.BatchNorm2d(K, momentum=momentum, dtype=torch.float64).to(device) for momentum in momenta]
+    for module in modules:
+        nn.init.normal_(module.running_mean), nn.init.uniform_(module.running_var)
+    means, variances, counters = (
+        [getattr(m, name).clone() for m in modules]
+        for name in ("running_mean", "running_var", "num_batches_tracked")
+    )
+    exact = [[t.to(dtype).double().clone() for t in own] for own in (means, variances)]
+    means, variances = ([t.to(dtype) for t in own] for own in (means, variances))
+    shifts = [torch.randn(K, device=device) for _ in modules] if shifted else []
+    for batch in range(1, 4):
+        ys = maps(2, shape, torch.float32, device)
+        running = Running(means, variances, counters, shifts, momenta)
+        _, mean, variance, _ = triton_step.triton_bn_sum_(ys, [], [], *running.lists(), [1e-5] * 2, None)
+        for b, module in enumerate(modules):
+            shift = shifts[b].double() if shifted else torch.zeros(K, dtype=torch.float64, device=device)
+            module(ys[b].double() + shift[:, None, None])
+            factor = 1 / batch if momenta[b] is None else momenta[b]
+            for own, value in zip(exact, (mean[b] + shift, variance[b] * (36 / 35)), strict=True):
+                own[b] = (1 - factor) * own[b] + factor * value
+    for b, module in enumerate(modules):
+        for own, exactly, wanted in (
+            (means[b], exact[0][b], module.running_mean),
+            (variances[b], exact[1][b], module.running_var),
+        ):
+            torch.testing.assert_close(own, wanted.to(dtype), rtol=1e-5, atol=1e-6)
+            if dtype == torch.float64:
+                torch.testing.assert_close(own, exactly, rtol=1e-13, atol=1e-13)
+        assert counters[b] == module.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("counter", [torch.int64, torch.int32, torch.uint8, torch.float32], ids=str)
+def test_counters_of_other_dtypes(counter: torch.dtype, device: torch.device) -> None:
+    (y,) = maps(1, (2, 3, 4, 5), torch.float32, device)
+    mean, variance, count = (
+        torch.zeros(3, device=device),
+        torch.ones(3, device=device),
+        torch.tensor(1, dtype=counter),
+    )
+    running = Running([mean], [variance], [count.to(device)], [], [None])
+    triton_step.triton_bn_sum_([y], [], [], *running.lists(), [1e-5], None)
+    assert running.counters[0] == 2
+    assert running.counters[0].dtype == counter
+    torch.testing.assert_close(mean, y.mean((0, 2, 3)) / 2)
+    torch.testing.assert_close(variance, 0.5 + y.var((0, 2, 3)) / 2)
+
+
+def test_running_statistics_that_do_not_fit_are_named(device: torch.device) -> None:
+    ys = maps(2, (2, 4, 3, 5), torch.float32, device)
+
+    def call(**changes: object) -> None:
+        vectors = [[torch.ones(4, device=device) for _ in ys] for _ in range(2)]
+        counters = [torch.tensor(0, device=device) for _ in ys]
+        running = Running(*vectors, counters, [], [0.1] * 2)._replace(**changes)
+        triton_step.triton_bn_sum_(ys, [], [], *running.lists(), [1e-5] * 2, None)
+
+    shared = torch.ones(4, device=device)
+    for changes, message in (
+        ({"variances": [shared]}, "running_vars must have 2 entries, as running_means"),
+        ({"means": [shared, torch.ones(5, device=device)]}, r"running_means\[1\] must have shape \(4,\)"),
+        ({"means": [shared, shared]}, "must share no memory: one of them is written"),
+        ({"counters": [torch.zeros(2), torch.zeros(1)]}, r"counters\[0\] must be one number of a dtype in"),
+        ({"variances": [shared, torch.ones(8, device=device)[::2]]}, r"running_vars\[1\] must be contiguous"),
+        ({"shifts": [torch.ones(4)]}, "shifts must have 2 entries, as running_means, or none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**changes)
