@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ._torch_compat import has_global_hooks
+from ._torch_compat import dispatch_modes, has_global_hooks
 from .backends import branches, folded, node, planner, recompute
 from .functional import describe
 from .ops.fusion import fold_arguments_as_it_is
@@ -39,15 +40,24 @@ def take(block: nn.Module, x: Tensor, backend: str) -> Tensor | None:
 
 
 def learn(block: nn.Module, given: Submodules, step: Step, x: Tensor, backend: str) -> None:
-    """Keeps a lane for steps like this one, if the C++ node is what runs it."""
-    lane = _lane(given, step, x, backend) if node.NODE is not None and x.is_cpu else None
-    if lane is None:
+    """Keeps a lane for steps like this one, if the C++ node is what runs it, else that there is none."""
+    if node.NODE is None or not x.is_cpu:
         return
     lanes, state = block.__dict__.get(_KEPT) or ({}, None)
     now = (backend, planner.state())
     if state != now or len(lanes) >= MOST:
         lanes = {}
-    block.__dict__[_KEPT] = ({**lanes, x.shape: lane}, now)
+    # Looking again and again would cost what a lane saves.
+    about = (x.shape, x.dtype, x.requires_grad, block.training, *_surroundings())
+    if about in lanes:
+        return
+    lane = _lane(given, step, x, backend)
+    block.__dict__[_KEPT] = ({**lanes, **({about: None} if lane is None else {x.shape: lane})}, now)
+
+
+def _surroundings() -> tuple[bool, bool, bool]:
+    """What else most often decides whether there can be a lane."""
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), dispatch_modes() == 0
 
 
 def forget(state: dict[str, Any]) -> dict[str, Any]:

@@ -280,6 +280,18 @@ def test_so_many_shapes_are_kept_and_no_more():
         assert 1 <= len(b.__dict__[lanes._KEPT][0]) <= lanes.MOST
 
 
+def test_where_there_can_be_none_it_is_not_looked_for_again(monkeypatch):
+    looked = []
+    monkeypatch.setattr(lanes, "_lane", lambda *_: looked.append(1))
+    b = ACBlock(2, 2, 3, padding=1, backend="branches")
+    for _ in range(3):
+        b(torch.randn(3, 2, 3, 3))
+    assert len(looked) == 1
+    with torch.no_grad():
+        b(torch.randn(3, 2, 3, 3))
+    assert len(looked) == 2
+
+
 def test_copies_and_pickles_have_none():
     b, _, x = both(BLOCKS["acb"])
     for twin in (copy.deepcopy(b), pickle.loads(pickle.dumps(b)), copy.copy(b)):
