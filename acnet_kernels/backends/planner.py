@@ -15,7 +15,18 @@ import torch
 from .._torch_compat import graph_task_id
 from ..ops import _extension
 from ..spec import Problem
-from . import branches, eager, folded, moments, moments_depthwise, recompute, synced, synced_depthwise, timer, timing_cache
+from . import (
+    branches,
+    eager,
+    folded,
+    moments,
+    moments_depthwise,
+    recompute,
+    synced,
+    synced_depthwise,
+    timer,
+    timing_cache,
+)
 from .device_info import Machine, this_machine
 
 # In order of simplicity: where two are about as fast, 'auto' takes the first.
