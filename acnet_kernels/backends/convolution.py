@@ -20,7 +20,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_MAP, LEAST_MAPS_OF_KERNEL = 2**20, 4
 # Where a tap's matrix product pays: pixels of an image, and elements of the result.
 LEAST_PIXELS, LEAST_PRODUCT = 128, 2048
-LEAST_COLUMN_WORK = 2**22  # pixels × products, below which they save less than the calls they take
 _SLOW_HALF_TYPES = slow_half_types()
 
 
@@ -124,14 +123,6 @@ def add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor, place: Placement,
         return False
     add_convolution(dx, dy, transposed_kernel(weight, groups), padding, place.dilation, groups)
     return True
-
-
-def column_gradient_pays(x: Tensor, weights: Sequence[Tensor], groups: int) -> bool:
-    """Whether `column_weight_gradient` may save a step on x more than the calls that it takes."""
-    work = x.numel() * weights[0].shape[0]
-    columns = any(weight.shape[2] > weight.shape[3] == 1 for weight in weights)
-    dense = x.dtype == torch.float32 and groups == 1 and x.is_contiguous(memory_format=torch.channels_last)
-    return columns and dense and work >= LEAST_COLUMN_WORK
 
 
 def column_weight_gradient(dy: Tensor, x: Tensor, place: Placement, stride: Pair, groups: int) -> Tensor | None:

@@ -8,7 +8,6 @@ gradients pay, and modes that watch single operators.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from .._torch_compat import dispatch_modes
 from ..ops import _extension
 from . import nodes
-from .convolution import LEAST_MAP, column_gradient_pays
+from .convolution import LEAST_MAP
 from .phases import ALL_LIBRARY
 
 if TYPE_CHECKING:
@@ -38,16 +37,10 @@ def suits(config: StepConfig, x: Tensor, inputs: Inputs) -> bool:
             norm.running_mean is not None and norm.num_batches_tracked is not None and norm.momentum is not None
             for norm in inputs.norms
         )
-        and not _has_faster_gradients(config, x, inputs.weights)
+        # convolution.add_input_gradient pays from there on, and branches.py alone knows it.
+        and (x.numel() < LEAST_MAP or config.geometry.stride != (1, 1))
         and dispatch_modes() == 0
     )
-
-
-def _has_faster_gradients(config: StepConfig, x: Tensor, weights: Sequence[Tensor]) -> bool:
-    # convolution.py's ways, which branches.py knows alone: they pay where there is more to do than calls.
-    if config.geometry.stride != (1, 1):
-        return False
-    return x.numel() >= LEAST_MAP or column_gradient_pays(x, weights, config.geometry.groups)
 
 
 def run(config: StepConfig, x: Tensor, inputs: Inputs, keeps_maps: bool) -> Tensor:
