@@ -106,11 +106,16 @@ class Placement:
         if self.edges == (0, 0, 0, 0):
             return dx.add_(dview)
         left, right, top, bottom = self.edges
-        rows, columns = dx.shape[2:]
-        target = dx[:, :, max(-top, 0) : rows - max(-bottom, 0), max(-left, 0) : columns - max(-right, 0)]
-        rows, columns = dview.shape[2:]
-        target += dview[:, :, max(top, 0) : rows - max(bottom, 0), max(left, 0) : columns - max(right, 0)]
+        target, source = _inside(dx, -left, -right, -top, -bottom), _inside(dview, left, right, top, bottom)
+        target += source
         return dx
+
+
+def _inside(t: Tensor, *edges: int) -> Tensor:
+    """t without as many lines at its edges; nothing of it where these are more than it has."""
+    left, right, top, bottom = (max(edge, 0) for edge in edges)
+    rows, columns = t.shape[2:]
+    return t[:, :, top : max(rows - bottom, 0), left : max(columns - right, 0)]
 
 
 def pad(x: Tensor, edges: tuple[int, int, int, int], padding_mode: PaddingMode) -> Tensor:

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu.h"
+
 namespace acnet::autocorrelation {
 
 // Some rows of some images, one group of channels. Maps are N×H×W×channels; T is their type, A what sums are in.
@@ -76,17 +78,17 @@ template <class T, class A>
 Passes<T, A> passes();
 }
 
-// The best of them for this processor.
+// The passes for this processor.
 template <class T, class A>
 const Passes<T, A>& passes() {
   static const Passes<T, A> chosen = [] {
+    switch (best_isa()) {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      return avx512::passes<T, A>();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::passes<T, A>();
+      case Isa::avx512: return avx512::passes<T, A>();
+      case Isa::avx2: return avx2::passes<T, A>();
 #endif
-    return generic::passes<T, A>();
+      default: return generic::passes<T, A>();
+    }
   }();
   return chosen;
 }

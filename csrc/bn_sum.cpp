@@ -10,16 +10,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <numeric>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "functions.h"
 #include "check.h"
+#include "cpu.h"
 
 namespace acnet::bn_sum {
 namespace {
@@ -28,22 +27,16 @@ constexpr int64_t kChunkElements = 16 << 10;  // a chunk is worth a task of its 
 constexpr int64_t kMostChunks = 64;
 constexpr int64_t kWidestRow = 512;  // of more than one pixel
 
-// The best instruction set of this processor, limited by ATEN_CPU_CAPABILITY (default, avx2, avx512) as in ATen.
 template <class T, class O, class A>
 const Passes<A>& passes() {
   static const Passes<A> chosen = [] {
+    switch (best_isa()) {
 #if defined(__x86_64__)
-    const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-    const std::string limit = variable == nullptr ? "avx512" : variable;
-    __builtin_cpu_init();
-    if (limit == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      return avx512::passes<T, O, A>();
-    if (limit != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
-      return avx2::passes<T, O, A>();
+      case Isa::avx512: return avx512::passes<T, O, A>();
+      case Isa::avx2: return avx2::passes<T, O, A>();
 #endif
-    return generic::passes<T, O, A>();
+      default: return generic::passes<T, O, A>();
+    }
   }();
   return chosen;
 }

@@ -10,16 +10,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "check.h"
+#include "cpu.h"
 #include "depthwise_tables.h"
 
 namespace acnet::depthwise {
@@ -34,23 +33,6 @@ constexpr int64_t kSerialElements = 16 << 10;            // a thread's share is 
 // variance much smaller than its terms, got from their squares, loses twice the digits that a map's own would.
 constexpr int64_t kFewPixels = 256;
 constexpr int64_t kPivotRows = 16;  // whose mean is a channel's pivot
-
-enum class Isa { generic, avx2, avx512 };
-
-// The best instruction set of this processor, limited by ATEN_CPU_CAPABILITY (default, avx2, avx512) as in ATen.
-Isa best_isa() {
-#if defined(__x86_64__)
-  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string limit = variable == nullptr ? "avx512" : variable;
-  __builtin_cpu_init();
-  if (limit == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
-  if (limit != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    return Isa::avx2;
-#endif
-  return Isa::generic;
-}
 
 template <class T, class A>
 struct Kernels {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cpu.h"
 #include "functions.h"
 #include "fuse_blocks.h"
 #include "fuse_simd.h"
@@ -198,9 +199,9 @@ class Folder {
  public:
   void operator()(const Block& block, const Branch* branches, int64_t begin, int64_t end) {
 #ifdef ACNET_SIMD
-    static bool const has_avx512 = __builtin_cpu_supports("avx512f"), has_avx2 = __builtin_cpu_supports("avx2");
-    if (has_avx512 && fold_rows_simd<Avx512>(block, branches, begin, end, avx512_)) return;
-    if (has_avx2 && fold_rows_simd<Avx2>(block, branches, begin, end, avx2_)) return;
+    static Isa const isa = best_isa();
+    if (isa == Isa::avx512 && fold_rows_simd<Avx512>(block, branches, begin, end, avx512_)) return;
+    if (isa != Isa::generic && fold_rows_simd<Avx2>(block, branches, begin, end, avx2_)) return;
 #endif
     fold_rows(block, branches, begin, end);
   }

@@ -45,7 +45,7 @@ def test_all_parts_write_their_rows_and_a_report(tmp_path, capsys):
     options = [*TINY, "--shapes", *shapes, "--networks", "resnet8", "--out", tmp_path]
     code, printed, errors = run(capsys, "all", *options)
     assert (code, errors) == (0, "")
-    names = ["block-float32", "fusion", "memory-float32", "network-float32", "phases-float32"]
+    names = ["block-float32", "fusion", "host", "memory-float32", "network-float32", "phases-float32"]
     assert sorted(path.stem for path in tmp_path.glob("*.csv")) == names
     block = harness.read_csv(tmp_path / "block-float32.csv")
     assert {row.shape for row in block} == set(shapes)

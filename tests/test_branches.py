@@ -71,6 +71,12 @@ def test_small_images(shape):
     check(block(4, 5, 3, padding=1), torch.randn(shape))
 
 
+@pytest.mark.usefixtures("_whose_node")
+def test_an_image_smaller_than_what_a_shifted_branch_crops():
+    check(block(2, 3, 7, padding=3, shift=3), torch.randn(8, 2, 1, 2))
+    check(block(2, 3, 7, padding=3, shift=-3), torch.randn(8, 2, 2, 1).to(memory_format=torch.channels_last))
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 1, 1), (1, 4, 1, 2)])
 def test_two_values_a_channel(shape):
     check_on_the_whole(lambda: block(4, 5, 3, padding=1), shape)

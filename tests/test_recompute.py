@@ -169,7 +169,7 @@ def test_memory_saver_takes_it():
         assert f"{eager.saved_bytes(problem) - x.nbytes:,} fewer than eager" in plan.reason
         assert plain.plan(x)[1].backend is recompute
         with torch.no_grad():
-            assert strided.plan(x)[1].backend is eager  # nothing is kept, so nothing is saved
+            assert strided.plan(x)[1].backend is branches  # nothing is kept, so nothing is saved
         row = acnet_kernels.explain(strided, x).blocks[0]
         assert (row.backend, row.saved_bytes) == ("recompute", x.nbytes)
         assert row.transient_bytes == recompute.transient_bytes(problem)

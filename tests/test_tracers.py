@@ -17,7 +17,7 @@ from acnet_kernels import ACBlock, convert, fuse
 
 def resnet18():
     models = pytest.importorskip("torchvision.models", reason="its networks are traced: extra `test`")
-    return scramble(convert(models.resnet18(weights=None, num_classes=10)))
+    return scramble(convert(models.resnet18(weights=None, num_classes=10), backend="eager"))
 
 
 def step(net, x):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch_compat import BatchNormBase
+
 Tensors = dict[str, Tensor]
 # Relative error ‖a−b‖/‖b‖ that a tensor may always have, by the dtype computed in.
 FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -83,7 +85,7 @@ def scrambled(module: nn.Module) -> nn.Module:
 
 
 def _norms(module: nn.Module) -> list[Any]:
-    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [m for m in module.modules() if isinstance(m, BatchNormBase)]
 
 
 class _Run:

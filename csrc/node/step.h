@@ -54,14 +54,27 @@ struct Place {
   Pair padding, dilation;
   std::array<int64_t, 4> edges;  // left, right, top, bottom of the input: padding, or cropping where negative
 
-  bool sees_all() const {
-    return std::all_of(edges.begin(), edges.end(), [](int64_t edge) { return edge == 0; });
+  // The branch's view of x: padded, then cropped.
+  Tensor apply(const Tensor& x) const { return cropped(padded(x, 1), 1); }
+  // The gradient of x where `seen` is that of apply(x): the other way round.
+  Tensor adjoint(const Tensor& seen) const { return cropped(padded(seen, -1), -1); }
+
+  // t with zeros at the edges that are positive, times sign.
+  Tensor padded(const Tensor& t, int64_t sign) const {
+    std::array<int64_t, 4> more{};
+    for (size_t i = 0; i < more.size(); ++i) more[i] = std::max<int64_t>(sign * edges[i], 0);
+    return more == std::array<int64_t, 4>{} ? t : at::constant_pad_nd(t, more, 0);
   }
-  // The branch's view of x.
-  Tensor apply(const Tensor& x) const { return sees_all() ? x : at::constant_pad_nd(x, edges, 0); }
-  // The gradient of x where `seen` is that of apply(x).
-  Tensor adjoint(const Tensor& seen) const {
-    return sees_all() ? seen : at::constant_pad_nd(seen, {-edges[0], -edges[1], -edges[2], -edges[3]}, 0);
+
+  // t without its lines at the edges that are negative, times sign.
+  Tensor cropped(const Tensor& t, int64_t sign) const {
+    Tensor view = t;
+    for (int64_t axis : {3, 2}) {
+      const auto first = static_cast<size_t>(2 * (3 - axis));
+      const int64_t before = std::max<int64_t>(-sign * edges[first], 0), after = std::max<int64_t>(-sign * edges[first + 1], 0);
+      if (before + after > 0) view = view.narrow(axis, before, view.size(axis) - before - after);
+    }
+    return view;
   }
 };
 
