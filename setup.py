@@ -74,8 +74,9 @@ def cuda_module():  # type: ignore[no-untyped-def]
         library_dirs=[f"{CUDA_HOME}/lib64", *(str(path) for path in wheels.glob("cu*/lib"))],
         libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
         extra_compile_args={
+            # nvcc hands its compiler a path with a space as two.
             "cxx": FLAGS + HOST_FLAGS + without_paths(),
-            "nvcc": [*FLAGS, "-DUSE_CUDA", *(f"-Xcompiler={flag}" for flag in without_paths())],
+            "nvcc": [*FLAGS, "-DUSE_CUDA", *(f"-Xcompiler={flag}" for flag in without_paths() if " " not in flag)],
         },
         py_limited_api=True,
     )
