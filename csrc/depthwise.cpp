@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -226,7 +227,8 @@ struct Tasks {
 template <class E>
 class Buffer {
  public:
-  explicit Buffer(int64_t numbers) : memory_(new char[numbers * sizeof(E) + 64]) {
+  explicit Buffer(int64_t numbers) : memory_(new (std::nothrow) char[numbers * sizeof(E) + 64]) {
+    if (memory_ == nullptr) throw std::bad_alloc();  // as `new` would, but for sanitizers, which end the process there
     auto at = reinterpret_cast<uintptr_t>(memory_.get());
     data_ = reinterpret_cast<E*>((at + 63) / 64 * 64);
   }
