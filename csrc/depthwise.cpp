@@ -26,6 +26,7 @@ namespace acnet::depthwise {
 namespace {
 
 constexpr int64_t kMostBranches = 8;
+constexpr int64_t kMostLines = int64_t(1) << 24;  // of an image, each of which has an entry in a table
 // A task's pixels, where there are not more tasks than that: few enough that the blocks of a channels_last run of rows
 // find it in cache, of the moments more, as each task leaves its sums behind.
 constexpr int64_t kTaskPixels = 1024, kMomentPixels = 4096, kMostTasks = 256;
@@ -112,6 +113,7 @@ struct Problem {
           " output channels for each of x's ", channels, ", got ", outputs);
     int64_t out[2];
     for (int i = 0; i < 2; ++i) {
+      check(x.sizes[2 + i] <= kMostLines, "x must have at most 2²⁴ rows and columns, got ", x.shape());
       const int64_t free = x.sizes[2 + i] + 2 * geometry[4 + i] - geometry[6 + i] * (kernel[i] - 1) - 1;
       check(free >= 0, "geometry leaves no output of an x of ", x.shape());
       out[i] = free / geometry[2 + i] + 1;
