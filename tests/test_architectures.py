@@ -22,7 +22,6 @@ NOTHING_ABSORBED = {  # the convolution's reader is no plain nn.BatchNorm2d, or 
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)
 def test_architecture(name):
     row = architectures.examine(name)
