@@ -14,6 +14,7 @@ from .acceleration import HostBlock, left_alone
 from .backends import branches, eager, folded, phases, planner
 from .conversion import RECORD, Block, Conversion, blocks_of
 from .observing import as_input, in_modes, undisturbed
+from .steps import assignment
 
 HOST = "host"  # the backend of an accelerated block that must run its own library's forward
 FOLDED_BY_HOST = "folded by its own library"
@@ -183,7 +184,7 @@ def _path(block: Block, x: Tensor) -> tuple[str, str, tuple[int | None, int | No
     problem, plan = block.plan(x)
     times = planner.measured(problem) if plan.backend.NAME in planner.candidates(problem) else unknown
     reason = plan.reason
-    if plan.backend is branches and problem.device == phases.DEVICE:
+    if plan.backend is branches and problem.device == assignment.DEVICE:
         reason += f"; {phases.chosen(problem.explicit())}"
     memory = plan.backend.saved_bytes(problem), plan.backend.transient_bytes(problem)
     return plan.backend.NAME, reason, memory, times

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from acnet_kernels import ACBlock
 from acnet_kernels._torch_compat import TorchDispatchMode
 from acnet_kernels.backends import branches
-from acnet_kernels.backends.phases import ALL_LIBRARY, ALL_TRITON, Phases
 from acnet_kernels.ops import launch
+from acnet_kernels.steps.assignment import ALL_LIBRARY, ALL_TRITON, Phases
 
 from . import harness
 

@@ -167,11 +167,12 @@ def _uncomputed(operator: Any) -> Callable[..., Any]:
 
 def _paths() -> None:
     """This package's CUDA paths for tensors of the CPU."""
-    from acnet_kernels.backends import convolution, node, phases, recompute, timer
+    from acnet_kernels.backends import node, timer
     from acnet_kernels.ops import autocorrelation, bn_sum, triton_block, triton_step
+    from acnet_kernels.steps import assignment, convolution, recompute
 
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the CPU's says nothing of CUDA's
-    phases.DEVICE = "cpu"
+    assignment.DEVICE = "cpu"
     node.NODE = None  # which is for what the CPU does for itself
     timer.cuda_sleep = lambda cycles: None
     convolution._SLOW_HALF_TYPES = frozenset()

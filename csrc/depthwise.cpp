@@ -1,5 +1,5 @@
 // The operators of depthwise blocks on the CPU: checks, tasks, threads and merging. Their meaning
-// is documented once, in acnet_kernels/ops/depthwise.py. The passes are in depthwise_kernels.h.
+// is documented once, in acnet_kernels/steps/depthwise.py. The passes are in depthwise_kernels.h.
 #include "depthwise.h"
 
 #include <torch/csrc/stable/library.h>

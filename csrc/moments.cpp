@@ -1,5 +1,5 @@
 // The small operators of the moments backend on the CPU, each of which stands for dozens of tensor operations:
-// edge_strips, patch_gram and add_edges. Their meaning is documented in acnet_kernels/backends/moments_algebra.py.
+// edge_strips, patch_gram and add_edges. Their meaning is documented in acnet_kernels/steps/moments_algebra.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

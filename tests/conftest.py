@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from acnet_kernels.backends import convolution
+from acnet_kernels.steps import convolution
 
 
 def pytest_configure(config: pytest.Config) -> None:

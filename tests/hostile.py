@@ -32,7 +32,7 @@ import torch
 from operator_cases import CASES, FLOATS, operators, to_meta
 from torch import Tensor
 
-from acnet_kernels.backends import convolution
+from acnet_kernels.steps import convolution
 
 CLEAR = (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError)
 INTS = (-(2**63), -1, 0, 1, 2, 3, 4, 7, 255, 257, 2**24 + 1, 2**31, 2**62 + 1, 2**63 - 1)

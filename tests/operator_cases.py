@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import acnet_kernels
-from acnet_kernels.backends import moments_algebra as algebra
 from acnet_kernels.backends import moments_depthwise as depthwise
 from acnet_kernels.block import taps_of
 from acnet_kernels.geometry import Geometry, Taps
 from acnet_kernels.kernels.window import Window
 from acnet_kernels.ops import fuse_blocks as fusing
-from acnet_kernels.ops import recompute
 from acnet_kernels.ops.fusion import append_branches
+from acnet_kernels.steps import moments_algebra as algebra
+from acnet_kernels.steps import packed
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -29,7 +29,7 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def operators() -> list[str]:
     """Every registered operator's name, once all modules that register one are imported."""
     for module in pkgutil.walk_packages(acnet_kernels.__path__, "acnet_kernels."):
-        if module.name.startswith(("acnet_kernels.ops.", "acnet_kernels.backends.")):
+        if module.name.startswith(("acnet_kernels.ops.", "acnet_kernels.steps.")):
             importlib.import_module(module.name)
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("acnet_kernels::"))
     return sorted(name.split("::")[1] for name in names)
@@ -341,17 +341,17 @@ def recompute_step(r: random.Random) -> list[Any]:
         gammas,
         betas,
         eps,
-        recompute.pack_taps([(t, True) for t in taps]),
-        recompute.pack(geometry),
+        packed.pack_taps([(t, True) for t in taps]),
+        packed.pack(geometry),
         given,
         r.random() < 0.5,
     ]
 
 
 def branch_maps(x: Tensor, weights: Any, taps: Any, geometry: Any, norms: int) -> list[Tensor]:
-    known = recompute.unpack(geometry)
+    known = packed.unpack(geometry)
     ys = []
-    for (own, _), weight in zip(recompute.unpack_taps(taps), weights, strict=True):
+    for (own, _), weight in zip(packed.unpack_taps(taps), weights, strict=True):
         place = known.placement(own)
         seen = place.apply(x)
         ys.append(F.conv2d(seen, weight, None, known.stride, place.padding, place.dilation, known.groups))
@@ -420,13 +420,13 @@ def depthwise_step(r: random.Random) -> list[Any]:
     norms = r.choice([1, len(found)])
     gammas, betas = ([torch.randn(out) for _ in range(norms)] if r.random() < 0.7 else [] for _ in range(2))
     eps = [r.choice([1e-2, 1e-1]) for _ in range(norms)]
-    numbers = recompute.pack_taps(tuple(found)), recompute.pack(geometry)
+    numbers = packed.pack_taps(tuple(found)), packed.pack(geometry)
     return [x, weights, gammas, betas, eps, *numbers, r.random() < 0.5]
 
 
 def depthwise_maps(x: Tensor, weights: Any, taps: Any, geometry: Any, norms: int) -> list[Tensor]:
-    known, given, ys = recompute.unpack(geometry), iter(weights), []
-    for own, convolved in recompute.unpack_taps(taps):
+    known, given, ys = packed.unpack(geometry), iter(weights), []
+    for own, convolved in packed.unpack_taps(taps):
         place = known.placement(own)
         y = place.apply(x)
         if convolved:

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from acnet_kernels.backends.moments_algebra import mirrored
 from acnet_kernels.ops import _extension
 from acnet_kernels.ops import autocorrelation as ops
+from acnet_kernels.steps.moments_algebra import mirrored
 
 SHIFTS = [(-2, 1), (0, -2), (0, 0), (1, 2), (2, -1), (0, 3)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from oracle import rel
 
-from acnet_kernels.backends import batchnorm
-from acnet_kernels.backends.batchnorm import update_running
 from acnet_kernels.ops import _extension, bn_sum, running
 from acnet_kernels.spec import Norm
+from acnet_kernels.steps import batchnorm
+from acnet_kernels.steps.batchnorm import update_running
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # Odd and prime sizes, one channel, one pixel, rows narrower and wider than a vector, several chunks and leftovers.

@@ -6,9 +6,10 @@ from oracle import rel
 from steps import GEOMETRIES, check
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import branches, convolution, node
+from acnet_kernels.backends import node
 from acnet_kernels.block import taps_of
 from acnet_kernels.geometry import Geometry, Placement
+from acnet_kernels.steps import convolution, maps
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def columns(monkeypatch):
 
     monkeypatch.setattr(convolution, "LEAST_PIXELS", 0)
     monkeypatch.setattr(convolution, "LEAST_PRODUCT", 0)
-    monkeypatch.setattr(branches, "column_weight_gradient", gradient)
+    monkeypatch.setattr(maps, "column_weight_gradient", gradient)
     monkeypatch.setattr(node, "NODE", None)  # which has the library's alone
     return found
 

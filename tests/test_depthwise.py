@@ -17,8 +17,9 @@ from acnet_kernels import ACBlock
 from acnet_kernels.backends import moments, moments_depthwise, planner
 from acnet_kernels.functional import describe
 from acnet_kernels.geometry import Geometry, Taps
-from acnet_kernels.ops import _extension, recompute
-from acnet_kernels.ops import depthwise as ops
+from acnet_kernels.ops import _extension
+from acnet_kernels.steps import depthwise as ops
+from acnet_kernels.steps import depthwise_plain, packed
 
 WHOLE, CENTRE = Taps(0, 0, 3, 3), Taps(1, 1, 1, 1)
 # Name → (geometry's arguments, branches, whether a batch norm follows the sum), as in test_branch_lists.
@@ -202,7 +203,7 @@ def test_random_lists_by_the_operators(seed):
     torch.manual_seed(seed)
     args = arguments_of(r, torch.float64)
     x, weights, gammas, _, _, taps, geometry, _ = args
-    true = moments_depthwise._step(*args)
+    true = depthwise_plain.step(*args)
     got = ops.depthwise_step(*args)
     for a, b in zip((*got[:4], got[5]), (*true[:4], true[5]), strict=True):
         assert rel(a, b) < 1e-9
@@ -211,7 +212,7 @@ def test_random_lists_by_the_operators(seed):
     rest = taps, geometry, True, [True] * len(weights), True
     _, means, _, rstds, pivot, sums, centred = got
     back = ops.depthwise_step_backward(grad, x, weights, gammas, means, rstds, pivot, sums, centred, None, *rest)
-    want = moments_depthwise._step_backward(grad, x, weights, gammas, true[1], *true[3:], None, *rest)
+    want = depthwise_plain.step_backward(grad, x, weights, gammas, true[1], *true[3:], None, *rest)
     largest = max(t.norm() for t in (want[0], *want[1], *want[2:]))
     for a, b in zip((back[0], *back[1], *back[2:]), (want[0], *want[1], *want[2:]), strict=True):
         assert (a - b).norm() <= 1e-9 * max(b.norm(), largest)
@@ -247,7 +248,7 @@ def test_opcheck(dtype, seed):
         _, means, _, rstds, pivot, sums, centred = ops.depthwise_step(*args)
     x, weights, gammas, _, _, taps, geometry, _ = args
     x, weights = x.detach(), [weight.detach() for weight in weights]
-    shape = recompute.unpack(geometry).output_size(*x.shape[2:])
+    shape = packed.unpack(geometry).output_size(*x.shape[2:])
     grad = torch.randn(len(x), len(weights[0]), *shape).to(dtype)
     back = [
         grad,
@@ -271,7 +272,7 @@ def test_opcheck(dtype, seed):
 
 def test_the_operators_gradient_says_that_it_has_no_derivative():
     x, weight, gamma = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(4, 1, 3, 3), torch.ones(4)
-    constants = [1e-5], [0, 0, 3, 3, 1], recompute.pack(Geometry.make(3, padding=1, groups=4)), False
+    constants = [1e-5], [0, 0, 3, 3, 1], packed.pack(Geometry.make(3, padding=1, groups=4)), False
     out, *_ = ops.depthwise_step(x, [weight], [gamma], [gamma], *constants)
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"depthwise_step_backward has no derivative; acblock\(\) has one"):

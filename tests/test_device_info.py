@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import convolution, cpuinfo, device_info, planner, timing_cache
+from acnet_kernels.backends import device_info, planner, timing_cache
+from acnet_kernels.steps import convolution, cpuinfo
 from benchmarks import machine as benchmark_machine
 
 # A processor as /proc/cpuinfo has it.

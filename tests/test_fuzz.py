@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import moments, planner
+from acnet_kernels.backends import planner
 from acnet_kernels.spec import prefers_channels_last
+from acnet_kernels.steps import moments_passes as passes
 
 CASES = int(os.environ.get("HYPOTHESIS_CASES", 2000))
 NEIGHBOURS = 16
@@ -287,8 +288,8 @@ def test_fuzz():
 
 @pytest.mark.slow
 def test_the_cases_find_a_mean_that_cancels(monkeypatch):
-    pivot_of = moments.pivot_of
-    monkeypatch.setattr(moments, "pivot_of", lambda x: torch.zeros_like(pivot_of(x)))
-    monkeypatch.setattr(moments, "FEW_PIXELS", 0)  # in double, as of these tiny maps, it would not
+    pivot_of = passes.pivot_of
+    monkeypatch.setattr(passes, "pivot_of", lambda x: torch.zeros_like(pivot_of(x)))
+    monkeypatch.setattr(passes, "FEW_PIXELS", 0)  # in double, as of these tiny maps, it would not
     with pytest.raises(AssertionError, match=r"error .*, eager's"):
         fuzz(2000, fresh=False, phases=[Phase.generate])

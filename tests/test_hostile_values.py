@@ -10,8 +10,9 @@ from torch import nn
 
 import acnet_kernels
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import batchnorm, planner, synced
+from acnet_kernels.backends import planner, synced
 from acnet_kernels.ops import bn_sum
+from acnet_kernels.steps import batchnorm
 
 TRAINING = ("eager", "branches", "moments", "recompute")
 INF, NAN = float("inf"), float("nan")

@@ -12,8 +12,9 @@ from torch import nn
 import acnet_kernels
 from acnet_kernels import ACBlock
 from acnet_kernels.backends import moments, planner
-from acnet_kernels.backends import moments_algebra as algebra
 from acnet_kernels.ops import _extension
+from acnet_kernels.steps import moments_algebra as algebra
+from acnet_kernels.steps import moments_passes as passes
 
 
 def block_of(c=4, k=6, size=3, **options):
@@ -42,9 +43,9 @@ def check(block, x):
 @pytest.fixture(params=["by composite", "by branch", "centred"])
 def gradient(request, monkeypatch):
     """Both ways to the gradient of x, whatever the number of channels; the first also as where the level rounds."""
-    monkeypatch.setattr(moments, "LEAST_CHANNELS_BY_BRANCH", 1 if request.param == "by branch" else 1 << 30)
+    monkeypatch.setattr(passes, "LEAST_CHANNELS_BY_BRANCH", 1 if request.param == "by branch" else 1 << 30)
     if request.param == "centred":
-        monkeypatch.setattr(moments, "_rounds_by_the_mean", lambda dtype, x: x.dtype == dtype)
+        monkeypatch.setattr(passes, "_rounds_by_the_mean", lambda dtype, x: x.dtype == dtype)
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
@@ -139,8 +140,8 @@ def test_kernels_beyond_float16s_exponents(scale, gamma):
 def test_the_mean_cancels_exactly_where_nothing_is_padded():
     x = torch.randn(2, 3, 9, 5, dtype=torch.float64) * 1e-3 - 100  # squares lose 10 of 16 digits to the mean's
     weight = torch.randn(6, 3, 1, 1, dtype=torch.float64)
-    branches = moments._branches([weight], [0, 0], 1, 1)
-    _, variance, _ = moments.statistics(moments.moments_of(x, moments.pivot_of(x), 1, 1), branches)
+    branches = passes._branches([weight], [0, 0], 1, 1)
+    _, variance, _ = passes.statistics(passes.moments_of(x, passes.pivot_of(x), 1, 1), branches)
     true = nn.functional.conv2d(x - x.mean((0, 2, 3), keepdim=True), weight).var((0, 2, 3), correction=0)
     assert rel(variance[0], true) < 1e-9
 
@@ -151,8 +152,8 @@ def test_a_variance_far_below_its_terms_is_exact_of_few_pixels():
     taps = torch.stack([torch.tensor([0, *pixels, 0], dtype=torch.float64)[i : i + 3] for i in range(3)])
     kernel = torch.linalg.solve(taps, torch.tensor([0.40, 0.43, 0.41], dtype=torch.float64))
     x = pixels.float().view(1, 1, 1, 3)
-    branches = moments._branches([kernel.view(1, 1, 1, 3).float()], [1, 0], 3, 1)
-    _, variance, _ = moments.statistics(moments.moments_of(x, moments.pivot_of(x), 3, 1), branches)
+    branches = passes._branches([kernel.view(1, 1, 1, 3).float()], [1, 0], 3, 1)
+    _, variance, _ = passes.statistics(passes.moments_of(x, passes.pivot_of(x), 3, 1), branches)
     true = nn.functional.conv2d(x.double(), branches[0].weight.view(1, 1, 1, 3), padding=(0, 1)).var(correction=0)
     assert rel(variance[0, 0], true) < 1e-6
 
@@ -175,7 +176,7 @@ def test_a_branch_that_sees_padding_alone_has_no_variance_and_no_gradient():
 
 
 def test_without_the_pivot_the_mean_cancels(monkeypatch):
-    monkeypatch.setattr(moments, "pivot_of", lambda x: x.new_zeros(x.shape[1]))
+    monkeypatch.setattr(passes, "pivot_of", lambda x: x.new_zeros(x.shape[1]))
     with pytest.raises(AssertionError, match=r"error .* allowed"):
         test_a_mean_far_above_the_spread_does_not_cancel(torch.float32, 1e3, 0.1, True)
 
@@ -260,8 +261,8 @@ def test_a_chain_with_relu_in_place_keeps_one_map_a_block():
 def test_frozen_parts_skip_their_work(monkeypatch):
     calls = []
     for name in ("cross_correlation", "_input_gradient"):
-        real = getattr(moments, name)
-        monkeypatch.setattr(moments, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
+        real = getattr(passes, name)
+        monkeypatch.setattr(passes, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
     x = torch.randn(2, 4, 5, 5)
     whole = block_of()
     grad = torch.randn(2, 6, 5, 5)
@@ -370,7 +371,7 @@ def test_compiled_and_plain_algebra_agree(monkeypatch, dtype, channels_last, siz
     def compute():
         out = torch.full_like(x, torch.nan)
         algebra.add_edges(out, value.clone(memory_format=torch.preserve_format), constant, edges)
-        return algebra.edge_strips(x, pivot, size, groups), moments.moments_of(x, pivot, size, groups), out
+        return algebra.edge_strips(x, pivot, size, groups), passes.moments_of(x, pivot, size, groups), out
 
     assert algebra.is_compiled(x)
     strips, found, out = compute()
@@ -391,7 +392,7 @@ def test_the_number_of_threads_changes_no_bit_of_the_moments(c):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            grams.append(moments.moments_of(x, torch.zeros(c), 3, 1).gram)
+            grams.append(passes.moments_of(x, torch.zeros(c), 3, 1).gram)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(grams[0], grams[1])

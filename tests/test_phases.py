@@ -7,7 +7,9 @@ import torch
 
 from acnet_kernels import ACBlock, explain
 from acnet_kernels.backends import constants, device_info, phases, planner, timing_cache
-from acnet_kernels.backends.phases import ALL_LIBRARY, ALL_TRITON, LIBRARY, TRITON, Phases, label
+from acnet_kernels.backends.phases import label
+from acnet_kernels.steps import assignment
+from acnet_kernels.steps.assignment import ALL_LIBRARY, ALL_TRITON, LIBRARY, TRITON, Phases
 
 KIND = device_info.Machine("cuda", "some GPU")
 
@@ -18,7 +20,7 @@ def _a_gpu(monkeypatch):
     monkeypatch.setattr(timing_cache, "_known", {KIND: {}})
     monkeypatch.setattr(phases, "this_machine", lambda device: KIND)
     monkeypatch.setattr(planner, "this_machine", lambda device: KIND)
-    monkeypatch.setattr(phases, "INSTALLED", True)
+    monkeypatch.setattr(assignment, "INSTALLED", True)
     phases._decided.cache_clear()
     yield
     phases._decided.cache_clear()
@@ -69,7 +71,7 @@ def test_what_triton_cannot_run_is_the_library(change, why):
 
 
 def test_without_triton_all_is_the_library(monkeypatch):
-    monkeypatch.setattr(phases, "INSTALLED", False)
+    monkeypatch.setattr(assignment, "INSTALLED", False)
     assert phases.chosen(SMALL).phases == ALL_LIBRARY
     assert "not installed" in phases.chosen(SMALL).why
 
@@ -125,7 +127,7 @@ def test_every_assignment_is_timed_and_the_fastest_counts_for_branches():
 
 
 def test_explain_says_what_runs_and_why(monkeypatch):
-    monkeypatch.setattr(phases, "DEVICE", "cpu")
+    monkeypatch.setattr(assignment, "DEVICE", "cpu")
     block = ACBlock(8, 8, 3, padding=1, backend="branches").to(memory_format=torch.channels_last)
     reason = explain(block, (2, 8, 6, 6)).blocks[0].reason
     assert reason.startswith(

@@ -23,7 +23,9 @@ import acnet_kernels
 from acnet_kernels import ACBlock
 from acnet_kernels.backends import branches, eager, node, recompute
 from acnet_kernels.geometry import Geometry, Taps
-from acnet_kernels.ops import recompute as ops
+from acnet_kernels.steps import packed
+from acnet_kernels.steps import recompute as ops
+from acnet_kernels.steps.maps import StepConfig
 
 
 def block(*args, **kwargs):
@@ -93,7 +95,7 @@ def test_convolution_biases():
 def test_frozen_parts_skip_their_work(monkeypatch):
     monkeypatch.setattr(node, "NODE", None)  # Python's node shows what it calls
     calls = []
-    for owner, name in ((branches.StepConfig, "maps"), (branches, "convolution_gradients")):
+    for owner, name in ((StepConfig, "maps"), (ops, "convolution_gradients")):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
     whole, x, grad = block(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5), torch.randn(2, 6, 5, 5)
@@ -188,7 +190,7 @@ def test_differentiable_twice(norm):
 
 def test_the_operators_gradient_says_that_it_has_no_derivative():
     x, weight, gamma = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(6, 4, 3, 3), torch.ones(6)
-    constants = [1e-5], [0, 0, 3, 3, 1], ops.pack(Geometry.make(3, padding=1)), torch.float32, False
+    constants = [1e-5], [0, 0, 3, 3, 1], packed.pack(Geometry.make(3, padding=1)), torch.float32, False
     out, *_ = ops.recompute_step(x, [weight], [gamma], [gamma], *constants)
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"recompute_step_backward has no derivative; acblock\(\) has one"):
@@ -220,7 +222,7 @@ def test_opcheck(dtype):
     x = torch.randn(2, 4, 5, 6).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
     weights = [torch.randn(6, 4, *size, requires_grad=True) for size in ((3, 3), (3, 1))]
     gammas, betas = ([torch.rand(6, requires_grad=True) for _ in range(2)] for _ in range(2))
-    geometry = ops.pack(Geometry.make(3, padding=1, stride=(1, 2)))
+    geometry = packed.pack(Geometry.make(3, padding=1, stride=(1, 2)))
     constants = ([1e-5, 1e-3], [0, 0, 3, 3, 1, 0, 1, 3, 1, 1], geometry)
     torch.library.opcheck(ops.recompute_step, (x, weights, gammas, betas, *constants, dtype, True))
     with torch.no_grad():
@@ -232,6 +234,6 @@ def test_opcheck(dtype):
 
 def test_geometry_survives_its_numbers():
     geometry = Geometry.make((5, 3), (1, 2), (3, 0), (2, 1), 4)
-    assert ops.unpack(ops.pack(geometry)) == geometry
+    assert packed.unpack(packed.pack(geometry)) == geometry
     branches = ((Taps(0, 0, 5, 3), True), (Taps(2, 1, 1, 1), False), (Taps(0, 0, 3, 2, 2), True))
-    assert ops.unpack_taps(ops.pack_taps(branches)) == branches
+    assert packed.unpack_taps(packed.pack_taps(branches)) == branches

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import cpuinfo
+from ..steps import cpuinfo
 
 # Family 6 models whose /proc/cpuinfo name says no more than "Xeon Processor" under virtualisation.
 INTEL_MODELS = {

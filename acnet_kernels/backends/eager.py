@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..geometry import Geometry
 from ..spec import SUM, Branch, Problem, Step
-from .batchnorm import batch_norm
+from ..steps.batchnorm import batch_norm
 
 NAME = "eager"
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..spec import MIXED, Problem, Step
-from .batchnorm import batch_norm
+from ..steps.batchnorm import batch_norm
 from .eager import branch_map
 
 

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from .._torch_compat import dispatch_modes
 from ..ops import _extension
+from ..steps.assignment import ALL_LIBRARY
+from ..steps.convolution import LEAST_MAP
 from . import nodes
-from .convolution import LEAST_MAP
-from .phases import ALL_LIBRARY
 
 if TYPE_CHECKING:
-    from .branches import Inputs, StepConfig
+    from ..steps.maps import StepConfig
+    from .branches import Inputs
 
 NODE = _extension.NODE
 _configs: list[StepConfig] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,22 +17,10 @@ from torch import Tensor
 from .._torch_compat import below_autograd, is_batched, is_differentiated_by_transform, is_legacy_batched
 from ..ops.bn_sum import accumulation_dtype
 from ..spec import has_tangent
+from ..steps.recorded import Recorded
 
 # Moves the running statistics, given the batch's means and biased variances.
 Update = Callable[[Tensor, Tensor], None]
-
-
-class Recorded(NamedTuple):
-    """An operator (x, weights, γs, βs, constants …) → (out, means, variances, …), and what autograd needs of it.
-
-    `setup` and `backward` are as torch.library.register_autograd takes them. `definition` gives, of the context,
-    a function that computes out but for the βs by PyTorch's operators, and its inputs: x, the weights and the γs.
-    """
-
-    operator: Callable[..., tuple[Tensor, ...]]
-    setup: Callable[..., None]
-    backward: Callable[..., tuple[Any, ...]]
-    definition: Callable[[Any], tuple[Callable[[], Tensor], Sequence[Tensor]]]
 
 
 def run(recorded: Recorded, arguments: tuple[Any, ...], update: Update) -> Tensor:

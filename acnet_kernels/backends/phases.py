@@ -18,32 +18,20 @@ import torch
 from torch import Tensor
 
 from ..kernels.window import MOST_BRANCHES
-from ..ops._extension import TRITON as INSTALLED
 from ..spec import BRANCH, Problem, Step, problem_of
+from ..steps import assignment
+from ..steps.assignment import ALL_LIBRARY, LIBRARY, TRITON, Phases, on_device
 from . import timing_cache
 from .device_info import Machine, this_machine
 
-LIBRARY, TRITON = "library", "triton"
-DEVICE = "cuda"  # what the kernels are for
-
-
-class Phases(NamedTuple):
-    """What runs each phase: LIBRARY or TRITON."""
-
-    forward: str
-    dgrad: str
-    wgrad: str
-
-
-ALL_LIBRARY, ALL_TRITON = Phases(LIBRARY, LIBRARY, LIBRARY), Phases(TRITON, TRITON, TRITON)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def declines(problem: Problem) -> str | None:
     """Why Triton can run no phase of the problem, or None."""
-    if problem.device != DEVICE:
-        return f"its kernels are for {DEVICE}, not {problem.device}"
-    if not INSTALLED:
+    if problem.device != assignment.DEVICE:
+        return f"its kernels are for {assignment.DEVICE}, not {problem.device}"
+    if not assignment.INSTALLED:
         return "it is not installed"
     if problem.norm != BRANCH:
         return "not every branch has a batch norm of its own alone"
@@ -110,11 +98,6 @@ def chosen(problem: Problem) -> Choice:
 def _decided(problem: Problem, machine: Machine, version: int) -> Choice:
     known = timing_cache.lookup(problem, machine)
     return choose(problem, known.milliseconds if known else {})
-
-
-def on_device(x: Tensor) -> bool:
-    """Whether Triton's kernels are for where x is."""
-    return x.device.type == DEVICE and INSTALLED
 
 
 def phases_of(step: Step, x: Tensor) -> Phases:

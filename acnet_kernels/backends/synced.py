@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.bn_sum import mean_and_variance, rstds_of
 from ..spec import Norm, Problem, Step
-from .batchnorm import batch_norm, move
+from ..steps.batchnorm import batch_norm, move
 from .eager import branch_map, seen_bytes
 from .nodes import Update, wants_definition
 

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops import depthwise as ops
-from ..ops import recompute
 from ..ops._extension import LOADED
 from ..ops.bn_sum import rstds_of
 from ..spec import MIXED, Problem, Step, prefers_channels_last
+from ..steps import depthwise as ops
+from ..steps.packed import pack, pack_taps, unpack_taps
 from . import branches, moments_depthwise, synced
 from .nodes import Update
 
@@ -49,8 +49,8 @@ def forward(x: Tensor, step: Step) -> Tensor:
     x = x.to(inputs.dtype)
     constants = (
         inputs.eps,
-        recompute.pack_taps(inputs.branches),
-        recompute.pack(step.geometry),
+        pack_taps(inputs.branches),
+        pack(step.geometry),
         prefers_channels_last(x, inputs.weights[0]),
     )
     values = x.shape[0] * math.prod(step.geometry.output_size(x.shape[2], x.shape[3]))
@@ -130,7 +130,7 @@ def _level(difference: Tensor, sums: Tensor, taps: list[int], geometry: list[int
     """Of every number of the batch norms' kernels, difference_b·Σ_p x[p, t], K×numbers."""
     multiplier = difference.shape[1] // sums.shape[0]
     wide = sums.repeat_interleave(multiplier, 0)  # K×taps
-    found = recompute.unpack_taps(taps)
+    found = unpack_taps(taps)
     if len(difference) < len(found):
         return difference[0][:, None] * wide
     index = torch.arange(sums.shape[1]).view(geometry[0], geometry[1])

@@ -14,12 +14,12 @@ from torch import Tensor
 from .._torch_compat import below_autograd, keeps_graph, top_saved_tensors_hooks
 from ..ops import bn_sum, triton_step
 from ..ops.running import NONE
+from ..steps.batchnorm import Update
+from ..steps.triton_phases import alike, last
 from . import nodes
-from .batchnorm import Update
-from .triton_phases import alike, last
 
 if TYPE_CHECKING:
-    from .branches import StepConfig
+    from ..steps.maps import StepConfig
 
 
 class TritonStep(torch.autograd.Function):

@@ -14,7 +14,7 @@ contiguous or all channels_last); `gammas` and `betas`, one (K,) a map, or [] fo
 map; `dtype`, bfloat16 or float16 for float32 ys; `grad` like out. `means`, `variances` (biased) and `rstds` are
 (len(ys), K) float64: float32 would round away the deviation of a map whose mean is far larger. `dgammas` is
 (len(ys), K) and `dbeta` (K,), float64 for float64 maps, float32 otherwise.
-Running statistics are the caller's (backends/batchnorm.py); a variance far below ε cannot be had from rstd.
+Running statistics are the caller's (steps/batchnorm.py); a variance far below ε cannot be had from rstd.
 
 With ŷ_b = (y_b − μ_b)·rstd_b, M = N·H·W and g = grad:
     dβ = Σ g,   dγ_b = Σ g·ŷ_b,   dy_b = γ_b·rstd_b·(g − dβ/M − ŷ_b·dγ_b/M).

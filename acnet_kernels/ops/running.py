@@ -9,7 +9,7 @@ where that is NaN one over its counter: the cumulative average, one norm a call.
 Arguments: `running_means` and `running_vars`, a (K,) tensor a norm, any float dtype; `counters`, tensors of one
 element, of a dtype in COUNTERS, of any number of norms; `means`, `variances` (biased), (norms, K) float64;
 `momenta`, a float a norm; `count`, elements a channel, 0 or more than 1. Running statistics may be strided.
-There is no such operator without the extension, nor on other devices: backends/batchnorm.py does the same there.
+There is no such operator without the extension, nor on other devices: steps/batchnorm.py does the same there.
 """
 
 from __future__ import annotations

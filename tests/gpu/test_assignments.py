@@ -11,7 +11,7 @@ from steps import check
 
 from acnet_kernels import ACBlock, explain, tune
 from acnet_kernels.backends import branches, phases, timing_cache
-from acnet_kernels.backends.phases import ALL_TRITON, LIBRARY, TRITON, Phases
+from acnet_kernels.steps.assignment import ALL_TRITON, LIBRARY, TRITON, Phases
 
 EVERY = list(itertools.starmap(Phases, itertools.product((LIBRARY, TRITON), repeat=3)))
 # Channels in and out, input size, options.

@@ -8,19 +8,20 @@ from oracle import scramble
 from problems import Problem
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import branches, convolution, node, phases
-from acnet_kernels.backends.phases import Phases
+from acnet_kernels.backends import branches, node
 from acnet_kernels.block import BRANCHES
 from acnet_kernels.geometry import Taps
 from acnet_kernels.ops import bn_sum
 from acnet_kernels.ops.triton_conv import INTERPRETED
+from acnet_kernels.steps import assignment, convolution
+from acnet_kernels.steps.assignment import Phases
 
 
 def on_device_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, CPU tensors go the way of CUDA's: the same dtypes, and Triton's batch-norm passes."""
     if INTERPRETED:
         monkeypatch.setattr(convolution, "_SLOW_HALF_TYPES", frozenset())
-        monkeypatch.setattr(phases, "DEVICE", "cpu")
+        monkeypatch.setattr(assignment, "DEVICE", "cpu")
         monkeypatch.setattr(node, "NODE", None)  # which is for what the CPU does for itself
         for name, kernel in bn_sum.on_cuda.items():
             monkeypatch.setattr(bn_sum, name, kernel)

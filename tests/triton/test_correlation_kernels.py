@@ -5,9 +5,9 @@ import torch
 from oracle import rel
 from torch import Tensor
 
-from acnet_kernels.backends import moments
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation
 from acnet_kernels.ops.triton_autocorrelation import Raster, raster
+from acnet_kernels.steps import moments_passes as passes
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WINDOW = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
@@ -85,9 +85,9 @@ def test_whole_statistics_of_a_block(device: torch.device, monkeypatch: pytest.M
     monkeypatch.setattr(
         autocorrelation, "cross_correlation", lambda *args: triton_autocorrelation.cross_correlation(*_laid(args))
     )
-    monkeypatch.setattr(moments, "FEW_PIXELS", 0)  # they would be summed in double, which has no kernel
+    monkeypatch.setattr(passes, "FEW_PIXELS", 0)  # they would be summed in double, which has no kernel
     x = random(2, 4, 5, 4, dtype=torch.float32, device=device)
-    found = moments.moments_of(x, moments.pivot_of(x), 3, 2)
+    found = passes.moments_of(x, passes.pivot_of(x), 3, 2)
     patches = torch.nn.functional.unfold(x.double(), 3, padding=1).unflatten(1, (2, 2, 9))  # N×g×Cg×taps×pixels
     patches = patches.permute(1, 0, 4, 3, 2).flatten(3).flatten(1, 2)
     assert rel(found.sums, patches.sum(1)) < 1e-6

@@ -13,11 +13,13 @@ from steps import as_eager
 from torch import Tensor
 
 from acnet_kernels import explain, geometry, tune
-from acnet_kernels.backends import batchnorm, moments, phases, timer, timing_cache
-from acnet_kernels.backends.phases import ALL_LIBRARY, ALL_TRITON, LIBRARY, TRITON, Phases
+from acnet_kernels.backends import phases, timer, timing_cache
 from acnet_kernels.kernels import configs
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
 from acnet_kernels.ops.triton_conv import INTERPRETED
+from acnet_kernels.steps import assignment, batchnorm
+from acnet_kernels.steps import moments_passes as passes
+from acnet_kernels.steps.assignment import ALL_LIBRARY, ALL_TRITON, LIBRARY, TRITON, Phases
 
 
 @pytest.fixture
@@ -154,12 +156,12 @@ def test_the_fastest_assignment_measured_runs(
 ) -> None:
     """tune() times a step under every assignment of the phases; the fastest is kept, and explain() says so."""
     if INTERPRETED:
-        monkeypatch.setattr(phases, "DEVICE", "cpu")
+        monkeypatch.setattr(assignment, "DEVICE", "cpu")
     on_device_path(monkeypatch)
     monkeypatch.setattr(timing_cache, "_known", {})
     phases._decided.cache_clear()
     monkeypatch.setattr(timer, "WARM_UP", 1)  # in which a step does run
-    best = phases.Phases(phases.TRITON, phases.LIBRARY, phases.LIBRARY)
+    best = Phases(TRITON, LIBRARY, LIBRARY)
     clock = FakeClock(monkeypatch, {"eager": 3.0, **{phases.label(a): 2.0 for a in EVERY}, phases.label(best): 1.0})
     block, x = block_of(Problem("", (1, 3, 3, 4), 4, conv={"padding": 1}), device)
     block.backend = "auto"
@@ -172,7 +174,7 @@ def test_the_fastest_assignment_measured_runs(
     assert "forward by triton, dgrad by library, wgrad by library (measured 1 ms a step" in str(explain(block, x))
 
 
-EVERY = list(itertools.starmap(phases.Phases, itertools.product((phases.LIBRARY, phases.TRITON), repeat=3)))
+EVERY = list(itertools.starmap(Phases, itertools.product((LIBRARY, TRITON), repeat=3)))
 
 
 def test_launches_of_second_moments(
@@ -180,13 +182,13 @@ def test_launches_of_second_moments(
 ) -> None:
     """The plane is one call, the four edge strips of all groups are another; 3 launches each at most."""
     monkeypatch.setattr(autocorrelation, "cross_correlation", _by_triton)
-    monkeypatch.setattr(moments, "FEW_PIXELS", 0)  # they would be summed in double, which has no kernel
+    monkeypatch.setattr(passes, "FEW_PIXELS", 0)  # they would be summed in double, which has no kernel
     x = torch.randn(2, 8, 6, 5, device=device)
-    moments.moments_of(x, torch.zeros(8, device=device), 3, 2)
+    passes.moments_of(x, torch.zeros(8, device=device), 3, 2)
     assert launches == ["cross_correlation", "centred_total"] * 2
     launches.clear()
     monkeypatch.setattr(triton_autocorrelation.configs, "pixel_split", lambda M, programs, block: (2, -(-M // 2)))
-    moments.moments_of(x, torch.zeros(8, device=device), 3, 2)
+    passes.moments_of(x, torch.zeros(8, device=device), 3, 2)
     assert launches == ["cross_correlation", "sum_splits", "centred_total"] * 2
 
 

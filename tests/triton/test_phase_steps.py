@@ -11,7 +11,7 @@ from steps import as_eager, check
 from torch import Tensor
 
 from acnet_kernels.backends import branches
-from acnet_kernels.backends.phases import ALL_LIBRARY, ALL_TRITON, LIBRARY, TRITON, Phases
+from acnet_kernels.steps.assignment import ALL_LIBRARY, ALL_TRITON, LIBRARY, TRITON, Phases
 
 NAMED = {p.name: p for p in (*PROBLEMS, *DEPTHWISE)}
 WHOLE = [

@@ -5,24 +5,24 @@ import torch
 from oracle import FLOORS, border, rel
 from problems import DEPTHWISE, PROBLEMS, Problem, Tensors
 
-from acnet_kernels.backends import recompute
 from acnet_kernels.geometry import Geometry
-from acnet_kernels.ops import recompute as ops
+from acnet_kernels.steps import recompute as ops
+from acnet_kernels.steps.packed import pack, pack_taps
 
 CHOSEN = [p for p in (*PROBLEMS, *DEPTHWISE) if p.name in ("stride", "crop_5", "no_row", "depthwise_shift")]
 
 
 def packed(problem: Problem) -> tuple[list[int], list[int]]:
     """The problem's taps and geometry as recompute's operators take them."""
-    taps = ops.pack_taps(tuple((taps, True) for taps in problem.branches))
-    return taps, ops.pack(Geometry.make(problem.kernel, **problem.conv))
+    taps = pack_taps(tuple((taps, True) for taps in problem.branches))
+    return taps, pack(Geometry.make(problem.kernel, **problem.conv))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("problem", CHOSEN, ids=str)
 def test_step(problem: Problem, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(recompute, "_has_triton", lambda x: asked.append(x) or True)
+    monkeypatch.setattr(ops, "_has_triton", lambda x: asked.append(x) or True)
     t = Tensors(problem, dtype, device)
     constants = (t.eps, *packed(t.problem))
     out, means, variances, rstds = ops.recompute_step(t.x, t.weights, t.gammas, t.betas, *constants, dtype, True)
@@ -43,7 +43,7 @@ def test_what_the_forwards_statistics_round_does_not_reach_the_gradient(
     layout: torch.memory_format, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton's products are not the library's, TF32 above all; the mean's difference times Σg must not be in dγ."""
-    monkeypatch.setattr(recompute, "_has_triton", lambda x: True)
+    monkeypatch.setattr(ops, "_has_triton", lambda x: True)
     t = Tensors(CHOSEN[0], torch.float32, device)
     constants = (t.eps, *packed(t.problem))
     x, weights = t.x.contiguous(memory_format=layout), t.weights

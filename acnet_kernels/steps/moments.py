@@ -1,4 +1,4 @@
-"""The operators of the `moments` backend: schema, fake, autograd. backends/moments.py registers their kernels.
+"""The operators of dense `moments` steps: schema, fake, kernels, autograd.
 
     moments_step(x, weights, gamma, beta, origins, eps, kernel, groups, channels_last)
         -> (out, mean, variance, pivot, sums, centred)
@@ -12,13 +12,20 @@ B floats; `channels_last`, the layout of out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import check
-from .bn_sum import rstds_of
+from ..ops import check
+from ..ops.bn_sum import rstds_of
+from ..spec import Norm
+from . import moments_passes
+from .batchnorm import batch_norm
+from .convolution import convolution_dtype
+from .recorded import Recorded
 
 LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 LIBRARY.define(
@@ -210,3 +217,26 @@ def _no_double_backward(ctx: Any, *_: Any) -> NoReturn:
 
 torch.library.register_autograd("acnet_kernels::moments_step", backward, setup_context=setup)
 torch.library.register_autograd("acnet_kernels::moments_step_backward", _no_double_backward)
+
+
+def _definition(ctx: Any) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    x, gamma, _, _, _, _, _, *weights = ctx.saved_tensors
+    half, dtype = ctx.kernel // 2, convolution_dtype(x.dtype, x.device.type)
+
+    def definition() -> Tensor:
+        out, wide = torch.zeros((), dtype=dtype, device=x.device), x.to(dtype)
+        places = zip(ctx.origins[::2], ctx.origins[1::2], strict=True)
+        for weight, own, eps, (row, column) in zip(weights, gamma, ctx.eps, places, strict=True):
+            top, left = half - row, half - column
+            edges = (left, weight.shape[3] - 1 - left, top, weight.shape[2] - 1 - top)
+            y = F.conv2d(F.pad(wide, edges), weight.to(dtype), groups=ctx.groups)
+            out = out + batch_norm(y, Norm(own, None, None, None, None, eps, None, True))
+        return out
+
+    return definition, [x, *weights, gamma]
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("moments_step", check.checked(check_step)(moments_passes.step), _device)
+    LIBRARY.impl("moments_step_backward", check.checked(check_backward)(moments_passes.step_backward), _device)
+RECORDED = Recorded(moments_step, setup, backward, _definition)

@@ -1,4 +1,4 @@
-"""The operators of depthwise blocks: schema, fake, autograd.
+"""The operators of depthwise blocks: schema, fake, kernels, autograd.
 
     depthwise_step(x, weights, gammas, betas, eps, taps, geometry, channels_last)
         -> (out, means, variances, rstds, pivot, sums, centred)
@@ -14,26 +14,29 @@
 
 Arguments: `x`, N×C×H×W of any layout; `weights`, K×1×rows×columns, one entry a convolution; `eps` and, unless [],
 `gammas` and `betas` (K), one entry a batch norm: one a branch, or one after their sum; `taps` and `geometry` are
-what `recompute.pack_taps` and `recompute.pack` make of them: C groups, at most MOST_TAPS taps a side, a padding of
+what `pack_taps` and `pack` (packed.py) make of them: C groups, at most MOST_TAPS taps a side, a padding of
 at most MOST_PADDING, and K = m·C with m at most MOST_MULTIPLIER. `pivot` (C, float64) is what x was centred by,
 `sums` (C×taps, float64) are those of its patches, `centred` holds W_b·(G − SSᵀ/M) of every batch norm's kernel,
 K×numbers in float32 or better.
 
 The C++ kernels (csrc/depthwise.cpp) register themselves for the CPU with the schemas below; the others are in
-backends/moments_depthwise.py.
+depthwise_plain.py.
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import check
-from ._extension import LOADED
-from .bn_sum import accumulation_dtype
-from .recompute import check_affine, check_problem, unpack, unpack_taps
+from ..ops import check
+from ..ops._extension import LOADED
+from ..ops.bn_sum import accumulation_dtype
+from . import depthwise_plain
+from .packed import check_affine, check_problem, unpack, unpack_taps
+from .recorded import record
 
 MOST_TAPS, MOST_MULTIPLIER, MOST_PADDING = 7, 8, 1024  # those of csrc/depthwise_plan.h
 
@@ -264,40 +267,17 @@ def _(
     )
 
 
-def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weights, gammas, betas, eps, taps, geometry, _ = inputs
-    _, means, variances, rstds, pivot, sums, centred = output
-    ctx.mark_non_differentiable(means, variances, rstds, pivot, sums, centred)
-    ctx.save_for_backward(x, means, rstds, pivot, sums, centred, *weights, *gammas)
-    ctx.constants = eps, taps, geometry
-    ctx.beta_dtypes = [beta.dtype for beta in betas]
-    ctx.need_x, ctx.need_weights = x.requires_grad, [weight.requires_grad for weight in weights]
-    ctx.need_gammas = any(gamma.requires_grad for gamma in gammas)
+_KERNELS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
+    "depthwise_statistics": (check_statistics, depthwise_plain.statistics),
+    "depthwise_apply": (check_apply, depthwise_plain.apply),
+    "depthwise_step": (check_step, depthwise_plain.step),
+    "depthwise_step_backward": (check_backward, depthwise_plain.step_backward),
+}
+for _device in ("CUDA",) if LOADED else ("CPU", "CUDA"):
+    for _name, (_check, _kernel) in _KERNELS.items():
+        LIBRARY.impl(_name, check.checked(_check)(_kernel), _device)
 
-
-def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    x, means, rstds, pivot, sums, centred, *rest = ctx.saved_tensors
-    count = len(ctx.need_weights)
-    weights, gammas = rest[:count], rest[count:]
-    _, taps, geometry = ctx.constants
-    dx, dws, dgammas, dbeta = depthwise_step_backward(
-        grad, x, weights, gammas, means, rstds, pivot, sums, centred, None, taps, geometry,
-        ctx.need_x, ctx.need_weights, ctx.need_gammas,
-    )  # fmt: skip
-    given = iter(dws)
-    found = list(dgammas) if ctx.need_gammas else [None] * len(gammas)
-    return (
-        dx if ctx.need_x else None,
-        [next(given) if need else None for need in ctx.need_weights],
-        [d if d is None else d.to(gamma.dtype) for gamma, d in zip(gammas, found, strict=True)],
-        [dbeta.to(dtype) for dtype in ctx.beta_dtypes],
-        *(None,) * 4,
-    )
-
-
-def _no_double_backward(ctx: Any, *_: Any) -> NoReturn:
-    raise RuntimeError("depthwise_step_backward has no derivative; acblock() has one of every order")
-
-
-torch.library.register_autograd("acnet_kernels::depthwise_step", backward, setup_context=setup)
-torch.library.register_autograd("acnet_kernels::depthwise_step_backward", _no_double_backward)
+RECORDED = record(
+    "depthwise_step",
+    lambda grad, x, weights, gammas, kept, constants: (grad, x, weights, gammas, *kept, None, *constants[1:3]),
+)
