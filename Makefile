@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PACKAGES := numpy "torch$(if $(TORCH),==$(TORCH).*)"
 
-.PHONY: all demo test suite test-oldest test-newest test-gpu sanitize bench lint clean
+.PHONY: all demo test suite quick test-oldest test-newest test-gpu sanitize bench lint clean
 all: test
 
 # The extension builds against the torch it will be loaded by, so torch goes in first and isolation is off.
@@ -22,9 +22,14 @@ demo: $(STAMP)
 
 test: lint suite
 
-# One thread a process, one process a core.
+# One thread a process, one process a core; a process without work takes some of another's.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 suite: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto
+	$(PYTEST)
+
+# What answers within a minute or two, for the edit loop; `make test` is the gate.
+quick: $(STAMP)
+	$(PYTEST) -m "not slow"
 
 # The two ends of what is promised, each in an environment of its own.
 test-oldest:

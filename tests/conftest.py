@@ -8,9 +8,27 @@ import torch
 
 from acnet_kernels.steps import convolution
 
+# The interpreter, code generation, compilers, whole networks, several processes, builds: slow from end to end.
+SLOW_FILES = {
+    f"test_{name}"
+    for name in (
+        *("interpreter", "launch", "codegen", "nvcc", "build", "csrc_host", "compile", "export", "bench", "cli"),
+        *("architectures", "networks", "studies", "training", "distributed", "torchrun", "hostile", "imports"),
+        "torch_compat",
+    )
+}
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes seconds; part of the suite, left out by -m 'not slow'")
+    config.addinivalue_line("markers", "slow: takes seconds; run by `make test`, left out by `make quick`")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first: processes that share the rest out among them then end together."""
+    for item in items:
+        if item.path.stem in SLOW_FILES:
+            item.add_marker("slow")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

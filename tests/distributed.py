@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# Processes are forked from one that has imported these, and no more: each alone would take seconds to.
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "torchvision", "acnet_kernels", "pytest", "oracle"]
 
 
 def _worker(rank: int, world: int, folder: str, function: Callable[..., Any], backend: str) -> None:
@@ -38,6 +42,7 @@ def run(world: int, function: Callable[..., Any], *args: Any, backend: str = "gl
     """[function(rank, world, *args) for each rank], each in a process of its own: with NCCL, on its own GPU."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(args, Path(folder, "args.pt"))  # spawn's own arguments would be shared memory, not copies
-        mp.spawn(_worker, (world, folder, function, backend), nprocs=world)
+        torch.save(args, Path(folder, "args.pt"))  # a process's own arguments would be shared memory, not copies
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        mp.start_processes(_worker, (world, folder, function, backend), world, start_method="forkserver")
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]

@@ -7,6 +7,8 @@ tests launch and fail, for Triton's cache: what they need on a GPU is then compi
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,12 @@ if _STANDS_IN:
     from benchmarks import stand_in
 
     stand_in.install(stand_in.mode())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """ACNET_PART, like 2/6: every sixth test from the second on, as tests/test_interpreter.py shares them out."""
+    part, parts = map(int, os.environ.get("ACNET_PART", "1/1").split("/"))
+    items[:] = items[part - 1 :: parts]
 
 
 @pytest.fixture
@@ -49,6 +57,27 @@ def _tf32_as_on_the_device() -> None:
         return exact(builder, a, b, d, input_precision, *rest)
 
     InterpreterBuilder.create_dot = create_dot
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_interpreter() -> None:
+    """Leaves out two thirds of the interpreter's time, which find nothing on these shapes.
+
+    It asserts after every sum and product that its 32 bits held (test_addresses.py is about shapes where they do
+    not), and replaces Triton's language anew at each launch, and at each call of one kernel function by another.
+    """
+    if not _INTERPRETED:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from acnet_kernels.kernels import bn_sum
+
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    for function in (bn_sum.apply, tl.zeros):  # kernels see triton.language, its own functions triton.language.core
+        interpreter._patch_lang(function.fn)
+    interpreter._patch_lang = lambda _: SimpleNamespace(restore=lambda: None)
 
 
 @pytest.fixture(autouse=True)

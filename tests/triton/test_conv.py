@@ -16,13 +16,14 @@ from acnet_kernels.ops import triton_bn_sum, triton_conv
 from acnet_kernels.ops.triton_conv import Window
 
 BOTH_KINDS = pytest.mark.parametrize("problem", [PROBLEMS[0], DEPTHWISE[0]], ids=str)
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EVERY = [*PROBLEMS, *DEPTHWISE]
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def check_medians(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
     """The oracle's rule for the medians of fresh draws' errors."""
     mine, eagers = collections.defaultdict(list), collections.defaultdict(list)
-    for _ in range(15):
+    for _ in range(9):
         t = Tensors(problem, dtype, device)
         got, eager, true = step(t), t.eager(), t.truth()
         for name in true:
@@ -32,8 +33,12 @@ def check_medians(problem: Problem, dtype: torch.dtype, device: torch.device) ->
         assert statistics.median(errors) <= max(2 * statistics.median(eagers[name]), FLOORS[dtype]), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("problem", [*PROBLEMS, *DEPTHWISE], ids=str)
+# Every problem in float32 and in one half type, whose kernels differ in nothing but how they round.
+@pytest.mark.parametrize(
+    ("problem", "dtype"),
+    [*((p, torch.float32) for p in EVERY), *((p, HALVES[i % 2]) for i, p in enumerate(EVERY))],
+    ids=str,
+)
 def test_step_is_as_exact_as_eager(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
     t = Tensors(problem, dtype, device)
     got, eager, true = step(t), t.eager(), t.truth()
@@ -49,7 +54,7 @@ def test_step_is_as_exact_as_eager(problem: Problem, dtype: torch.dtype, device:
     ("problem", "dtype"),
     [
         *((p, torch.float32) for p in SHAPED),
-        *((p, torch.float16) for p in SHAPED if p.name.startswith(("mobileone", "two_dilated"))),
+        *((p, torch.float16) for p in SHAPED if p.name in ("mobileone_groups_stride", "two_dilated_depthwise")),
     ],
     ids=str,
 )
@@ -72,7 +77,9 @@ def test_any_branches(problem: Problem, dtype: torch.dtype, device: torch.device
         assert rel(norms.variances[b], y.double().var((0, 2, 3), correction=0)) < 1e-5
 
 
-@pytest.mark.parametrize("problem", [p for p in SHAPED if p.name.startswith("two_dilated")], ids=str)
+@pytest.mark.parametrize(
+    "problem", [p for p in SHAPED if p.name in ("two_dilated_dense", "two_dilated_depthwise_stride")], ids=str
+)
 def test_a_branch_has_the_same_bits_alone(problem: Problem, device: torch.device) -> None:
     """Where a weight's or a map's neighbours need no gradient, the window of the others is run alone."""
     t = Tensors(problem, torch.float32, device)
