@@ -9,6 +9,7 @@ when the sets together exceed it (`sets_beyond_cache`).
 from __future__ import annotations
 
 import csv
+import json
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ Calls = Sequence[Callable[[], Any]]  # one contender: the same work on each inpu
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV: a metric of one contender, with the machine and software it was measured on.
+    """A line of the CSV, a metric of one contender, and the machine and software it was measured on.
 
     `mode` is what was run (forward, backward, step, out=, …); `metric` names the quantity and its unit
     ("time_ms", "saved_bytes", "copy_fraction"). A quantity without spread has p20 = p50 = p80. `clock` is the
@@ -54,7 +55,8 @@ class Row:
     date: str
 
 
-COLUMNS = tuple(field.name for field in fields(Row))
+RUN = ("device", "torch", "triton", "cudnn", "driver", "command", "date")  # of a run: once, not in every line
+COLUMNS = tuple(field.name for field in fields(Row) if field.name not in RUN)
 
 
 @dataclass(frozen=True)
@@ -270,8 +272,11 @@ class Report:
         self.environment = environment(device)
         self.rows: list[Row] = []
         self.path = path
-        if path is not None and not path.exists():
-            self.write_csv(path)
+        if path is not None:  # what is there already is of another run
+            with path.open("a", newline="") as file:
+                if file.tell() == 0:
+                    csv.writer(file).writerow(COLUMNS)
+                file.write(_run_line(self.environment))
 
     def add(
         self,
@@ -297,20 +302,40 @@ class Report:
                 csv.writer(file).writerow(getattr(row, name) for name in COLUMNS)
 
     def write_csv(self, path: Path) -> None:
-        """All rows, one header line."""
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows([getattr(row, name) for name in COLUMNS] for row in self.rows)
+        """All rows, as `write_csv` writes them."""
+        write_csv(self.rows, path)
+
+
+def write_csv(rows: Iterable[Row], path: Path) -> None:
+    """A header, then each run's line of metadata (`# {"device": …}`) before its rows."""
+    run: dict[str, str] = {}
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for row in rows:
+            if run != (run := {name: getattr(row, name) for name in RUN}):
+                file.write(_run_line(run))
+            writer.writerow(getattr(row, name) for name in COLUMNS)
+
+
+def _run_line(run: Mapping[str, str]) -> str:
+    return f"# {json.dumps(dict(run), ensure_ascii=False)}\n"
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows of a file that `Report.write_csv` wrote; ValueError where its columns are others."""
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}, got {reader.fieldnames}")
-        return [Row(**{**line, **{q: float(line[q]) for q in ("p20", "p50", "p80")}}) for line in reader]
+    """The rows of a file that `write_csv` or a Report wrote; ValueError where its columns are others."""
+    header, *lines = path.read_text(encoding="utf-8").splitlines()
+    if tuple(header.split(",")) != COLUMNS:
+        raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}, got {header}")
+    rows: list[Row] = []
+    run: dict[str, str] = {}
+    for line in lines:
+        if line.startswith("# {"):
+            run = json.loads(line[2:])
+            continue
+        cells: dict[str, Any] = dict(zip(COLUMNS, next(csv.reader([line])), strict=True))
+        rows.append(Row(**run, **cells | {q: float(cells[q]) for q in ("p20", "p50", "p80")}))
+    return rows
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:

@@ -4,13 +4,12 @@ import csv
 import dataclasses
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from acnet_kernels import bench, cli
-from benchmarks import analysis, codegen, fusion, harness, libraries, memory, network, report
+from benchmarks import analysis, codegen, fusion, harness, host, keep, libraries, memory, network, overview, report
 from benchmarks.harness import Row
 
 TINY = ["--quick", "--seconds", "0.01", "--dtype", "float32"]
@@ -32,6 +31,7 @@ def _small_networks(monkeypatch):
     monkeypatch.setattr(fusion, "NETWORKS", {"resnet8": [(2, 3), (3, 2)]})
     monkeypatch.setattr(memory, "isolated", lambda function, *args: function(*args))
     monkeypatch.setattr(harness, "cache_bytes", lambda device: 2**16)
+    monkeypatch.setattr(host, "CALLS", 4)
 
 
 def rows_of(path):
@@ -345,13 +345,62 @@ def test_a_step_that_became_slower_is_told_from_a_slower_machine(tmp_path):
     assert "baseline" not in (tmp_path / "new" / "report.md").read_text()
 
 
-def test_committed_results_can_be_reported():
-    results = [p for p in (Path(report.__file__).parent / "results").iterdir() if p.is_dir()]
-    assert results
-    for directory in results:
-        found = report.read(directory)
-        assert list(found.rows)
-        assert report.losing(found).startswith("**Where we lose.**")
+def a_run(directory):
+    """A directory as a run leaves it, of two layouts, two networks and a figure."""
+    other = {"layout": "channels_last"}
+    rows = [row("eager", 10), row("eager", 8, **other), row("auto", 5.1234567, **other), row("auto", 6)]
+    rows += [row(name, size, mode="forward", metric="saved_bytes") for name, size in (("eager", 80), ("auto", 60))]
+    rows += [row("auto", 3, mode="backward"), row("auto", 7, metric="useful_gflop_per_s")]
+    written(directory, "block-float32", rows)
+    written(directory, "phases-float32", BRANCHES)
+    steps = [row("eager", 10, "resnet8 2x3x8x8"), row("auto", 8, "resnet8 2x3x8x8")]
+    written(directory, "network-bfloat16", steps)
+    written(directory, "accelerated-float32", [row("eager", 6, "timm:a_net 4x3"), row("auto", 5, "timm:a_net 4x3")])
+    kept = [row(n, size, "resnet8 2x3x8x8", metric="saved_bytes") for n, size in (("eager", 9), ("auto", 6))]
+    written(directory, "memory-float32", kept)
+    (directory / "report.md").write_text("# A report\n\n![speedup](speedup.png)\n\nText.\n")
+    (directory / "speedup.png").write_bytes(b"x")
+    return directory
+
+
+def test_what_is_kept_of_a_run(tmp_path):
+    source, target = a_run(tmp_path / "run"), tmp_path / "results" / "machine"
+    names = {path.name for path in keep.keep(source, target)}
+    assert names == {path.name for path in source.iterdir()} - {"speedup.png", "phases-float32.csv"}
+    kept = {(r.contender, r.mode): r for r in harness.read_csv(target / "block-float32.csv")}
+    assert {key: r.p50 for key, r in kept.items()} == {
+        ("eager", "step"): 8.0,
+        ("auto", "step"): 5.1235,
+        ("eager", "forward"): 80.0,
+        ("auto", "forward"): 60.0,
+    }
+    assert kept["auto", "step"].device == "a machine"
+    assert "![" not in (target / "report.md").read_text()
+    before, now = (analysis.steps(harness.read_csv(d / "network-bfloat16.csv")) for d in (source, target))
+    assert before == now
+    assert report.losing(report.read(target)).startswith("**Where we lose.**")
+
+
+def test_the_readmes_chart_and_table_come_from_what_is_kept(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text(f"# A\n{overview.BEGIN}\nold\n{overview.END}\nrest\n")
+    directories = [str(a_run(tmp_path / "run")), str(tmp_path / "none")]
+    for number in (1, 2):
+        arguments = [*directories, "--chart", str(tmp_path / f"{number}.svg"), "--page", str(page)]
+        monkeypatch.setattr(sys, "argv", ["overview", *arguments])
+        overview.main()
+    assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
+    text = page.read_text()
+    assert "old" not in text
+    assert text.endswith(f"{overview.END}\nrest\n")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert lines[2:] == [
+        ["one ACNet block, 1 layers", "float32", "1.56–1.56, median 1.56", "a machine, today"],
+        ["resnet8", "bfloat16", "1.25", "a machine, today"],
+        ["a_net", "float32", "1.20", "a machine, today"],
+    ]
+    with pytest.raises(ValueError, match="must have the lines"):
+        overview.written("nothing", "")
 
 
 def test_the_help_names_every_part(capsys):
