@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from acnet_kernels.errors import UserError
 from acnet_kernels.geometry import Taps
 from acnet_kernels.kernels import autocorrelation, bn_sum, configs, conv, depthwise, dgrad, wgrad
 from acnet_kernels.kernels.configs import Config
@@ -338,7 +339,7 @@ def write(reports: list[Report], path: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> list[Path]:
-    """Compiles what the options choose, prints and writes the table; a kernel's faults are said after it."""
+    """Compiles what the options choose, prints and writes the table; UserError where one has a fault."""
     chosen = [
         c
         for arch in options.arch or configs.FAMILIES
@@ -354,4 +355,6 @@ def run(options: argparse.Namespace) -> list[Path]:
     faulty = [(r, f) for c, r in zip(chosen, reports, strict=True) if (f := r.faults(c.dot))]
     for report, faults in faulty:
         print("FAULT", report, "; ".join(faults))
+    if faulty:
+        raise UserError(f"{len(faulty)} of {len(reports)} compilations have a fault: see {path}")
     return [path]

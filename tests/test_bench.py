@@ -168,6 +168,12 @@ def test_codegen_writes_the_compilers_table(tmp_path, capsys, monkeypatch):
     assert len(rows_of(next(tmp_path.glob("codegen-triton-*.csv")))) == 1
     assert "64×64×32 w4 s3" in printed
     assert not list(tmp_path.glob("report*"))
+    found = dataclasses.replace(found, stack=8)
+    code, printed, errors = run(capsys, "codegen", *options)
+    assert code != 0
+    assert "FAULT" in printed
+    assert "1 of 1 compilations have a fault" in errors
+    assert len(rows_of(next(tmp_path.glob("codegen-triton-*.csv")))) == 1
 
 
 MACHINE = Row(

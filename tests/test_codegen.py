@@ -1,13 +1,10 @@
 """What the compiler makes of the kernels, without a GPU: a representative of every kernel, dtype and architecture.
 
-benchmarks/codegen.py compiles every configuration; its tables are in benchmarks/results/ and are checked here as
-they were committed.
+benchmarks/codegen.py compiles every configuration, and fails where one has a fault.
 """
 
-import csv
 import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +12,6 @@ pytest.importorskip("triton", reason="Triton is not installed: it has no build f
 
 from acnet_kernels.kernels import configs
 from benchmarks import codegen
-
-TABLES = sorted((Path(codegen.__file__).parent / "results").glob("codegen-*.csv"))
 
 
 def representatives() -> list[codegen.Case]:
@@ -85,22 +80,3 @@ def test_numbers_of_one_compile(case: codegen.Case) -> None:
     ones = {name: 1 for name in specialised if str(case.arguments[name]).startswith("i32")}
     assert ones or case.kernel == "sum_splits"
     assert codegen.compile_case(replace(case, arguments={**case.arguments, **ones})).stack == 0
-
-
-@pytest.mark.parametrize("table", TABLES, ids=lambda path: path.stem)
-def test_committed_table_is_complete_and_without_fault(table: Path) -> None:
-    numbers = ("arch", "registers", "stack", "shared", "tensor_core", "async_copies", "programs_per_sm")
-    with table.open(newline="") as file:
-        reports = [codegen.Report(**(row | {n: int(row[n]) for n in numbers})) for row in csv.DictReader(file)]
-    wanted = {
-        (c.kernel, c.arch, c.dtype, c.mode, c.shown, c.variation): c
-        for a in configs.FAMILIES
-        for c in codegen.cases(a)
-    }
-    found = {(r.kernel, r.arch, r.dtype, r.mode, r.config, r.variation): r for r in reports}
-    assert found.keys() == wanted.keys()
-    assert {key: faults for key, r in found.items() if (faults := r.faults(wanted[key].dot))} == {}
-
-
-def test_tables_of_both_ends_of_the_supported_range() -> None:
-    assert {table.stem for table in TABLES} == {"codegen-triton-3.6", "codegen-triton-3.8"}
