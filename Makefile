@@ -1,20 +1,20 @@
 # Everything runs in .venv, made on first use; TORCH=2.10 makes it .venv-2.10, with that torch and whatever PYTHON
-# names. Paths are relative, so a directory with spaces is fine.
+# names; TORCH=pre with the newest pre-release of torch that the index has. Paths are relative, so a directory with spaces is fine.
 PYTHON ?= python3
 TORCH ?=
 VENV := .venv$(addprefix -,$(TORCH))
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-PACKAGES := numpy "torch$(if $(TORCH),==$(TORCH).*)"
+PACKAGES := numpy $(if $(filter pre,$(TORCH)),--pre --upgrade torch,"torch$(if $(TORCH),==$(TORCH).*)")
 
-.PHONY: all demo test suite quick test-oldest test-newest test-gpu sanitize bench lint clean
+.PHONY: all demo test suite quick test-oldest test-newest test-gpu sanitize bench lint docs figures wheel clean
 all: test
 
 # The extension builds against the torch it will be loaded by, so torch goes in first and isolation is off.
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/* csrc/node/*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q "setuptools>=77" wheel ninja $(PACKAGES)
-	$(PY) -m pip install -q --no-build-isolation -e ".[demo,export,test]" $(PACKAGES)
+	$(PY) -m pip install -q --no-build-isolation -e ".[demo,docs,export,test]" $(PACKAGES)
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -60,6 +60,21 @@ sanitize: $(STAMP)
 # Blocks, networks, folding and memory, with a report: about ten minutes on two cores.
 bench: $(STAMP)
 	$(PY) -m acnet_kernels bench all
+
+# The source distribution, a wheel of it for every CPython from 3.10 and every torch from 2.10, and what is wrong with it.
+wheel: $(STAMP)
+	$(PY) -m pip install -q build auditwheel abi3audit
+	rm -rf dist
+	ACNET_KERNELS_BUILD=portable $(PY) -m build --no-isolation --outdir dist
+	$(PY) tools/check_wheel.py dist/*.whl
+
+# The documentation, warnings being errors: build/site/index.html.
+docs: $(STAMP)
+	$(PY) -m mkdocs build --strict
+
+# The README's chart and table, of the committed results.
+figures: $(STAMP)
+	$(PY) -m benchmarks.overview benchmarks/results/* --chart docs/assets/overview.svg --page README.md
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

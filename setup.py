@@ -3,7 +3,8 @@
 ACNET_KERNELS_BUILD=auto (default) builds where a C++ compiler and torch are found and installs without the
 extension where not, or where the compiler fails; 1 makes either an error; 0 never builds. The CUDA kernels are a
 library of their own, built where nvcc is found and torch has CUDA, so that the CPU part loads everywhere; so is the
-autograd node, which only the Python and torch that it is built for can load.
+autograd node, which only the Python and torch that it is built for can load. ACNET_KERNELS_BUILD=portable is 1
+without the node: a wheel for every CPython from 3.10 and every torch from 2.10 (`make wheel`).
 """
 
 import glob
@@ -85,13 +86,15 @@ def cuda_module():  # type: ignore[no-untyped-def]
 def extension() -> dict:
     """The setup() arguments that build csrc/, or {} with the reason printed."""
     switch = os.environ.get("ACNET_KERNELS_BUILD", "auto")
-    if switch not in ("auto", "0", "1"):
-        raise SystemExit(f"ACNET_KERNELS_BUILD must be auto, 0 or 1, got {switch!r}")
+    if switch not in ("auto", "0", "1", "portable"):
+        raise SystemExit(f"ACNET_KERNELS_BUILD must be auto, 0, 1 or portable, got {switch!r}")
+    portable = switch == "portable"
+    required = portable or switch == "1"
     reason = "ACNET_KERNELS_BUILD=0" if switch == "0" else why_not_build()
     if reason is not None:
         message = f"acnet_kernels: installing without the C++ extension: {reason}"
-        if switch == "1":
-            raise SystemExit(message + " (ACNET_KERNELS_BUILD=1 asked for it)")
+        if required:
+            raise SystemExit(f"{message} (ACNET_KERNELS_BUILD={switch} asked for it)")
         print(message, file=sys.stderr)
         return {}
     import torch
@@ -100,12 +103,13 @@ def extension() -> dict:
     sources = sorted(glob.glob("csrc/*.cpp"))
     flags = {"cxx": FLAGS + HOST_FLAGS + without_paths()}
     modules = [CppExtension("acnet_kernels._C", sources, extra_compile_args=flags, py_limited_api=True)]
-    # The autograd node, of one Python and one torch, which its name says: by torch's own choice of C++ standard.
-    name = "_node_" + re.sub(r"\W", "_", torch.__version__)
-    flags = {"cxx": ["-O3", *HOST_FLAGS, *without_paths()]}
-    modules.append(
-        CppExtension(f"acnet_kernels.{name}", sorted(glob.glob("csrc/node/*.cpp")), extra_compile_args=flags)
-    )
+    if not portable:
+        # The autograd node, of one Python and one torch, which its name says: by torch's choice of C++ standard.
+        name = "_node_" + re.sub(r"\W", "_", torch.__version__)
+        flags = {"cxx": ["-O3", *HOST_FLAGS, *without_paths()]}
+        modules.append(
+            CppExtension(f"acnet_kernels.{name}", sorted(glob.glob("csrc/node/*.cpp")), extra_compile_args=flags)
+        )
     no_cuda = why_not_cuda()
     if no_cuda is None:
         modules.append(cuda_module())
@@ -113,7 +117,8 @@ def extension() -> dict:
         print(f"acnet_kernels: building without CUDA kernels: {no_cuda}", file=sys.stderr)
     return {
         "ext_modules": modules,
-        "cmdclass": {"build_ext": build_command(required=switch == "1")},
+        "cmdclass": {"build_ext": build_command(required)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}} if portable else {},
     }
 
 

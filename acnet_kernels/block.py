@@ -57,9 +57,9 @@ class ACBlock(RepBlock):
     output of `train()` differs from that of `eval()`, which uses the running statistics and is one folded
     convolution. `switch_to_deploy()` makes that convolution permanent.
 
-    State-dict names and order are the original code's: square_conv.weight, square_bn.*, ver_conv.weight,
-    hor_conv.weight, ver_bn.*, hor_bn.*; deployed: fused_conv.weight, fused_conv.bias. With `norm='sum'` there
-    is one `bn.*` after the convolutions.
+    State-dict names and order are the original code's: `square_conv.weight`, `square_bn.*`, `ver_conv.weight`,
+    `hor_conv.weight`, `ver_bn.*`, `hor_bn.*`; deployed: `fused_conv.weight`, `fused_conv.bias`. With `norm='sum'`
+    there is one `bn.*` after the convolutions.
 
     Args:
         in_channels: C of the input, N×C×H×W.

@@ -172,4 +172,7 @@ def measure(network: Network, dtype: torch.dtype, options: argparse.Namespace, r
     samples = harness.measure(calls, options.device, warm_up=0.02, seconds=4 * options.seconds, least=options.least)
     for name, found in samples.items():
         report.add(name, "step", shape, dtype, layout, "time_ms", found)
-    return ", ".join(f"{name} {found.p50:.1f}" for name, found in samples.items())
+    told = ", ".join(f"{name} {found.p50:.1f}" for name, found in samples.items()) + " ms a step"
+    if not {"eager", "auto"} <= samples.keys():
+        return told
+    return f"{told}; auto is {samples['eager'].p50 / samples['auto'].p50:.2f} times as fast as eager"

@@ -22,6 +22,7 @@ from .plots import style
 
 BEGIN, END = "<!-- measured: what `make figures` makes of benchmarks/results -->", "<!-- end of measured -->"
 SAVER = "memory_saver"
+KINDS = {"block": "blocks", "network": "ACNets", "accelerated": "other libraries' networks"}
 DTYPES = {"float32": ("#56B4E9", "o"), "bfloat16": ("#0072B2", "s")}
 
 
@@ -65,7 +66,9 @@ def chart(results: Sequence[report.Results], path: Path) -> None:
     )
     import matplotlib
 
-    with matplotlib.rc_context({"svg.hashsalt": "overview"}):  # the same rows give the same file
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "overview", "svg.fonttype": "none"}
+    ):  # the same rows give the same file
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -123,24 +126,26 @@ def _bars(axis: Any, names: Sequence[str], series: dict[str, tuple[dict[str, flo
 
 
 def table(results: Sequence[report.Results]) -> str:
-    """The README's table: a line for each kind of result."""
-    lines = []
-    block = newest(results, "block")
-    for dtype, rows in block.items():
-        values = list(speedups(rows).values())
-        if values:
-            spread = f"{min(values):.2f}–{max(values):.2f}, median {median(values):.2f}"
-            lines.append((f"one ACNet block, {len(values)} layers", dtype, spread, source(block)))
-    for kind in ("network", "accelerated"):
+    """The README's table, a line for each kind of result, and where they were measured."""
+    lines: dict[str, dict[str, str]] = {}
+    sources: dict[str, list[str]] = {}
+    for kind in ("block", "network", "accelerated"):
         of_kind = newest(results, kind)
-        by_network: dict[str, dict[str, float]] = {}
         for dtype, rows in of_kind.items():
-            for name, value in speedups(rows).items():
-                by_network.setdefault(short(name), {})[dtype] = value
-        for name, values in by_network.items():
-            dtypes = ", ".join(values)
-            lines.append((name, dtypes, ", ".join(f"{value:.2f}" for value in values.values()), source(of_kind)))
-    return harness.table(("training step of", "dtype", "times as fast", "measured on"), lines)
+            found = speedups(rows)
+            if kind == "block" and found:
+                values = found.values()
+                of_line = lines.setdefault(f"ACNet blocks of {len(found)} layers, median (all)", {})
+                of_line[dtype] = f"{median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+            elif kind != "block":
+                for name, value in found.items():
+                    lines.setdefault(short(name), {})[dtype] = f"{value:.2f}"
+        if of_kind:
+            sources.setdefault(source(of_kind), []).append(KINDS[kind])
+    dtypes = list(dict.fromkeys(dtype for values in lines.values() for dtype in values))
+    rows = [(name, *(values.get(dtype, "") for dtype in dtypes)) for name, values in lines.items()]
+    told = "; ".join(f"{', '.join(kinds)}: {where}" for where, kinds in sources.items())
+    return f"{harness.table(('training step of', *dtypes), rows)}\n\nMeasured: {told}."
 
 
 def written(page: str, text: str) -> str:

@@ -12,7 +12,19 @@ from acnet_kernels.steps import convolution
 SLOW_FILES = {
     f"test_{name}"
     for name in (
-        *("interpreter", "launch", "codegen", "nvcc", "build", "csrc_host", "compile", "export", "bench", "cli"),
+        *(
+            "interpreter",
+            "launch",
+            "codegen",
+            "nvcc",
+            "build",
+            "csrc_host",
+            "compile",
+            "export",
+            "bench",
+            "cli",
+            "docs",
+        ),
         *("architectures", "networks", "studies", "training", "distributed", "torchrun", "hostile", "imports"),
         "torch_compat",
     )

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import re
 import shutil
 import sys
 
@@ -82,8 +83,11 @@ def test_a_librarys_network_is_measured_before_and_after(tmp_path, capsys, monke
     pytest.importorskip("timm", reason="its network is measured: extra `test`")
     monkeypatch.setattr(libraries, "image_size", lambda name: 32)
     options = [*TINY, "--networks", "timm:repghostnet_050", "--contenders", "eager", "auto", "--out", tmp_path]
-    code, _, errors = run(capsys, "network", *options)
+    code, printed, errors = run(capsys, "network", *options)
     assert (code, errors) == (0, "")
+    assert re.search(
+        r"repghostnet_050 float32: eager [\d.]+, auto [\d.]+ ms a step; auto is [\d.]+ times as fast as", printed
+    )
     assert [path.stem for path in tmp_path.glob("*.csv")] == ["accelerated-float32"]
     rows = harness.read_csv(tmp_path / "accelerated-float32.csv")
     measured = [(name, metric) for metric in ("saved_bytes", "time_ms") for name in ("auto", "eager")]
@@ -400,11 +404,14 @@ def test_the_readmes_chart_and_table_come_from_what_is_kept(tmp_path, monkeypatc
     assert "old" not in text
     assert text.endswith(f"{overview.END}\nrest\n")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert lines[2:] == [
-        ["one ACNet block, 1 layers", "float32", "1.56–1.56, median 1.56", "a machine, today"],
-        ["resnet8", "bfloat16", "1.25", "a machine, today"],
-        ["a_net", "float32", "1.20", "a machine, today"],
+    assert lines == [
+        ["training step of", "float32", "bfloat16"],
+        ["-" * len(cell) for cell in lines[1]],
+        ["ACNet blocks of 1 layers, median (all)", "1.56 (1.56–1.56)", ""],
+        ["resnet8", "", "1.25"],
+        ["a_net", "1.20", ""],
     ]
+    assert "Measured: blocks, ACNets, other libraries' networks: a machine, today." in text
     with pytest.raises(ValueError, match="must have the lines"):
         overview.written("nothing", "")
 

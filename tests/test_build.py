@@ -56,7 +56,7 @@ def test_zero_never_builds():
 def test_another_value_is_an_error():
     result = setup(ACNET_KERNELS_BUILD="yes")
     assert result.returncode != 0
-    assert "ACNET_KERNELS_BUILD must be auto, 0 or 1, got 'yes'" in result.stderr
+    assert "ACNET_KERNELS_BUILD must be auto, 0, 1 or portable, got 'yes'" in result.stderr
 
 
 MISSING = """

@@ -1,11 +1,14 @@
 """PyTorch's private names: all in one module, and a release without one is told of by name."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from acnet_kernels._torch_compat import NAMES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "acnet_kernels"
@@ -65,4 +68,9 @@ def test_a_torch_without_one_is_refused_by_name(name):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("ImportError: torch ")
-    assert f"has no torch.{name}, which acnet_kernels needs" in done.stderr
+    assert f"has no torch.{name}, which acnet_kernels needs ({NAMES[name]})" in done.stderr
+
+
+def test_the_documentation_has_every_name():
+    page = (ROOT / "docs" / "torch.md").read_text()
+    assert re.findall(r"^\| `torch\.(.+?)` \| (.+?) \|$", page, re.MULTILINE) == list(NAMES.items())
