@@ -1,4 +1,4 @@
-// The operators bn_sum_forward, bn_sum_backward and bn_sum_backward_ on the CPU: checks, chunks, threads and merging.
+// The operators bn_sum_statistics, bn_sum_forward, bn_sum_backward and bn_sum_backward_ on the CPU: checks, chunks, threads and merging.
 // Their meaning is documented once, in acnet_kernels/ops/bn_sum.py. The passes are in bn_sum_kernels.h.
 #include "bn_sum.h"
 
@@ -203,13 +203,77 @@ double plain_mean(const Tensor& y, int64_t channel) {
 
 }  // namespace
 
+namespace {
+
+// Of every map's channels, [maps][channels].
+struct Statistics {
+  std::vector<double> mean, variance, rstd;
+};
+
+// E, the maps' type; their chunks' statistics merged by Chan's rule, chunk after chunk, in double.
+template <class E, class A>
+Statistics statistics_of(const Passes<A>& pass, const Tensors& ys, const std::vector<View>& maps, const MapLayout& layout,
+                         const std::vector<double>& eps) {
+  const std::vector<const void*> y = pointers(maps);
+  const int64_t channels = layout.channels, per_chunk = layout.maps * channels;
+  std::vector<double> chunk_mean(layout.chunks * per_chunk), chunk_m2(layout.chunks * per_chunk);
+  std::vector<A> pivot(per_chunk);
+  for (size_t b = 0; b < maps.size(); ++b)
+    for (int64_t k = 0; k < channels; ++k)
+      pivot[b * channels + k] = static_cast<A>(static_cast<const E*>(y[b])[k * maps[b].strides[1]]);
+  const std::vector<A> wide_pivot = widen(layout, pivot);
+  run(layout, [&](int64_t begin, int64_t end) {
+    pass.statistics(layout, y.data(), wide_pivot.data(), chunk_mean.data(), chunk_m2.data(), begin, end);
+  });
+  Statistics found{std::vector<double>(per_chunk), std::vector<double>(per_chunk), std::vector<double>(per_chunk)};
+  std::vector<double>&mean = found.mean, m2(per_chunk);
+  double count = 0;
+  for (int64_t i = 0; i < layout.chunks; ++i) {
+    const double more = static_cast<double>(layout.count(i)), share = more / (count + more);
+    for (int64_t c = 0; c < per_chunk; ++c) {
+      const double delta = chunk_mean[i * per_chunk + c] - mean[c];
+      mean[c] += delta * share;
+      m2[c] += chunk_m2[i * per_chunk + c] + delta * delta * count * share;
+    }
+    count += more;
+  }
+  for (int64_t c = 0; c < per_chunk; ++c) {
+    mean[c] += pivot[c];
+    if (!std::isfinite(mean[c])) mean[c] = plain_mean<E>(ys[c / channels], c % channels);
+    found.variance[c] = m2[c] / count;
+    const double spread = found.variance[c] + eps[c / channels];
+    found.rstd[c] = spread == 0 ? 0 : 1 / std::sqrt(spread);  // as in nn.BatchNorm2d, whose ε may be 0
+  }
+  return found;
+}
+
+void check_eps(const Check& check, const std::vector<double>& eps, const std::vector<View>& maps) {
+  check(eps.size() == maps.size(), "eps must have one entry per map, ", maps.size(), " here, got ", eps.size());
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> statistics(Tensors ys, std::vector<double> eps) {
+  constexpr Check check("bn_sum_statistics");
+  const std::vector<View> maps = maps_of(check, ys);
+  const MapLayout layout = layout_of(check, maps);
+  check_eps(check, eps, maps);
+  return dispatch(maps[0].type(), [&](auto element, auto accumulator) {
+    using E = decltype(element);
+    const Statistics found = statistics_of<E>(passes<E, E, decltype(accumulator)>(), ys, maps, layout, eps);
+    const std::vector<int64_t> sizes{layout.maps, layout.channels};
+    return std::make_tuple(make_tensor(ys[0], sizes, found.mean), make_tensor(ys[0], sizes, found.variance),
+                           make_tensor(ys[0], sizes, found.rstd));
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
                                                    std::optional<ScalarType> dtype) {
   constexpr Check check("bn_sum_forward");
   const std::vector<View> maps = maps_of(check, ys);
   const MapLayout layout = layout_of(check, maps);
   const std::vector<View> scales = affine_of(check, "gammas", gammas, layout), shifts = affine_of(check, "betas", betas, layout);
-  check(eps.size() == maps.size(), "eps must have one entry per map, ", maps.size(), " here, got ", eps.size());
+  check_eps(check, eps, maps);
   const ScalarType type = maps[0].type();
   check_outer(check, maps[0], dtype.value_or(type));
   return dispatch(type, dtype.value_or(type), [&](auto element, auto outer, auto accumulator) {
@@ -217,56 +281,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, T
     using A = decltype(accumulator);
     const Passes<A>& pass = passes<E, decltype(outer), A>();
     Tensor out = empty_map(ys[0], dtype.value_or(type));
-    const std::vector<const void*> y = pointers(maps);
-    const int64_t channels = layout.channels, per_chunk = layout.maps * channels;
-    std::vector<double> chunk_mean(layout.chunks * per_chunk), chunk_m2(layout.chunks * per_chunk);
-    std::vector<A> pivot(per_chunk);
-    for (size_t b = 0; b < maps.size(); ++b)
-      for (int64_t k = 0; k < channels; ++k)
-        pivot[b * channels + k] = static_cast<A>(static_cast<const E*>(y[b])[k * maps[b].strides[1]]);
-    const std::vector<A> wide_pivot = widen(layout, pivot);
-    run(layout, [&](int64_t begin, int64_t end) {
-      pass.statistics(layout, y.data(), wide_pivot.data(), chunk_mean.data(), chunk_m2.data(), begin, end);
-    });
-    // Chan's rule, chunk after chunk, in double.
-    std::vector<double> mean(per_chunk), m2(per_chunk);
-    double count = 0;
-    for (int64_t i = 0; i < layout.chunks; ++i) {
-      const double more = static_cast<double>(layout.count(i)), share = more / (count + more);
-      for (int64_t c = 0; c < per_chunk; ++c) {
-        const double delta = chunk_mean[i * per_chunk + c] - mean[c];
-        mean[c] += delta * share;
-        m2[c] += chunk_m2[i * per_chunk + c] + delta * delta * count * share;
-      }
-      count += more;
-    }
-    for (int64_t c = 0; c < per_chunk; ++c) {
-      mean[c] += pivot[c];
-      if (!std::isfinite(mean[c])) mean[c] = plain_mean<E>(ys[c / channels], c % channels);
-    }
+    const Statistics found = statistics_of<E>(pass, ys, maps, layout, eps);
+    const int64_t channels = layout.channels;
     // The passes subtract the mean rounded to A; what that leaves of a mean far larger than the deviation is made up
     // for in the shift, here, and in the offset, in the gradient.
-    std::vector<A> center(mean.begin(), mean.end()), scale(per_chunk);
-    std::vector<double> variance(per_chunk), rstd(per_chunk), sum(channels);
+    std::vector<A> center(found.mean.begin(), found.mean.end()), scale(center.size());
+    std::vector<double> sum(channels);
     for (size_t b = 0; b < maps.size(); ++b) {
       const std::vector<A> gamma = channel_values<A>(scales, b, channels, 1);
       const std::vector<A> beta = channel_values<A>(shifts, b, channels, 0);
       for (int64_t k = 0; k < channels; ++k) {
         const int64_t c = b * channels + k;
-        variance[c] = m2[c] / count;
-        const double spread = variance[c] + eps[b];
-        rstd[c] = spread == 0 ? 0 : 1 / std::sqrt(spread);  // as in nn.BatchNorm2d, whose ε may be 0
-        scale[c] = static_cast<A>(gamma[k] * rstd[c]);
-        sum[k] += beta[k] - scale[c] * (mean[c] - center[c]);
+        scale[c] = static_cast<A>(gamma[k] * found.rstd[c]);
+        sum[k] += beta[k] - scale[c] * (found.mean[c] - center[c]);
       }
     }
     std::vector<A> shift(sum.begin(), sum.end());
-    Tensor means = make_tensor(ys[0], {layout.maps, channels}, mean);
-    Tensor variances = make_tensor(ys[0], {layout.maps, channels}, variance);
-    Tensor rstds = make_tensor(ys[0], {layout.maps, channels}, rstd);
+    Tensor means = make_tensor(ys[0], {layout.maps, channels}, found.mean);
+    Tensor variances = make_tensor(ys[0], {layout.maps, channels}, found.variance);
+    Tensor rstds = make_tensor(ys[0], {layout.maps, channels}, found.rstd);
     center = widen(layout, center);
     scale = widen(layout, scale);
     shift = widen(layout, shift);
+    const std::vector<const void*> y = pointers(maps);
     run(layout, [&](int64_t begin, int64_t end) {
       pass.apply(layout, y.data(), center.data(), scale.data(), shift.data(), out.mutable_data_ptr(), begin, end);
     });
@@ -394,6 +431,7 @@ std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tens
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
+  m.def("bn_sum_statistics(Tensor[] ys, float[] eps) -> (Tensor, Tensor, Tensor)");
   m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -405,6 +443,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(acnet_kernels, CPU, m) {
+  m.impl("bn_sum_statistics", TORCH_BOX(&statistics));
   m.impl("bn_sum_forward", TORCH_BOX(&forward));
   m.impl("bn_sum_backward", TORCH_BOX(&backward));
   m.impl("bn_sum_backward_", TORCH_BOX(&backward_));

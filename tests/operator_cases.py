@@ -96,6 +96,15 @@ def bn_sum_forward_results(ys: Any, gammas: Any, betas: Any, eps: Any, dtype: An
     return [out, means, variances, rstds]
 
 
+def bn_sum_statistics(r: random.Random) -> list[Any]:
+    ys, _, _, eps, _ = bn_sum_forward(r)
+    return [ys, eps]
+
+
+def bn_sum_statistics_results(ys: Any, eps: Any) -> list[Any]:
+    return bn_sum_forward_results(ys, [], [], eps, None)[1:]
+
+
 def bn_sum_backward(r: random.Random) -> list[Any]:
     ys, gammas, _, eps, out = bn_sum_forward(r)
     _, means, _, rstds = bn_sum_forward_results(ys, gammas, [], eps, None)
@@ -643,6 +652,7 @@ CASES = {
     "bn_sum_backward": Case(bn_sum_backward, bn_sum_backward_results),
     "bn_sum_backward_": Case(bn_sum_backward_, bn_sum_write_results),
     "bn_sum_forward": Case(bn_sum_forward, bn_sum_forward_results),
+    "bn_sum_statistics": Case(bn_sum_statistics, bn_sum_statistics_results),
     "cross_correlation": Case(cross_correlation, cross_correlation_results),
     "depthwise_apply": Case(depthwise_apply, depthwise_apply_results),
     "depthwise_statistics": Case(depthwise_statistics, depthwise_statistics_results),

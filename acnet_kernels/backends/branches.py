@@ -29,6 +29,7 @@ from ..steps.assignment import ALL_LIBRARY, ALL_TRITON, Phases
 from ..steps.batchnorm import Update
 from ..steps.convolution import convolution_dtype, gradient_bytes
 from ..steps.maps import StepConfig, config_of, convolution_gradients
+from ..steps.open_sum import open_sum
 from ..steps.packed import Branches
 from . import mixed, node, nodes
 from .phases import assignments, label, phases_of
@@ -91,6 +92,9 @@ def _composed(config: StepConfig, x: Tensor, *tensors: Tensor) -> tuple[Tensor, 
     # AOTInductor of torch 2.10 and 2.11 hands an operator another dtype than it is given: it is given none.
     given = config._replace(dtype=config.conv_dtype) if torch.compiler.is_exporting() else config
     with nodes.without_autocast(x.device.type):
+        if config.phases == ALL_LIBRARY and not torch.compiler.is_exporting():
+            weights, gammas, betas = config.split(tensors)
+            return open_sum(config.maps(x, weights), gammas, betas, config.eps, config.dtype)
         out, _, means, variances, _ = given.forward(x, *config.split(tensors))
     return out.to(config.dtype), means, variances
 

@@ -52,13 +52,13 @@ def cross_correlation(
     group, in_group, of_group = weight_block(tl.program_id(1), KG, CG, BLOCK_K, BLOCK_C)
     k = group * KG + in_group
     c = group * CG + of_group
-    k_live = in_group < KG
-    c_live = of_group < CG
+    mask_k = in_group < KG
+    mask_c = of_group < CG
     split = tl.program_id(2)
     start = index(split, INT64_OFFSETS) * ROWS
     stop = tl.minimum(start + ROWS, M)
-    x_pivot = tl.load(x_pivot_ptr + c, mask=c_live, other=0.0)
-    y_pivot = tl.load(y_pivot_ptr + k, mask=k_live, other=0.0)
+    x_pivot = tl.load(x_pivot_ptr + c, mask=mask_c, other=0.0)
+    y_pivot = tl.load(y_pivot_ptr + k, mask=mask_k, other=0.0)
     if x_ptr.dtype.element_ty == tl.float32:
         pivots: tl.constexpr = 1
     else:
@@ -70,16 +70,16 @@ def cross_correlation(
                 m = first + index(tl.arange(0, BLOCK_M), INT64_OFFSETS)
                 _, h, w = split_pixel(m, H, W)
                 inside = (m < stop) & (h + row >= 0) & (h + row < H) & (w + col >= 0) & (w + col < W)
-                y = tl.load(y_ptr + m[:, None] * K + k[None, :], mask=inside[:, None] & k_live[None, :], other=0.0)
+                y = tl.load(y_ptr + m[:, None] * K + k[None, :], mask=inside[:, None] & mask_k[None, :], other=0.0)
                 at = (m + row * W + col) * C
-                x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & c_live[None, :], other=0.0)
+                x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & mask_c[None, :], other=0.0)
                 if centred:
                     y = tl.where(inside[:, None], y.to(tl.float32) - y_pivot[None, :], 0.0)
                     x = x.to(tl.float32) - x_pivot[None, :]
                 acc = dot(tl.trans(y), x, acc, "ieee", INTERPRETER_FP32)
     at = ((shift * (K // KG) + group) * KG + in_group)[:, None] * CG + of_group[None, :]
     products = products_ptr + split.to(tl.int64) * STRIDE + at
-    tl.store(products, acc, mask=k_live[:, None] & c_live[None, :])
+    tl.store(products, acc, mask=mask_k[:, None] & mask_c[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "PIXELS"])
@@ -87,11 +87,11 @@ def centred_total(y_ptr, pivot_ptr, total_ptr, N, PIXELS, K, BLOCK: tl.constexpr
     """total = Σ_n (y[n] − pivot), PIXELS×K of fp32. Grid: blocks of total's elements."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = PIXELS.to(tl.int64) * K
-    live = at < size
-    pivot = tl.load(pivot_ptr + at % K, mask=live, other=0.0)
+    mask = at < size
+    pivot = tl.load(pivot_ptr + at % K, mask=mask, other=0.0)
     total = tl.zeros((BLOCK,), tl.float32)
     source = y_ptr + at
     for _ in range(N):
-        total += tl.load(source, mask=live, other=0.0).to(tl.float32) - pivot
+        total += tl.load(source, mask=mask, other=0.0).to(tl.float32) - pivot
         source += size
-    tl.store(total_ptr + at, total, mask=live)
+    tl.store(total_ptr + at, total, mask=mask)

@@ -13,10 +13,10 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_moments(y, live, count):
-    """(mean, M2) down the rows of y (fp32), of which `live` mark `count`; the others must be zero."""
+def tile_moments(y, mask_m, count):
+    """(mean, M2) down the rows of y (fp32), of which `mask_m` mark `count`; the others must be zero."""
     mean = tl.sum(y, 0) / count
-    deviation = tl.where(live[:, None], y - mean[None, :], 0.0)
+    deviation = tl.where(mask_m[:, None], y - mean[None, :], 0.0)
     return mean, tl.sum(deviation * deviation, 0)
 
 
@@ -29,19 +29,19 @@ def merge_moments(mean, m2, before, block_mean, block_m2, count):
 
 
 @triton.jit
-def mean_of(mean_ptr, at, live):
+def mean_of(mean_ptr, at, mask):
     """An fp64 mean as two fp32 numbers: one would round away the deviation of a map whose mean is far larger."""
-    mean = tl.load(mean_ptr + at, mask=live, other=0.0)
+    mean = tl.load(mean_ptr + at, mask=mask, other=0.0)
     leading = mean.to(tl.float32)
     return leading, (mean - leading).to(tl.float32)
 
 
 @triton.jit
-def store_moments(partial_ptr, mean, m2, branch, k, k_live, K, tile, TILES):
+def store_moments(partial_ptr, mean, m2, branch, k, mask_k, K, tile, TILES):
     """Writes one tile's moments into partial[branch, 0 and 1, k, tile] (B×2×K×TILES)."""
     row = branch * 2 * K + k
-    tl.store(partial_ptr + row.to(tl.int64) * TILES + tile, mean, mask=k_live)
-    tl.store(partial_ptr + (row + K).to(tl.int64) * TILES + tile, m2, mask=k_live)
+    tl.store(partial_ptr + row.to(tl.int64) * TILES + tile, mean, mask=mask_k)
+    tl.store(partial_ptr + (row + K).to(tl.int64) * TILES + tile, m2, mask=mask_k)
 
 
 @triton.jit(do_not_specialize=["M", "TILES", "ROWS"])
@@ -49,7 +49,7 @@ def statistics(ys, partial_ptr, M, K, TILES, ROWS, B: tl.constexpr, BLOCK_M: tl.
     """Mean and M2 of ROWS rows of every map → partial (B×2×K×TILES). Grid: (TILES, channel blocks)."""
     tile = tl.program_id(0)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_live = k < K
+    mask_k = k < K
     start = tile.to(tl.int64) * ROWS
     stop = tl.minimum(start + ROWS, M)
     for b in tl.static_range(B):
@@ -57,12 +57,12 @@ def statistics(ys, partial_ptr, M, K, TILES, ROWS, B: tl.constexpr, BLOCK_M: tl.
         m2 = tl.zeros((BLOCK_K,), tl.float32)
         for row in range(start, stop, BLOCK_M):
             m = row + tl.arange(0, BLOCK_M).to(tl.int64)
-            live = m < stop
-            y = tl.load(ys[b] + m[:, None] * K + k[None, :], mask=live[:, None] & k_live[None, :], other=0.0)
+            mask_m = m < stop
+            y = tl.load(ys[b] + m[:, None] * K + k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
             count = tl.minimum(stop - row, BLOCK_M).to(tl.float32)
-            block_mean, block_m2 = tile_moments(y.to(tl.float32), live, count)
+            block_mean, block_m2 = tile_moments(y.to(tl.float32), mask_m, count)
             mean, m2 = merge_moments(mean, m2, (row - start).to(tl.float32), block_mean, block_m2, count)
-        store_moments(partial_ptr, mean, m2, b, k, k_live, K, tile, TILES)
+        store_moments(partial_ptr, mean, m2, b, k, mask_k, K, tile, TILES)
 
 
 @triton.jit(do_not_specialize=["M", "TILES", "ROWS"])
@@ -173,16 +173,16 @@ def apply(
                 tl.store(counters[b], tl.load(counters[b]) + 1)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_live = k < K
-    live = (m < M)[:, None] & k_live[None, :]
+    mask_k = k < K
+    mask = (m < M)[:, None] & mask_k[None, :]
     at = m[:, None] * K + k[None, :]
-    out = tl.zeros((BLOCK_M, BLOCK_K), tl.float32) + tl.load(bias_ptr + k, mask=k_live, other=0.0)[None, :]
+    out = tl.zeros((BLOCK_M, BLOCK_K), tl.float32) + tl.load(bias_ptr + k, mask=mask_k, other=0.0)[None, :]
     for b in tl.static_range(B):
-        scale = tl.load(scale_ptr + b * K + k, mask=k_live, other=0.0)
-        mean, rest = mean_of(mean_ptr, b * K + k, k_live)
-        y = tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + b * K + k, mask=mask_k, other=0.0)
+        mean, rest = mean_of(mean_ptr, b * K + k, mask_k)
+        y = tl.load(ys[b] + at, mask=mask, other=0.0).to(tl.float32)
         out += (y - mean[None, :] - rest[None, :]) * scale[None, :]
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "TILES", "ROWS"])
@@ -202,25 +202,25 @@ def reduce_grad(
     """Σ g and Σ g·(y_b − μ_b) over ROWS rows → partial ((1+B)×K×TILES). Grid: (TILES, channel blocks)."""
     tile = tl.program_id(0)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_live = k < K
+    mask_k = k < K
     start = tile.to(tl.int64) * ROWS
     stop = tl.minimum(start + ROWS, M)
     g_sum = tl.zeros((BLOCK_K,), tl.float32)
     # A loop a map reads g again, but from L2, and keeps one accumulator alive.
     for b in tl.static_range(B):
-        mean, rest = mean_of(mean_ptr, b * K + k, k_live)
+        mean, rest = mean_of(mean_ptr, b * K + k, mask_k)
         product = tl.zeros((BLOCK_K,), tl.float32)
         for row in range(start, stop, BLOCK_M):
             m = row + tl.arange(0, BLOCK_M).to(tl.int64)
-            live = (m < stop)[:, None] & k_live[None, :]
+            mask = (m < stop)[:, None] & mask_k[None, :]
             at = m[:, None] * K + k[None, :]
-            g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32)
-            y = tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32)
+            g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            y = tl.load(ys[b] + at, mask=mask, other=0.0).to(tl.float32)
             product += tl.sum(g * (y - mean[None, :] - rest[None, :]), 0)
             if b == 0:
                 g_sum += tl.sum(g, 0)
-        tl.store(partial_ptr + ((1 + b) * K + k).to(tl.int64) * TILES + tile, product, mask=k_live)
-    tl.store(partial_ptr + k.to(tl.int64) * TILES + tile, g_sum, mask=k_live)
+        tl.store(partial_ptr + ((1 + b) * K + k).to(tl.int64) * TILES + tile, product, mask=mask_k)
+    tl.store(partial_ptr + k.to(tl.int64) * TILES + tile, g_sum, mask=mask_k)
 
 
 @triton.jit(do_not_specialize=["M", "TILES"])
@@ -284,16 +284,16 @@ def apply_grad(
     """dy_b = s_b·(g − ḡ) + e_b·(y_b − μ_b) where dys[b] is not None; it may be ys[b]. Grid as apply's."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_live = k < K
-    live = (m < M)[:, None] & k_live[None, :]
+    mask_k = k < K
+    mask = (m < M)[:, None] & mask_k[None, :]
     at = m[:, None] * K + k[None, :]
-    g_mean = tl.load(coefficient_ptr + k, mask=k_live, other=0.0)
-    g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32) - g_mean[None, :]
+    g_mean = tl.load(coefficient_ptr + k, mask=mask_k, other=0.0)
+    g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32) - g_mean[None, :]
     for b in tl.static_range(B):
         if dys[b] is not None:
-            scale = tl.load(coefficient_ptr + K + 2 * b * K + k, mask=k_live, other=0.0)
-            y_factor = tl.load(coefficient_ptr + K + (2 * b + 1) * K + k, mask=k_live, other=0.0)
-            mean, rest = mean_of(mean_ptr, b * K + k, k_live)
-            y = tl.load(ys[b] + at, mask=live, other=0.0).to(tl.float32)
+            scale = tl.load(coefficient_ptr + K + 2 * b * K + k, mask=mask_k, other=0.0)
+            y_factor = tl.load(coefficient_ptr + K + (2 * b + 1) * K + k, mask=mask_k, other=0.0)
+            mean, rest = mean_of(mean_ptr, b * K + k, mask_k)
+            y = tl.load(ys[b] + at, mask=mask, other=0.0).to(tl.float32)
             dy = scale[None, :] * g + y_factor[None, :] * (y - mean[None, :] - rest[None, :])
-            tl.store(dys[b] + at, dy.to(dys[b].dtype.element_ty), mask=live)
+            tl.store(dys[b] + at, dy.to(dys[b].dtype.element_ty), mask=mask)

@@ -2,6 +2,8 @@
 
     bn_sum_forward(ys, gammas, betas, eps, dtype) -> (out, means, variances, rstds)
         out = Σ_b γ_b·(y_b − μ_b)·rstd_b + β_b, in the layout of ys, and in `dtype`: None for theirs.
+    bn_sum_statistics(ys, eps) -> (means, variances, rstds)
+        Its first pass alone. What is left of it are plain tensor expressions (steps/open_sum.py).
     bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy) -> (dys, dgammas, dbeta)
         dys holds dy_b for every b with needs_dy[b], in order, in the dtype and layout of ys. Every branch's dβ is
         the same Σ grad, hence one dbeta.
@@ -38,6 +40,7 @@ from ._extension import LOADED, TRITON
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 
 if not LOADED:
+    _LIBRARY.define("bn_sum_statistics(Tensor[] ys, float[] eps) -> (Tensor, Tensor, Tensor)")
     _COMMON = "Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy"
     _LIBRARY.define(
         "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype)"
@@ -48,6 +51,7 @@ if not LOADED:
 
 MOST_MAPS = 8
 
+bn_sum_statistics = torch.ops.acnet_kernels.bn_sum_statistics.default
 bn_sum_forward = torch.ops.acnet_kernels.bn_sum_forward.default
 bn_sum_backward = torch.ops.acnet_kernels.bn_sum_backward.default
 bn_sum_backward_ = torch.ops.acnet_kernels.bn_sum_backward_.default
@@ -113,6 +117,12 @@ def _check_affine(ys: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
     check.floats(**lists)
 
 
+def _check_statistics(ys: list[Tensor], eps: list[float]) -> None:
+    check.one_device(ys=ys)
+    _check(ys)
+    check.length(len(ys), "one a map", eps=eps)
+
+
 def check_forward(
     ys: list[Tensor],
     gammas: list[Tensor],
@@ -122,10 +132,9 @@ def check_forward(
 ) -> None:
     """ValueError where bn_sum_forward's arguments do not fit each other; the message names one."""
     check.one_device(ys=ys, gammas=gammas, betas=betas)
-    _check(ys)
+    _check_statistics(ys, eps)
     _check_outer(ys[0], ys[0].dtype if dtype is None else dtype)
     _check_affine(ys, gammas=gammas, betas=betas)
-    check.length(len(ys), "one a map", eps=eps)
 
 
 def _check_backward(
@@ -190,6 +199,13 @@ def _per_channel(values: Tensor) -> Tensor:
     return values[:, None, None]
 
 
+@check.checked(_check_statistics)
+def _statistics(ys: list[Tensor], eps: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    found = [mean_and_variance(y.to(accumulation_dtype(y.dtype))) for y in ys]
+    means, variances = (torch.stack([t.double() for t in all_of]) for all_of in zip(*found, strict=True))
+    return means, variances, rstds_of(variances, eps)
+
+
 @check.checked(check_forward)
 def _forward(
     ys: list[Tensor],
@@ -200,20 +216,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out_dtype = ys[0].dtype if dtype is None else dtype
     dtype = accumulation_dtype(ys[0].dtype)
-    means, variances, rstds = [], [], []
+    means, variances, rstds = _statistics(ys, eps)
     total = torch.zeros_like(ys[0], dtype=dtype)
-    for b, (y, e) in enumerate(zip(ys, eps, strict=True)):
-        y = y.to(dtype)
-        mean, var = mean_and_variance(y)
-        rstd = rstds_of(var[None], [e])[0]
-        scale = (rstd * gammas[b] if gammas else rstd).to(dtype)
-        total.addcmul_(y - _per_channel(mean.to(dtype)), _per_channel(scale))
+    for b, y in enumerate(ys):
+        scale = (rstds[b] * gammas[b] if gammas else rstds[b]).to(dtype)
+        total.addcmul_(y.to(dtype) - _per_channel(means[b].to(dtype)), _per_channel(scale))
         if betas:
             total += _per_channel(betas[b])
-        means.append(mean.double())
-        variances.append(var.double())
-        rstds.append(rstd.double())
-    return total.to(out_dtype), torch.stack(means), torch.stack(variances), torch.stack(rstds)
+    return total.to(out_dtype), means, variances, rstds
 
 
 def _backward_into(
@@ -281,7 +291,7 @@ def _on_cuda(name: str, plain: Callable[..., Any], checks: Callable[..., None]) 
 
     @check.checked(checks)
     def kernel(*args: Any) -> Any:
-        maps = args[0] if name == "bn_sum_forward" else [args[0], *args[1]]
+        maps = args[0] if name in ("bn_sum_forward", "bn_sum_statistics") else [args[0], *args[1]]
         maps += args[6] if name == "bn_sum_backward_" else []
         if not triton_takes(maps):
             return plain(*args)
@@ -293,6 +303,7 @@ def _on_cuda(name: str, plain: Callable[..., Any], checks: Callable[..., None]) 
 
 
 on_cuda = {
+    "bn_sum_statistics": _on_cuda("bn_sum_statistics", _statistics, _check_statistics),
     "bn_sum_forward": _on_cuda("bn_sum_forward", _forward, check_forward),
     "bn_sum_backward": _on_cuda("bn_sum_backward", _backward, _check_backward),
     "bn_sum_backward_": _on_cuda("bn_sum_backward_", _backward_, _check_written),
@@ -300,9 +311,18 @@ on_cuda = {
 for _name, _kernel in on_cuda.items():
     _LIBRARY.impl(_name, _kernel, "CUDA")
 if not LOADED:
+    _LIBRARY.impl("bn_sum_statistics", _statistics, "CPU")
     _LIBRARY.impl("bn_sum_forward", _forward, "CPU")
     _LIBRARY.impl("bn_sum_backward", _backward, "CPU")
     _LIBRARY.impl("bn_sum_backward_", _backward_, "CPU")
+
+
+@torch.library.register_fake("acnet_kernels::bn_sum_statistics")
+@check.checked(_check_statistics)
+def _empty_statistics(ys: list[Tensor], eps: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape = len(ys), ys[0].shape[1]
+    means, variances, rstds = (ys[0].new_empty(shape, dtype=torch.float64) for _ in range(3))
+    return means, variances, rstds
 
 
 @torch.library.register_fake("acnet_kernels::bn_sum_forward")
@@ -315,8 +335,7 @@ def _(
 
 def empty_forward(ys: list[Tensor], dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What bn_sum_forward returns, unwritten."""
-    means, variances, rstds = (ys[0].new_empty((len(ys), ys[0].shape[1]), dtype=torch.float64) for _ in range(3))
-    return torch.empty_like(ys[0], dtype=dtype), means, variances, rstds
+    return torch.empty_like(ys[0], dtype=dtype), *_empty_statistics(ys, [0.0] * len(ys))
 
 
 def _fake_parameters(grad: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
@@ -377,6 +396,10 @@ def _autograd(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     )
 
 
+def _refuse_statistics(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError("bn_sum_statistics has no derivative; bn_sum_forward has one")
+
+
 def _refuse(ctx: Any, *grads: Any) -> None:
     raise NotImplementedError(
         "bn_sum_backward has no derivative of its own; for second derivatives use acblock(), whose backward is "
@@ -384,6 +407,7 @@ def _refuse(ctx: Any, *grads: Any) -> None:
     )
 
 
+torch.library.register_autograd("acnet_kernels::bn_sum_statistics", _refuse_statistics)
 torch.library.register_autograd("acnet_kernels::bn_sum_forward", _autograd, setup_context=_setup_context)
 torch.library.register_autograd("acnet_kernels::bn_sum_backward", _refuse)
 check.refuse_leaves(_LIBRARY, bn_sum_backward_)

@@ -218,6 +218,13 @@ def _sum_backward(tensors: Sequence[Tensor], maps: int, targets: int, needs_dy: 
 
 
 # What ops/bn_sum.py registers for maps that `triton_takes`.
+def bn_sum_statistics(ys: Sequence[Tensor], eps: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator of this name."""
+    with torch.cuda.device_of(ys[0]):  # Triton launches on the current device
+        norms = triton_bn_sum.merge_statistics(triton_bn_sum.statistics(ys), [], [], eps)
+    return norms.means, norms.variances, norms.rstds
+
+
 def bn_sum_forward(
     ys: Sequence[Tensor],
     gammas: Sequence[Tensor],

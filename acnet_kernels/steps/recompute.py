@@ -188,7 +188,7 @@ def _without_maps(
     z = F.conv2d(x, folded, None, geometry.stride, place.padding, place.dilation, geometry.groups)
     # The mean that this convolution's own rounding gives: as in a batch norm, a level much larger than the spread
     # cancels exactly.
-    mean = _statistics_of([z], [1.0])[0][0]
+    mean = bn_sum.on_cuda["bn_sum_statistics"]([z], [1.0])[0][0]
     centre = mean.to(wide)
     shift = top * (centre - mean)
     for beta in betas:
@@ -211,18 +211,6 @@ def _triton_statistics(x: Tensor, kernels: list[Tensor], config: StepConfig) -> 
         _, moments = triton_conv.conv_forward(x, weights, triton_conv.Window.of(config.geometry, taps), store=False)
         norms = merge_statistics(moments, [], [], config.eps)
     return norms.means, norms.variances, norms.rstds
-
-
-def _statistics_of(ys: list[Tensor], eps: list[float]) -> tuple[Tensor, Tensor]:
-    """(means, rstds) of CUDA maps, B×K float64."""
-    if not all(y.is_contiguous(memory_format=torch.channels_last) for y in ys):
-        _, means, _, rstds = bn_sum.bn_sum_forward(ys, [], [], eps, [], None)
-        return means, rstds
-    from ..ops import triton_bn_sum  # Triton is slow to import, and only CUDA needs it
-
-    with torch.cuda.device_of(ys[0]):  # Triton launches on the current device
-        norms = triton_bn_sum.merge_statistics(triton_bn_sum.statistics(ys), [], [], eps)
-    return norms.means, norms.rstds
 
 
 def _folded(kernels: list[Tensor], scale: Tensor, config: StepConfig) -> Tensor:
@@ -260,7 +248,7 @@ def _step_backward(
         if (
             _has_triton(x) and config.is_triton
         ):  # forward's are of another kernel's maps: what that rounds otherwise, times Σg, is no dγ
-            means, rstds = _statistics_of(ys, eps)
+            means, _, rstds = bn_sum.on_cuda["bn_sum_statistics"](ys, eps)
         like = bn_sum.like(grad, ys[0])
         kept = ys if config.is_summed else [y for y, (_, own) in zip(ys, config.branches, strict=True) if own]
         dys, dgammas, dbeta = config.map_gradients(like, x, kept, means, rstds, gammas, needs_dy, True)
