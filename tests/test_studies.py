@@ -539,6 +539,20 @@ def test_the_accuracy_table_puts_the_papers_figures_beside_ours():
     assert len(accuracy.table(other).rows[0]) == len(both.header) - 3
 
 
+def test_the_first_versions_block_has_columns_of_its_own_where_it_is_another():
+    asked = {(c["net"], c["block"]) for c in accuracy.cells(config.QUICK)}
+    assert {block for net, block in asked if net == "cifar-quick"} == {"plain", "acb", "acb-3"}
+    assert {block for net, block in asked if net == "resnet8"} == {"plain", "acb"}
+    pair = measured("plain", 0.5, 0.6, net="cifar-quick") + measured("acb", 0.6, 0.6, net="cifar-quick")
+    without = accuracy.table(pair)
+    table = accuracy.table(pair + measured("acb-3", 0.7, 0.7, net="cifar-quick"))
+    row = dict(zip(table.header, table.rows[0], strict=True))
+    assert row["ACNet with 1×3 and 3×1, top-1 (%)"] == "70.00 ± 0.00"
+    assert row["its gain (points, ± standard error)"] == "+15.00 ± 5.00"
+    assert len(without.header) == len(table.header) - 2
+    assert table.rows[0][:9] == without.rows[0][:9]  # what stands there is as without it
+
+
 @pytest.mark.parametrize(
     ("data_set", "net", "expected"),
     [

@@ -63,7 +63,8 @@ def build(name: str, num_classes: int, in_channels: int = 3, block: str = "acb",
             every k×k layer (k > 1) an ACBlock with γ = 1/3 (the authors' later setting on CIFAR; 1 in a WRN
             behind its stem, as in their code, and on ImageNet, where a 7×7 or 11×11 stem stays plain): 'acb',
             with one added branch 'acb-hor' or 'acb-ver', with one batch norm after the sum 'acb-sum', with the
-            branches moved to the border 'acb-border'. 1×1 layers are plain always.
+            branches moved to the border 'acb-border', with 1×3 and 3×1 ones beside larger kernels too 'acb-3'. 1×1
+            layers are plain always.
         block_options: passed to every ACBlock (`backend`, `branches`, `norm`, `reduce_gamma`, …).
 
     Raises:

@@ -26,6 +26,7 @@ LABELS = {
     "acb-hor": "+ horizontal",
     "acb-ver": "+ vertical",
     "acb-sum": "ACNet, one batch norm",
+    "acb-3": "ACNet, 1×3 and 3×1",
     "acb-border": "border-shifted",
 }
 FOLDED_LABELS = {block: label if block == "plain" else f"{label}, folded" for block, label in LABELS.items()}
