@@ -14,7 +14,7 @@ from test_branch_lists import Block, modules, truth
 from test_distributed import Collectives
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import moments, moments_depthwise, planner
+from acnet_kernels.backends import branches, moments, moments_depthwise, planner
 from acnet_kernels.functional import describe
 from acnet_kernels.geometry import Geometry, Taps
 from acnet_kernels.ops import _extension
@@ -364,6 +364,9 @@ def test_it_is_what_auto_takes():
     for name in ("mobileone", "mobileone of stride 2", "5×5", "acnet", "dilated", "reflected"):
         step = Depthwise(name, 8).step()
         assert planner.choose(describe(torch.randn(2, 8, 9, 9), step)).backend is wanted, name
+    for name in ("one", "repvit"):  # one normalised branch, which shares its passes with none
+        problem = describe(torch.randn(2, 8, 9, 9), Depthwise(name, 8).step())
+        assert planner.choose(problem).backend is (branches if _extension.LOADED else planner.eager), name
     block = ACBlock(6, 6, 3, padding=1, groups=6)
     block.ver_bn.eval()
     assert block.plan(torch.randn(2, 6, 9, 9))[1].backend is not moments

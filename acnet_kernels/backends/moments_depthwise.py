@@ -22,7 +22,7 @@ from ..spec import SUM, Problem, Step, prefers_channels_last
 from ..steps import depthwise as ops
 from ..steps.batchnorm import update_running
 from ..steps.packed import pack, pack_taps
-from . import branches, nodes
+from . import branches, mixed, nodes
 
 
 def computes(geometry: Geometry, channels: int, out_channels: int, device: str) -> bool:
@@ -37,11 +37,15 @@ def computes(geometry: Geometry, channels: int, out_channels: int, device: str) 
 
 
 def is_fastest(problem: Problem) -> bool:
-    """Whether no other way to compute the problem is as fast, wherever this one computes it: on a CPU, in C++."""
+    """Whether no other way to compute the problem is as fast, wherever this one computes it: on a CPU, in C++.
+
+    A branch alone has nothing to share its passes with.
+    """
     geometry = problem.geometry
     return (
         LOADED
         and problem.device == "cpu"
+        and len(mixed.inner(problem).branches) > 1
         and computes(geometry, problem.shape[1], problem.out_channels, problem.device)
     )
 
