@@ -24,7 +24,17 @@ from triton.compiler import ASTSource
 
 from acnet_kernels.errors import UserError
 from acnet_kernels.geometry import Taps
-from acnet_kernels.kernels import autocorrelation, bn_sum, configs, conv, depthwise, dgrad, wgrad
+from acnet_kernels.kernels import (
+    autocorrelation,
+    bn_sum,
+    configs,
+    conv,
+    depthwise,
+    depthwise_algebra,
+    depthwise_moments,
+    dgrad,
+    wgrad,
+)
 from acnet_kernels.kernels.configs import Config
 from acnet_kernels.kernels.window import Window
 
@@ -39,6 +49,13 @@ DEPTHWISE = {
     "wgrad": depthwise.depthwise_wgrad,
 }
 MOMENTS = (autocorrelation.cross_correlation, autocorrelation.centred_total)
+PASSES = (
+    depthwise_moments.autocorrelate,
+    depthwise_moments.convolve,
+    depthwise_moments.correlate,
+    depthwise_moments.input_gradient,
+)
+ALGEBRA = (depthwise_algebra.prepare, depthwise_algebra.differentiate, depthwise_algebra.correct)
 STREAMING = (bn_sum.statistics, bn_sum.apply, bn_sum.reduce_grad, bn_sum.apply_grad)
 MERGING = (bn_sum.merge_statistics, bn_sum.merge_grad, wgrad.sum_splits)
 # Of a multiprocessor: registers, threads, programs, bytes of shared memory (a KB a program is the system's).
@@ -230,6 +247,119 @@ def depthwise_cases(arch: int) -> Iterator[Case]:
     yield depthwise_case("conv", arch, "bf16", 64, "statistics alone")
 
 
+# Ways a depthwise block may differ from the plain one: 3×3, stride 1, channels_last, channels in multiples of 16.
+PASS_VARIATIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "NCHW": {},
+    "stride 2": {"WINDOW": WINDOW._replace(stride_h=2, stride_w=2, branches=())},
+    "4x4": {"WINDOW": window_of(4)._replace(branches=())},
+    "5x5": {"WINDOW": window_of(5)._replace(branches=())},
+    "5x5, NCHW": {"WINDOW": window_of(5)._replace(branches=())},
+    "5x5, float64": {"WINDOW": window_of(5)._replace(branches=()), "WIDE": True},
+    "multiplier": {"KG": "i32"},
+    "64-bit, any channels": {"INT64_OFFSETS": True, **ANY, "KG": "i32"},
+}
+# How many sums a channel has, of the passes that have any, by the side of a kernel.
+SUMS = {"autocorrelate": lambda side: (2 * side - 1) ** 2 // 2 + 2, "correlate": lambda side: side**2 + 1}
+
+
+PASS_OPTIONS = (*STREAMED[:2], configs.ALL_REGISTERS)
+
+
+def pass_case(kernel: Any, arch: int, dtype: str, channels: int, variation: str = "") -> Case:
+    """A pass over a depthwise block's maps; `variation` is one of PASS_VARIATIONS."""
+    name, changes = kernel.__name__, PASS_VARIATIONS[variation]
+    adjacent = channels > 1 and not variation.endswith("NCHW")
+    window = changes.get("WINDOW", WINDOW._replace(branches=()))
+    numbers = SUMS[name](window.kernel_w) if name in SUMS else 1
+    tile = configs.depthwise_pass(adjacent, channels, numbers)
+    far = "i64" if changes.get("INT64_OFFSETS") else "i32"
+    strides: dict[str, Any] = {}
+    for image, channel, row, column in (
+        ("SN", "SC", "SH", "SW"),
+        ("GN", "GC", "GH", "GW"),
+        ("ON", "OC", "OROW", "OCOL"),
+        ("DN", "DC", "DH", "DW"),
+    ):
+        multiple = "" if "C" in changes else ":16"
+        strides |= {image: f"{far}{multiple}", row: f"i32{multiple}", column: f"i32{multiple}", channel: 1}
+        if not adjacent:
+            strides |= {row: "i32", column: 1, channel: "i32"}
+    maps = dict.fromkeys(("x_ptr", "grad_ptr", "out_ptr", "dx_ptr"), f"*{dtype}")
+    doubles = dict.fromkeys(("pivot_ptr", "partial_ptr"), "*fp64")
+    singles = dict.fromkeys(("folded_ptr", "corrections_ptr"), "*fp32")
+    sizes = dict.fromkeys(("N", "M", "RECTS", "SHARE", "H", "W", "OH", "OW"), "i32")
+    arguments = {
+        **maps,
+        **doubles,
+        **singles,
+        **sizes,
+        **strides,
+        "rects_ptr": "*i32",
+        **dict.fromkeys(("C", "K"), "i32:16"),
+        "KG": 1,
+        "WINDOW": window,
+        "WIDE": False,
+        "INT64_OFFSETS": False,
+        "MOST_RECTS": 128 if window.kernel_w == 5 else 32,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_K": tile.block_k,
+        **changes,
+    }
+    return Case(name, arch, dtype, "", (*tile, *PASS_OPTIONS), variation, arguments)
+
+
+def pass_cases(arch: int) -> Iterator[Case]:
+    """Every tile of the passes, and variations on the widest."""
+    for kernel in PASSES:
+        name = kernel.__name__
+        sums = {"autocorrelate": ("", "4x4", "5x5"), "correlate": ("", "5x5")}.get(name, ("",))
+        for variation in sums:
+            for channels in (1, 64) if variation else (1, 16, 32, 64):
+                yield pass_case(kernel, arch, "bf16", channels, variation)
+        for dtype in ("fp16", "fp32"):
+            yield pass_case(kernel, arch, dtype, 64)
+        others = {"NCHW", "stride 2", "5x5", "5x5, NCHW", "multiplier", "64-bit, any channels"}
+        if name == "autocorrelate":
+            others |= {"5x5, float64"}
+        for variation in sorted(others.difference(sums)):
+            yield pass_case(kernel, arch, "fp32" if "NCHW" in variation else "bf16", 64, variation)
+
+
+BRANCHES = {
+    3: (0, 0, 3, 3, 1) * 4 + (1, 1, 1, 1, 1, 1, 1, 1, 1, 0),
+    5: (0, 0, 5, 5, 1) * 4 + (2, 2, 1, 1, 1, 2, 2, 1, 1, 0),
+}
+
+
+def algebra_cases(arch: int) -> Iterator[Case]:
+    """MobileOne's algebra, of four kernels, a 1×1 and the identity; the pivots and the merge."""
+    doubles = ("pivot", "means", "variances", "rstds", "patch_sums", "sums", "products", "squares", "partial")
+    common: dict[str, Any] = dict.fromkeys((f"{name}_ptr" for name in doubles), "*fp64")
+    common |= dict.fromkeys(("centred_ptr", "folded_ptr", "corrections_ptr", "dgammas_ptr", "dbeta_ptr"), "*fp32")
+    common |= {"x_ptr": "*bf16", "rects_ptr": "*i32", "reads_ptr": "*i32", "averages_ptr": None}
+    common |= dict.fromkeys(("RECTS", "TASKS", "NUMBERS", "N", "H", "W", "SN", "SH", "SW"), "i32") | {"SC": 1}
+    common |= {"M": "i32", "C": "i32:16", "K": "i32:16", "KG": 1, "eps": ("fp32",) * 6}
+    vectors = dict.fromkeys(("gammas", "betas"), ("*fp32",) * 6) | dict.fromkeys(("weights", "dws"), ("*fp32",) * 5)
+    switches = {"SUMMED": False, "STATISTICS": True, "FOLD": True, "INPUT": True}
+    tile = configs.algebra_tile(1)
+    pivots = {"ROWS": 16, "COLUMNS": 32, "BLOCK_K": tile}
+    yield Case("channel_pivots", arch, "bf16", "", (tile, *STREAMED), "", {**common, **pivots})
+    for side, variation in ((3, ""), (5, "5x5")):
+        taps, shifts = configs.power_of_two(side**2), configs.power_of_two((2 * side - 1) ** 2)
+        numbers = (2 * side - 1) ** 2 // 2 + 2
+        block = configs.merge_block(numbers)
+        sizes = {"BLOCK_T": block.tasks, "BLOCK_N": block.numbers, "BLOCK_C": block.channels}
+        yield Case("merge", arch, "fp64", "", (*block, *STREAMED), variation, {**common, **sizes})
+        for kernel in ALGEBRA:
+            tile = configs.algebra_tile(taps)
+            if kernel is depthwise_algebra.correct:
+                tile = configs.correction_tile(shifts)
+            sizes = {"ROWS": side, "COLUMNS": side, "TAPS": taps, "SHIFTS": shifts, "BLOCK": tile}
+            arguments = {**common, **vectors, **switches, **sizes, "BRANCHES": BRANCHES[side]}
+            yield Case(kernel.__name__, arch, "fp64", "", (tile, *STREAMED), variation, arguments)
+
+
 def moments_cases(arch: int) -> Iterator[Case]:
     """Second moments: every configuration in its dtypes, with odd channels and 64-bit offsets too."""
     numbers = ("M", "ROWS", "STRIDE", "FIRST", "ROW", "COL", "WIDTH", "H", "W", "N", "PIXELS")
@@ -252,12 +382,20 @@ def moments_cases(arch: int) -> Iterator[Case]:
 
 def cases(arch: int) -> list[Case]:
     """Everything compiled for an architecture."""
-    return [*conv_cases(arch), *depthwise_cases(arch), *moments_cases(arch), *bn_cases(arch)]
+    return [
+        *conv_cases(arch),
+        *depthwise_cases(arch),
+        *moments_cases(arch),
+        *pass_cases(arch),
+        *algebra_cases(arch),
+        *bn_cases(arch),
+    ]
 
 
 def kernel_of(case: Case) -> Any:
     """The case's kernel."""
-    kernels = (*KERNELS.values(), *DEPTHWISE.values(), *MOMENTS, *STREAMING, *MERGING)
+    small = (depthwise_moments.channel_pivots, depthwise_algebra.merge)
+    kernels = (*KERNELS.values(), *DEPTHWISE.values(), *MOMENTS, *PASSES, *ALGEBRA, *small, *STREAMING, *MERGING)
     return next(f for f in kernels if f.__name__ == case.kernel)
 
 

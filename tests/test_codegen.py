@@ -25,9 +25,12 @@ def representatives() -> list[codegen.Case]:
     ]
     found += [codegen.depthwise_case(kind, arch, "bf16", 64) for kind, (arch, _) in spread.items()]
     found += [next(c for c in codegen.moments_cases(a) if c.dtype == d) for a, d in ((90, "bf16"), (80, "fp32"))]
+    chosen = itertools.cycle(configs.FAMILIES)
+    found += [codegen.pass_case(kernel, next(chosen), "bf16", 64, "5x5") for kernel in codegen.PASSES]
     names = {c.kernel for c in found}
     for arch in configs.FAMILIES:
-        for case in (*codegen.moments_cases(arch), *codegen.bn_cases(arch)):
+        small = (*codegen.moments_cases(arch), *codegen.algebra_cases(arch), *codegen.bn_cases(arch))
+        for case in small:
             if case.kernel not in names:
                 names.add(case.kernel)
                 found.append(case)
@@ -50,6 +53,11 @@ def test_whatever_is_chosen_is_compiled(arch: int) -> None:
             for kind in configs.KINDS:
                 config = configs.depthwise(kind, channels, columns)
                 assert (codegen.DEPTHWISE[kind].__name__, "", (*config[:2], *config[3:])) in compiled
+        for kernel in codegen.PASSES:
+            for side in (1, 3, 4, 5) if kernel.__name__ in codegen.SUMS else (3,):
+                numbers = codegen.SUMS.get(kernel.__name__, lambda _: 1)(side)
+                tile = configs.depthwise_pass(True, channels, numbers)
+                assert (kernel.__name__, "", (*tile, *codegen.PASS_OPTIONS)) in compiled
         for mode in configs.CORRELATION:
             for int64_offsets in (False, True):
                 config = configs.correlation(mode, int64_offsets, channels, 300 - channels)

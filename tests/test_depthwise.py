@@ -91,7 +91,7 @@ def check(block, x, noise=0.5):
     choice = planner.choose(problem, "moments")
     assert choice.backend is moments, choice.reason
     if problem.geometry.padding_mode == "zeros":
-        assert moments_depthwise.computes(problem.geometry, x.shape[1], problem.out_channels, "cpu")
+        assert moments_depthwise.takes(problem)
     with torch.no_grad():
         out = modules(copy.deepcopy(block).float() if x.dtype != torch.float64 else copy.deepcopy(block), wide(x))
     grad = (0.7 * out + noise * torch.randn_like(out) + 0.3).to(x.dtype)
@@ -372,6 +372,26 @@ def test_it_is_what_auto_takes():
     assert block.plan(torch.randn(2, 6, 9, 9))[1].backend is not moments
     wide_kernel = ACBlock(6, 6, 7, padding=3, groups=6)
     assert moments.declines(wide_kernel.plan(torch.randn(2, 6, 9, 9))[0]) is None
+
+
+def test_on_cuda_it_is_what_auto_takes_where_triton_has_kernels(monkeypatch):
+    monkeypatch.setattr(ops, "TRITON", True)
+    x = torch.randn(2, 8, 9, 9)
+
+    def chosen(name, dtype=torch.float32):
+        problem = replace(describe(x, Depthwise(name, 8).step()), device="cuda", dtype=dtype)
+        return planner.decide(problem, {})[0]
+
+    for name in ("mobileone", "mobileone of stride 2", "5×5", "sum", "dilated", "padded far"):
+        assert chosen(name) == chosen(name, torch.bfloat16) == "moments"
+        assert chosen(name, torch.float64) == "eager"
+    monkeypatch.setattr(ops, "MOST_TRITON_STRIDE", 1)
+    assert chosen("mobileone of stride 2") == "eager"
+    assert chosen("mobileone") == "moments"
+    monkeypatch.setattr(ops, "TRITON", False)
+    assert chosen("mobileone") == "eager"
+    strided = replace(describe(x, Depthwise("mobileone of stride 2", 8).step()), device="cuda")
+    assert moments.declines(strided) == "stride (2, 2) is not (1, 1), for which the identities hold"
 
 
 def test_not_finite_is_as_eagers():

@@ -39,7 +39,7 @@ def declines(problem: Problem) -> str | None:
         return "a batch norm normalises by its running statistics"
     if not problem.dtype.is_floating_point:
         return f"dtype {problem.dtype} is not a float"
-    if depthwise.computes(geometry, problem.shape[1], problem.out_channels, problem.device):
+    if depthwise.takes(problem):
         return mixed.declines(problem)
     if geometry.padding_mode != "zeros":
         return f"padding_mode {geometry.padding_mode!r} is not 'zeros'"
@@ -60,7 +60,7 @@ def saved_bytes(problem: Problem) -> int:
     if not problem.grad:
         return 0
     nested, problem = mixed.saved_bytes(problem), mixed.inner(problem)
-    if depthwise.computes(problem.geometry, problem.shape[1], problem.out_channels, problem.device):
+    if depthwise.takes(problem):
         return nested + depthwise.saved_bytes(problem)
     matrix = problem.out_channels * problem.shape[1] // problem.geometry.groups
     weights = matrix * (math.prod(problem.geometry.kernel) if problem.norm == SUM else _kept_taps(problem))
@@ -81,7 +81,7 @@ def transient_bytes(problem: Problem) -> int:
     """
     nested = mixed.transient_bytes(problem)
     n, c, h, w = problem.shape
-    if depthwise.computes(problem.geometry, c, problem.out_channels, problem.device):
+    if depthwise.takes(problem):
         return nested + depthwise.transient_bytes(mixed.inner(problem))
     k, groups, cpu = problem.geometry.kernel[0], problem.geometry.groups, problem.device == "cpu"
     cg, small = c // groups, torch.promote_types(problem.dtype, torch.float32)
@@ -111,7 +111,8 @@ def transient_bytes(problem: Problem) -> int:
 
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
-    is_depthwise = depthwise.computes(step.geometry, x.shape[1], step.kernel.shape[0], x.device.type)
+    size, device = x.shape[1], x.device.type
+    is_depthwise = depthwise.computes(step.geometry, size, step.kernel.shape[0], device, x.dtype)
     return mixed.forward(depthwise.forward if is_depthwise else _forward, x, step)
 
 

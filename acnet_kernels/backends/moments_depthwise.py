@@ -24,30 +24,34 @@ from ..steps.batchnorm import update_running
 from ..steps.packed import pack, pack_taps
 from . import branches, mixed, nodes
 
+CUDA_PROGRAMS = 1024  # that share a pass over the maps, about
 
-def computes(geometry: Geometry, channels: int, out_channels: int, device: str) -> bool:
-    """Whether these operators compute steps of this geometry; not on CUDA, for which they have no fast kernels."""
+
+def computes(geometry: Geometry, channels: int, out_channels: int, device: str, dtype: torch.dtype) -> bool:
+    """Whether these operators compute steps of this geometry; on CUDA, where they have fast kernels."""
     return (
         geometry.groups == channels
-        and device != "cuda"
+        and (device != "cuda" or ops.triton_declines(dtype, geometry.kernel, geometry.stride) is None)
         and max(geometry.kernel) <= ops.MOST_TAPS
         and max(geometry.padding) <= ops.MOST_PADDING
         and out_channels <= ops.MOST_MULTIPLIER * channels
     )
 
 
+def takes(problem: Problem) -> bool:
+    """computes() of a problem."""
+    shape, device = problem.shape, problem.device
+    return computes(problem.geometry, shape[1], problem.out_channels, device, problem.dtype)
+
+
 def is_fastest(problem: Problem) -> bool:
     """Whether no other way to compute the problem is as fast, wherever this one computes it: on a CPU, in C++.
 
-    A branch alone has nothing to share its passes with.
+    On CUDA that is predicted, by the memory that is moved (docs/depthwise.md). A branch alone has nothing to share
+    its passes with.
     """
-    geometry = problem.geometry
-    return (
-        LOADED
-        and problem.device == "cpu"
-        and len(mixed.inner(problem).branches) > 1
-        and computes(geometry, problem.shape[1], problem.out_channels, problem.device)
-    )
+    fast = LOADED if problem.device == "cpu" else problem.device == "cuda"
+    return fast and len(mixed.inner(problem).branches) > 1 and takes(problem)
 
 
 def saved_bytes(problem: Problem) -> int:
@@ -67,13 +71,20 @@ def transient_bytes(problem: Problem) -> int:
     """Bytes that a step holds at most besides what it keeps, its output and its gradients among them."""
     problem = problem.explicit()
     rows, columns = problem.geometry.kernel
-    taps = rows * columns
+    taps, channels = rows * columns, problem.shape[1]
     kinds = (2 * rows - 1) * (2 * columns - 1)  # of pixels, about
-    sums = 8 * problem.shape[1] * kinds * (kinds // 2 + 1)  # of every task, of which there may be several a channel
+    numbers = kinds // 2 + 2
+    tasks = 1  # a channel's, which leave their sums behind
+    if problem.device == "cuda":
+        tasks = CUDA_PROGRAMS * (min(64, channels) if problem.channels_last else 1) // channels
+    sums = 8 * channels * numbers * (kinds + tasks)
     forward = problem.output_bytes + sums
     if not problem.grad:
         return forward
-    return max(forward, problem.input_bytes + 8 * problem.shape[1] * (taps + 1) * taps)
+    backward = 8 * channels * (taps + 1) * taps
+    if problem.device == "cuda":
+        backward += 8 * problem.out_channels * (taps + 1) * tasks + 4 * channels * taps * 2 * numbers
+    return max(forward, problem.input_bytes + backward)
 
 
 def forward(x: Tensor, step: Step) -> Tensor:

@@ -31,13 +31,12 @@ transient_bytes = moments_depthwise.transient_bytes
 
 def computes(problem: Problem) -> bool:
     """Whether the problem is depthwise branches, each with a batch norm or one after them, for the C++ passes."""
-    geometry = problem.geometry
     return (
         LOADED
         and problem.device == "cpu"
         and problem.norm != MIXED
         and all(problem.batch_stats)
-        and moments_depthwise.computes(geometry, problem.shape[1], problem.out_channels, problem.device)
+        and moments_depthwise.takes(problem)
     )
 
 

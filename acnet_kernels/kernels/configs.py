@@ -47,7 +47,7 @@ MODES = ("half", "tf32", "tf32x3")
 
 # maxnreg's upper end. Left to itself, ptxas sometimes puts 8 to 40 bytes on the stack rather than take more
 # registers and hold one program less at a time; told a limit, even the hardware's own, it takes them.
-_ALL = 255
+ALL_REGISTERS = _ALL = 255
 
 _NARROW = Config(128, 16, 16, 4, 4)
 _DGRAD = (Config(128, 64, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW)
@@ -208,6 +208,39 @@ def depthwise(kind: str, channels: int, columns: int) -> Config:
     block_k = min(64, streaming_tile(channels).block_k)  # so that neighbouring pixels share a program
     elements = DEPTHWISE[kind] // (power_of_two(max(columns, 3)) if kind == "wgrad" else 1)
     return Config(max(1, elements // block_k), block_k, 1, 4, 3)
+
+
+def depthwise_pass(adjacent: bool, channels: int, numbers: int) -> Tile:
+    """The tile of a pass of depthwise moments: so many numbers a channel; channels adjacent in memory or not."""
+    elements = next(size for most, size in ((1, 1024), (16, 512), (32, 256), (numbers, 128)) if numbers <= most)
+    if not adjacent or channels == 1:
+        return Tile(elements, 1)
+    block_k = 32 if numbers > 16 else min(64, streaming_tile(channels).block_k)
+    return Tile(elements // block_k, block_k)
+
+
+class MergeBlock(NamedTuple):
+    """Tile of a merge of partial results: tasks × numbers × channels."""
+
+    tasks: int
+    numbers: int
+    channels: int
+
+
+def merge_block(numbers: int) -> MergeBlock:
+    """The tile of depthwise_algebra.merge, of about 4096 elements."""
+    block = power_of_two(numbers)
+    return MergeBlock(32, block, max(1, 128 // block))
+
+
+def algebra_tile(taps: int) -> int:
+    """Channels of a tile of taps × taps × channels in float64, taps a power of two."""
+    return max(2, min(8, 1024 // taps**2))
+
+
+def correction_tile(shifts: int) -> int:
+    """Channels of a tile of shifts × channels in float64, shifts a power of two."""
+    return max(8, min(32, 1024 // shifts))
 
 
 # Tiles of second moments, widest first: tensor cores, and fp32 multiply-adds ("ieee").

@@ -19,26 +19,30 @@ at most MOST_PADDING, and K = m·C with m at most MOST_MULTIPLIER. `pivot` (C, f
 `sums` (C×taps, float64) are those of its patches, `centred` holds W_b·(G − SSᵀ/M) of every batch norm's kernel,
 K×numbers in float32 or better.
 
-The C++ kernels (csrc/depthwise.cpp) register themselves for the CPU with the schemas below; the others are in
-depthwise_plain.py.
+The C++ kernels (csrc/depthwise.cpp) register themselves for the CPU with the schemas below; CUDA has Triton kernels
+(triton_depthwise.py). What is in depthwise_plain.py serves where there are none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops import check
-from ..ops._extension import LOADED
+from ..ops._extension import LOADED, TRITON
 from ..ops.bn_sum import accumulation_dtype
 from . import depthwise_plain
 from .packed import check_affine, check_problem, unpack, unpack_taps
 from .recorded import record
 
 MOST_TAPS, MOST_MULTIPLIER, MOST_PADDING = 7, 8, 1024  # those of csrc/depthwise_plan.h
+# Of Triton's kernels: registers hold as many sums as a window has shifts, tables as many kinds of pixels as strides
+# make.
+MOST_TRITON_TAPS, MOST_TRITON_STRIDE = 5, 4
 
 LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 if not LOADED:
@@ -267,15 +271,48 @@ def _(
     )
 
 
+def triton_declines(dtype: torch.dtype, kernel: Sequence[int], stride: Sequence[int]) -> str | None:
+    """Why Triton's kernels do not compute such a step of CUDA maps, or None."""
+    if not TRITON:
+        return "Triton is not installed"
+    if dtype == torch.float64:
+        return f"{dtype} has no kernel"
+    if max(kernel) > MOST_TRITON_TAPS:
+        return f"a kernel of {kernel[0]}×{kernel[1]} has more than {MOST_TRITON_TAPS} taps a side"
+    if max(stride) > MOST_TRITON_STRIDE:
+        return f"a stride of {max(stride)} is more than {MOST_TRITON_STRIDE}"
+    return None
+
+
+def _on_cuda(name: str, checks: Callable[..., None], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator's CUDA kernel: Triton's where it takes the step, else the one in PyTorch."""
+    places = list(plain.__annotations__)
+
+    @check.checked(checks)
+    @functools.wraps(plain)
+    def kernel(*args: Any) -> Any:
+        x, geometry = args[places.index("x")], args[places.index("geometry")]
+        if len(x) == 0 or triton_declines(x.dtype, geometry[:2], geometry[2:4]) is not None:
+            return plain(*args)
+        from . import triton_depthwise  # Triton is slow to import, and only CUDA needs it
+
+        return getattr(triton_depthwise, name)(*args)
+
+    return kernel
+
+
 _KERNELS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "depthwise_statistics": (check_statistics, depthwise_plain.statistics),
     "depthwise_apply": (check_apply, depthwise_plain.apply),
     "depthwise_step": (check_step, depthwise_plain.step),
     "depthwise_step_backward": (check_backward, depthwise_plain.step_backward),
 }
-for _device in ("CUDA",) if LOADED else ("CPU", "CUDA"):
-    for _name, (_check, _kernel) in _KERNELS.items():
-        LIBRARY.impl(_name, check.checked(_check)(_kernel), _device)
+on_cuda = {name: _on_cuda(name, *kernel) for name, kernel in _KERNELS.items()}
+for _name, _kernel in on_cuda.items():
+    LIBRARY.impl(_name, _kernel, "CUDA")
+if not LOADED:
+    for _name, (_check, _plain) in _KERNELS.items():
+        LIBRARY.impl(_name, check.checked(_check)(_plain), "CPU")
 
 RECORDED = record(
     "depthwise_step",

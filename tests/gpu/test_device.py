@@ -15,6 +15,7 @@ from acnet_kernels.ops.autocorrelation import autocorrelation
 from acnet_kernels.ops.triton_block import triton_forward, triton_input_grad, triton_weight_grads
 from acnet_kernels.ops.triton_bn_sum import bn_sum_backward_
 from acnet_kernels.ops.triton_conv import Window, conv_forward, input_grad, weight_grads
+from acnet_kernels.steps import depthwise
 
 DEVICE = "cuda"
 WINDOW = Window(3, 3, 1, 1, 1, 1, 1, 1, 1, (Taps(0, 0, 3, 3), Taps(1, 0, 1, 3), Taps(0, 1, 3, 1)))
@@ -99,6 +100,26 @@ def test_hundred_runs_of_depthwise_phases_and_second_moments_give_the_same_bits(
     first = run()
     for _ in range(99):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_hundred_runs_of_a_depthwise_step_by_moments_give_the_same_bits() -> None:
+    C, numbers = 96, ([0, 0, 3, 3, 1, 1, 1, 1, 1, 1], [3, 3, 1, 1, 1, 1, 1, 1, 96])
+    weights = [torch.randn(C, 1, 3, 3, device=DEVICE), torch.randn(C, 1, 1, 1, device=DEVICE)]
+    vectors = [torch.rand(C, device=DEVICE) for _ in weights]
+    for x in (map_of(8, C, 29, 31, dtype=torch.bfloat16), torch.randn(8, C, 29, 31, device=DEVICE)):
+
+        def run(x: Tensor = x) -> list[Tensor]:
+            step = depthwise.depthwise_step(
+                x, weights, vectors, vectors, [1e-5] * 2, *numbers, x.dtype != torch.float32
+            )
+            out, means, _, *kept = step
+            needs = True, [True] * 2, True
+            back = depthwise.depthwise_step_backward(out, x, weights, vectors, means, *kept, None, *numbers, *needs)
+            return [*step, back[0], *back[1], *back[2:]]
+
+        first = run()
+        for _ in range(99):
+            assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
 def test_cuda_graph_replays_a_step() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from acnet_kernels.kernels import bn_sum as kernels
 from acnet_kernels.ops import launch, triton_autocorrelation, triton_block, triton_bn_sum, triton_step
 from acnet_kernels.ops.running import NONE, Running
+from acnet_kernels.steps import triton_depthwise
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEVICE = torch.device("cpu")
@@ -103,6 +104,44 @@ def test_second_moments(dtype: torch.dtype, driver: Driver) -> None:
     pivot, shifts = torch.zeros(16), ([0, 0], [0, 1])
     raster = triton_autocorrelation.raster(*shifts)
     assert_same(*both(driver, triton_autocorrelation.routine, [x, pivot, x, pivot], 2, raster, 1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "multiplier"),
+    [(torch.bfloat16, torch.channels_last, 1), (torch.float32, torch.contiguous_format, 2)],
+    ids=str,
+)
+def test_a_depthwise_step_by_moments(
+    dtype: torch.dtype, layout: torch.memory_format, multiplier: int, driver: Driver
+) -> None:
+    C, taps = 16, (0, 0, 3, 3, 1, 1, 1, 1, 1, 1)
+    K, geometry = C * multiplier, (3, 3, 1, 2, 1, 1, 1, 1, C)
+    x = torch.randn(2, C, 9, 8).to(dtype).contiguous(memory_format=layout)
+    weights = [torch.randn(K, 1, 3, 3).to(dtype), torch.randn(K, 1, 1, 1)]
+    vectors = [torch.rand(K) for _ in range(2)]
+    tensors, counts = triton_depthwise._packed(x, geometry, True, weights, vectors, vectors)
+    forward = (
+        triton_depthwise._forward,
+        tensors,
+        counts,
+        (1e-5, 1e-3),
+        taps,
+        geometry,
+        layout == torch.channels_last,
+    )
+    first, second = both(driver, *forward)
+    assert len(second.launches) == 5
+    assert_same(first, second)
+    out, means, _, *kept = launch.run(*forward)
+    apply = [x, means, *kept[:2], *weights, *vectors, *vectors]
+    assert_same(*both(driver, triton_depthwise._apply, apply, (2, 2, 2), taps, geometry, False))
+    averages = torch.rand(3, K, dtype=torch.float64)
+    for average, needs in (([], (True, (True, True), True)), ([averages], (False, (False, True), False))):
+        tensors, counts = triton_depthwise._packed(x, geometry, False, weights, vectors, average)
+        tensors += [out, means, *kept]
+        first, second = both(driver, triton_depthwise._backward, tensors, counts, taps, geometry, *needs)
+        assert len(second.launches) == (5 if needs[0] else 3)
+        assert_same(first, second)
 
 
 def moved(t: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Maps of more than 2³¹ elements, without the memory: addresses are computed, and nothing is read or written.
 
 Only the last program of a launch runs, its tensors are one element each, and the interpreter's loads and stores are
-recorded. One map is huge in each case, so addresses far from its base are its own; they must be those that plain
-integers give.
+recorded; of int32 they happen, as those are tables. One map is huge in each case, so addresses far from its base
+are its own; they must be those that plain integers give.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from problems import PROBLEMS
 
-from acnet_kernels.kernels import autocorrelation, bn_sum, conv, depthwise, dgrad, wgrad
+from acnet_kernels.kernels import autocorrelation, bn_sum, conv, depthwise, depthwise_moments, dgrad, wgrad
 from acnet_kernels.ops.triton_conv import INTERPRETED
 
 H, W, C = 8192, 16411, 16  # 2³¹ elements and 4.5 million more
@@ -40,9 +40,13 @@ class Last:
             reached = ptrs.data[live].astype(np.int64) - self.base.data_ptr()
             found.update((reached[abs(reached) > FAR] // 2).tolist())
 
-        def load(builder, ptrs, mask, *_):
-            record(ptrs, mask)
+        masked_load = InterpreterBuilder.create_masked_load
+
+        def load(builder, ptrs, mask, *rest):
             element = ptrs.get_element_ty()
+            if element == tl.int32:
+                return masked_load(builder, ptrs, mask, *rest)
+            record(ptrs, mask)
             return TensorHandle(np.zeros(ptrs.data.shape, _get_np_dtype(element)), element)
 
         def program_id(builder, axis):
@@ -67,11 +71,16 @@ def elements(pixels: np.ndarray) -> set[int]:
     return set((pixels.reshape(-1, 1).astype(np.int64) * C + np.arange(C)).ravel().tolist())
 
 
+def moved(pixels: np.ndarray, shifts: list[tuple[int, int]]) -> np.ndarray:
+    """Every pixel of the image that a shift leads to from one of these."""
+    h, w = np.divmod(pixels, W)
+    rows = [(h + r, w + s) for r, s in shifts]
+    return np.concatenate([(y * W + x)[(y >= 0) & (y < H) & (x >= 0) & (x < W)] for y, x in rows])
+
+
 def neighbours(pixels: np.ndarray) -> np.ndarray:
     """Every pixel that the 3×3 windows about these read."""
-    h, w = np.divmod(pixels, W)
-    rows = [(h + r, w + s) for r in (-1, 0, 1) for s in (-1, 0, 1)]
-    return np.concatenate([(y * W + x)[(y >= 0) & (y < H) & (x >= 0) & (x < W)] for y, x in rows])
+    return moved(pixels, [(r, s) for r in (-1, 0, 1) for s in (-1, 0, 1)])
 
 
 LAST_TILE = np.arange(M // BLOCK * BLOCK if M % BLOCK else M - BLOCK, M, dtype=np.int64)
@@ -140,6 +149,47 @@ def test_depthwise_phases_write_and_read_where_they_should(last: Last) -> None:
     last.index = (0, 0, tiles - 1)
     depthwise.depthwise_wgrad[(1, 3, 1)](one, three, (small,) * 3, M, BLOCK, 0, 1, C, C, *size, **DEPTHWISE)
     assert last.found == elements(LAST_TILE)
+
+
+def test_depthwise_moments_write_and_read_where_they_should(last: Last) -> None:
+    """x is huge where every channel has its pixels alone, out and its gradient where one has all outputs."""
+    one, small, tiles = last.base, torch.zeros(1, dtype=torch.float64), -(-M // BLOCK)
+    share = M - len(LAST_TILE)  # of two tasks, whose partial results are near
+    window = PROBLEMS[0].window._replace(branches=())
+    options = {"WINDOW": window, "INT64_OFFSETS": True, "BLOCK_M": BLOCK, "BLOCK_K": 16}
+    # One rectangle of all pixels: its first task, row and rows, column and columns, tasks.
+    table, rectangle = torch.tensor([0, 0, H, 0, W, 2], dtype=torch.int32), {"MOST_RECTS": 1}
+    huge, size = (M * C, 1, W * C, C), (H, W, H, W)
+    thin = (M, 1, W, 1)
+    last.index = (1, 0, 0)
+    depthwise_moments.autocorrelate[(1,)](
+        one, small, table, small, 1, share, 1, C, H, W, *huge, WIDE=False, **rectangle, **options
+    )
+    half_plane = [(down, right) for down in range(3) for right in range(-2 if down else 0, 3)]
+    assert last.found == elements(moved(LAST_TILE, half_plane))
+    for passed, strides, found in (
+        ((C, C, 1), (*huge, *thin), elements(neighbours(LAST_TILE))),
+        ((1, C, C), (*thin, *huge), elements(LAST_TILE)),
+    ):
+        last.found.clear()
+        last.index = (tiles - 1, 0, 0)
+        depthwise_moments.convolve[(1,)](one, small, small, one, M, *passed, *size, *strides, **options)
+        assert last.found == found
+        last.found.clear()
+        last.index = (1, 0, 0)
+        depthwise_moments.correlate[(1,)](one, small, one, small, M, share, *passed, *size, *strides, **options)
+        assert last.found == found
+    every = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]
+    for passed, strides, found in (
+        ((C, C, 1), (*huge, *thin, *thin), elements(moved(LAST_TILE, every))),
+        ((1, C, C), (*thin, *huge, *thin), elements(neighbours(LAST_TILE))),
+        ((C, C, 1), (*thin, *thin, *huge), elements(LAST_TILE)),
+    ):
+        last.found.clear()
+        depthwise_moments.input_gradient[(1,)](
+            one, small, one, table, small, small, one, 1, share, 1, *passed, *size, *strides, **rectangle, **options
+        )
+        assert last.found == found
 
 
 def test_second_moments_read_where_they_should(last: Last) -> None:

@@ -12,12 +12,12 @@ from problems import DEPTHWISE, PROBLEMS, SMALL, Problem, Tensors
 from steps import as_eager
 from torch import Tensor
 
-from acnet_kernels import explain, geometry, tune
+from acnet_kernels import Geometry, explain, geometry, tune
 from acnet_kernels.backends import phases, timer, timing_cache
 from acnet_kernels.kernels import configs
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
 from acnet_kernels.ops.triton_conv import INTERPRETED
-from acnet_kernels.steps import assignment, batchnorm
+from acnet_kernels.steps import assignment, batchnorm, depthwise, packed
 from acnet_kernels.steps import moments_passes as passes
 from acnet_kernels.steps.assignment import ALL_LIBRARY, ALL_TRITON, LIBRARY, TRITON, Phases
 
@@ -190,6 +190,25 @@ def test_launches_of_second_moments(
     monkeypatch.setattr(triton_autocorrelation.configs, "pixel_split", lambda M, programs, block: (2, -(-M // 2)))
     passes.moments_of(x, torch.zeros(8, device=device), 3, 2)
     assert launches == ["cross_correlation", "sum_splits", "centred_total"] * 2
+
+
+def test_launches_of_a_depthwise_step_by_moments(launches: list[str], device: torch.device) -> None:
+    """Five each way, whatever the number of branches; without dx, three."""
+    geometry = packed.pack(Geometry.make((1, 3), padding=(0, 1), groups=2))
+    for branches in (1, 4):
+        weights = [torch.randn(2, 1, 1, 3, device=device) for _ in range(branches)]
+        x, vectors = torch.randn(2, 2, 2, 5, device=device), [torch.ones(2, device=device)] * branches
+        numbers = [0, 0, 1, 3, 1] * branches, geometry
+        launches.clear()
+        step = depthwise.on_cuda["depthwise_step"](x, weights, vectors, vectors, [1e-5] * branches, *numbers, False)
+        assert launches == ["channel_pivots", "autocorrelate", "merge", "prepare", "convolve"]
+        out, means, _, *kept = step
+        for need_x in (True, False):
+            launches.clear()
+            needs = need_x, [True] * branches, True
+            args = out, x, weights, vectors, means, *kept, None, *numbers, *needs
+            depthwise.on_cuda["depthwise_step_backward"](*args)
+            assert launches == ["correlate", "merge", "differentiate", *["correct", "input_gradient"] * need_x]
 
 
 def _by_triton(x: Tensor, x_pivot: Tensor, y: Tensor, *rest) -> tuple[Tensor, Tensor]:
