@@ -10,25 +10,12 @@ from acnet_kernels.steps import convolution
 
 # The interpreter, code generation, compilers, whole networks, several processes, builds: slow from end to end.
 SLOW_FILES = {
-    f"test_{name}"
-    for name in (
-        *(
-            "interpreter",
-            "launch",
-            "codegen",
-            "nvcc",
-            "build",
-            "csrc_host",
-            "compile",
-            "export",
-            "bench",
-            "cli",
-            "docs",
-        ),
-        *("architectures", "networks", "studies", "training", "distributed", "torchrun", "hostile", "imports"),
-        "torch_compat",
-    )
+    *("interpreter", "launch", "codegen", "nvcc", "build", "csrc_host"),
+    *("compile", "export", "tracers", "torch_compat", "imports", "hostile"),
+    *("architectures", "networks", "contenders", "studies", "training", "data"),
+    *("distributed", "torchrun", "bench", "cli", "docs"),
 }
+SLOW_NAMES = ("opcheck", "compile", "instruction_sets", "torchvision")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests come first: processes that share the rest out among them then end together."""
     for item in items:
-        if item.path.stem in SLOW_FILES:
+        if item.path.stem.removeprefix("test_") in SLOW_FILES or any(name in item.name for name in SLOW_NAMES):
             item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

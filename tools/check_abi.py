@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = ("fusion", "bn_sum", "branches", "branch_lists", "autocorrelation", "block", "conversion", "recompute")
+FILES = ("fusion", "bn_sum", "branches", "branch_lists", "autocorrelation", "block", "recompute")
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -57,13 +58,33 @@ def audited(wheel: Path, target: Path) -> list[str]:
     return found
 
 
+LOAD = """
+import ctypes, pathlib, sys, torch
+for path in pathlib.Path(sys.argv[1]).rglob("*.so"):
+    if torch.version.cuda or "_cuda" not in path.name:
+        ctypes.CDLL(str(path))
+"""
+
+
+def loaded(wheel: Path) -> list[str]:
+    """What the loader objects to: beside torch each name must be there in the version that is asked for."""
+    with tempfile.TemporaryDirectory() as directory:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(directory)
+        command = [sys.executable, "-c", LOAD, directory]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"LD_BIND_NOW": "1"}, check=False
+        )
+    return [done.stderr] if done.returncode else []
+
+
 def main(arguments: list[str]) -> int:
     """The command."""
     if len(arguments) != 2:
         print(__doc__, file=sys.stderr)
         return 2
     wheel, target = map(Path, arguments)
-    wrong = faults(wheel) + audited(wheel, target)
+    wrong = faults(wheel) + loaded(wheel) + audited(wheel, target)
     print("\n".join(wrong) or "nothing is wrong")
     return 1 if wrong else 0
 

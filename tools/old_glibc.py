@@ -14,12 +14,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-# What _C and _C_cuda, with the CUDA runtime in it, use of what has moved; a missing one fails auditwheel's check.
+# What _C and _C_cuda, with the CUDA runtime in it, use of what has moved.
 MOVED = {
     "libdl.so.2": "dlclose dlerror dlopen dlsym dlvsym dlmopen:2.3.4",
     "librt.so.1": "shm_open shm_unlink",
     "libpthread.so.0": """
-        pthread_condattr_setpshared:2.3.3 pthread_create pthread_detach pthread_getspecific pthread_join
+        pthread_condattr_setpshared pthread_create pthread_detach pthread_getspecific pthread_join
         pthread_key_create pthread_key_delete pthread_kill pthread_mutex_trylock
         pthread_mutexattr_destroy pthread_mutexattr_init pthread_mutexattr_setpshared
         pthread_mutexattr_settype pthread_once pthread_rwlock_destroy pthread_rwlock_init
