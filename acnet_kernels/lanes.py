@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._torch_compat import dispatch_modes, has_global_hooks
-from .backends import branches, folded, node, planner, recompute
+from .backends import branches, folded, moments, node, planner, recompute, whole
 from .functional import describe
 from .ops.fusion import fold_arguments_as_it_is
 from .spec import BRANCH, Problem, Step
@@ -70,19 +70,21 @@ def _lane(given: Submodules, step: Step, x: Tensor, backend: str) -> Any:
     if problem.norm != BRANCH or problem.transform or step.geometry.padding_mode != "zeros":
         return None
     chosen = planner.choose(problem, backend).backend
-    if chosen is folded:
-        run = None if problem.grad else _fold(step, problem)
-    else:
-        run = _number(step, x, chosen) if chosen in (branches, recompute) else None
-    read = None if run is None else _read(given, chosen is not folded)
+    train = chosen is not folded
+    run = _number(step, x, chosen) if train else None if problem.grad else _fold(step, problem)
+    read = None if run is None else _read(given, train)
     if read is None:
         return None
-    momenta = [] if chosen is folded else [norm.momentum for norm in step.norms]
+    momenta = [norm.momentum for norm in step.norms] if train else []
     return node.NODE.Lane(run, x, *read, momenta)
 
 
 def _number(step: Step, x: Tensor, chosen: Any) -> int | None:
-    """Of the training step in the node."""
+    """Of the training step in the node, if it is one of its."""
+    if chosen is moments:
+        return whole.number(x, step, moments.computes_depthwise(x, step))
+    if chosen not in (branches, recompute):
+        return None
     inputs = branches.inputs_of(x, step)
     config = branches.config_of(
         step.geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type

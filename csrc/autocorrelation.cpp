@@ -38,11 +38,22 @@ struct Cut {
   int64_t blocks() const { return image_blocks * bands; }
 };
 
+// A shift beyond the image sees nothing, as one of the image's size: however far, nothing is packed for it.
+std::vector<int64_t> within(std::vector<int64_t> shifts, int64_t size) {
+  for (int64_t& shift : shifts) shift = std::clamp(shift, -size, size);
+  return shifts;
+}
+
+}  // namespace
+
 template <class T, class A>
-void correlate(const Tensor& x, const Tensor& x_pivot, const Tensor& y, const Tensor& y_pivot,
-               const std::vector<int64_t>& rows, const std::vector<int64_t>& columns, int64_t groups, Tensor& out) {
-  const int64_t shifts = static_cast<int64_t>(rows.size()), n = x.size(0), height = x.size(2), width = x.size(3);
-  const int64_t c = x.size(1) / groups, k = y.size(1) / groups;
+void correlate(const T* x, const A* x_pivot, const T* y, const A* y_pivot, const Maps& maps,
+               std::vector<int64_t> rows, std::vector<int64_t> columns, A* products) {
+  rows = within(std::move(rows), maps.height);
+  columns = within(std::move(columns), maps.width);
+  const int64_t shifts = static_cast<int64_t>(rows.size()), groups = maps.groups;
+  const int64_t n = maps.images, height = maps.height, width = maps.width;
+  const int64_t c = maps.x_channels / groups, k = maps.y_channels / groups;
   const int64_t cs = round_up(c, kRowTile), ks = round_up(k, kLanes<A>), size = shifts * cs * ks;
   const Cut cut(n, height, width, std::max(cs, ks));
   // A task is a tile of x channels in a share of the blocks: many channels need few shares, whose sums are large.
@@ -56,7 +67,7 @@ void correlate(const Tensor& x, const Tensor& x_pivot, const Tensor& y, const Te
   const auto rows_of = [&](int64_t tile) { return std::min(cs - tile * kMostRows, kMostRows); };
   Block<T, A> block{};
   block.height = height, block.width = width;
-  block.x_pixel = x.size(1), block.y_pixel = y.size(1);
+  block.x_pixel = maps.x_channels, block.y_pixel = maps.y_channels;
   block.x_channels = c, block.y_channels = k;
   block.shift_rows = rows.data(), block.shift_columns = columns.data(), block.shifts = shifts;
   for (int64_t i = 0; i < shifts; ++i) {
@@ -79,17 +90,16 @@ void correlate(const Tensor& x, const Tensor& x_pivot, const Tensor& y, const Te
         b.first_row = i % cut.bands * cut.rows;
         b.rows = std::min(cut.rows, height - b.first_row);
         for (int64_t g = 0; g < groups; ++g) {
-          b.x = static_cast<const T*>(x.const_data_ptr()) + image * height * width * b.x_pixel + g * c;
-          b.y = static_cast<const T*>(y.const_data_ptr()) + image * height * width * b.y_pixel + g * k;
-          b.x_pivot = static_cast<const A*>(x_pivot.const_data_ptr()) + g * c;
-          b.y_pivot = static_cast<const A*>(y_pivot.const_data_ptr()) + g * k;
+          b.x = x + image * height * width * b.x_pixel + g * c;
+          b.y = y + image * height * width * b.y_pixel + g * k;
+          b.x_pivot = x_pivot + g * c;
+          b.y_pivot = y_pivot + g * k;
           b.sums = partial(share, g, tile);
           passes<T, A>().correlate(b);
         }
       }
     }
   });
-  A* products = static_cast<A*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, shifts * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       std::vector<double> sum(cs * ks);
@@ -107,17 +117,26 @@ void correlate(const Tensor& x, const Tensor& x_pivot, const Tensor& y, const Te
 }
 
 template <class T, class A>
-void sum_images(const Tensor& y, const Tensor& pivot, Tensor& total) {
-  const int64_t n = y.size(0), k = y.size(1), height = y.size(2), row = y.size(3) * k;
-  const T* from = static_cast<const T*>(y.const_data_ptr());
-  const A* centre = static_cast<const A*>(pivot.const_data_ptr());
-  A* to = static_cast<A*>(total.mutable_data_ptr());
+void sum_images(const T* y, const A* pivot, const Maps& maps, A* total) {
+  const int64_t n = maps.images, k = maps.y_channels, height = maps.height, row = maps.width * k;
   // Parts of the image in parallel: long runs of memory each.
   const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(row, 1));
   torch::stable::parallel_for(0, height, grain, [&](int64_t begin, int64_t end) {
-    passes<T, A>().sum_images(from + begin * row, n, height * row, centre, k, (end - begin) * row, to + begin * row);
+    passes<T, A>().sum_images(y + begin * row, n, height * row, pivot, k, (end - begin) * row, total + begin * row);
   });
 }
+
+#define ACNET_INSTANTIATE(T, A)                                                                                  \
+  template void correlate(const T*, const A*, const T*, const A*, const Maps&, std::vector<int64_t>,       \
+                          std::vector<int64_t>, A*);                                                       \
+  template void sum_images(const T*, const A*, const Maps&, A*);
+ACNET_INSTANTIATE(float, float)
+ACNET_INSTANTIATE(double, double)
+ACNET_INSTANTIATE(c10::BFloat16, float)
+ACNET_INSTANTIATE(c10::Half, float)
+#undef ACNET_INSTANTIATE
+
+namespace {
 
 constexpr Check check("cross_correlation");
 
@@ -129,12 +148,6 @@ void check_map(const View& map, const View& pivot, const char* name, const char*
   check.shape(pivot, pivot_name, {map.sizes[1]});
   check.type(pivot, pivot_name, sums_of(x.type()), "the dtype sums are kept in");
   check.contiguous(pivot, pivot_name);
-}
-
-// A shift beyond the image sees nothing, as one of the image's size: however far, nothing is packed for it.
-std::vector<int64_t> within(std::vector<int64_t> shifts, int64_t size) {
-  for (int64_t& shift : shifts) shift = std::clamp(shift, -size, size);
-  return shifts;
 }
 
 std::tuple<Tensor, Tensor> cross_correlation(Tensor x, Tensor x_pivot, Tensor y, Tensor y_pivot,
@@ -149,8 +162,6 @@ std::tuple<Tensor, Tensor> cross_correlation(Tensor x, Tensor x_pivot, Tensor y,
   check.groups(groups, second.sizes[1], "y's");
   check(!rows.empty() && rows.size() == columns.size(), "rows and columns must be as long as each other, got ", rows.size(),
         " and ", columns.size());
-  rows = within(std::move(rows), first.sizes[2]);
-  columns = within(std::move(columns), first.sizes[3]);
   const ScalarType type = first.type();
   Tensor products = torch::stable::new_empty(
       y_pivot, {static_cast<int64_t>(rows.size()), groups, y.size(1) / groups, x.size(1) / groups});
@@ -158,8 +169,12 @@ std::tuple<Tensor, Tensor> cross_correlation(Tensor x, Tensor x_pivot, Tensor y,
   const auto run = [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);
-    correlate<T, A>(x, x_pivot, y, y_pivot, rows, columns, groups, products);
-    sum_images<T, A>(y, y_pivot, total);
+    const Maps maps{first.sizes[0], first.sizes[2], first.sizes[3], first.sizes[1], second.sizes[1], groups};
+    const auto numbers = [](const Tensor& t) { return static_cast<const A*>(t.const_data_ptr()); };
+    const T *from_x = static_cast<const T*>(x.const_data_ptr()), *from_y = static_cast<const T*>(y.const_data_ptr());
+    correlate(from_x, numbers(x_pivot), from_y, numbers(y_pivot), maps, rows, columns,
+              static_cast<A*>(products.mutable_data_ptr()));
+    sum_images(from_y, numbers(y_pivot), maps, static_cast<A*>(total.mutable_data_ptr()));
   };
   if (type == ScalarType::Float) run(float{}, float{});
   else if (type == ScalarType::Double) run(double{}, double{});

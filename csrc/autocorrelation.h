@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu.h"
 
@@ -63,6 +64,10 @@ struct Passes {
                      A* to);
   // to[i] = from[i] + more[i], rounded.
   void (*sum)(const A* from, const A* more, int64_t n, T* to);
+  // to[i] = from[i]·factor + more[i], added up in A: rounded to T, kept in A, or of numbers in A. No `more`: nothing.
+  void (*shift)(const T* from, A factor, const A* more, int64_t n, T* to);
+  void (*shift_wide)(const T* from, A factor, const A* more, int64_t n, A* to);
+  void (*shift_narrow)(const A* from, A factor, const A* more, int64_t n, T* to);
 };
 
 namespace generic {
@@ -92,5 +97,19 @@ const Passes<T, A>& passes() {
   }();
   return chosen;
 }
+
+// N×H×W×channels maps: x of `x_channels`, y of `y_channels`, in groups.
+struct Maps {
+  int64_t images, height, width, x_channels, y_channels, groups;
+};
+
+// Σ_p ỹ[p]·x̃[p+d]ᵀ for each shift d, shifts×groups×(K/groups)×(C/groups): the operator's products.
+template <class T, class A>
+void correlate(const T* x, const A* x_pivot, const T* y, const A* y_pivot, const Maps& maps,
+               std::vector<int64_t> rows, std::vector<int64_t> columns, A* products);
+
+// Σ_n (y[n] − pivot), H×W×K.
+template <class T, class A>
+void sum_images(const T* y, const A* pivot, const Maps& maps, A* total);
 
 }  // namespace acnet::autocorrelation

@@ -196,11 +196,26 @@ void sum(const A* from, const A* more, int64_t n, T* to) {
   }
 }
 
+template <class S, class A, class T>
+void shift(const S* from, A factor, const A* more, int64_t n, T* to) {
+  constexpr int64_t kPiece = 256;
+  A wide[kPiece];
+  for (int64_t first = 0; first < n; first += kPiece) {
+    const int64_t size = n - first < kPiece ? n - first : kPiece;
+    widen(from + first, wide, size);
+    if (factor != 1)
+      for (int64_t i = 0; i < size; ++i) wide[i] *= factor;
+    if (more != nullptr)
+      for (int64_t i = 0; i < size; ++i) wide[i] += more[first + i];
+    narrow(wide, to + first, size);
+  }
+}
+
 }  // namespace
 
 template <class T, class A>
 Passes<T, A> passes() {
-  return {correlate<T, A>, sum_images<T, A>, sum<T, A>};
+  return {correlate<T, A>, sum_images<T, A>, sum<T, A>, shift<T, A, T>, shift<T, A, A>, shift<A, A, T>};
 }
 template Passes<float, float> passes();
 template Passes<double, double> passes();

@@ -453,6 +453,7 @@ STABLE_TORCH_LIBRARY_IMPL(acnet_kernels, CPU, m) {
 
 extern "C" const acnet::Functions* acnet::acnet_functions() {
   static constexpr Functions functions{&bn_sum::forward, &bn_sum::backward, &bn_sum::backward_,
-                                       &running::update_running_, &fuse_blocks};
+                                       &running::update_running_, &fuse_blocks, &moments::step, &moments::step_backward,
+                                       &depthwise::step, &depthwise::step_backward};
   return &functions;
 }

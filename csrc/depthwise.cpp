@@ -18,14 +18,16 @@
 #include <utility>
 #include <vector>
 
+#include "branch_list.h"
+#include "buffer.h"
 #include "check.h"
 #include "cpu.h"
 #include "depthwise_tables.h"
+#include "functions.h"
 
 namespace acnet::depthwise {
 namespace {
 
-constexpr int64_t kMostBranches = 8;
 constexpr int64_t kMostLines = int64_t(1) << 24;  // of an image, each of which has an entry in a table
 // A task's pixels, where there are not more tasks than that: few enough that the blocks of a channels_last run of rows
 // find it in cache, of the moments more, as each task leaves its sums behind.
@@ -67,19 +69,6 @@ auto dispatch(ScalarType type, const Body& body) {
   }
 }
 
-// A kernel of the step: one a branch, or one of all where a batch norm follows their sum.
-struct Kernel {
-  std::vector<int> places;  // of its taps in the whole one
-  int64_t first;            // of its numbers among those of all kernels
-  int branch;               // the first branch
-};
-
-struct Branch {
-  int64_t rows, columns;
-  std::vector<int> places;
-  int weight;  // −1: the identity
-};
-
 // What both operators are given, checked.
 struct Problem {
   Check check;
@@ -97,8 +86,6 @@ struct Problem {
     check.map(x, "x");
     check(geometry.size() == 9, "geometry must hold 9 numbers, got ", geometry.size());
     for (const int64_t number : geometry) check(number >= 0 && number < (int64_t(1) << 31), "geometry must hold numbers from 0 to 2³¹ − 1, got ", number);
-    check(!taps.empty() && taps.size() % 5 == 0 && taps.size() <= 5 * kMostBranches, "taps must hold 1 to ", kMostBranches,
-          " branches, five numbers each, got ", taps.size(), " numbers");
     const int64_t kernel[] = {geometry[0], geometry[1]};
     check(std::min(kernel[0], kernel[1]) >= 1 && std::max(kernel[0], kernel[1]) <= kMostTaps,
           "geometry must have a kernel of 1 to ", kMostTaps, " taps a side, got ", kernel[0], " and ", kernel[1]);
@@ -118,44 +105,10 @@ struct Problem {
       check(free >= 0, "geometry leaves no output of an x of ", x.shape());
       out[i] = free / geometry[2 + i] + 1;
     }
-    const int64_t count = static_cast<int64_t>(taps.size()) / 5;
-    int used = 0;
-    for (int64_t b = 0; b < count; ++b) {
-      const int64_t row = taps[5 * b], column = taps[5 * b + 1], step = std::max<int64_t>(taps[5 * b + 4], 1);
-      Branch branch{taps[5 * b + 2], taps[5 * b + 3], {}, -1};
-      for (int64_t i = 5 * b; i < 5 * b + 5; ++i)
-        check(taps[i] >= 0 && taps[i] < (int64_t(1) << 31), "taps must hold numbers from 0 to 2³¹ − 1, got ", taps[i]);
-      check(branch.rows >= 1 && branch.columns >= 1 && row + (branch.rows - 1) * step < kernel[0] &&
-                column + (branch.columns - 1) * step < kernel[1],
-            "taps must lie inside the kernel of ", kernel[0], "×", kernel[1]);
-      if (taps[5 * b + 4] == 0) {
-        check(branch.rows == 1 && branch.columns == 1 && outputs == channels && geometry[2] == 1 && geometry[3] == 1,
-              "taps must have the identity on one tap, of as many channels out as in, at stride 1");
-      } else {
-        check(used < static_cast<int>(weights.size()), "weights must have one entry a convolution, got ", weights.size());
-        const Entry name{"weights", static_cast<size_t>(used)};
-        check.readable(weights[used], name);
-        check.floats(weights[used], name);
-        check.shape(weights[used], name, {outputs, 1, branch.rows, branch.columns});
-        branch.weight = used++;
-      }
-      for (int64_t r = 0; r < branch.rows; ++r)
-        for (int64_t c = 0; c < branch.columns; ++c)
-          branch.places.push_back(static_cast<int>((row + r * step) * kernel[1] + column + c * step));
-      branches.push_back(std::move(branch));
-    }
-    check(used == static_cast<int>(weights.size()), "weights must have ", used, " entries, one a convolution, got ", weights.size());
-    check(norms == count || norms == 1, "there must be ", count, " batch norms, one a branch, or 1, got ", norms);
-    if (norms == count) {
-      for (int64_t b = 0; b < count; ++b) {
-        kernels.push_back({branches[b].places, numbers, static_cast<int>(b)});
-        numbers += static_cast<int64_t>(branches[b].places.size());
-      }
-    } else {
-      numbers = kernel[0] * kernel[1];
-      kernels.push_back({{}, 0, 0});
-      for (int t = 0; t < numbers; ++t) kernels[0].places.push_back(t);
-    }
+    BranchList list(check, taps, weights, outputs, 1, kernel, outputs == channels && geometry[2] == 1 && geometry[3] == 1, norms);
+    branches = std::move(list.branches);
+    kernels = std::move(list.kernels);
+    numbers = list.numbers;
     affine(gammas, "gammas");
     tables = plan_of({x.sizes[0], x.sizes[2], out[0], kernel[0], geometry[2], geometry[4], geometry[6], x.sizes[3], out[1],
                       kernel[1], geometry[3], geometry[5], geometry[7], outputs / channels});
@@ -165,15 +118,7 @@ struct Problem {
   bool summed() const { return kernels.size() < branches.size(); }
   int64_t norms() const { return static_cast<int64_t>(kernels.size()); }
 
-  void affine(const std::vector<View>& values, const char* name) const {
-    check(values.empty() || values.size() == kernels.size(), name, " must have one entry a batch norm, ", kernels.size(),
-          " here, or none, got ", values.size());
-    for (size_t b = 0; b < values.size(); ++b) {
-      check.readable(values[b], Entry{name, b});
-      check.floats(values[b], Entry{name, b});
-      check.shape(values[b], Entry{name, b}, {outputs});
-    }
-  }
+  void affine(const std::vector<View>& values, const char* name) const { check_affine(check, values, norms(), outputs, name); }
 };
 
 template <class T>
@@ -223,22 +168,6 @@ struct Tasks {
     const int64_t at_once = std::max<int64_t>(1, kSerialElements / std::max<int64_t>(1, work));
     torch::stable::parallel_for(0, blocks, at_once, body);
   }
-};
-
-// Uninitialised memory, aligned to a cache line.
-template <class E>
-class Buffer {
- public:
-  explicit Buffer(int64_t numbers) : memory_(new (std::nothrow) char[numbers * sizeof(E) + 64]) {
-    if (memory_ == nullptr) throw std::bad_alloc();  // as `new` would, but for sanitizers, which end the process there
-    auto at = reinterpret_cast<uintptr_t>(memory_.get());
-    data_ = reinterpret_cast<E*>((at + 63) / 64 * 64);
-  }
-  E* data() { return data_; }
-
- private:
-  std::unique_ptr<char[]> memory_;
-  E* data_;
 };
 
 template <class E>
@@ -546,6 +475,8 @@ Tensor normalise(const Problem& problem, const Tensor& x, const Tensors& betas, 
   return out;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x, Tensors weights, Tensors gammas,
                                                                         Tensors betas, std::vector<double> eps,
                                                                         std::vector<int64_t> taps,
@@ -562,6 +493,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x
   Tensor out = normalise(problem, x, betas, found.statistics(), doubles(rstds), channels_last);
   return {out, found.means, found.variances, rstds, found.pivot, found.sums, found.centred};
 }
+
+namespace {
 
 Tensor apply(Tensor x, Tensors weights, Tensors gammas, Tensors betas, Tensor means, Tensor rstds, Tensor pivot,
              std::vector<int64_t> taps, std::vector<int64_t> geometry, bool channels_last) {
@@ -732,6 +665,8 @@ void differentiate(const Problem& problem, const View& grad, const Kept& kept, c
   });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensors, Tensor, Tensor> step_backward(Tensor grad, Tensor x, Tensors weights, Tensors gammas, Tensor means,
                                                           Tensor rstds, Tensor pivot, Tensor sums, Tensor centred,
                                                           std::optional<Tensor> averages, std::vector<int64_t> taps,
@@ -769,8 +704,6 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> step_backward(Tensor grad, Tensor x,
     return std::make_tuple(dx, dws, dgammas, dbeta);
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
   m.def(

@@ -1,4 +1,4 @@
-// Batch-norm sums, running statistics and folds as C++ functions, for the autograd node of csrc/node, which is another
+// Batch-norm sums, whole steps, running statistics and folds as C++ functions, for the autograd node of csrc/node, which is another
 // library: built against one torch, where this one serves all. ops/ documents them.
 #pragma once
 
@@ -34,6 +34,40 @@ void update_running_(Tensors running_means, Tensors running_vars, Tensors counte
 
 }  // namespace running
 
+// A whole step and its gradients: steps/moments.py's and steps/depthwise.py's operators.
+namespace moments {
+
+// (out, means, variances, rstds, pivot, sums, centred)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x, Tensors weights, Tensors gammas,
+                                                                        Tensors betas, std::vector<double> eps,
+                                                                        std::vector<int64_t> taps,
+                                                                        std::vector<int64_t> geometry, ScalarType dtype,
+                                                                        bool channels_last);
+// (dx, dws, dgammas, dbeta)
+std::tuple<Tensor, Tensors, Tensor, Tensor> step_backward(Tensor grad, Tensor x, Tensors weights, Tensors gammas, Tensor means,
+                                                          Tensor rstds, Tensor pivot, Tensor sums, Tensor centred,
+                                                          std::vector<int64_t> taps, std::vector<int64_t> geometry,
+                                                          ScalarType dtype, bool accumulates, bool need_x,
+                                                          std::vector<bool> need_weights, bool need_gammas);
+
+}  // namespace moments
+
+namespace depthwise {
+
+// (out, means, variances, rstds, pivot, sums, centred)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x, Tensors weights, Tensors gammas,
+                                                                        Tensors betas, std::vector<double> eps,
+                                                                        std::vector<int64_t> taps,
+                                                                        std::vector<int64_t> geometry, bool channels_last);
+// (dx, dws, dgammas, dbeta)
+std::tuple<Tensor, Tensors, Tensor, Tensor> step_backward(Tensor grad, Tensor x, Tensors weights, Tensors gammas, Tensor means,
+                                                          Tensor rstds, Tensor pivot, Tensor sums, Tensor centred,
+                                                          std::optional<Tensor> averages, std::vector<int64_t> taps,
+                                                          std::vector<int64_t> geometry, bool need_x,
+                                                          std::vector<bool> need_weights, bool need_gammas);
+
+}  // namespace depthwise
+
 // (weights, biases) of the convolutions that the blocks fold into; ops/fuse_blocks.py says what the numbers are.
 std::tuple<Tensors, Tensors> fuse_blocks(const Tensors& weight, const Tensors& gamma, const Tensors& beta,
                                          const Tensors& mean, const Tensors& var, const Tensors& conv_bias,
@@ -46,6 +80,10 @@ struct Functions {
   decltype(&bn_sum::backward_) backward_into;
   decltype(&running::update_running_) update_running;
   decltype(&fuse_blocks) fuse;
+  decltype(&moments::step) moments;
+  decltype(&moments::step_backward) moments_backward;
+  decltype(&depthwise::step) depthwise;
+  decltype(&depthwise::step_backward) depthwise_backward;
 };
 
 // What the node's library looks up.

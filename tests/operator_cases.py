@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import acnet_kernels
-from acnet_kernels.backends import moments_depthwise as depthwise
 from acnet_kernels.block import taps_of
 from acnet_kernels.geometry import Geometry, Taps
 from acnet_kernels.kernels.window import Window
 from acnet_kernels.ops import fuse_blocks as fusing
 from acnet_kernels.ops.fusion import append_branches
-from acnet_kernels.steps import moments_algebra as algebra
-from acnet_kernels.steps import packed
+from acnet_kernels.steps import depthwise_plain, packed
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -171,90 +169,6 @@ def cross_correlation_results(
     return [torch.stack(products), y.sum(0)]
 
 
-def edge_strips(r: random.Random) -> list[Any]:
-    dtype, groups = r.choice(FLOATS), r.randint(1, 2)
-    x = torch.randn(r.randint(1, 3), groups * r.randint(1, 3), r.randint(1, 6), r.randint(1, 6)).to(dtype)
-    return [layout_of(r, x), torch.randn(x.shape[1], dtype=sums_dtype(dtype)), r.choice([1, 3, 5]), groups]
-
-
-def edge_strips_results(x: Any, pivot: Any, kernel: Any, groups: Any) -> list[Any]:
-    n, c, h, w = x.shape
-    r = kernel // 2
-    if r == 0:
-        return [torch.zeros(n, max(h, w), 4, groups, 0, c // groups, dtype=torch.float64)]
-    centred = (wide(x) - per_channel(pivot)).unflatten(1, (groups, -1))  # N×g×Cg×H×W
-    strips = torch.zeros(n, max(h, w) + r, 4, groups, r, c // groups, dtype=torch.float64)
-    for i in range(r):
-        if i < h:
-            strips[:, :w, 0, :, i] = centred[:, :, :, i].permute(0, 3, 1, 2)
-            strips[:, :w, 1, :, i] = centred[:, :, :, h - 1 - i].permute(0, 3, 1, 2)
-        if i < w:
-            strips[:, :h, 2, :, i] = centred[..., i].permute(0, 3, 1, 2)
-            strips[:, :h, 3, :, i] = centred[..., w - 1 - i].permute(0, 3, 1, 2)
-    return [strips]
-
-
-def add_edges(r: random.Random) -> list[Any]:
-    dtype, groups, k = r.choice(FLOATS), r.randint(1, 2), r.choice([1, 3, 5])
-    n, c, h, w = r.randint(1, 3), groups * r.randint(1, 3), r.randint(1, 6), r.randint(1, 6)
-    sums = sums_dtype(dtype)
-    out, value, constant = (last(torch.randn(m, c, h, w).to(t)) for m, t in ((n, dtype), (n, sums), (1, sums)))
-    edges = torch.randn(n, max(h, w) + k // 2, 4, groups, k // 2, c // groups, dtype=sums)
-    return [out, value, constant, edges]
-
-
-def add_edges_results(out: Any, value: Any, constant: Any, edges: Any) -> list[Any]:
-    total = wide(value) + wide(constant)
-    h, w = value.shape[2:]
-    pixels = total.permute(0, 2, 3, 1).unflatten(-1, (edges.shape[3], -1))
-    for i in range(min(edges.shape[4], h)):
-        pixels[:, i] += edges[:, :w, 0, :, i]
-        pixels[:, h - 1 - i] += edges[:, :w, 1, :, i]
-    for i in range(min(edges.shape[4], w)):
-        pixels[:, :, i] += edges[:, :h, 2, :, i]
-        pixels[:, :, w - 1 - i] += edges[:, :h, 3, :, i]
-    return [total, None]
-
-
-def patch_gram(r: random.Random) -> list[Any]:
-    dtype, g, c, k = r.choice([torch.float32, torch.float64]), r.randint(1, 2), r.randint(1, 3), r.choice([1, 3, 5])
-    n, h, w = r.randint(1, 3), r.randint(1, 6), r.randint(1, 6)
-    rc, taps = k // 2 * c, k * k
-    half = torch.randn(2 * k * k - 2 * k + 1, g, c, c, dtype=dtype)
-    half[0] = half[0] + half[0].mT  # as an autocorrelation's
-    edges = torch.randn(k, 4 * g, rc, rc, dtype=dtype)
-    edges[0] = edges[0] + edges[0].mT
-    strips = torch.randn(n, max(h, w) + k // 2, 4, g, k // 2, c, dtype=dtype)
-    strips[:, w:] = 0
-    sums, pivot = torch.randn(g, taps * c, dtype=torch.float64), torch.randn(g, c, dtype=torch.float64)
-    cross = torch.randn(g, taps, taps, c, dtype=torch.float64)
-    seen = algebra.pixel_counts(h, w, k, half.device).clone()
-    return [half, edges, strips, sums, cross, pivot, seen, k, w, float(n * h * w)]
-
-
-def patch_gram_results(
-    half: Any, edges: Any, strips: Any, sums: Any, cross: Any, pivot: Any, seen: Any, k: Any, width: Any, count: Any
-) -> list[Any]:
-    g, r, span, c = half.shape[1], k // 2, 2 * k - 1, half.shape[2]
-    plane = algebra.mirrored(wide(half), span)
-    if r == 0:
-        gram = plane.flatten(1, 3)
-    else:
-        lines = algebra.mirrored(wide(edges), span)[:, 0].unflatten(0, (4, g))
-        lines = lines.unflatten(-1, (r, -1)).unflatten(-3, (r, -1))
-        strips = wide(strips).clone()
-        strips[:, width:] = 0  # what lies beyond the image is no corner
-        blocks = algebra.corner_blocks(strips, width).flatten(4)
-        corners = torch.einsum("nvugi,nvugj->vugij", blocks, blocks)
-        gram = algebra.assemble_gram(plane, lines.permute(0, 1, 2, 3, 5, 4, 6), corners, k)
-    gram.view(g, k * k, c, k * k, c).mul_((seen > 0)[:, None, :, None])
-    product = (cross.mT.unsqueeze(-1) * pivot[:, None, None, None]).reshape(gram.shape)
-    gram = gram - sums[:, :, None] * sums[:, None] / count + product + product.mT
-    # Only the taps behind a tap are read from the arguments, the others are their transpose; so is the result.
-    rows = torch.arange(k * k).repeat_interleave(c)
-    return [torch.where(rows[:, None] <= rows, gram, gram.mT)]
-
-
 # ---- whole steps ----
 
 
@@ -269,67 +183,85 @@ def moments_step(r: random.Random) -> list[Any]:
     dtype, groups, k = r.choice(FLOATS), r.randint(1, 2), r.choice([1, 3, 5])
     c, out = r.randint(1, 3), groups * r.randint(1, 3)
     x = layout_of(r, torch.randn(r.randint(2, 3), groups * c, r.randint(2, 6), r.randint(2, 6)).to(dtype))
-    shapes, places = [(k, k), (1, k), (k, 1)], [0, 0, k // 2, 0, 0, k // 2]
+    shapes, places = [(k, k), (1, k), (k, 1)], [(0, 0), (k // 2, 0), (0, k // 2)]
     b = r.randint(1, 3)
+    norms = r.choice([1, b])
     weights = [torch.randn(out, c, *shape).to(dtype) for shape in shapes[:b]]
-    gamma, beta = torch.randn(b, out).to(dtype), torch.randn(out, dtype=sums_dtype(dtype))
-    return [x, weights, gamma, beta, places[: 2 * b], [1e-3, 1e-4, 1e-5][:b], k, groups, r.random() < 0.5]
+    gammas, betas = ([torch.randn(out) for _ in range(norms)] if r.random() < 0.7 else [] for _ in range(2))
+    taps = [n for place, shape in zip(places[:b], shapes, strict=False) for n in (*place, *shape, 1)]
+    geometry = packed.pack(Geometry.make(k, 1, k // 2, 1, groups))
+    compute = dtype if dtype.itemsize > 2 or r.random() < 0.5 else torch.float32
+    return [x, weights, gammas, betas, [1e-3, 1e-4, 1e-5][:norms], taps, geometry, compute, r.random() < 0.5]
+
+
+def moments_maps(x: Any, weights: Any, norms: int, taps: Any, geometry: Any) -> list[Tensor]:
+    places = zip(weights, taps[::5], taps[1::5], strict=True)
+    ys = [embedded(wide(x), weight, i, j, geometry[0], geometry[8]) for weight, i, j in places]
+    return ys if norms == len(ys) else [sum(ys[1:], ys[0])]
 
 
 def moments_step_results(
-    x: Any, weights: Any, gamma: Any, beta: Any, origins: Any, eps: Any, kernel: Any, groups: Any, _: Any
+    x: Any, weights: Any, gammas: Any, betas: Any, eps: Any, taps: Any, geometry: Any, *_: Any
 ) -> list[Any]:
-    places = zip(weights, origins[::2], origins[1::2], strict=True)
-    ys = [embedded(wide(x), weight, i, j, kernel, groups) for weight, i, j in places]
-    betas = [beta, *(torch.zeros_like(beta) for _ in ys[1:])]
-    out, means, variances, _ = bn_sum_forward_results(ys, list(gamma), betas, eps, None)
+    ys = moments_maps(x, weights, len(eps), taps, geometry)
+    out, means, variances, rstds = bn_sum_forward_results(ys, gammas, betas, eps, None)
     if len(x) == 0:
-        means, variances = torch.zeros_like(means), torch.zeros_like(variances)
-    return [out, means, variances, None, None, None]
+        means, variances, rstds = torch.zeros_like(means), torch.zeros_like(variances), None
+    return [out, means, variances, rstds, None, None, None]
 
 
 def moments_step_backward(r: random.Random) -> list[Any]:
-    x, weights, gamma, beta, origins, eps, kernel, groups, last_ = moments_step(r)
-    step = torch.ops.acnet_kernels.moments_step(x, weights, gamma, beta, origins, eps, kernel, groups, last_)
-    out, mean, variance, pivot, sums, centred = step
-    rstd = (variance + torch.tensor(eps, dtype=torch.float64)[:, None]).rsqrt()
-    needs = [r.random() < 0.7 for _ in range(3)]
+    x, weights, gammas, betas, eps, taps, geometry, compute, last_ = moments_step(r)
+    step = torch.ops.acnet_kernels.moments_step(x, weights, gammas, betas, eps, taps, geometry, compute, last_)
+    out, means, _, *kept = step
+    needs = r.random() < 0.7, [r.random() < 0.7 for _ in weights], r.random() < 0.7
     return [
-        torch.randn_like(out), x, weights, gamma, mean, rstd, pivot, sums, centred, origins, kernel, groups, *needs
+        torch.randn_like(out), x, weights, gammas, means, *kept, taps, geometry, compute, r.random() < 0.5, *needs
     ]  # fmt: skip
 
 
 def moments_step_backward_results(
-    grad: Any, x: Any, weights: Any, gamma: Any, mean: Any, rstd: Any, pivot: Any, sums: Any, centred: Any,
-    origins: Any, kernel: Any, groups: Any, need_x: Any, need_weights: Any, need_gamma: Any,
+    grad: Any, x: Any, weights: Any, gammas: Any, means: Any, rstds: Any, pivot: Any, sums: Any, centred: Any,
+    taps: Any, geometry: Any, compute: Any, accumulates: Any, need_x: Any, need_weights: Any, need_gammas: Any,
 ) -> list[Any]:  # fmt: skip
-    g, pixels = wide(grad), grad.numel() / grad.shape[1]
-    dbeta = g.sum((0, 2, 3))
-    dx, dgammas, dweights = torch.zeros_like(wide(x)), [], []
-    patches = sums.unflatten(1, (kernel, kernel, -1)).permute(0, 3, 1, 2)  # g×Cg×k×k
-    parts = wide(centred).split([weight[0].numel() for weight in weights], 1)
-    for b, (weight, i, j, part) in enumerate(zip(weights, origins[::2], origins[1::2], parts, strict=True)):
+    k, groups = geometry[0], geometry[8]
+    g, pixels, total = wide(grad), grad.numel() / grad.shape[1], wide(grad).sum((0, 2, 3))
+    places = [(own[0], own[1], own[2], own[3]) for own in zip(*(taps[i::5] for i in range(5)), strict=True)]
+    kernels = [
+        F.pad(wide(w), (j, k - j - n, i, k - i - m)) for w, (i, j, m, n) in zip(weights, places, strict=True)
+    ]
+    if len(means) < len(kernels):
+        kernels, own_places = [sum(kernels[1:], kernels[0])], [(0, 0, k, k)]
+    else:
+        own_places = places
+    patches = sums.unflatten(1, (k, k, -1)).permute(0, 3, 1, 2).repeat_interleave(len(weights[0]) // groups, 0)
+    parts = wide(centred).split([m * n * weights[0].shape[1] for _, _, m, n in own_places], 1)
+    dx, dkernels, dgammas = torch.zeros_like(wide(x)), [], []
+    for b, (kernel, part, (i, j, m, n)) in enumerate(zip(kernels, parts, own_places, strict=True)):
         with torch.enable_grad():
-            x_, w_ = wide(x).detach().requires_grad_(), wide(weight).detach().requires_grad_()
-            y = embedded(x_, w_, i, j, kernel, groups)
-        dgamma = rstd[b] * ((g * y).sum((0, 2, 3)) - mean[b] * dbeta)
-        slope, scale = dgamma / pixels, wide(gamma[b]) * rstd[b]
-        (products,) = torch.autograd.grad(y, w_, g, retain_graph=True)
-        rows, columns = weight.shape[2:]
-        own = patches[:, :, i : i + rows, j : j + columns].repeat_interleave(len(weight) // groups, 0)
-        dweight = products - (dbeta / pixels)[:, None, None, None] * own
-        dweight = dweight.flatten(1) - slope[:, None] * part  # with its rstd already
-        dweights.append(scale[:, None] * dweight)
-        pivot = slope * rstd[b] * mean[b] - dbeta / pixels
-        flow = per_channel(scale) * (g + per_channel(pivot) - per_channel(slope * rstd[b]) * y)
-        dx += torch.autograd.grad(y, x_, flow.detach())[0]
-        dgammas.append(dgamma)
+            x_, kernel_ = wide(x).detach().requires_grad_(), kernel.detach().requires_grad_()
+            y = F.conv2d(x_, kernel_, None, 1, k // 2, 1, groups)
+        dgamma = rstds[b] * ((g * y).sum((0, 2, 3)) - means[b] * total)
+        slope, scale = dgamma / pixels, rstds[b] * (wide(gammas[b]) if gammas else 1)
+        (products,) = torch.autograd.grad(y, kernel_, g, retain_graph=True)
+        dkernel = products - per_channel(total / pixels)[..., None] * patches
+        own = part.unflatten(1, (m, n, -1)).permute(0, 3, 1, 2)  # with its rstd already
+        dkernel[:, :, i : i + m, j : j + n] -= per_channel(slope)[..., None] * own
+        dkernels.append(per_channel(scale)[..., None] * dkernel)
+        level = per_channel(slope * rstds[b])
+        flow = g - per_channel(total / pixels) - level * (y - per_channel(means[b]))
+        dx += torch.autograd.grad(y, x_, (per_channel(scale) * flow).detach())[0]
+        dgammas.append(dgamma.detach())
     none = torch.zeros(0, dtype=torch.float64)
+    dws = [
+        (dkernels[0] if len(dkernels) == 1 else dkernels[b])[:, :, i : i + m, j : j + n]
+        for b, (i, j, m, n) in enumerate(places)
+    ]
     return [
         dx if need_x else none,
-        torch.cat(dweights, 1) if need_weights else none,
-        torch.stack(dgammas) if need_gamma else none,
-        dbeta,
+        [dw for dw, need in zip(dws, need_weights, strict=True) if need],
+        torch.stack(dgammas) if need_gammas else none,
+        total,
     ]
 
 
@@ -457,7 +389,7 @@ def depthwise_step_results(
 def depthwise_step_backward(r: random.Random) -> list[Any]:
     *args, last_ = depthwise_step(r)
     x, weights, gammas, _, _, taps, geometry = args
-    out, means, _, rstds, pivot, sums, centred = depthwise._step(*args, last_)
+    out, means, _, rstds, pivot, sums, centred = depthwise_plain.step(*args, last_)
     needs = [r.random() < 0.7, [r.random() < 0.7 for _ in weights], r.random() < 0.7]
     grad = layout_of(r, torch.randn(out.shape).to(x.dtype))
     averages = torch.randn(len(means) + 1, means.shape[1], dtype=torch.float64) if r.random() < 0.5 else None
@@ -476,19 +408,21 @@ def depthwise_statistics_results(x: Any, weights: Any, *rest: Any) -> list[Any]:
 
 def depthwise_apply(r: random.Random) -> list[Any]:
     x, weights, gammas, betas, eps, *numbers, last_ = depthwise_step(r)
-    means, variances, pivot, *_ = depthwise._statistics(x, weights, eps, *numbers)
+    means, variances, pivot, *_ = depthwise_plain.statistics(x, weights, eps, *numbers)
     return [x, weights, gammas, betas, means, 1 / (variances + 0.1).sqrt(), pivot, *numbers, last_]
 
 
 def depthwise_apply_results(x: Any, weights: Any, gammas: Any, betas: Any, *rest: Any) -> list[Any]:
     wide_ = [[wide(t) for t in own] for own in (weights, gammas, betas)]
-    return [depthwise._apply(wide(x), *wide_, *rest)]
+    return [depthwise_plain.apply(wide(x), *wide_, *rest)]
 
 
 def depthwise_step_backward_results(*args: Any) -> list[Any]:
     grad, x, weights, gammas, means, rstds, pivot, sums, centred, *rest = args
     kept = means, rstds, pivot, sums, wide(centred)
-    return list(depthwise._step_backward(wide(grad), wide(x), [wide(w) for w in weights], gammas, *kept, *rest))
+    return list(
+        depthwise_plain.step_backward(wide(grad), wide(x), [wide(w) for w in weights], gammas, *kept, *rest)
+    )
 
 
 # ---- folding, running statistics ----
@@ -648,7 +582,6 @@ def nothing(*_: Any) -> list[Any]:
 
 
 CASES = {
-    "add_edges": Case(add_edges, add_edges_results),
     "bn_sum_backward": Case(bn_sum_backward, bn_sum_backward_results),
     "bn_sum_backward_": Case(bn_sum_backward_, bn_sum_write_results),
     "bn_sum_forward": Case(bn_sum_forward, bn_sum_forward_results),
@@ -658,12 +591,10 @@ CASES = {
     "depthwise_statistics": Case(depthwise_statistics, depthwise_statistics_results),
     "depthwise_step": Case(depthwise_step, depthwise_step_results),
     "depthwise_step_backward": Case(depthwise_step_backward, depthwise_step_backward_results),
-    "edge_strips": Case(edge_strips, edge_strips_results),
     "fuse_blocks": Case(fuse_blocks, fuse_blocks_results),
     "fuse_blocks_out": Case(fuse_blocks_out, fuse_blocks_out_results),
     "moments_step": Case(moments_step, moments_step_results),
     "moments_step_backward": Case(moments_step_backward, moments_step_backward_results),
-    "patch_gram": Case(patch_gram, patch_gram_results),
     "recompute_step": Case(recompute_step, recompute_step_results),
     "recompute_step_backward": Case(recompute_step_backward, recompute_step_backward_results),
     "remember": Case(remember, nothing, "meta"),

@@ -1,13 +1,38 @@
 """What the tests of a backend's training step share: every kind of block, and the comparison with eager."""
 
 import collections
+import contextlib
 import copy
 import statistics
+import warnings
+from unittest import mock
 
 import oracle
 import torch
 from oracle import rel
 from torch import nn
+
+from acnet_kernels.backends import node
+from acnet_kernels.ops.check import checked
+from acnet_kernels.steps import moments, moments_passes
+
+
+@contextlib.contextmanager
+def plain_moments():
+    """moments_step by the kernels in plain PyTorch on the CPU too, and by Python's node."""
+    library = torch.library.Library("acnet_kernels", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch tells of the first kernel that is overridden
+        for name, check_arguments, kernel in (
+            ("moments_step", moments.check_step, moments_passes.step),
+            ("moments_step_backward", moments.check_backward, moments_passes.step_backward),
+        ):
+            library.impl(name, checked(check_arguments)(kernel), "CPU")
+    try:
+        with mock.patch.object(node, "NODE", None):
+            yield
+    finally:
+        library._destroy()
 
 
 def as_eager(b):

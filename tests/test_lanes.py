@@ -26,7 +26,11 @@ BLOCKS = {
     "recompute": lambda: ACBlock(4, 6, 3, padding=1, backend="recompute"),
     "repvgg": lambda: RepVGGBlock(4, 4, 3, padding=1, backend="branches"),
     "mobileone": lambda: MobileOneBlock(4, 4, 3, padding=1, num_conv_branches=3, backend="branches"),
+    "moments": lambda: ACBlock(4, 6, 3, padding=1, backend="moments"),
+    "moments, repvgg": lambda: RepVGGBlock(4, 4, 3, padding=1, groups=2, backend="moments"),
+    "moments, depthwise": lambda: ACBlock(4, 4, 3, stride=2, padding=1, groups=4, backend="moments"),
 }
+NODES = ("acb", "moments", "moments, depthwise")  # one of each kind
 
 
 def both(make, dtype=torch.float32, layout=torch.contiguous_format):
@@ -75,8 +79,9 @@ def test_the_lane_gives_the_same_bits(name, dtype, layout):
     assert_same(step(b, x), wanted)
 
 
-def test_under_autocast():
-    b, twin, x = both(BLOCKS["acb"])
+@pytest.mark.parametrize("block", NODES)
+def test_under_autocast(block):
+    b, twin, x = both(BLOCKS[block])
     with torch.autocast("cpu", torch.bfloat16):
         assert lanes.take(b, x, b.backend) is None  # learned without it
         wanted = step(twin, x)
@@ -302,9 +307,10 @@ def test_copies_and_pickles_have_none():
 # --- the node in autograd -------------------------------------------------------------------------------------
 
 
-def test_no_gradient_of_what_needs_none():
+@pytest.mark.parametrize("block", NODES)
+def test_no_gradient_of_what_needs_none(block):
     for kept in ("x", "hor_conv.weight", "square_bn.weight", "ver_bn.bias"):
-        b, twin, x = both(BLOCKS["acb"])
+        b, twin, x = both(BLOCKS[block])
         for m in (b, twin):
             for name, p in m.named_parameters():
                 p.requires_grad_(name == kept)
@@ -320,11 +326,12 @@ def test_no_gradient_of_what_needs_none():
             assert a is None or torch.equal(a, e)
 
 
-def test_twice_differentiable_and_batched():
-    b, _, x = both(lambda: ACBlock(4, 6, 3, padding=1, backend="branches").double(), torch.float64)
+@pytest.mark.parametrize("block", NODES)
+def test_twice_differentiable_and_batched(block):
+    b, _, x = both(BLOCKS[block], torch.float64)
     eager = copy.deepcopy(b)
     eager.backend = "eager"
-    grad, again = torch.randn(3, 6, 7, 5, dtype=torch.float64), torch.randn_like(x)
+    grad, again = torch.randn_like(b(x)), torch.randn_like(x)
     found = []
     for m in (b, eager):
         inputs = [x, *m.parameters()]
@@ -337,8 +344,9 @@ def test_twice_differentiable_and_batched():
         assert a is None or torch.allclose(a, e, rtol=1e-9, atol=1e-11)
 
 
-def test_a_retained_graph_keeps_its_maps_and_hooks_what_they_are_given():
-    b, _, x = both(BLOCKS["acb"])
+@pytest.mark.parametrize("block", NODES)
+def test_a_retained_graph_keeps_its_maps_and_hooks_what_they_are_given(block):
+    b, _, x = both(BLOCKS[block])
     out, inputs = b(x), [x, *b.parameters()]
     grad, kept = torch.randn_like(out), []
     first = torch.autograd.grad(out, inputs, grad, retain_graph=True)
@@ -357,8 +365,9 @@ def test_a_retained_graph_keeps_its_maps_and_hooks_what_they_are_given():
     assert all(torch.equal(t, was) for t, was in kept)
 
 
-def test_a_weight_changed_before_backward_is_refused():
-    b, _, x = both(BLOCKS["acb"])
+@pytest.mark.parametrize("block", NODES)
+def test_a_weight_changed_before_backward_is_refused(block):
+    b, _, x = both(BLOCKS[block])
     out = b(x)
     with torch.no_grad():
         b.square_conv.weight.add_(1)
@@ -366,8 +375,9 @@ def test_a_weight_changed_before_backward_is_refused():
         out.sum().backward()
 
 
-def test_checkpointed_steps_move_the_statistics_as_eager_does():
-    b, _, x = both(BLOCKS["acb"])
+@pytest.mark.parametrize("block", NODES)
+def test_checkpointed_steps_move_the_statistics_as_eager_does(block):
+    b, _, x = both(BLOCKS[block])
     eager = copy.deepcopy(b)
     eager.backend = "eager"
     for m in (b, eager):

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from oracle import assert_as_good_as, rel, run, scramble, truth
-from steps import LEVELS, check_chain, check_levels, saved_by
+from steps import LEVELS, check_chain, check_levels, plain_moments, saved_by
 from torch import nn
 
 import acnet_kernels
@@ -40,12 +40,21 @@ def check(block, x):
     assert_as_good_as(run(block, x, grad), run(as_eager(block), x, grad), truth(block, x, grad))
 
 
-@pytest.fixture(params=["by composite", "by branch", "centred"])
+@pytest.fixture(params=["compiled", "by composite", "by branch", "centred"])
 def gradient(request, monkeypatch):
-    """Both ways to the gradient of x, whatever the number of channels; the first also as where the level rounds."""
+    """The C++ operators, and plain PyTorch's: of these both ways to the gradient of x, whatever the number of
+    channels, the first also as where the level rounds.
+    """
+    if request.param == "compiled":
+        if not _extension.LOADED:
+            pytest.skip(_extension.WHY_MISSING)
+        yield
+        return
     monkeypatch.setattr(passes, "LEAST_CHANNELS_BY_BRANCH", 1 if request.param == "by branch" else 1 << 30)
     if request.param == "centred":
         monkeypatch.setattr(passes, "_rounds_by_the_mean", lambda dtype, x: x.dtype == dtype)
+    with plain_moments():
+        yield
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
@@ -140,7 +149,7 @@ def test_kernels_beyond_float16s_exponents(scale, gamma):
 def test_the_mean_cancels_exactly_where_nothing_is_padded():
     x = torch.randn(2, 3, 9, 5, dtype=torch.float64) * 1e-3 - 100  # squares lose 10 of 16 digits to the mean's
     weight = torch.randn(6, 3, 1, 1, dtype=torch.float64)
-    branches = passes._branches([weight], [0, 0], 1, 1)
+    branches = passes._branches([weight], 1, [0, 0, 1, 1, 1], 1, 1)
     _, variance, _ = passes.statistics(passes.moments_of(x, passes.pivot_of(x), 1, 1), branches)
     true = nn.functional.conv2d(x - x.mean((0, 2, 3), keepdim=True), weight).var((0, 2, 3), correction=0)
     assert rel(variance[0], true) < 1e-9
@@ -152,7 +161,7 @@ def test_a_variance_far_below_its_terms_is_exact_of_few_pixels():
     taps = torch.stack([torch.tensor([0, *pixels, 0], dtype=torch.float64)[i : i + 3] for i in range(3)])
     kernel = torch.linalg.solve(taps, torch.tensor([0.40, 0.43, 0.41], dtype=torch.float64))
     x = pixels.float().view(1, 1, 1, 3)
-    branches = passes._branches([kernel.view(1, 1, 1, 3).float()], [1, 0], 3, 1)
+    branches = passes._branches([kernel.view(1, 1, 1, 3).float()], 1, [1, 0, 1, 3, 1], 3, 1)
     _, variance, _ = passes.statistics(passes.moments_of(x, passes.pivot_of(x), 3, 1), branches)
     true = nn.functional.conv2d(x.double(), branches[0].weight.view(1, 1, 1, 3), padding=(0, 1)).var(correction=0)
     assert rel(variance[0, 0], true) < 1e-6
@@ -177,7 +186,7 @@ def test_a_branch_that_sees_padding_alone_has_no_variance_and_no_gradient():
 
 def test_without_the_pivot_the_mean_cancels(monkeypatch):
     monkeypatch.setattr(passes, "pivot_of", lambda x: x.new_zeros(x.shape[1]))
-    with pytest.raises(AssertionError, match=r"error .* allowed"):
+    with pytest.raises(AssertionError, match=r"error .* allowed"), plain_moments():
         test_a_mean_far_above_the_spread_does_not_cancel(torch.float32, 1e3, 0.1, True)
 
 
@@ -263,6 +272,11 @@ def test_frozen_parts_skip_their_work(monkeypatch):
     for name in ("cross_correlation", "_input_gradient"):
         real = getattr(passes, name)
         monkeypatch.setattr(passes, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
+    with plain_moments():
+        check_frozen(calls)
+
+
+def check_frozen(calls):
     x = torch.randn(2, 4, 5, 5)
     whole = block_of()
     grad = torch.randn(2, 6, 5, 5)
@@ -303,8 +317,11 @@ def test_differentiable_twice(norm):
 
 
 def test_the_operators_gradient_says_that_it_has_no_derivative():
-    x, weight, gamma = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(6, 4, 3, 3), torch.ones(1, 6)
-    out, *_ = torch.ops.acnet_kernels.moments_step(x, [weight], gamma, gamma[0], [0, 0], [1e-5], 3, 1, False)
+    x, weight = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(6, 4, 3, 3)
+    taps, geometry = [0, 0, 3, 3, 1], [3, 3, 1, 1, 1, 1, 1, 1, 1]
+    out, *_ = torch.ops.acnet_kernels.moments_step(
+        x, [weight], [], [], [1e-5], taps, geometry, torch.float32, False
+    )
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"moments_step_backward has no derivative; acblock\(\) has one"):
         grad.sum().backward()
@@ -323,16 +340,15 @@ def test_compiles_whole_and_agrees():
 def test_opcheck(dtype):
     x = torch.randn(2, 4, 5, 6).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
     weights = [torch.randn(6, 4, 3, 3, requires_grad=True), torch.randn(6, 4, 1, 3, requires_grad=True)]
-    gamma, beta = torch.rand(2, 6, requires_grad=True), torch.rand(6, requires_grad=True)
-    eps, places = [1e-5, 1e-3], [0, 0, 1, 0]
+    gammas, betas = ([torch.rand(6, requires_grad=True) for _ in range(2)] for _ in range(2))
+    eps, taps, geometry = [1e-5, 1e-3], [0, 0, 3, 3, 1, 1, 0, 1, 3, 1], [3, 3, 1, 1, 1, 1, 1, 1, 1]
     step = torch.ops.acnet_kernels.moments_step.default
-    torch.library.opcheck(step, (x, weights, gamma, beta, places, eps, 3, 1, True))
+    torch.library.opcheck(step, (x, weights, gammas, betas, eps, taps, geometry, dtype, True))
     with torch.no_grad():
-        out, mean, variance, *rest = step(x, weights, gamma, beta, places, eps, 3, 1, True)
-        rstd = (variance + torch.tensor(eps).double()[:, None]).rsqrt()
-        tensors = [t.detach() for t in (torch.randn_like(out), x)], [w.detach() for w in weights], gamma.detach()
-        for need in ((True, True, True), (False, True, False), (False, False, False)):
-            args = (*tensors[0], tensors[1], tensors[2], mean, rstd, *rest, places, 3, 1, *need)
+        out, means, _, *rest = step(x, weights, gammas, betas, eps, taps, geometry, dtype, True)
+        lists = [weight.detach() for weight in weights], [gamma.detach() for gamma in gammas]
+        for need in ((True, [True, True], True), (False, [False, True], False), (False, [False, False], False)):
+            args = (torch.randn_like(out), x.detach(), *lists, means, *rest, taps, geometry, dtype, True, *need)
             torch.library.opcheck(torch.ops.acnet_kernels.moments_step_backward.default, args)
 
 
@@ -351,62 +367,90 @@ def test_scattering_is_the_transpose_of_assembling():
     torch.testing.assert_close(ours, (plane * p).sum() + (strips * s).sum() + (corners * q).sum())
 
 
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
 @pytest.mark.skipif(not _extension.LOADED, reason=f"there is one implementation alone: {_extension.WHY_MISSING}")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
-    ("size", "groups", "h", "w"),
-    [(1, 1, 3, 2), (3, 1, 7, 5), (3, 2, 1, 4), (5, 2, 6, 9), (5, 1, 2, 1), (7, 4, 3, 8)],
+    ("dtype", "compute"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+    ],
 )
-def test_compiled_and_plain_algebra_agree(monkeypatch, dtype, channels_last, size, groups, h, w):
+@pytest.mark.parametrize("mean", [0, 30])
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize(
+    ("size", "groups", "n", "c", "k", "h", "w"),
+    [
+        (1, 1, 3, 4, 4, 3, 2),
+        (3, 1, 2, 4, 6, 7, 5),
+        (3, 2, 3, 4, 4, 2, 4),
+        (5, 2, 2, 6, 4, 6, 9),
+        (5, 1, 3, 3, 3, 2, 1),
+        (7, 2, 2, 4, 4, 3, 8),
+        (3, 1, 2, 64, 64, 9, 8),  # dx by the branches' maps
+        (3, 2, 2, 128, 64, 5, 4),
+        (3, 1, 9, 16, 16, 33, 40),
+    ],
+)
+def test_compiled_and_plain_steps_agree(dtype, compute, mean, total, size, groups, n, c, k, h, w):
+    r, channels_last = size // 2, n == 3
+    branches = [(0, 0, size, size, 1), (r, 0, 1, size, 1), (0, r, size, 1, 1)]
+    branches += [(r, r, 1, 1, 0)] if c == k else []  # the identity
+    branches += [(0, 0, 3, 3, size // 3 + size // 5)] if size > 3 else []  # one with gaps, off the middle for 5
+    weights = [torch.randn(k, c // groups, own[2], own[3]).to(dtype) for own in branches if own[4]]
+    norms = 1 if total else len(branches)
+    gammas, betas = ([torch.randn(k).to(dtype) for _ in range(norms)] for _ in range(2))
+    taps = [n for own in branches for n in own]
+    geometry = [size, size, 1, 1, r, r, 1, 1, groups]
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    n, c, r = 5, 20, size // 2
-    x = (torch.randn(n, c, h, w) + 3).to(dtype).contiguous(memory_format=layout)
-    sums = torch.promote_types(dtype, torch.float32)
-    pivot = (torch.randn(c) + 3).to(sums)
-    value = torch.randn(n, c, h, w, dtype=sums).contiguous(memory_format=layout)
-    constant = torch.randn(1, c, h, w, dtype=sums).contiguous(memory_format=layout)
-    edges = torch.randn(n, max(h, w) + r, 4, groups, r, c // groups, dtype=sums)
+    x = (torch.randn(n, c, h, w) + mean).to(dtype).contiguous(memory_format=layout)
+    args = (x, weights, gammas, betas, [1e-5] * norms, taps, geometry, compute, channels_last)
+    found, expected = torch.ops.acnet_kernels.moments_step(*args), passes.step(*args)
 
-    def compute():
-        out = torch.full_like(x, torch.nan)
-        algebra.add_edges(out, value.clone(memory_format=torch.preserve_format), constant, edges)
-        return algebra.edge_strips(x, pivot, size, groups), passes.moments_of(x, pivot, size, groups), out
+    def check(name, ours, plain):
+        assert (ours.shape, ours.dtype) == (plain.shape, plain.dtype), name
+        assert rel(ours, plain) <= TOLERANCES[dtype], (name, rel(ours, plain))
 
-    assert algebra.is_compiled(x)
-    strips, found, out = compute()
-    monkeypatch.setattr(algebra, "LOADED", False)
-    plain_strips, expected, plain_out = compute()
-    assert torch.equal(strips, plain_strips)
-    torch.testing.assert_close(found.gram, expected.gram, rtol=1e-12, atol=1e-9)
-    torch.testing.assert_close(out, plain_out)
-    assert torch.equal(out.isnan(), torch.zeros_like(out, dtype=torch.bool))
+    names = ("out", "means", "variances", "rstds", "", "sums", "centred")
+    for name, ours, plain in zip(names, found, expected, strict=True):
+        if name:  # the pivot is any number near the mean
+            check(name, ours, plain)
+    out, means, _, *kept = found
+    assert out.is_contiguous(memory_format=layout)
+    grad = (torch.randn(out.shape) + 0.3 * out.float() + 0.2).to(dtype)
+    for accumulates in (True, False):
+        needs = True, [i != 1 for i in range(len(weights))], True
+        args = (grad, x, weights, gammas, means, *kept, taps, geometry, compute, accumulates, *needs)
+        ours, plain = torch.ops.acnet_kernels.moments_step_backward(*args), passes.step_backward(*args)
+        assert len(ours[1]) == len(plain[1]) == sum(needs[1])
+        for name, a, b in zip(
+            ("dx", "dgammas", "dbeta"), (ours[0], *ours[2:]), (plain[0], *plain[2:]), strict=True
+        ):
+            check(name, a, b)
+        for i, (a, b) in enumerate(zip(ours[1], plain[1], strict=True)):
+            check(f"dws[{i}]", a, b)
 
 
 @pytest.mark.skipif(not _extension.LOADED, reason=f"only the C++ operators promise it: {_extension.WHY_MISSING}")
 @pytest.mark.parametrize("c", [16, 80])
 def test_the_number_of_threads_changes_no_bit_of_the_moments(c):
-    x = torch.randn(9, c, 7, 6).to(memory_format=torch.channels_last)
+    x, weight = torch.randn(9, c, 7, 6).to(memory_format=torch.channels_last), torch.randn(8, c, 3, 3)
+    args = (x, [weight], [], [], [1e-5], [0, 0, 3, 3, 1], [3, 3, 1, 1, 1, 1, 1, 1, 1], torch.float32, True)
     before = torch.get_num_threads()
-    grams = []
+    found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            grams.append(passes.moments_of(x, torch.zeros(c), 3, 1).gram)
+            found.append(torch.ops.acnet_kernels.moments_step(*args)[4:6])  # of the pivot, and of the patches
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(grams[0], grams[1])
-    assert torch.equal(grams[0], grams[2])
-
-
-def test_the_whole_step_agrees_without_the_extension(monkeypatch):
-    block, x = block_of(6, 8, 3, groups=2).double(), torch.randn(4, 6, 5, 7, dtype=torch.float64)
-    grad = gradient_for(block.float(), x.float()).double()
-    block = block.double()
-    compiled = run(block, x, grad)
-    monkeypatch.setattr(algebra, "LOADED", False)
-    for name, value in run(block, x, grad).items():
-        torch.testing.assert_close(compiled[name], value, rtol=1e-9, atol=1e-12, msg=name)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize(

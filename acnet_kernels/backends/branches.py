@@ -231,7 +231,7 @@ def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
         if x.is_cpu:
             _keep_freed_memory()
         if node.suits(config, x, inputs):
-            return node.run(config, x, inputs, True)
+            return node.run(node.number(config, len(inputs.betas), True), x, inputs)
         return _Step.apply(config, update, *tensors)[0]
     out, means, variances = _composed(config, *tensors)
     with torch.no_grad():

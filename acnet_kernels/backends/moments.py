@@ -13,20 +13,16 @@ Where every channel is a group of its own, moments_depthwise.py computes the sam
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
-from ..geometry import Taps
-from ..spec import SUM, Branch, Problem, Step, autocast_dtype, prefers_channels_last
-from ..steps import moments as ops
+from ..spec import SUM, Problem, Step
 from ..steps import moments_algebra as algebra
-from ..steps.batchnorm import update_running
-from ..steps.convolution import identity_kernel, merge_kernels
+from ..steps.convolution import convolution_dtype
 from ..steps.moments_passes import CHUNK_BYTES, LEAST_CHANNELS_BY_BRANCH
-from . import mixed, nodes
+from . import mixed, whole
 from . import moments_depthwise as depthwise
 
 NAME = "moments"
@@ -68,10 +64,9 @@ def saved_bytes(problem: Problem) -> int:
 
 
 def _kept_taps(problem: Problem) -> int:
-    # One a tap; the identity is a kernel of one, and one with gaps a kernel of all.
+    # One a tap; the identity is a kernel of one.
     taps = zip(problem.branches, problem.convolved, strict=True)
-    whole = math.prod(problem.geometry.kernel)
-    return sum((t.rows * t.columns if t.step == 1 else whole) if convolved else 1 for t, convolved in taps)
+    return sum(t.rows * t.columns if convolved else 1 for t, convolved in taps)
 
 
 def transient_bytes(problem: Problem) -> int:
@@ -85,77 +80,39 @@ def transient_bytes(problem: Problem) -> int:
         return nested + depthwise.transient_bytes(mixed.inner(problem))
     k, groups, cpu = problem.geometry.kernel[0], problem.geometry.groups, problem.device == "cpu"
     cg, small = c // groups, torch.promote_types(problem.dtype, torch.float32)
+    compute = convolution_dtype(problem.dtype, problem.device)
     x, y = problem.map_bytes(problem.dtype)
     part = max(x, y)  # of a batch, the images whose maps are converted or centred at a time
     if cpu:
-        whole = max(problem.map_bytes(small))
-        part = min(whole, max(CHUNK_BYTES, whole // max(n, 1)))
-    copies = 0 if cpu and problem.dtype == small else 2 * part
+        whole = max(problem.map_bytes(compute))
+        part = min(whole, max(CHUNK_BYTES * compute.itemsize // small.itemsize, whole // max(n, 1)))
+    converts = not cpu or compute != problem.dtype
+    copies = 2 * part if converts else 0
+    turned = cpu and not problem.channels_last  # maps are read in channels_last
     kernels = 8 * problem.out_channels * cg * k * k  # float64, as the Gram matrix is
     gram = 8 * groups * (k * k * cg) ** 2
-    parts_of_gram = gram + gram // k + gram // k**2 if cpu and algebra.LOADED else 3 * gram
+    parts_of_gram = gram + gram // k + gram // k**2 if cpu else 3 * gram
     statistics = (
         parts_of_gram + 3 * 8 * c * k**4 + 4 * kernels
     )  # and the sums with the pivot, a channel and taps' pair
-    forward = max(statistics, y + 8 * kernels + copies)
+    forward = max(statistics, y + 8 * kernels + copies) + (x if turned else 0)
     if not problem.grad:
         return nested + forward
     if cpu and cg >= LEAST_CHANNELS_BY_BRANCH:
-        parts = 3 * part
+        parts = 2 * part
     else:
         composite = 3 * groups * (k * k * cg) ** 2 * small.itemsize
         lines = 2 * n * (max(h, w) + k // 2) * algebra.SIDES * (k // 2) * c * small.itemsize
-        parts = composite + lines + (2 if problem.channels_last else 4) * part
-    return nested + max(forward, x + 10 * kernels + parts + copies)
+        parts = composite + lines + 2 * part
+    return nested + max(forward, x + 10 * kernels + parts + copies + (x + y if turned else 0))
 
 
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
-    size, device = x.shape[1], x.device.type
-    is_depthwise = depthwise.computes(step.geometry, size, step.kernel.shape[0], device, x.dtype)
-    return mixed.forward(depthwise.forward if is_depthwise else _forward, x, step)
+    is_depthwise = computes_depthwise(x, step)
+    return mixed.forward(lambda x, step: whole.forward(x, step, is_depthwise), x, step)
 
 
-def _forward(x: Tensor, step: Step) -> Tensor:
-    geometry, kernel = step.geometry, step.kernel
-    x = x.to(autocast_dtype(x.dtype, x.device.type))
-    count = x.shape[0] * x.shape[2] * x.shape[3]
-    norms = step.norms
-    weights, taps = zip(*(_dense(branch, step) for branch in step.branches), strict=True)
-    if step.norm is not None:
-        weights, taps = (merge_kernels(weights, taps, geometry),), (geometry.whole,)
-    shape = kernel.shape[:1]
-    dtype = torch.promote_types(kernel.dtype, torch.float32)
-    gamma = torch.stack([kernel.new_ones(shape) if n.gamma is None else n.gamma for n in norms])
-    betas = [norm.beta.to(dtype) for norm in norms if norm.beta is not None]
-    # A convolution's bias shifts the mean that is subtracted again: its gradient is zero, but it has one.
-    biases = [branch.bias for branch in step.branches if branch.bias is not None]
-    betas += [torch.zeros_like(bias) * bias for bias in biases]
-    # Not stack().sum(): its backward gives every β a view of one gradient, and accumulation adds into it thrice.
-    beta = functools.reduce(torch.add, betas) if betas else kernel.new_zeros(shape, dtype=dtype)
-    arguments = (
-        x,
-        list(weights),
-        gamma,
-        beta,
-        [index for own in taps for index in own[:2]],
-        [norm.eps for norm in norms],
-        geometry.kernel[0],
-        geometry.groups,
-        prefers_channels_last(x, kernel),
-    )
-    offsets: list[Tensor | None] = [branch.bias for branch in step.branches]
-    if step.norm is not None:
-        offsets = [torch.stack(biases).sum(0) if biases else None]
-    update = functools.partial(update_running, norms, count=count, biases=offsets)
-    return nodes.run(ops.RECORDED, arguments, update)
-
-
-def _dense(branch: Branch, step: Step) -> tuple[Tensor, Taps]:
-    # The branch's kernel without gaps, and its taps: the identity's is a diagonal.
-    assert branch.taps is not None
-    if branch.weight is None:
-        return identity_kernel(step.kernel, step.geometry.groups), branch.taps
-    if branch.taps.step > 1:
-        return merge_kernels([branch.weight], [branch.taps], step.geometry), step.geometry.whole
-    return branch.weight, branch.taps
+def computes_depthwise(x: Tensor, step: Step) -> bool:
+    """Whether the step is one of the depthwise operators'."""
+    return depthwise.computes(step.geometry, x.shape[1], step.kernel.shape[0], x.device.type, x.dtype)

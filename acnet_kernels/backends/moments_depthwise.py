@@ -10,19 +10,15 @@ The operators are in steps/depthwise.py.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
-from torch import Tensor
 
 from ..geometry import Geometry
 from ..ops._extension import LOADED
-from ..spec import SUM, Problem, Step, prefers_channels_last
+from ..spec import SUM, Problem
 from ..steps import depthwise as ops
-from ..steps.batchnorm import update_running
-from ..steps.packed import pack, pack_taps
-from . import branches, mixed, nodes
+from . import mixed
 
 CUDA_PROGRAMS = 1024  # that share a pass over the maps, about
 
@@ -85,22 +81,3 @@ def transient_bytes(problem: Problem) -> int:
     if problem.device == "cuda":
         backward += 8 * problem.out_channels * (taps + 1) * tasks + 4 * channels * taps * 2 * numbers
     return max(forward, problem.input_bytes + backward)
-
-
-def forward(x: Tensor, step: Step) -> Tensor:
-    """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
-    inputs = branches.inputs_of(x, step)
-    x = x.to(inputs.dtype)
-    arguments = (
-        x,
-        inputs.weights,
-        inputs.gammas,
-        inputs.betas,
-        inputs.eps,
-        pack_taps(inputs.branches),
-        pack(step.geometry),
-        prefers_channels_last(x, inputs.weights[0]),
-    )
-    count = x.shape[0] * math.prod(step.geometry.output_size(x.shape[2], x.shape[3]))
-    update = functools.partial(update_running, inputs.norms, count=count, biases=inputs.biases)
-    return nodes.run(ops.RECORDED, arguments, update)

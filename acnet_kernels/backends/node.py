@@ -1,8 +1,9 @@
-"""A step of `branches` or `recompute` on the CPU as the C++ node of csrc/node, where that is built: one call.
+"""A step on the CPU as the C++ node of csrc/node, where that is built: one call.
 
-It computes what they do, in the same order. It leaves to Python's nodes steps whose sum is normalised, conv
-biases, batch norms without running statistics or with cumulative ones, maps so large that other ways to their
-gradients pay, and modes that watch single operators.
+It computes what `branches`, `recompute` or `moments` do, in the same order. It leaves to Python's nodes conv
+biases, batch norms without running statistics or with cumulative ones, and modes that watch single operators; of
+`branches` and `recompute` also steps whose sum is normalised, and maps so large that other ways to their gradients
+pay.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 from .._torch_compat import dispatch_modes
 from ..ops import _extension
 from ..steps.assignment import ALL_LIBRARY
-from ..steps.convolution import LEAST_MAP
+from ..steps.convolution import LEAST_MAP, accumulates
+from ..steps.packed import pack, pack_taps
 from . import nodes
 
 if TYPE_CHECKING:
@@ -26,29 +28,36 @@ NODE = _extension.NODE
 _configs: list[StepConfig] = []
 
 
-def suits(config: StepConfig, x: Tensor, inputs: Inputs) -> bool:
-    """Whether the node computes this step, and is the faster way."""
+def takes(x: Tensor, inputs: Inputs) -> bool:
+    """Whether the node takes a step on these tensors."""
     return (
         NODE is not None
         and x.is_cpu
-        and config.phases == ALL_LIBRARY
-        and not config.is_summed
         and not any(bias is not None for bias in inputs.biases)
         and all(
             norm.running_mean is not None and norm.num_batches_tracked is not None and norm.momentum is not None
             for norm in inputs.norms
         )
-        # convolution.add_input_gradient pays from there on, and branches.py alone knows it.
-        and (x.numel() < LEAST_MAP or config.geometry.stride != (1, 1))
         and dispatch_modes() == 0
     )
 
 
-def run(config: StepConfig, x: Tensor, inputs: Inputs, keeps_maps: bool) -> Tensor:
-    """The step, where it `suits`, keeping its maps for backward or not; running statistics are updated."""
+def suits(config: StepConfig, x: Tensor, inputs: Inputs) -> bool:
+    """Whether the node computes this step of `branches` or `recompute`, and is the faster way."""
+    return (
+        config.phases == ALL_LIBRARY
+        and not config.is_summed
+        # convolution.add_input_gradient pays from there on, and branches.py alone knows it.
+        and (x.numel() < LEAST_MAP or config.geometry.stride != (1, 1))
+        and takes(x, inputs)
+    )
+
+
+def run(number: int, x: Tensor, inputs: Inputs) -> Tensor:
+    """The step of this number; running statistics are updated."""
     norms = inputs.norms
     return NODE.run(
-        number(config, len(inputs.betas), keeps_maps),
+        number,
         x,
         inputs.weights,
         inputs.gammas,
@@ -62,24 +71,51 @@ def run(config: StepConfig, x: Tensor, inputs: Inputs, keeps_maps: bool) -> Tens
 
 @functools.cache
 def number(config: StepConfig, betas: int, keeps_maps: bool) -> int:
-    """The number under which the node knows a step with so many βs; kept for good, as a graph may be."""
+    """The number of a step of `branches`, or where it keeps no maps `recompute`, with so many βs.
+
+    Numbers are kept for good, as a graph may be.
+    """
     places = []
     for place, (_, convolved) in zip(config.places, config.branches, strict=True):
         places.append((int(convolved), *place.padding, *place.dilation, *place.edges))
-    _configs.append(config)
-    found = NODE.configure(
-        config.geometry.stride,
-        config.geometry.groups,
-        places,
+    return _add(
+        config,
+        NODE.configure(
+            config.geometry.stride,
+            config.geometry.groups,
+            places,
+            config.eps,
+            config.affine,
+            betas,
+            config.conv_dtype,
+            config.dtype,
+            keeps_maps,
+        ),
+    )
+
+
+@functools.cache
+def whole_number(config: StepConfig, betas: int, is_depthwise: bool) -> int:
+    """The number of a step of `moments` with so many βs."""
+    found = NODE.configure_whole(
+        pack_taps(config.branches),
+        pack(config.geometry),
         config.eps,
         config.affine,
         betas,
+        sum(convolved for _, convolved in config.branches),
         config.conv_dtype,
         config.dtype,
-        keeps_maps,
+        is_depthwise,
+        accumulates(),
     )
-    assert found == len(_configs) - 1
-    return found
+    return _add(config, found)
+
+
+def _add(config: StepConfig, number: int) -> int:
+    _configs.append(config)
+    assert number == len(_configs) - 1
+    return number
 
 
 def _gradients(number: int, inputs: list[Tensor], needs: list[bool], grad: Tensor) -> list[Tensor | None]:

@@ -59,7 +59,7 @@ def _forward(x: Tensor, step: Step) -> Tensor:
             step.geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type
         )
         if node.suits(config, x, inputs):
-            return node.run(config, x, inputs, False)
+            return node.run(node.number(config, len(inputs.betas), False), x, inputs)
     if torch.compiler.is_exporting():  # so that the operator is given no dtype, as in branches._composed
         x = x.to(inputs.dtype)
     arguments = (

@@ -76,10 +76,15 @@ def _library_accumulates() -> bool:
     return mkldnn_accumulates() and platform.machine() in ("x86_64", "AMD64")
 
 
+def accumulates() -> bool:
+    """Whether the library's convolutions can add to what is there now: built so, and not switched off."""
+    return _library_accumulates() and mkldnn_enabled()
+
+
 def _in_one_pass(out: Tensor) -> bool:
     dense = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
     fits = out.is_cpu and out.dtype in _DTYPES and out.numel() > 0 and dense
-    usable = fits and _library_accumulates() and mkldnn_enabled()
+    usable = fits and accumulates()
     return usable and (out.dtype != torch.float16 or mkldnn_has_float16())
 
 

@@ -36,7 +36,7 @@ from ..ops import check
 from ..ops._extension import LOADED, TRITON
 from ..ops.bn_sum import accumulation_dtype
 from . import depthwise_plain
-from .packed import check_affine, check_problem, unpack, unpack_taps
+from .packed import check_affine, check_problem, numbers_of, unpack
 from .recorded import record
 
 MOST_TAPS, MOST_MULTIPLIER, MOST_PADDING = 7, 8, 1024  # those of csrc/depthwise_plan.h
@@ -139,14 +139,6 @@ def _check_problem(
             f"output channels for each, got {geometry[8]} and {shape[1]}"
         )
     return shape
-
-
-def numbers_of(norms: int, taps: list[int], geometry: list[int]) -> int:
-    """How many numbers an output channel has in all batch norms' kernels: its row of `centred`."""
-    branches = unpack_taps(taps)
-    if norms < len(branches):
-        return geometry[0] * geometry[1]
-    return sum(own.rows * own.columns for own, _ in branches)
 
 
 def check_backward(

@@ -26,14 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops._extension import LOADED
-
 SIDES = 4  # top, bottom, left, right
-
-
-def is_compiled(x: Tensor) -> bool:
-    """Whether the C++ operators of csrc/moments.cpp take x; plain PyTorch computes the same."""
-    return LOADED and x.is_cpu
 
 
 class PatchMoments(NamedTuple):
@@ -64,8 +57,6 @@ def edge_strips(x: Tensor, pivot: Tensor, k: int, groups: int) -> Tensor:
 
     Lines run along their side; L = max(H, W) + r, so at least the last r places of each are zero.
     """
-    if is_compiled(x):
-        return torch.ops.acnet_kernels.edge_strips(x, pivot, k, groups)
     n, c, h, w = x.shape
     r = k // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -90,11 +81,6 @@ def add_edges(out: Tensor, value: Tensor, constant: Tensor, edges: Tensor) -> No
         constant: 1×C×H×W of value's dtype.
         edges: what to add to the r outermost lines of each side, in the order of `edge_strips`.
     """
-    layout = torch.channels_last
-    dense = all(t.is_contiguous(memory_format=layout) for t in (out, value, constant))
-    if is_compiled(value) and dense and edges.dtype == value.dtype:
-        torch.ops.acnet_kernels.add_edges(out, value, constant, edges)
-        return
     value += constant
     h, w = value.shape[2:]
     r = edges.shape[4]
@@ -232,7 +218,7 @@ def patch_moments(
     # G − G̃ is a matrix and its transpose: x̃ with the constant, and half of the constant with itself.
     cross = mixed - shifted[:, :, None] * (seen / count)[:, None] + 0.5 * pixels[:, :, None] * pivot[:, None, None]
     gram = patch_gram(
-        half, edges, strips, shifted.flatten(1).contiguous(), cross.contiguous(), pivot, counts, k, (h, w), count
+        half, edges, strips, shifted.flatten(1).contiguous(), cross.contiguous(), pivot, k, (h, w), count
     )
     sums = shifted + seen[:, None] * pivot[:, None]
     return PatchMoments(sums.flatten(1), gram, images * h * w)
@@ -245,7 +231,6 @@ def patch_gram(
     sums: Tensor,
     cross: Tensor,
     pivot: Tensor,
-    counts: Tensor,
     k: int,
     size: tuple[int, int],
     count: int,
@@ -259,13 +244,8 @@ def patch_gram(
         sums: Σ_p x̃[p+t], g×(k²·Cg).
         cross: X[t,t',c], g×k²×k²×Cg: X[t,t',c]·pivot[c'] and its transpose are added.
         pivot: g×Cg.
-        counts: from `pixel_counts`.
         size: H, W; count: M.
     """
-    if is_compiled(half):
-        return torch.ops.acnet_kernels.patch_gram(
-            half, edges, strips, sums, cross, pivot, counts, k, size[1], float(count)
-        )
     g, r, span = half.shape[1], k // 2, 2 * k - 1
     plane = mirrored(half, span)
     if r == 0:

@@ -1,4 +1,4 @@
-"""The passes of a `moments` step, forward and backward."""
+"""A `moments` step in plain PyTorch, forward and backward: where the C++ extension is missing, and on CUDA."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import Pair
+from ..geometry import Taps
 from ..ops.autocorrelation import autocorrelation, cross_correlation
-from ..ops.bn_sum import mean_and_variance, rstds_of
+from ..ops.bn_sum import accumulation_dtype, mean_and_variance, rstds_of
 from . import moments_algebra as algebra
-from .convolution import add_convolution, convolution_dtype, transposed_kernel
+from .convolution import add_convolution, identity_kernel, transposed_kernel
+from .packed import unpack, unpack_taps
 
 PIVOT_SAMPLES = 2048
 # Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
@@ -29,12 +30,12 @@ CHUNK_BYTES = 4 << 20  # of float32 maps converted at a time: they stay in cache
 
 
 class _Branch(NamedTuple):
-    # A branch's kernel as g×(K/g)×(taps·Cg) in float64, and where its entries are in patch order (None: all of it).
+    # A batch norm's kernel as g×(K/g)×(taps·Cg) in float64, and where its entries are in patch order (None: all).
     weight: Tensor
     entries: Tensor | None
     channels: int
-    size: Pair  # of the kernel
-    centred: bool  # its middle tap is the k×k kernel's
+    taps: Taps
+    centred: bool  # without gaps, and its middle tap is the k×k kernel's
 
     def pick(self, patch: Tensor, dim: int) -> Tensor:
         """The branch's own taps along a dimension in patch order."""
@@ -46,36 +47,39 @@ class _Branch(NamedTuple):
             return matrix
         return matrix.new_zeros(*matrix.shape[:2], k * k * self.channels).index_copy_(2, self.entries, matrix)
 
-    def to_weight(self, matrix: Tensor) -> Tensor:
-        """g×(K/g)×(taps·Cg) → K×(Cg·taps), the order of a convolution's weight."""
-        return matrix.unflatten(2, (-1, self.channels)).transpose(2, 3).flatten(0, 1).flatten(1)
+    def as_kernel(self, matrix: Tensor) -> Tensor:
+        """g×(K/g)×(taps·Cg) → K×Cg×rows×columns."""
+        kernel = matrix.unflatten(2, (-1, self.channels)).transpose(2, 3).flatten(0, 1)
+        return kernel.unflatten(2, (self.taps.rows, self.taps.columns))
 
     def own_kernel(self, matrix: Tensor, k: int) -> Tensor:
         """g×(K/g)×(taps·Cg) → K×Cg×rows×columns with the k×k kernel's middle tap in the middle."""
-        if self.centred:
-            return self.to_weight(matrix).unflatten(1, (self.channels, *self.size))
-        return _as_conv(self.embed(matrix, k), k)
+        return self.as_kernel(matrix) if self.centred else _as_conv(self.embed(matrix, k), k)
 
 
 @functools.lru_cache(maxsize=256)
-def _patch_index(
-    row: int, column: int, rows: int, columns: int, kernel: int, channels: int, device: torch.device
-) -> Tensor | None:
-    if rows == columns == kernel:
+def _patch_index(taps: Taps, kernel: int, channels: int, device: torch.device) -> Tensor | None:
+    if taps.rows == taps.columns == kernel:
         return None
-    taps = [(row + i) * kernel + column + j for i in range(rows) for j in range(columns)]
-    return torch.tensor([tap * channels + c for tap in taps for c in range(channels)], device=device)
+    rows, columns = (range(kernel)[own] for own in taps.slices)
+    places = [row * kernel + column for row in rows for column in columns]
+    return torch.tensor([tap * channels + c for tap in places for c in range(channels)], device=device)
 
 
-def _branches(weights: list[Tensor], origins: list[int], kernel: int, groups: int) -> list[_Branch]:
-    branches = []
-    for weight, row, column in zip(weights, origins[::2], origins[1::2], strict=True):
+def _branches(weights: list[Tensor], norms: int, packed: list[int], kernel: int, groups: int) -> list[_Branch]:
+    # One a batch norm: a branch, or their sum.
+    branches, given = [], iter(weights)
+    for taps, convolved in unpack_taps(packed):
+        weight = next(given) if convolved else identity_kernel(weights[0][:, :, :1, :1], groups)
         k, c, rows, columns = weight.shape
-        matrix = weight.double().view(groups, k // groups, c, rows * columns).transpose(2, 3).flatten(2)
-        index = _patch_index(row, column, rows, columns, kernel, c, weight.device)
-        centred = 2 * row + rows == 2 * column + columns == kernel
-        branches.append(_Branch(matrix, index, c, (rows, columns), centred))
-    return branches
+        matrix = weight.double().reshape(groups, k // groups, c, rows * columns).transpose(2, 3).flatten(2)
+        index = _patch_index(taps, kernel, c, weight.device)
+        middle = 2 * taps.row + rows == 2 * taps.column + columns == kernel
+        branches.append(_Branch(matrix, index, c, taps, middle and taps.step == 1))
+    if norms == len(branches):
+        return branches
+    total = functools.reduce(torch.add, (branch.embed(branch.weight, kernel) for branch in branches))
+    return [_Branch(total, None, branches[0].channels, Taps(0, 0, kernel, kernel), True)]
 
 
 def pivot_of(x: Tensor) -> Tensor:
@@ -128,16 +132,15 @@ def _without_rounding(
     return variance.masked_fill(exact & (variance <= bounds.square()), 0)
 
 
-def _statistics_of_maps(
-    x: Tensor, weights: list[Tensor], origins: list[int], k: int, groups: int
-) -> tuple[Tensor, Tensor]:
+def _statistics_of_maps(x: Tensor, branches: list[_Branch], k: int, groups: int) -> tuple[Tensor, Tensor]:
     # (mean, variance), B×K float64, by the definition, for an x that is not finite: of what a branch does not see,
     # and of which means are infinite and which NaN, sums over all patches know nothing.
     found = []
-    for weight, row, column in zip(weights, origins[::2], origins[1::2], strict=True):
-        rows, columns, r = *weight.shape[2:], k // 2
-        sides = r - column, column + columns - 1 - r, r - row, row + rows - 1 - r
-        found.append(mean_and_variance(F.conv2d(F.pad(x.double(), sides), weight.double(), groups=groups)))
+    for branch in branches:
+        (row, column, rows, columns, step), r = branch.taps, k // 2
+        sides = r - column, column + (columns - 1) * step - r, r - row, row + (rows - 1) * step - r
+        kernel = branch.as_kernel(branch.weight)
+        found.append(mean_and_variance(F.conv2d(F.pad(x.double(), sides), kernel, None, 1, 0, step, groups)))
     means, variances = zip(*found, strict=True)
     return torch.stack(means), torch.stack(variances)
 
@@ -156,43 +159,49 @@ def statistics(moments: algebra.PatchMoments, branches: list[_Branch]) -> tuple[
     return torch.stack(firsts) / pixels, (torch.stack(seconds) / pixels).clamp_min(0), products
 
 
+def _gammas(gammas: list[Tensor], like: Tensor) -> Tensor:
+    # B×K float64.
+    return torch.stack([gamma.double() for gamma in gammas]) if gammas else torch.ones_like(like)
+
+
 def step(
     x: Tensor,
     weights: list[Tensor],
-    gamma: Tensor,
-    beta: Tensor,
-    origins: list[int],
+    gammas: list[Tensor],
+    betas: list[Tensor],
     eps: list[float],
-    kernel: int,
-    groups: int,
+    taps: list[int],
+    geometry: list[int],
+    dtype: torch.dtype,
     channels_last: bool,
 ) -> tuple[Tensor, ...]:
     """moments_step."""
+    known = unpack(geometry)
+    kernel, groups = known.kernel[0], known.groups
     with torch.autocast(x.device.type, enabled=False):
-        branches = _branches(weights, origins, kernel, groups)
+        branches = _branches(weights, len(eps), taps, kernel, groups)
         pivot = pivot_of(x)
         if 0.0 in eps:  # which hides no rounding
             moments = moments_of(x.double(), pivot.double(), kernel, groups)
         else:
             moments = moments_of(x, pivot, kernel, groups)
-        mean, variance, products = statistics(moments, branches)
+        means, variances, products = statistics(moments, branches)
         if 0.0 in eps:
-            variance = _without_rounding(variance, moments, branches, pivot, eps)
-        if x.device.type == "cpu" and not mean.isfinite().all():  # a GPU would have to be waited for
-            mean, variance = _statistics_of_maps(x, weights, origins, kernel, groups)
-        rstd = rstds_of(variance, eps)
-        scale = gamma.double() * rstd
+            variances = _without_rounding(variances, moments, branches, pivot, eps)
+        if x.device.type == "cpu" and not means.isfinite().all():  # a GPU would have to be waited for
+            means, variances = _statistics_of_maps(x, branches, kernel, groups)
+        rstds = rstds_of(variances, eps)
+        scale = _gammas(gammas, rstds) * rstds
         # With one rstd at once: the other may be as large, and the product beyond float32.
-        centred = [
-            branch.to_weight(product) * row[:, None]
-            for branch, product, row in zip(branches, products, rstd, strict=True)
-        ]
+        centred = [product.flatten(0, 1) * row[:, None] for product, row in zip(products, rstds, strict=True)]
         sums, pixels = moments.sums, max(moments.pixels, 1)
         del moments, products  # as large as weights squared, and not needed beside maps
-        rounded, unit = _in_range(_fuse(branches, scale, kernel), convolution_dtype(x.dtype, x.device.type))
+        rounded, unit = _in_range(_fuse(branches, scale, kernel), dtype)
         exact = rounded.double() if unit is None else rounded.double() * unit
         # The mean of what the rounded weights give, not of what the exact ones would: it cancels exactly.
-        bias = beta.double() - (exact @ sums.unsqueeze(2)).flatten() / pixels
+        bias = -(exact @ sums.unsqueeze(2)).flatten() / pixels
+        for beta in betas:
+            bias += beta
         weight = _as_conv(rounded, kernel)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         if _rounds_by_the_mean(weight.dtype, x):
@@ -200,13 +209,13 @@ def step(
         elif x.dtype == weight.dtype:
             out = F.conv2d(x, weight, bias.to(x.dtype), 1, kernel // 2, 1, groups).contiguous(memory_format=layout)
         else:
-            shape = (x.shape[0], gamma.shape[1], *x.shape[2:])
+            shape = (x.shape[0], means.shape[1], *x.shape[2:])
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
             images = _images_at_a_time(x, out)
             wide, bias = torch.empty_like(x[:images], dtype=weight.dtype), bias.to(weight.dtype)
             for part, target in _chunks(images, x, out):
                 target.copy_(F.conv2d(_converted(part, wide), weight, bias, 1, kernel // 2, 1, groups))
-        return out, mean, variance, pivot, sums, torch.cat(centred, 1).to(pivot.dtype)
+        return out, means, variances, rstds, pivot, sums, torch.cat(centred, 1).to(pivot.dtype)
 
 
 def _centred_convolution(
@@ -235,50 +244,68 @@ def step_backward(
     grad: Tensor,
     x: Tensor,
     weights: list[Tensor],
-    gamma: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    gammas: list[Tensor],
+    means: Tensor,
+    rstds: Tensor,
     pivot: Tensor,
     sums: Tensor,
     centred: Tensor,
-    origins: list[int],
-    kernel: int,
-    groups: int,
+    taps: list[int],
+    geometry: list[int],
+    dtype: torch.dtype,
+    accumulates: bool,
     need_x: bool,
-    need_weights: bool,
-    need_gamma: bool,
-) -> tuple[Tensor, ...]:
+    need_weights: list[bool],
+    need_gammas: bool,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """moments_step_backward."""
-    none = mean.new_empty(0)
-    if not (need_x or need_weights or need_gamma):
-        return x.new_empty(0), centred.new_empty(0), none, grad.sum((0, 2, 3), dtype=torch.float64)
+    known, wide = unpack(geometry), accumulation_dtype(x.dtype)
+    kernel, groups = known.kernel[0], known.groups
+    none = means.new_empty(0, dtype=wide)
+    if not (need_x or any(need_weights) or need_gammas):
+        return x.new_empty(0), [], none, grad.sum((0, 2, 3), dtype=torch.float64).to(wide)
     with torch.autocast(x.device.type, enabled=False):
-        branches = _branches(weights, origins, kernel, groups)
+        branches = _branches(weights, len(means), taps, kernel, groups)
         products, dbeta = _patch_gradient(grad, x, pivot, kernel, groups)
         owns = [branch.pick(products, 2) for branch in branches]
         dgamma = torch.stack(
             [(own * branch.weight).sum(2).flatten() for own, branch in zip(owns, branches, strict=True)]
         )
-        dgamma = rstd * (dgamma - mean * dbeta)
+        dgamma = rstds * (dgamma - means * dbeta)
         pixels = max(grad.shape[0] * grad.shape[2] * grad.shape[3], 1)
         y_factor, offset = dgamma / pixels, dbeta / pixels
-        scale, dweights = gamma.double() * rstd, []
-        if need_weights:
-            parts = centred.split([weight[0].numel() for weight in weights], 1)
+        scale, dkernels = _gammas(gammas, rstds) * rstds, []
+        if any(need_weights):
+            parts = centred.split([branch.weight.shape[2] for branch in branches], 1)
             for i, (branch, own, part) in enumerate(zip(branches, owns, parts, strict=True)):
                 own = own - offset.view(groups, -1, 1) * branch.pick(sums, 1)[:, None]
-                dweight = branch.to_weight(own) - y_factor[i][:, None] * part
-                dweights.append(scale[i][:, None] * dweight)
+                dkernel = own.flatten(0, 1) - y_factor[i][:, None] * part
+                dkernels.append((scale[i][:, None] * dkernel).unflatten(0, (groups, -1)))
         dx = x.new_empty(0)
         if need_x:
-            y_factor = y_factor * rstd
-            dx = _input_gradient(grad, x, pivot, branches, scale, y_factor, mean, offset, kernel, groups)
-        return (
-            dx,
-            torch.cat(dweights, 1).to(centred.dtype) if need_weights else centred.new_empty(0),
-            dgamma if need_gamma else none,
-            dbeta,
-        )
+            y_factor = y_factor * rstds
+            dx = _input_gradient(
+                grad, x, pivot, branches, scale, y_factor, means, offset, kernel, groups, dtype, accumulates
+            )
+        dws = _weight_gradients(branches, dkernels, weights, taps, need_weights) if dkernels else []
+        return dx, dws, dgamma.to(wide) if need_gammas else none, dbeta.to(wide)
+
+
+def _weight_gradients(
+    branches: list[_Branch], dkernels: list[Tensor], weights: list[Tensor], packed: list[int], needs: list[bool]
+) -> list[Tensor]:
+    # Those of the weights that need one: of a sum's kernel, each weight's own taps.
+    found, given = [], iter(zip(weights, needs, strict=True))
+    for i, (taps, convolved) in enumerate(unpack_taps(packed)):
+        weight, need = next(given) if convolved else (None, False)
+        if weight is None or not need:
+            continue
+        one = branches[0] if len(branches) == 1 else branches[i]
+        whole = one.as_kernel(dkernels[0] if len(branches) == 1 else dkernels[i])
+        rows, columns = taps.slices
+        own = whole if whole.shape == weight.shape else whole[:, :, rows, columns]
+        found.append(torch.empty_like(weight).copy_(own))
+    return found
 
 
 def _patch_gradient(grad: Tensor, x: Tensor, pivot: Tensor, k: int, groups: int) -> tuple[Tensor, Tensor]:
@@ -303,22 +330,25 @@ def _input_gradient(
     offset: Tensor,
     k: int,
     groups: int,
+    dtype: torch.dtype,
+    accumulates: bool,
 ) -> Tensor:
     # Σ_b of W̃ᵀ_b * (scale_b·(g − offset − slope_b·(W̃_b * x − mean_b))), the convolutions on image pixels only.
     # x is centred here too: its mean's share, one image for the batch, cancels the shifts in float64.
-    dtype = convolution_dtype(x.dtype, x.device.type)
     images, shift = _images_at_a_time(x, grad), y_factor * mean - offset
     wide_grad = grad if grad.dtype == dtype else torch.empty_like(grad[:images], dtype=dtype)
     grad_centre = None
     if x.device.type == "cpu" and (
         branches[0].channels >= LEAST_CHANNELS_BY_BRANCH or (scale * y_factor).abs().amax() < LEAST_Y_FACTOR
     ):
-        convolve = _by_branch(branches, scale, y_factor, shift, pivot, dtype, x[:images], grad[:images], k, groups)
+        convolve = _by_branch(
+            branches, scale, y_factor, shift, pivot, dtype, x[:images], grad[:images], k, groups, accumulates
+        )
     else:
         if _rounds_by_the_mean(dtype, x):
             grad_centre, shift = offset.to(pivot.dtype).view(-1, 1, 1), y_factor * mean
             wide_grad = torch.empty_like(grad[:images], dtype=dtype)
-        convolve = _by_composite(x, pivot, branches, scale, y_factor, shift, dtype, k, groups)
+        convolve = _by_composite(x, pivot, branches, scale, y_factor, shift, dtype, k, groups, accumulates)
     centre = None
     if x.device.type != "cpu" or pivot.any():  # a GPU would have to be waited for
         centre = _whole_image(pivot, x)
@@ -344,6 +374,7 @@ def _by_branch(
     grad: Tensor,
     k: int,
     groups: int,
+    accumulates: bool,
 ) -> _Convolutions:
     # Each branch's own map once more, and back: 30 taps for k = 3, no algebra. For parts as large as x and grad.
     total = _sum_dtype(dtype)
@@ -367,8 +398,8 @@ def _by_branch(
         for image, forth, forth_unit, back, back_unit in convolutions:
             padding = (forth.shape[2] // 2, forth.shape[3] // 2)
             gradient = torch.add(grad, image, out=scratch[: len(grad)])
-            _add(gradient, x, forth, forth_unit, padding, groups)
-            _add(value, gradient.to(dtype), back, back_unit, padding, groups)
+            _add(gradient, x, forth, forth_unit, padding, groups, accumulates)
+            _add(value, gradient.to(dtype), back, back_unit, padding, groups, accumulates)
         if value is not target:
             target.copy_(value)
 
@@ -385,6 +416,7 @@ def _by_composite(
     dtype: torch.dtype,
     k: int,
     groups: int,
+    accumulates: bool,
 ) -> _Convolutions:
     # There and back in one convolution of (2k−1)² taps, besides that of g, and what it owes at the borders.
     kernels = torch.cat([branch.embed(branch.weight, k) for branch in branches], 1)  # g×(B·K/g)×(k²·Cg)
@@ -407,7 +439,7 @@ def _by_composite(
     def convolve(target: Tensor, x: Tensor, grad: Tensor, first: int) -> None:
         value = F.conv2d(grad, weight, None, 1, k // 2, 1, groups)
         value = value if unit is None else value * unit
-        _add(value, x, plane, plane_unit, (k - 1, k - 1), groups)
+        _add(value, x, plane, plane_unit, (k - 1, k - 1), groups, accumulates)
         algebra.add_edges(target, value, constant, edges[first : first + len(value)])
 
     return convolve
@@ -464,16 +496,24 @@ def _in_range(kernel: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
     if dtype != torch.float16:
         return kernel.to(dtype), None
     exponent = torch.frexp(kernel.abs().nan_to_num(0, 0).amax()).exponent
-    unit = torch.ldexp(kernel.new_ones(1, dtype=torch.float32), exponent - exponent.clamp(-6, 6))
+    unit = torch.ldexp(kernel.new_ones(1, dtype=torch.float32), (exponent - exponent.clamp(-6, 6)).clamp(-126, 127))
     return (kernel / unit).to(dtype), unit
 
 
-def _add(out: Tensor, x: Tensor, weight: Tensor, unit: Tensor | None, padding: Pair, groups: int) -> None:
+def _add(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    unit: Tensor | None,
+    padding: tuple[int, int],
+    groups: int,
+    accumulates: bool,
+) -> None:
     # out += conv2d(x, weight·unit).
-    if unit is None:
+    if unit is None and accumulates:
         add_convolution(out, x, weight, padding, (1, 1), groups)
     else:
-        out.addcmul_(F.conv2d(x, weight, None, 1, padding, 1, groups), unit)
+        out.addcmul_(F.conv2d(x, weight, None, 1, padding, 1, groups), out.new_ones(1) if unit is None else unit)
 
 
 def _layout(x: Tensor) -> torch.memory_format:

@@ -37,6 +37,14 @@ def unpack_taps(numbers: list[int]) -> Branches:
     return tuple(found)
 
 
+def numbers_of(norms: int, taps: list[int], geometry: list[int]) -> int:
+    """How many taps all batch norms' kernels have: one a branch, or one of all."""
+    branches = unpack_taps(taps)
+    if norms < len(branches):
+        return geometry[0] * geometry[1]
+    return sum(own.rows * own.columns for own, _ in branches)
+
+
 def check_affine(weights: list[Tensor], norms: int, **lists: list[Tensor]) -> None:
     """ValueError unless each list is empty or has one vector of K numbers a batch norm."""
     for name, values in lists.items():

@@ -13,7 +13,7 @@
 #include <utility>
 #include <variant>
 
-#include "step.h"
+#include "whole.h"
 
 namespace acnet::node {
 
@@ -128,7 +128,7 @@ class Lane {
         out = fold->run(input, weights, gammas, betas, means, vars);
       } else {
         const Running running{means, vars, counters, momenta_};
-        out = Step::apply(std::get<int64_t>(step_), running, input, TensorList(weights), TensorList(gammas), TensorList(betas));
+        out = run_step(std::get<int64_t>(step_), running, input, weights, gammas, betas);
       }
     }
     return py::cast(out);

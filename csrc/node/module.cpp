@@ -5,7 +5,7 @@
 #include <string>
 
 #include "lane.h"
-#include "step.h"
+#include "whole.h"
 
 namespace acnet::node {
 namespace {
@@ -22,7 +22,7 @@ Tensor run(int64_t number, const Tensor& x, const variable_list& weights, const 
            const variable_list& betas, const variable_list& running_means, const variable_list& running_vars,
            const variable_list& counters, const std::vector<double>& momenta) {
   const Running running{running_means, running_vars, counters, momenta};
-  return Step::apply(number, running, x, TensorList(weights), TensorList(gammas), TensorList(betas));
+  return run_step(number, running, x, weights, gammas, betas);
 }
 
 using Names = std::vector<std::pair<bool, py::str>>;
@@ -56,6 +56,7 @@ std::array<std::vector<Source>, 6> sources_of(const std::vector<std::vector<py::
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attach", &attach);
   m.def("configure", &configure);
+  m.def("configure_whole", &configure_whole);
   m.def("run", &run, py::call_guard<py::gil_scoped_release>());
   py::class_<Fold>(m, "Fold")
       .def(py::init<Pair, Pair, Pair, int64_t, std::vector<int64_t>, std::vector<int64_t>, std::vector<double>, bool>());

@@ -21,6 +21,8 @@
 #include <deque>
 #include <mutex>
 #include <optional>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include "../functions.h"
@@ -93,13 +95,30 @@ struct Config {
   }
 };
 
+// A step of dense `moments`, or of depthwise blocks: one call each way into the operators' library.
+struct Whole {
+  std::vector<int64_t> taps, geometry;
+  std::vector<double> eps;
+  size_t gammas, betas, convolutions;
+  at::ScalarType convolution_dtype, dtype;
+  bool is_depthwise;
+  bool accumulates;  // the library's convolutions can add to what is there
+};
+
 // Configurations are kept for good, as Python keeps their like: a graph may outlive whoever made it.
-inline std::deque<Config> configs;
+using AnyConfig = std::variant<Config, Whole>;
+inline std::deque<AnyConfig> configs;
 inline std::mutex configs_lock;
 
-inline const Config& config_of(int64_t number) {
+inline const AnyConfig& config_of(int64_t number) {
   const std::lock_guard<std::mutex> guard(configs_lock);
   return configs.at(static_cast<size_t>(number));
+}
+
+inline int64_t add_config(AnyConfig config) {
+  const std::lock_guard<std::mutex> guard(configs_lock);
+  configs.push_back(std::move(config));
+  return static_cast<int64_t>(configs.size()) - 1;
 }
 
 struct Running {
@@ -157,11 +176,29 @@ inline bool wants_definition(const Tensor& grad) {
   return at::GradMode::is_enabled() || grad.key_set().has_any(wrapped) || grad._fw_grad(0).defined();
 }
 
+// The gradients by the definition, of inputs that are saved first: x, weights and γs.
+inline void by_definition(int64_t number, const variable_list& saved, size_t inputs, const std::vector<bool>& needs,
+                          const Tensor& grad, variable_list& found) {
+  const py::gil_scoped_acquire gil;
+  const py::object gradients = py::reinterpret_borrow<py::object>(definition);
+  const variable_list given(saved.begin(), saved.begin() + static_cast<int64_t>(inputs));
+  const auto results = gradients(number, given, needs, grad).cast<std::vector<std::optional<Tensor>>>();
+  for (size_t i = 0; i < results.size(); ++i)
+    if (results[i]) found[2 + i] = *results[i];
+}
+
+// Row i as a tensor of its own: of a view, or of one given twice, autograd makes a copy.
+inline Tensor row_of(const Tensor& rows, int64_t channels, size_t i) {
+  Tensor to = at::empty({channels}, rows.options());
+  std::memcpy(to.data_ptr(), static_cast<const char*>(rows.data_ptr()) + i * to.nbytes(), to.nbytes());
+  return to;
+}
+
 struct Step : torch::autograd::Function<Step> {
   static Tensor forward(AutogradContext* ctx, int64_t number, const Running& running, const Tensor& x, TensorList weights,
                         TensorList gammas, TensorList betas) {
     const WithoutAutogradAndAutocast guard;
-    const Config& config = config_of(number);
+    const Config& config = std::get<Config>(config_of(number));
     const variable_list ys = maps_of(config, x.to(config.convolution_dtype), weights);
     auto [out, means, variances, rstds] =
         functions->forward(stable(ys), stable(gammas), stable(betas), config.eps, config.dtype);
@@ -183,7 +220,7 @@ struct Step : torch::autograd::Function<Step> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const Config& config = config_of(ctx->saved_data.at("config").toInt());
+    const Config& config = std::get<Config>(config_of(ctx->saved_data.at("config").toInt()));
     const size_t convolved = config.convolutions, inputs = 1 + convolved + config.gammas;
     variable_list found(2 + inputs + config.betas);  // the configuration's, the statistics', and those of the tensors
     Tensor grad = grads[0];
@@ -243,29 +280,12 @@ struct Step : torch::autograd::Function<Step> {
       ++w;
     }
     found[2] = dx;
-    // One tensor each: of a view, or of one given twice, autograd makes a copy.
     const Tensor rows = unstable(dgammas), row = unstable(dbeta);
-    const int64_t channels = row.numel();
-    const auto copy = [&](const Tensor& from, size_t i) {
-      Tensor to = at::empty({channels}, from.options());
-      std::memcpy(to.data_ptr(), static_cast<const char*>(from.data_ptr()) + i * to.nbytes(), to.nbytes());
-      return to;
-    };
     for (size_t i = 0; i < config.gammas; ++i)
-      if (needs[1 + convolved + i]) found[3 + convolved + i] = copy(rows, i);
+      if (needs[1 + convolved + i]) found[3 + convolved + i] = row_of(rows, row.numel(), i);
     for (size_t i = 0; i < config.betas; ++i)
-      if (needs[inputs + i]) found[2 + inputs + i] = copy(row, 0);
+      if (needs[inputs + i]) found[2 + inputs + i] = row_of(row, row.numel(), 0);
     return found;
-  }
-
-  static void by_definition(int64_t number, const variable_list& saved, size_t inputs, const std::vector<bool>& needs,
-                            const Tensor& grad, variable_list& found) {
-    const py::gil_scoped_acquire gil;
-    const py::object gradients = py::reinterpret_borrow<py::object>(definition);
-    const variable_list given(saved.begin(), saved.begin() + static_cast<int64_t>(inputs));
-    const auto results = gradients(number, given, needs, grad).cast<std::vector<std::optional<Tensor>>>();
-    for (size_t i = 0; i < results.size(); ++i)
-      if (results[i]) found[2 + i] = *results[i];
   }
 };
 
@@ -277,9 +297,7 @@ inline int64_t configure(Pair stride, int64_t groups, const std::vector<std::arr
     config.places.push_back({n[0] != 0, {n[1], n[2]}, {n[3], n[4]}, {n[5], n[6], n[7], n[8]}});
     config.convolutions += n[0] != 0;
   }
-  const std::lock_guard<std::mutex> guard(configs_lock);
-  configs.push_back(std::move(config));
-  return static_cast<int64_t>(configs.size()) - 1;
+  return add_config(std::move(config));
 }
 
 }  // namespace acnet::node

@@ -1,0 +1,51 @@
+"""A step that is one operator each way, by the C++ node or Python's: dense `moments` and depthwise blocks."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from ..spec import Step, prefers_channels_last
+from ..steps import depthwise, moments
+from ..steps.batchnorm import update_running
+from ..steps.convolution import convolution_dtype
+from ..steps.maps import config_of
+from ..steps.packed import pack, pack_taps
+from . import branches, node, nodes
+
+
+def forward(x: Tensor, step: Step, is_depthwise: bool) -> Tensor:
+    """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
+    inputs = branches.inputs_of(x, step)
+    if not torch.compiler.is_compiling() and node.takes(x, inputs):
+        return node.run(_number(x, step, inputs, is_depthwise), x, inputs)
+    x, geometry = x.to(inputs.dtype), step.geometry
+    arguments = (
+        x,
+        inputs.weights,
+        inputs.gammas,
+        inputs.betas,
+        inputs.eps,
+        pack_taps(inputs.branches),
+        pack(geometry),
+        *(() if is_depthwise else (convolution_dtype(x.dtype, x.device.type),)),
+        prefers_channels_last(x, inputs.weights[0]),
+    )
+    count = x.shape[0] * math.prod(geometry.output_size(x.shape[2], x.shape[3]))
+    recorded = depthwise.RECORDED if is_depthwise else moments.RECORDED
+    update = functools.partial(update_running, inputs.norms, count=count, biases=inputs.biases)
+    return nodes.run(recorded, arguments, update)
+
+
+def number(x: Tensor, step: Step, is_depthwise: bool) -> int | None:
+    """Of the step in the node, None where that does not take it."""
+    inputs = branches.inputs_of(x, step)
+    return _number(x, step, inputs, is_depthwise) if node.takes(x, inputs) else None
+
+
+def _number(x: Tensor, step: Step, inputs: branches.Inputs, is_depthwise: bool) -> int:
+    config = config_of(step.geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type)
+    return node.whole_number(config, len(inputs.betas), is_depthwise)

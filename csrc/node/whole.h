@@ -1,0 +1,96 @@
+// A step that is one operator each way as a node of autograd's graph, in C++: dense `moments` and depthwise blocks.
+// acnet_kernels/steps/ says what they compute; backends/nodes.py has the same node in Python.
+#pragma once
+
+#include <ATen/Context.h>
+
+#include "step.h"
+
+namespace acnet::node {
+
+struct WholeStep : torch::autograd::Function<WholeStep> {
+  // x is of the maps' dtype already: its cast is a node of its own.
+  static Tensor forward(AutogradContext* ctx, int64_t number, const Running& running, const Tensor& x, TensorList weights,
+                        TensorList gammas, TensorList betas) {
+    const WithoutAutogradAndAutocast guard;
+    const Whole& config = std::get<Whole>(config_of(number));
+    const auto is_last = [](const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; };
+    const bool channels_last = is_last(x) || is_last(weights[0]);
+    const auto [out, means, variances, rstds, pivot, sums, centred] =
+        config.is_depthwise ? functions->depthwise(stable(x), stable(weights), stable(gammas), stable(betas), config.eps,
+                                                   config.taps, config.geometry, channels_last)
+                            : functions->moments(stable(x), stable(weights), stable(gammas), stable(betas), config.eps,
+                                                 config.taps, config.geometry, config.convolution_dtype, channels_last);
+    const Tensor result = unstable(out);
+    functions->update_running(stable(running.means), stable(running.vars), stable(running.counters), means, variances,
+                              running.momenta, result.numel() / result.size(1));
+    variable_list saved{x};
+    saved.insert(saved.end(), weights.begin(), weights.end());
+    saved.insert(saved.end(), gammas.begin(), gammas.end());
+    for (const auto& t : {means, rstds, pivot, sums, centred}) saved.push_back(unstable(t));
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["config"] = number;
+    ctx->set_materialize_grads(false);
+    return result;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const int64_t number = ctx->saved_data.at("config").toInt();
+    const Whole& config = std::get<Whole>(config_of(number));
+    const size_t convolved = config.convolutions, inputs = 1 + convolved + config.gammas;
+    variable_list found(2 + inputs + config.betas);  // the configuration's, the statistics', and those of the tensors
+    const Tensor grad = grads[0];
+    if (!grad.defined()) return found;
+    const variable_list saved = ctx->get_saved_variables();
+    std::vector<bool> needs(inputs + config.betas);
+    for (size_t i = 0; i < needs.size(); ++i) needs[i] = ctx->needs_input_grad(i);
+    if (wants_definition(grad)) {
+      by_definition(number, saved, inputs, needs, grad, found);
+      return found;
+    }
+    const WithoutAutogradAndAutocast guard;
+    const auto first = needs.begin() + 1, last = first + static_cast<int64_t>(convolved);
+    const std::vector<bool> need_weights(first, last);
+    const bool need_gammas = std::find(last, last + static_cast<int64_t>(config.gammas), true) != last + static_cast<int64_t>(config.gammas);
+    const Tensors weights = stable(TensorList(saved.data() + 1, convolved));
+    const Tensors gammas = stable(TensorList(saved.data() + 1 + convolved, config.gammas));
+    std::array<torch::stable::Tensor, 5> kept;
+    for (size_t i = 0; i < kept.size(); ++i) kept[i] = stable(saved[inputs + i]);
+    const auto& [means, rstds, pivot, sums, centred] = kept;
+    const bool accumulates = config.accumulates && at::globalContext().userEnabledMkldnn();
+    const auto [dx, dws, dgammas, dbeta] =
+        config.is_depthwise
+            ? functions->depthwise_backward(stable(grad), stable(saved[0]), weights, gammas, means, rstds, pivot, sums, centred,
+                                            std::nullopt, config.taps, config.geometry, needs[0], need_weights, need_gammas)
+            : functions->moments_backward(stable(grad), stable(saved[0]), weights, gammas, means, rstds, pivot, sums, centred,
+                                          config.taps, config.geometry, config.convolution_dtype, accumulates, needs[0],
+                                          need_weights, need_gammas);
+    if (needs[0]) found[2] = unstable(dx);
+    size_t next = 0;
+    for (size_t w = 0; w < convolved; ++w)
+      if (need_weights[w]) found[3 + w] = unstable(dws[next++]);
+    const Tensor rows = unstable(dgammas), row = unstable(dbeta);
+    for (size_t i = 0; i < config.gammas; ++i)
+      if (needs[1 + convolved + i]) found[3 + convolved + i] = row_of(rows, row.numel(), i);
+    for (size_t i = 0; i < config.betas; ++i)
+      if (needs[inputs + i]) found[2 + inputs + i] = row_of(row, row.numel(), 0);
+    return found;
+  }
+};
+
+// A step by its number.
+inline Tensor run_step(int64_t number, const Running& running, const Tensor& x, TensorList weights, TensorList gammas,
+                       TensorList betas) {
+  if (const Whole* whole = std::get_if<Whole>(&config_of(number)))
+    return WholeStep::apply(number, running, x.to(whole->dtype), weights, gammas, betas);
+  return Step::apply(number, running, x, weights, gammas, betas);
+}
+
+inline int64_t configure_whole(std::vector<int64_t> taps, std::vector<int64_t> geometry, std::vector<double> eps, size_t gammas,
+                               size_t betas, size_t convolutions, at::ScalarType convolution_dtype, at::ScalarType dtype,
+                               bool is_depthwise, bool accumulates) {
+  return add_config(Whole{std::move(taps), std::move(geometry), std::move(eps), gammas, betas, convolutions, convolution_dtype,
+                          dtype, is_depthwise, accumulates});
+}
+
+}  // namespace acnet::node
