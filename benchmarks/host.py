@@ -1,8 +1,9 @@
 """What a step costs the host: microseconds of processor time on tensors so small that the work is nothing.
 
 Plain modules (a convolution and a batch norm a branch, and their sum), a plain convolution with a batch norm, and
-every backend, interleaved in one run, one thread; in both layouts, with autocast and without, with gradients and
-without. Beside each the operators that the dispatcher was called for. Writes host.csv.
+every backend, interleaved in one run, one thread; of dense blocks and depthwise ones, in both layouts, with
+autocast and without, with gradients and without. Beside each the operators that the dispatcher was called for.
+Writes host.csv. Then the CUDA paths without a device (host_cuda.py).
 
 The best of many repetitions counts: whatever else the machine does only adds.
 """
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +25,9 @@ from torch import Tensor, nn
 
 from acnet_kernels import ACBlock
 from acnet_kernels.backends import planner
+from acnet_kernels.ops._extension import TRITON
 
+from . import host_cuda
 from .contenders import LAYOUTS, Modules
 from .machine import environment
 
@@ -31,16 +35,20 @@ SHAPE, CHANNELS = (1, 4, 2, 2), 4
 CALLS, REPETITIONS, QUICK_REPETITIONS = 100, 12, 4
 WHATS = ("forward + backward", "forward", "forward, no_grad", "eval, no_grad")
 PLAIN = "modules"
-COLUMNS = ("what", "layout", "autocast", "contender", "microseconds", "ratio", "operators")
+COLUMNS = ("block", "what", "layout", "autocast", "contender", "microseconds", "ratio", "operators")
 
 
-def contenders() -> dict[str, nn.Module]:
+GROUPS = {"dense": 1, "depthwise": CHANNELS}
+
+
+def contenders(groups: int) -> dict[str, nn.Module]:
     """Name → module, the plain ones first."""
-    found: dict[str, nn.Module] = {PLAIN: Modules(ACBlock(CHANNELS, CHANNELS, 3, padding=1))}
-    conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
+    options = {"padding": 1, "groups": groups}
+    found: dict[str, nn.Module] = {PLAIN: Modules(ACBlock(CHANNELS, CHANNELS, 3, **options))}
+    conv = nn.Conv2d(CHANNELS, CHANNELS, 3, bias=False, **options)
     found["conv+bn"] = nn.Sequential(conv, nn.BatchNorm2d(CHANNELS))
     names = ("auto", *(name for name in planner.BACKENDS if name != "folded"))
-    return found | {name: ACBlock(CHANNELS, CHANNELS, 3, padding=1, backend=name) for name in names}
+    return found | {name: ACBlock(CHANNELS, CHANNELS, 3, backend=name, **options) for name in names}
 
 
 def call(module: nn.Module, what: str, layout: torch.memory_format, autocast: bool) -> Callable[[], None]:
@@ -91,22 +99,21 @@ def measure(steps: dict[str, Callable[[], None]], repetitions: int) -> dict[str,
 
 def rows(repetitions: int) -> Iterator[dict[str, object]]:
     """A row for each contender of each kind of step."""
-    modules = contenders()
-    for autocast in (False, True):
-        for layout, memory_format in LAYOUTS.items():
-            for what in WHATS:
-                steps = {name: call(module, what, memory_format, autocast) for name, module in modules.items()}
-                times = measure(steps, repetitions)
-                for name, microseconds in times.items():
-                    yield {
-                        "what": what,
-                        "layout": layout,
-                        "autocast": autocast,
-                        "contender": name,
-                        "microseconds": round(microseconds, 1),
-                        "ratio": round(microseconds / times[PLAIN], 3),
-                        "operators": operators(steps[name]),
-                    }
+    for block, autocast, layout, what in itertools.product(GROUPS, (False, True), LAYOUTS, WHATS):
+        modules = contenders(GROUPS[block])
+        steps = {name: call(module, what, LAYOUTS[layout], autocast) for name, module in modules.items()}
+        times = measure(steps, repetitions)
+        for name, microseconds in times.items():
+            yield {
+                "block": block,
+                "what": what,
+                "layout": layout,
+                "autocast": autocast,
+                "contender": name,
+                "microseconds": round(microseconds, 1),
+                "ratio": round(microseconds / times[PLAIN], 3),
+                "operators": operators(steps[name]),
+            }
 
 
 def run(options: argparse.Namespace) -> list[Path]:
@@ -122,9 +129,14 @@ def run(options: argparse.Namespace) -> list[Path]:
         writer = csv.DictWriter(file, (*COLUMNS, *about))
         writer.writeheader()
         writer.writerows({**row, **about} for row in found)
-    for kind in dict.fromkeys((row["what"], row["layout"], row["autocast"]) for row in found):
-        cells = [row for row in found if (row["what"], row["layout"], row["autocast"]) == kind]
-        what = f"{kind[0]}, {kind[1]}{', autocast' if kind[2] else ''}"
+    names = COLUMNS[:4]
+    for kind in dict.fromkeys(tuple(row[name] for name in names) for row in found):
+        cells = [row for row in found if tuple(row[name] for name in names) == kind]
+        what = f"{kind[0]}: {kind[1]}, {kind[2]}{', autocast' if kind[3] else ''}"
         times = ", ".join(f"{row['contender']} {row['microseconds']:.0f} µs ({row['ratio']:.2f})" for row in cells)
         print(f"{what}: {times}", flush=True)
+    if TRITON:
+        print(host_cuda.table(host_cuda.rows(0.5 if options.quick else 4.0)))
+    else:
+        print("the CUDA paths need Triton, which is not installed")
     return [path]

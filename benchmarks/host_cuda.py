@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         _measure(report, dtype, options.seconds)
     if options.csv:
         report.write_csv(options.csv)
-    print(_table(report.rows))
+    print(table(report.rows))
     return 0
 
 
@@ -171,7 +171,8 @@ class _Counting(TorchDispatchMode):  # type: ignore[misc, valid-type]
         return operator(*args, **(kwargs or {}))
 
 
-def _table(found: list[harness.Row]) -> str:
+def table(found: list[harness.Row]) -> str:
+    """The rows as lines of text."""
     values = {(row.contender, row.mode, row.dtype, row.metric): row.p50 for row in found}
 
     def lines() -> Iterator[list[Any]]:

@@ -10,7 +10,20 @@ import pytest
 import torch
 
 from acnet_kernels import bench, cli
-from benchmarks import analysis, codegen, fusion, harness, host, keep, libraries, memory, network, overview, report
+from benchmarks import (
+    analysis,
+    codegen,
+    fusion,
+    harness,
+    host,
+    host_cuda,
+    keep,
+    libraries,
+    memory,
+    network,
+    overview,
+    report,
+)
 from benchmarks.harness import Row
 
 TINY = ["--quick", "--seconds", "0.01", "--dtype", "float32"]
@@ -33,6 +46,7 @@ def _small_networks(monkeypatch):
     monkeypatch.setattr(memory, "isolated", lambda function, *args: function(*args))
     monkeypatch.setattr(harness, "cache_bytes", lambda device: 2**16)
     monkeypatch.setattr(host, "CALLS", 4)
+    monkeypatch.setattr(host_cuda, "rows", lambda seconds: [])  # tests/triton runs it
 
 
 def rows_of(path):
