@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .acceleration import HostBlock, left_alone
-from .backends import branches, eager, folded, phases, planner
+from .backends import branches, eager, folded, moments, node, phases, planner, recompute
 from .conversion import RECORD, Block, Conversion, blocks_of
 from .observing import as_input, in_modes, undisturbed
+from .ops import _extension
 from .steps import assignment
 
 HOST = "host"  # the backend of an accelerated block that must run its own library's forward
@@ -186,6 +187,8 @@ def _path(block: Block, x: Tensor) -> tuple[str, str, tuple[int | None, int | No
     reason = plan.reason
     if plan.backend is branches and problem.device == assignment.DEVICE:
         reason += f"; {phases.chosen(problem.explicit())}"
+    if plan.backend in (branches, moments, recompute) and problem.device == "cpu" and node.NODE is None:
+        reason += f"; in Python's autograd node: {_extension.WHY_NODE_MISSING}"
     memory = plan.backend.saved_bytes(problem), plan.backend.transient_bytes(problem)
     return plan.backend.NAME, reason, memory, times
 

@@ -8,7 +8,8 @@ from torch import nn
 
 import acnet_kernels as ak
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import planner
+from acnet_kernels.backends import node, planner
+from acnet_kernels.ops import _extension
 
 
 def network():
@@ -43,6 +44,14 @@ def test_shapes_paths_and_totals():
     text = str(table)
     assert "2×3×10×12" in text
     assert "3 blocks" in text
+
+
+def test_it_says_that_the_node_is_missing_and_why(monkeypatch):
+    x, blocks = (2, 4, 6, 6), [ACBlock(4, 4, 3, padding=1, backend=name) for name in ("moments", "eager")]
+    monkeypatch.setattr(node, "NODE", None)
+    monkeypatch.setattr(_extension, "WHY_NODE_MISSING", "it is not built")
+    said = [ak.explain(block, x).blocks[0].reason for block in blocks]
+    assert said == ["requested; in Python's autograd node: it is not built", "requested"]
 
 
 def test_the_plan_is_the_one_the_model_will_run():
