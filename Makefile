@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PACKAGES := numpy $(if $(filter pre,$(TORCH)),--pre --upgrade torch,"torch$(if $(TORCH),==$(TORCH).*)")
 
-.PHONY: all demo test suite quick test-oldest test-newest test-gpu sanitize bench lint docs figures wheel clean
+.PHONY: all demo test suite quick bare test-oldest test-newest test-gpu sanitize bench lint docs figures wheel clean
 all: test
 
 # The extension builds against the torch it will be loaded by, so torch goes in first and isolation is off.
@@ -30,6 +30,11 @@ suite: $(STAMP)
 # What answers within a minute or two, for the edit loop; `make test` is the gate.
 quick: $(STAMP)
 	$(PYTEST) -m "not slow"
+
+# What runs without the extension, for an environment that was made with ACNET_KERNELS_BUILD=0.
+bare: $(STAMP)
+	$(PYTEST) $(addprefix tests/test_,build.py block.py fusion.py conversion.py functional.py rep_blocks.py geometry.py \
+		branch_lists.py adapters.py accelerated_fuse.py amp.py submodules.py transforms.py module_life.py)
 
 # The two ends of what is promised, each in an environment of its own.
 test-oldest:

@@ -63,13 +63,24 @@ class Taps(NamedTuple):
     @property
     def last(self) -> Pair:
         """(row, column) of the last tap."""
-        return self.row + self.step * (self.rows - 1), self.column + self.step * (self.columns - 1)
+        return last_of(self)
 
     @property
     def slices(self) -> tuple[slice, slice]:
         """Its rows and columns of a kernel."""
-        last_row, last_column = self.last
-        return slice(self.row, last_row + 1, self.step), slice(self.column, last_column + 1, self.step)
+        return slices_of(self)
+
+
+# Functions, for what torch.compile traces: it sees no property of a named tuple (torch 2.10).
+def last_of(taps: Taps) -> Pair:
+    """(row, column) of the last tap."""
+    return taps.row + taps.step * (taps.rows - 1), taps.column + taps.step * (taps.columns - 1)
+
+
+def slices_of(taps: Taps) -> tuple[slice, slice]:
+    """The taps' rows and columns of a kernel."""
+    last_row, last_column = last_of(taps)
+    return slice(taps.row, last_row + 1, taps.step), slice(taps.column, last_column + 1, taps.step)
 
 
 @dataclass(frozen=True)
@@ -205,7 +216,7 @@ class Geometry:
 
     def check_taps(self, taps: Taps, name: str) -> None:
         """ValueError unless taps are a rectangle inside the kernel."""
-        last = taps.last
+        last = last_of(taps)
         if min(taps) < 0 or min(taps[2:]) < 1 or last[0] >= self.kernel[0] or last[1] >= self.kernel[1]:
             raise ValueError(f"{name} must lie inside the {self.kernel[0]}×{self.kernel[1]} kernel, got {taps}")
 
@@ -237,7 +248,7 @@ class Geometry:
 
 
 def _place(geometry: Geometry, taps: Taps) -> Placement:
-    rows, last = geometry.kernel, taps.last
+    rows, last = geometry.kernel, last_of(taps)
     edges: list[Pair] = []
     inner: list[int] = []
     for k, p, d, first, end in zip(rows, geometry.padding, geometry.dilation, taps[:2], last, strict=True):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..geometry import slices_of
 from ..ops._extension import LOADED
 from ..ops.bn_sum import rstds_of
 from ..spec import MIXED, Problem, Step, prefers_channels_last
@@ -134,6 +135,6 @@ def _level(difference: Tensor, sums: Tensor, taps: list[int], geometry: list[int
         return difference[0][:, None] * wide
     index = torch.arange(sums.shape[1]).view(geometry[0], geometry[1])
     parts = [
-        d[:, None] * wide[:, index[own.slices].flatten()] for d, (own, _) in zip(difference, found, strict=True)
+        d[:, None] * wide[:, index[slices_of(own)].flatten()] for d, (own, _) in zip(difference, found, strict=True)
     ]
     return torch.cat(parts, 1)

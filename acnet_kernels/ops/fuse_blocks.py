@@ -28,6 +28,7 @@ reading them would wait for the device, so a negative one makes NaN.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +72,9 @@ class Arguments(NamedTuple):
         return cls([], [], [], [], [], [], [], [], [])
 
 
-class _Entry(NamedTuple):
+# No named tuples: torch.compile traces no property of one (torch 2.10).
+@dataclass(frozen=True)
+class _Entry:
     """One entry of a block: its tensors by their lists' names, and their places in these lists."""
 
     name: str  # "branch 1", or "the sum"
@@ -88,7 +91,8 @@ class _Entry(NamedTuple):
         return slice(row, row + step * (rows - 1) + 1, step), slice(column, column + step * (columns - 1) + 1, step)
 
 
-class _Block(NamedTuple):
+@dataclass(frozen=True)
+class _Block:
     kernel: list[int]  # k_h, k_w
     groups: int
     branches: list[_Entry]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch_compat import mkldnn_accumulates, mkldnn_add_convolution, mkldnn_enabled, mkldnn_has_float16
-from ..geometry import Geometry, Pair, Placement, Taps
+from ..geometry import Geometry, Pair, Placement, Taps, slices_of
 from ..spec import Problem
 from .cpuinfo import slow_half_types
 
@@ -60,7 +60,7 @@ def merge_kernels(weights: Sequence[Tensor], taps: Sequence[Taps], geometry: Geo
 
 def tap_view(kernel: Tensor, taps: Taps) -> Tensor:
     """The view of a whole kernel that these taps are."""
-    rows, columns = taps.slices
+    rows, columns = slices_of(taps)
     return kernel[:, :, rows, columns]
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
+from ..geometry import slices_of
 from ..ops.bn_sum import accumulation_dtype, rstds_of
 from .packed import unpack, unpack_taps
 
@@ -26,7 +27,7 @@ class _Plain:
         kernels: list[Tensor] = []
         index = torch.arange(self.taps, device=x.device).view(self.geometry.kernel)
         for own, convolved in unpack_taps(taps):
-            places = index[own.slices].flatten()
+            places = index[slices_of(own)].flatten()
             kernel = self.x.new_zeros(weights[0].shape[0], self.taps)
             kernel[:, places] = next(given).double().flatten(1) if convolved else 1.0
             kernels.append(kernel)
