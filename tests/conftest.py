@@ -12,7 +12,7 @@ from acnet_kernels.steps import convolution
 SLOW_FILES = {
     *("interpreter", "launch", "codegen", "nvcc", "build", "csrc_host"),
     *("compile", "export", "tracers", "torch_compat", "imports", "hostile"),
-    *("architectures", "networks", "contenders", "studies", "training", "data"),
+    *("architectures", "networks", "observing", "contenders", "studies", "training", "data"),
     *("distributed", "torchrun", "bench", "cli", "docs"),
 }
 SLOW_NAMES = ("opcheck", "compile", "instruction_sets", "torchvision")
