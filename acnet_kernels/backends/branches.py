@@ -126,7 +126,7 @@ class _Step(torch.autograd.Function):
         ctx.owns_maps = top_saved_tensors_hooks(True) is None
         kept = (
             ys
-            if config.is_summed
+            if config.is_summed()
             else [y for y, (_, convolved) in zip(ys, config.branches, strict=True) if convolved]
         )
         ctx.save_for_backward(x, *weights, *gammas, means, rstds, *kept)

@@ -46,7 +46,7 @@ def suits(config: StepConfig, x: Tensor, inputs: Inputs) -> bool:
     """Whether the node computes this step of `branches` or `recompute`, and is the faster way."""
     return (
         config.phases == ALL_LIBRARY
-        and not config.is_summed
+        and not config.is_summed()
         # convolution.add_input_gradient pays from there on, and branches.py alone knows it.
         and (x.numel() < LEAST_MAP or config.geometry.stride != (1, 1))
         and takes(x, inputs)

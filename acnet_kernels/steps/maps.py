@@ -62,27 +62,26 @@ class StepConfig(NamedTuple):
                 continue
             args = (None, self.geometry.stride, place.padding, place.dilation, self.geometry.groups)
             y = F.conv2d(place.apply(x), next(given).to(self.conv_dtype), *args)
-            if first is not None and self.is_summed:
+            if first is not None and self.is_summed():
                 first += y
                 continue
             first = y if first is None else first
             ys.append(bn_sum.like(y, first))
         assert first is not None
         for i, (place, (_, convolved)) in enumerate(zip(self.places, self.branches, strict=True)):
-            if not convolved and self.is_summed:
+            if not convolved and self.is_summed():
                 first += place.apply(x)
             elif not convolved:
                 ys[i] = bn_sum.like(place.apply(x), first)
-        return [first] if self.is_summed else [y for y in ys if y is not None]
+        return [first] if self.is_summed() else [y for y in ys if y is not None]
 
-    @property
     def is_triton(self) -> bool:
         """Whether Triton's kernels take these branches."""
         return all(convolved for _, convolved in self.branches) and (
-            self.is_summed or len(self.branches) <= MOST_BRANCHES
+            self.is_summed() or len(self.branches) <= MOST_BRANCHES
         )
 
-    @property
+    # No property: Dynamo of torch 2.10 knows none of a named tuple's.
     def is_summed(self) -> bool:
         """Whether one batch norm follows the sum of several branches."""
         return len(self.eps) < len(self.branches)
@@ -157,7 +156,7 @@ class StepConfig(NamedTuple):
         owns: bool,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """(the dy_b that are needed, every dγ, dβ) from the convolutions' maps; `owns`: over their memory."""
-        if self.is_summed or all(convolved for _, convolved in self.branches):
+        if self.is_summed() or all(convolved for _, convolved in self.branches):
             ys, targets = kept, kept
         else:
             seen, given = x.to(self.conv_dtype), iter(kept)
@@ -175,7 +174,7 @@ class StepConfig(NamedTuple):
 
     def needs_dy(self, needs_x: bool, needs_w: Sequence[bool]) -> list[bool]:
         """Which of the maps have a gradient that something needs."""
-        if self.is_summed:
+        if self.is_summed():
             return [needs_x or any(needs_w)]
         given = iter(needs_w)
         return [needs_x or (convolved and next(given)) for _, convolved in self.branches]
@@ -195,7 +194,7 @@ def convolution_gradients(
     needs_w: tuple[bool, ...],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(dx, every dW_b), None where not needed; dys holds the gradients of the maps with work to do."""
-    if config.is_summed:
+    if config.is_summed():
         return _gradients_of_the_sum(config, dys, x, weights, needs_x, needs_w)
     x, geometry = x.to(config.conv_dtype), config.geometry
     weights = tuple(weight.to(config.conv_dtype) for weight in weights)

@@ -159,7 +159,7 @@ def _step(
     dtype = x.dtype if dtype is None else dtype
     config = config_of(unpack(geometry), unpack_taps(taps), eps, len(gammas), dtype, x.device.type)
     with torch.autocast(x.device.type, enabled=False):
-        if _has_triton(x) and config.is_triton:
+        if _has_triton(x) and config.is_triton():
             out, means, variances, rstds = _without_maps(x, weights, gammas, betas, config)
         else:
             out, _, means, variances, rstds = config.forward(x, tuple(weights), gammas, betas)
@@ -203,7 +203,7 @@ def _triton_statistics(x: Tensor, kernels: list[Tensor], config: StepConfig) -> 
     from ..ops.triton_bn_sum import merge_statistics
 
     taps = [taps for taps, _ in config.branches]
-    if config.is_summed:
+    if config.is_summed():
         kernels, taps = [config.merged(kernels)], [config.geometry.whole]
     x = x.contiguous(memory_format=torch.channels_last)
     weights = [weight.contiguous(memory_format=torch.channels_last) for weight in kernels]
@@ -246,11 +246,11 @@ def _step_backward(
     with torch.autocast(x.device.type, enabled=False):
         ys = config.maps(x, tuple(weights))
         if (
-            _has_triton(x) and config.is_triton
+            _has_triton(x) and config.is_triton()
         ):  # forward's are of another kernel's maps: what that rounds otherwise, times Σg, is no dγ
             means, _, rstds = bn_sum.on_cuda["bn_sum_statistics"](ys, eps)
         like = bn_sum.like(grad, ys[0])
-        kept = ys if config.is_summed else [y for y, (_, own) in zip(ys, config.branches, strict=True) if own]
+        kept = ys if config.is_summed() else [y for y, (_, own) in zip(ys, config.branches, strict=True) if own]
         dys, dgammas, dbeta = config.map_gradients(like, x, kept, means, rstds, gammas, needs_dy, True)
         dx, dws = convolution_gradients(config, dys, x, tuple(weights), need_x, tuple(need_weights))
     return (
