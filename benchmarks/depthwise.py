@@ -113,6 +113,7 @@ def measure(
     shape: tuple[int, ...], kernel: int, n: int, stride: int, dtype: torch.dtype, compiled: bool, repeats: int
 ) -> dict[tuple[str, str], float]:
     """(contender, layout) → median milliseconds of a step, all in turn."""
+    torch.compiler.reset()  # Dynamo compiles a function so often and no more
     x, arguments = torch.randn(shape), (shape[1], kernel, n, stride)
     modules: dict[str, nn.Module] = {"eager": Modules(*arguments), "plain": Plain(*arguments)}
     for backend in ("auto", "branches", "moments") if kernel > 5 else ("auto",):
