@@ -20,7 +20,7 @@ from . import ablation, accuracy, magnitudes, page, pruning, rotation, shifted
 from .config import StudyConfig, make
 from .lab import Lab
 from .store import Store, merged, write_csv, writing
-from .study import Cell, Network, Study, setting, training_cells
+from .study import Cell, Network, Study, setting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -165,11 +165,16 @@ def _measure(studies: list[Study], config: StudyConfig, arguments: argparse.Name
 
 def _networks(config: StudyConfig, shard: tuple[int, int] | None) -> set[Network]:
     """The shard's networks of a configuration: the same for all of its studies, which share them."""
-    cells = training_cells(config, report.LABELS)
-    for recipe in config.accuracy:
-        cells += training_cells(config, accuracy.BLOCKS, recipe)
+    found = dict.fromkeys(Network.of(cell) for study in STUDIES.values() for cell in study.cells(config))
+    recipes, blocks = list(dict.fromkeys(map(_recipe, found))), list(report.LABELS)
+    # In this order a study's are next to each other, so that every shard gets about as many of them.
+    order = sorted(found, key=lambda n: (recipes.index(_recipe(n)), blocks.index(n.block), n.seed))
     part, of = shard or (1, 1)
-    return set(list(dict.fromkeys(map(Network.of, cells)))[part - 1 :: of])
+    return set(order[part - 1 :: of])
+
+
+def _recipe(network: Network) -> Network:
+    return network._replace(block="", seed=0)
 
 
 def _store(study: Study, run: dict[str, Any], arguments: argparse.Namespace) -> Store:
