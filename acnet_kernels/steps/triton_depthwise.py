@@ -21,9 +21,9 @@ from ..kernels.rectangles import Rectangles
 from ..kernels.window import Window
 from ..ops import launch
 from .depthwise import numbers_of
+from .moments_passes import FEW_PIXELS
 from .packed import unpack
 
-FEW_PIXELS = 256  # of a channel: below it products in float32 lose digits for good, which do not average away
 _PROGRAMS = 1024  # that a pass shares its sums among, about
 _PIVOT_ROWS, _PIVOT_COLUMNS = 16, 32
 
