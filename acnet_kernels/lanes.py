@@ -1,4 +1,4 @@
-"""Lanes: the step that a block has taken, taken again by one call into C++ where nothing has changed.
+"""Lanes: what a block has done, a step or a fold, done again by one call into C++ where nothing has changed.
 
 What a step depends on is read from the modules, described as a problem, looked up and handed on, tensor by tensor:
 more work than a small layer's arithmetic. So a block keeps, by the shape of x, what it found (csrc/node/lane.h):
@@ -8,6 +8,7 @@ it with what is there now, and anything else goes the long way, which knows the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +17,17 @@ from torch import Tensor, nn
 from ._torch_compat import dispatch_modes, has_global_hooks
 from .backends import branches, folded, moments, node, planner, recompute, whole
 from .functional import describe
-from .ops.fusion import fold_arguments_as_it_is
+from .ops.fuse_blocks import Arguments
+from .ops.fusion import FoldEntry, append_branches, fold_arguments_as_it_is
 from .spec import BRANCH, Problem, Step
 from .submodules import Submodules, is_frozen, kernel_of
 
 MOST = 16  # shapes that a block keeps a lane for
 _KEPT = "_lanes"
+_FOLDED = "_fold_reading"
 _CONV_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice")
 _NORM_SETTINGS = ("training", "eps", "momentum", "track_running_stats")
+_FOLD_SETTINGS = ("eps",)
 
 
 def take(block: nn.Module, x: Tensor, backend: str) -> Tensor | None:
@@ -60,9 +64,38 @@ def _surroundings() -> tuple[bool, bool, bool]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), dispatch_modes() == 0
 
 
+def append_fold(block: nn.Module, a: Arguments) -> bool:
+    """Appends the block's tensors to the fold operator's lists as they were appended before; False if it cannot."""
+    kept = block.__dict__.get(_FOLDED)
+    if kept is None or has_global_hooks():
+        return False
+    reading, blocks, branches, eps = kept
+    if not reading.append(block._modules, (*a[:5], [])):
+        del block.__dict__[_FOLDED]
+        return False
+    a.blocks.extend(blocks)
+    a.branches.extend(branches)
+    a.eps.extend(eps)
+    return True
+
+
+def learn_fold(
+    block: nn.Module, given: Submodules, kernel: tuple[int, int], groups: int, found: Sequence[FoldEntry]
+) -> None:
+    """Keeps how these entries of the block were read; only from the second fold on, as most are folded once."""
+    if node.NODE is None or _FOLDED not in block.__dict__:
+        block.__dict__[_FOLDED] = None
+        return
+    own = Arguments.empty()
+    append_branches(own, kernel, groups, found)
+    read = None if own.conv_bias else _read(given, _FOLD_SETTINGS, counts=False)
+    if read is not None:
+        block.__dict__[_FOLDED] = (node.NODE.Reading(*read), own.blocks, own.branches, own.eps)
+
+
 def forget(state: dict[str, Any]) -> dict[str, Any]:
     """A block's __dict__ without its lanes, which are of this process."""
-    return {name: value for name, value in state.items() if name != _KEPT}
+    return {name: value for name, value in state.items() if name not in (_KEPT, _FOLDED)}
 
 
 def _lane(given: Submodules, step: Step, x: Tensor, backend: str) -> Any:
@@ -72,11 +105,11 @@ def _lane(given: Submodules, step: Step, x: Tensor, backend: str) -> Any:
     chosen = planner.choose(problem, backend).backend
     train = chosen is not folded
     run = _number(step, x, chosen) if train else None if problem.grad else _fold(step, problem)
-    read = None if run is None else _read(given, train)
+    read = None if run is None else _read(given, _NORM_SETTINGS, counts=train)
     if read is None:
         return None
     momenta = [norm.momentum for norm in step.norms] if train else []
-    return node.NODE.Lane(run, x, *read, momenta)
+    return node.NODE.Lane(run, x, node.NODE.Reading(*read), momenta)
 
 
 def _number(step: Step, x: Tensor, chosen: Any) -> int | None:
@@ -110,8 +143,10 @@ def _fold(step: Step, problem: Problem) -> Any:
     )
 
 
-def _read(given: Submodules, trains: bool) -> tuple[list[Any], list[list[Any]]] | None:
-    """The modules, and where among them the step's tensors are, as Lane takes them; None for other batch norms."""
+def _read(
+    given: Submodules, norm_settings: tuple[str, ...], counts: bool
+) -> tuple[list[Any], list[list[Any]]] | None:
+    """The modules, and where among them their tensors are, as Reading takes them; None for other batch norms."""
     modules: list[tuple[Any, ...]] = []
     sources: list[list[tuple[Any, ...]]] = [[] for _ in range(6)]
     weights, gammas, betas, means, variances, counters = sources
@@ -134,10 +169,10 @@ def _read(given: Submodules, trains: bool) -> tuple[list[Any], list[list[Any]]] 
             if affine[name] is not None:
                 kind.append((len(modules), True, name, affine[name]))
         kept = [("running_mean", means), ("running_var", variances)]
-        for name, kind in [*kept, ("num_batches_tracked", counters)] if trains else kept:
+        for name, kind in [*kept, ("num_batches_tracked", counters)] if counts else kept:
             kind.append((len(modules), False, name, buffers[name]))
         none = tuple(name for name, tensor in affine.items() if tensor is None)
-        modules.append(_module(slot.norm, norm, _NORM_SETTINGS, none))
+        modules.append(_module(slot.norm, norm, norm_settings, none))
     norms = len(means)
     return None if {len(gammas), len(betas)} - {0, norms} else (modules, sources)
 

@@ -369,6 +369,9 @@ class RepBlock(nn.Module):
         Raises:
             ValueError: as `fold_step`; a is then as it was.
         """
+        compiling = torch.compiler.is_compiling()
+        if not compiling and lanes.append_fold(self, a):
+            return
         given = None if self.deploy else self.submodules()
         geometry = "" if given is None else speaks_for(given)
         found: list[FoldEntry] = []
@@ -382,8 +385,10 @@ class RepBlock(nn.Module):
                     break
                 kernel = (None, None) if conv is None else kernel_of(conv)
                 found.append((slot.taps, *kernel, affine["weight"], affine["bias"], mean, var, norm.eps))
-        if not isinstance(geometry, str) and len(found) == len(self._layout.slots):
+        if given is not None and not isinstance(geometry, str) and len(found) == len(self._layout.slots):
             append_branches(a, geometry.kernel, geometry.groups, found)
+            if not compiling:
+                lanes.learn_fold(self, given, geometry.kernel, geometry.groups, found)
         else:  # a batch norm after the sum, a frozen one, one without statistics, or none
             append_step(a, self.fold_step())
 

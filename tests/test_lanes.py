@@ -15,6 +15,7 @@ import acnet_kernels
 from acnet_kernels import ACBlock, MobileOneBlock, RepVGGBlock, lanes
 from acnet_kernels.backends import node
 from acnet_kernels.ops import _extension
+from acnet_kernels.ops.fuse_blocks import Arguments
 
 pytestmark = pytest.mark.skipif(node.NODE is None, reason=f"needs the C++ node: {_extension.WHY_NODE_MISSING}")
 
@@ -299,9 +300,87 @@ def test_where_there_can_be_none_it_is_not_looked_for_again(monkeypatch):
 
 def test_copies_and_pickles_have_none():
     b, _, x = both(BLOCKS["acb"])
+    folded(b)
     for twin in (copy.deepcopy(b), pickle.loads(pickle.dumps(b)), copy.copy(b)):
         assert lanes._KEPT not in twin.__dict__
+        assert lanes._FOLDED not in twin.__dict__
         assert torch.equal(twin(x), b(x))
+
+
+# --- a fold read again ----------------------------------------------------------------------------------------
+
+# What a fold in eval does not depend on.
+INDIFFERENT = {"momentum", "cumulative", "frozen norm", "eval", "untracked", "backend"}
+
+
+def folded(b):
+    """The fold, as often as it takes to be read by one call, or how it fails."""
+    try:
+        return [acnet_kernels.fold([b])[0] for _ in range(3)][-1]
+    except Exception as error:
+        return type(error), str(error)
+
+
+def is_read_again(b):
+    return lanes.append_fold(b, Arguments.empty())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_fold_read_again_gives_the_same_bits(name, dtype):
+    b = scramble(BLOCKS[name]()).to(dtype)
+    first = acnet_kernels.fold([b])[0]
+    assert not is_read_again(b)  # most blocks are folded once
+    assert_same(folded(b), first)
+    assert is_read_again(b)
+    assert_same(folded(b), b.get_equivalent_kernel_bias())
+    for t in [*b.parameters(), *b.buffers()]:  # in place, and replaced
+        t.data = t.data * 2 if t.is_floating_point() else t
+    for module in b.modules():
+        for parameter, value in list(module._parameters.items()):
+            if value is not None:
+                setattr(module, parameter, nn.Parameter(value.detach().clone()))
+    assert is_read_again(b)
+    first = copy.deepcopy(b).get_equivalent_kernel_bias()
+    assert_same(folded(b), first)
+    first = b.get_equivalent_kernel_bias()
+    grads = [torch.autograd.grad(sum(t.sum() for t in fold), list(b.parameters())) for fold in (folded(b), first)]
+    assert_same(*grads)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_in_a_block_is_seen_by_its_fold(name):
+    b, twin, _ = both(BLOCKS["acb"])
+    folded(b)
+    assert is_read_again(b)
+    for each in (b, twin):
+        torch.manual_seed(0)
+        CHANGES[name](each)
+    assert is_read_again(b) == (name in INDIFFERENT)
+    found, wanted = folded(b), folded(twin)
+    if isinstance(wanted[0], torch.Tensor):
+        assert_same(found, wanted)
+    else:
+        assert found == wanted
+
+
+def test_a_deployed_block_or_one_under_global_hooks_is_not_read_again():
+    b, _, _ = both(BLOCKS["acb"])
+    folded(b)
+    with _global_hook():
+        assert not is_read_again(b)
+    assert is_read_again(b)
+    b.eval().switch_to_deploy()
+    assert not is_read_again(b)
+
+
+@pytest.mark.parametrize("norm", ["branch", "sum"])
+def test_what_no_fold_reads_again(norm):
+    b = ACBlock(4, 6, 3, padding=1, norm=norm)
+    if norm == "branch":
+        b.hor_conv.bias = nn.Parameter(torch.ones(6))
+    assert_same(folded(b), copy.deepcopy(b).get_equivalent_kernel_bias())
+    assert not is_read_again(b)
 
 
 # --- the node in autograd -------------------------------------------------------------------------------------

@@ -40,13 +40,13 @@ std::vector<Module> modules_of(const py::list& given) {
   return modules;
 }
 
-std::array<std::vector<Source>, 6> sources_of(const std::vector<std::vector<py::tuple>>& given) {
-  std::array<std::vector<Source>, 6> sources;
+std::array<std::vector<Source>, Reading::KINDS> sources_of(const std::vector<std::vector<py::tuple>>& given) {
+  std::array<std::vector<Source>, Reading::KINDS> sources;
   for (size_t kind = 0; kind < sources.size(); ++kind)
     for (const py::tuple& entry : given.at(kind)) {
       const auto t = py::cast<Tensor>(entry[3]);
       sources[kind].push_back(
-          {py::cast<size_t>(entry[0]), py::cast<bool>(entry[1]), py::cast<py::str>(entry[2]), t.sizes().vec(), t.scalar_type()});
+          {py::cast<size_t>(entry[0]), py::cast<bool>(entry[1]), py::cast<py::str>(entry[2]), t.sizes().vec(), t.scalar_type(), t.device().type()});
     }
   return sources;
 }
@@ -60,11 +60,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("run", &run, py::call_guard<py::gil_scoped_release>());
   py::class_<Fold>(m, "Fold")
       .def(py::init<Pair, Pair, Pair, int64_t, std::vector<int64_t>, std::vector<int64_t>, std::vector<double>, bool>());
-  py::class_<Lane>(m, "Lane")
-      .def(py::init([](std::variant<int64_t, Fold> step, const Tensor& x, const py::list& modules,
-                       const std::vector<std::vector<py::tuple>>& sources, std::vector<double> momenta) {
-        return Lane(std::move(step), x, modules_of(modules), sources_of(sources), std::move(momenta));
+  py::class_<Reading>(m, "Reading")
+      .def(py::init([](const py::list& modules, const std::vector<std::vector<py::tuple>>& sources) {
+        return Reading(modules_of(modules), sources_of(sources));
       }))
+      .def("append", &Reading::append);
+  py::class_<Lane>(m, "Lane")
+      .def(py::init<std::variant<int64_t, Fold>, const Tensor&, Reading, std::vector<double>>())
       .def("__call__", &Lane::operator());
 }
 
