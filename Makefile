@@ -49,18 +49,20 @@ test-gpu:
 	OMP_NUM_THREADS=1 $(GPU_PY) -m pytest -n 12 tests/triton tests/gpu tests/test_fusion.py
 
 # The C++ operators with every access and every arithmetic step checked: their tests, each operator with each wrong
-# argument, and random calls, against a build of its own. What Python and torch never free is no leak of ours.
+# argument, and random calls, against a build of its own, from whose folder they run: a subprocess imports what lies in
+# the working directory first. What Python and torch never free is no leak of ours.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
-SANITIZED := env LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+SANITIZED := cd build/sanitize/lib && \
+	env LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048 \
 	UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/build/sanitize/lib"
 sanitize: $(STAMP)
 	rm -rf build/sanitize/lib
 	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
 		$(PY) setup.py -q build --debug --build-base build/sanitize --build-lib build/sanitize/lib
-	$(SANITIZED) $(VENV)/bin/pytest -n auto $(addprefix tests/test_,hostile.py bn_sum.py autocorrelation.py \
-		fusion.py recompute.py moments.py branches.py depthwise.py)
-	$(SANITIZED) $(PY) tests/hostile.py random --calls 5000
+	$(SANITIZED) "$(CURDIR)/$(VENV)/bin/pytest" -n auto $(addprefix "$(CURDIR)"/tests/test_,hostile.py bn_sum.py \
+		autocorrelation.py fusion.py recompute.py moments.py branches.py depthwise.py)
+	$(SANITIZED) "$(CURDIR)/$(PY)" "$(CURDIR)/tests/hostile.py" random --calls 5000
 
 # Blocks, networks, folding and memory, with a report: about ten minutes on two cores.
 bench: $(STAMP)
