@@ -26,7 +26,7 @@ from .._torch_compat import below_autograd, keeps_graph, top_saved_tensors_hooks
 from ..ops import _extension, bn_sum
 from ..spec import Norm, Problem, Step, autocast_dtype
 from ..steps.assignment import ALL_LIBRARY, ALL_TRITON, Phases
-from ..steps.batchnorm import Update
+from ..steps.batchnorm import Update, update_running
 from ..steps.convolution import convolution_dtype, gradient_bytes
 from ..steps.maps import StepConfig, config_of, convolution_gradients
 from ..steps.open_sum import open_sum
@@ -221,9 +221,9 @@ def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
     config = config_of(
         geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type, phases
     )
-    update = Update(inputs.norms, count, inputs.biases)
     tensors = (x, *inputs.weights, *inputs.gammas, *inputs.betas)
     if not torch.compiler.is_compiling():
+        update = Update(inputs.norms, count, inputs.biases)
         if phases == ALL_TRITON:
             from .triton_node import TritonStep  # Triton is slow to import
 
@@ -234,8 +234,8 @@ def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
             return node.run(node.number(config, len(inputs.betas), True), x, inputs)
         return _Step.apply(config, update, *tensors)[0]
     out, means, variances = _composed(config, *tensors)
-    with torch.no_grad():
-        update(means, variances)
+    with torch.no_grad():  # not by Update: Dynamo of torch 2.10 calls no instance of a named tuple
+        update_running(inputs.norms, means, variances, count, inputs.biases)
     return out
 
 
