@@ -91,7 +91,8 @@ def _check_outer(y: Tensor, dtype: torch.dtype) -> None:
 
 def rstds_of(variances: Tensor, eps: Sequence[float]) -> Tensor:
     """1/√(σ²+ε), B×K, and 0 where that is 1/0, as in nn.BatchNorm2d; eps: B floats."""
-    spread = variances + variances.new_tensor(eps)[:, None]
+    # No tensor of eps: its copy would have the host wait for a CUDA device.
+    spread = torch.stack([variance + e for variance, e in zip(variances, eps, strict=True)])
     return spread.rsqrt().masked_fill(spread == 0, 0) if 0.0 in eps else spread.rsqrt()
 
 

@@ -18,13 +18,14 @@ Shapes: g groups of C/g = Cg inputs; taps are (row, column) indices 0…k−1, r
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .tables import kept
 
 SIDES = 4  # top, bottom, left, right
 
@@ -97,14 +98,14 @@ def add_edges(out: Tensor, value: Tensor, constant: Tensor, edges: Tensor) -> No
 
 def corner_blocks(strips: Tensor, width: int) -> Tensor:
     """The r×r corner pixels from `edge_strips`, outermost first: N×2×2×g×r×r×Cg, (top, bottom)×(left, right)."""
-    r, last = strips.shape[4], strips.shape[1] - 1
-    near = list(range(r))
-    far = [width - 1 - i if i < width else last for i in range(r)]  # `last` is a zero place
-    left, right = strips[:, near, :2], strips[:, far, :2]  # N×r×2×g×r×Cg
+    r = strips.shape[4]
+    left, right = strips[:, :r, :2], strips[:, max(width - r, 0) : width, :2].flip(1)  # N×r×2×g×r×Cg
+    if width < r:  # the last places are zero
+        right = torch.cat([right, strips[:, width - r :, :2]], 1)
     return torch.stack([left, right]).permute(1, 3, 0, 4, 5, 2, 6)
 
 
-@functools.lru_cache(maxsize=32)
+@kept(32)
 def axis_table(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What a pair of taps adds up along one axis, by what there is to add: k²×(2k−1 + 2·r²).
 
@@ -170,7 +171,7 @@ def scatter_composite(composite: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor
     return plane, strips, blocks.reshape(2, 2, g, r * r * c, r * r * c)
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def inside_counts(size: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Along one axis: which pixels a pair of taps sees, and each tap alone, in float64.
 
@@ -273,7 +274,7 @@ def zero_unseen_(matrix: Tensor, height: int, width: int, k: int) -> None:
         matrix.view(matrix.shape[0], k * k, -1, k * k, matrix.shape[-1] // (k * k)).mul_(seen[:, None, :, None])
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def pixel_counts(height: int, width: int, k: int, device: torch.device) -> Tensor:
     """How many output pixels of an image see a pixel inside by both of a pair of taps: k²×k² float64."""
     rows, columns = (single @ single.mT for _, single in (inside_counts(s, k, device) for s in (height, width)))
@@ -322,7 +323,7 @@ def pivot_image(kernels: Tensor, pivot: Tensor, height: int, width: int, groups:
     return F.conv2d(x, kernels, None, 1, near, 1, groups)[:, rows[:, None], columns]
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def _representatives(size: int, near: int, device: torch.device) -> Tensor:
     # For every pixel of an axis, the one in a small image that is as far from the borders, as far as that matters.
     q = torch.arange(size, device=device)

@@ -17,6 +17,7 @@ from ..ops.bn_sum import accumulation_dtype, mean_and_variance, rstds_of
 from . import moments_algebra as algebra
 from .convolution import add_convolution, identity_kernel, transposed_kernel
 from .packed import unpack, unpack_taps
+from .tables import kept
 
 PIVOT_SAMPLES = 2048
 # Half-precision maps are centred only where x − pivot is exact, so only where the mean is far above the spread.
@@ -57,7 +58,7 @@ class _Branch(NamedTuple):
         return self.as_kernel(matrix) if self.centred else _as_conv(self.embed(matrix, k), k)
 
 
-@functools.lru_cache(maxsize=256)
+@kept(256)
 def _patch_index(taps: Taps, kernel: int, channels: int, device: torch.device) -> Tensor | None:
     if taps.rows == taps.columns == kernel:
         return None
@@ -99,7 +100,8 @@ def pivot_of(x: Tensor) -> Tensor:
     if dtype == x.dtype:
         return mean
     spread = (sample - mean).abs().mean(0)
-    return torch.where(mean.abs() > HALF_PRECISION_RATIO * spread, mean, 0.0).to(x.dtype).to(dtype)
+    near = ~(mean.abs() > HALF_PRECISION_RATIO * spread)  # NaN's, too
+    return mean.masked_fill(near, 0).to(x.dtype).to(dtype)
 
 
 def moments_of(x: Tensor, pivot: Tensor, k: int, groups: int) -> algebra.PatchMoments:
@@ -128,8 +130,8 @@ def _without_rounding(
     magnitude = pivot.double().abs().view(groups, -1).tile(taps * groups // len(pivot))
     noise = (1e-7 * deviation + 1e-13 * magnitude).unsqueeze(2)
     bounds = torch.stack([(branch.weight.abs() @ branch.pick(noise, 1)).flatten() for branch in branches])
-    exact = variance.new_tensor([e == 0 for e in eps], dtype=torch.bool)[:, None]
-    return variance.masked_fill(exact & (variance <= bounds.square()), 0)
+    rows = zip(variance, bounds.square(), eps, strict=True)
+    return torch.stack([row if e else row.masked_fill(row <= bound, 0) for row, bound, e in rows])
 
 
 def _statistics_of_maps(x: Tensor, branches: list[_Branch], k: int, groups: int) -> tuple[Tensor, Tensor]:

@@ -143,9 +143,7 @@ def _(
 # ---- the kernels ----
 
 
-@torch.library.impl("acnet_kernels::recompute_step", ("CPU", "CUDA"))
-@check.checked(check_step)
-def _step(
+def step(
     x: Tensor,
     weights: list[Tensor],
     gammas: list[Tensor],
@@ -156,6 +154,7 @@ def _step(
     dtype: torch.dtype | None,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """recompute_step."""
     dtype = x.dtype if dtype is None else dtype
     config = config_of(unpack(geometry), unpack_taps(taps), eps, len(gammas), dtype, x.device.type)
     with torch.autocast(x.device.type, enabled=False):
@@ -181,7 +180,7 @@ def _without_maps(
     means, variances, rstds = _triton_statistics(x, kernels, config)
     scale = rstds * torch.stack(gammas) if gammas else rstds
     top = scale.abs().amax(0)
-    top = torch.where(top > 0, top, 1)
+    top = top.masked_fill(~(top > 0), 1)
     wide = bn_sum.accumulation_dtype(x.dtype)
     folded = _folded(kernels, scale / top, config).to(x.dtype)
     place = geometry.placement(geometry.whole)
@@ -221,9 +220,7 @@ def _folded(kernels: list[Tensor], scale: Tensor, config: StepConfig) -> Tensor:
     return merge_kernels(scaled, [taps for taps, _ in config.branches], config.geometry)
 
 
-@torch.library.impl("acnet_kernels::recompute_step_backward", ("CPU", "CUDA"))
-@check.checked(check_backward)
-def _step_backward(
+def step_backward(
     grad: Tensor,
     x: Tensor,
     weights: list[Tensor],
@@ -237,6 +234,7 @@ def _step_backward(
     need_weights: list[bool],
     need_gammas: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """recompute_step_backward."""
     dtype = bn_sum.accumulation_dtype(grad.dtype)
     none = means.new_empty(0, dtype=dtype)
     if not (need_x or any(need_weights) or need_gammas):
@@ -268,6 +266,10 @@ def _as(gradient: Tensor, like: Tensor) -> Tensor:
         return gradient
     return torch.empty_like(like).copy_(gradient)
 
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("recompute_step", check.checked(check_step)(step), _device)
+    _LIBRARY.impl("recompute_step_backward", check.checked(check_backward)(step_backward), _device)
 
 RECORDED = record(
     "recompute_step",

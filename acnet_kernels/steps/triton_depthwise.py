@@ -23,6 +23,7 @@ from ..ops import launch
 from .depthwise import numbers_of
 from .moments_passes import FEW_PIXELS
 from .packed import unpack
+from .tables import kept
 
 _PROGRAMS = 1024  # that a pass shares its sums among, about
 _PIVOT_ROWS, _PIVOT_COLUMNS = 16, 32
@@ -150,7 +151,7 @@ def _rectangles(geometry: tuple[int, ...], x: Tensor, own: _Pass, padded: bool) 
     return make(unpack(list(geometry)), x.shape[0], size, own.programs, own.tile.block_m)
 
 
-@lru_cache(512)
+@kept(512)
 def _tables(
     geometry: tuple[int, ...],
     images: int,
@@ -162,9 +163,8 @@ def _tables(
 ) -> tuple[Tensor, Tensor]:
     make = rectangles.padded if padded else rectangles.inside
     found = make(unpack(list(geometry)), images, size, programs, block)
-    with torch.inference_mode(False):  # they outlive the call
-        table, reads = (torch.tensor(t, dtype=torch.int32) for t in (found.table, found.reads))
-        return table.to(device), reads.to(device)
+    table, reads = (torch.tensor(t, dtype=torch.int32) for t in (found.table, found.reads))
+    return table.to(device), reads.to(device)
 
 
 def _shifts(geometry: Sequence[int]) -> int:

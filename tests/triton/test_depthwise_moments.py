@@ -19,7 +19,7 @@ from torch import Tensor
 from acnet_kernels.geometry import Geometry
 from acnet_kernels.kernels import rectangles
 from acnet_kernels.ops.triton_conv import INTERPRETED
-from acnet_kernels.steps import depthwise, depthwise_plain, packed, triton_depthwise
+from acnet_kernels.steps import depthwise, depthwise_plain, packed, tables, triton_depthwise
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 # Branches, as numbers: a whole kernel, one tap of it, the identity on it.
@@ -61,7 +61,8 @@ CASES = [
 @pytest.fixture(autouse=True)
 def _several_tasks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sums of few pixels are shared by several programs, as of many."""
-    caches = (triton_depthwise._tables, rectangles.padded, rectangles.inside)
+    caches = (rectangles.padded, rectangles.inside)
+    monkeypatch.setattr(tables, "_kept", {})
     monkeypatch.setattr(rectangles, "LEAST_PIXELS", 16)
     for cache in caches:
         cache.cache_clear()
