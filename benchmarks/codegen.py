@@ -33,6 +33,7 @@ from acnet_kernels.kernels import (
     depthwise_algebra,
     depthwise_moments,
     dgrad,
+    rounding,
     wgrad,
 )
 from acnet_kernels.kernels.configs import Config
@@ -57,7 +58,7 @@ PASSES = (
 )
 ALGEBRA = (depthwise_algebra.prepare, depthwise_algebra.differentiate, depthwise_algebra.correct)
 STREAMING = (bn_sum.statistics, bn_sum.apply, bn_sum.reduce_grad, bn_sum.apply_grad)
-MERGING = (bn_sum.merge_statistics, bn_sum.merge_grad, wgrad.sum_splits)
+MERGING = (bn_sum.merge_statistics, bn_sum.merge_grad, wgrad.sum_splits, rounding.round_to_tf32)
 # Of a multiprocessor: registers, threads, programs, bytes of shared memory (a KB a program is the system's).
 REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
@@ -197,13 +198,13 @@ def conv_cases(arch: int) -> Iterator[Case]:
 
 
 def bn_cases(arch: int, count: int = 3) -> Iterator[Case]:
-    """The batch-norm passes over `count` maps: every channel block in every dtype, and the merges."""
+    """The batch-norm passes over `count` maps: every channel block in every dtype; merges, and weights rounded."""
     scalars = dict.fromkeys(("M", "TILES", "ROWS", "SPLITS", "STRIDE"), "i32")
     scalars |= {"K": "i32:16", "B": count}
     names = ("partial", "scale", "bias", "coefficient", "dgamma", "dbeta")
     vectors = dict.fromkeys((f"{name}_ptr" for name in names), "*fp32")
     vectors |= dict.fromkeys(("mean_ptr", "var_ptr", "rstd_ptr"), "*fp64")
-    tuples = dict.fromkeys(("gammas", "betas", "partials"), ("*fp32",) * count)
+    tuples = dict.fromkeys(("gammas", "betas", "partials", "weights", "rounded"), ("*fp32",) * count)
     tuples |= dict.fromkeys(("running_means", "running_vars"), ("*fp32",) * count)
     tuples |= dict.fromkeys(("eps", "momenta", "momenta_rest"), ("fp32",) * count)
     tuples |= {"counters": ("*i64",) * count, "shifts": (None,) * count, "sizes": ("i32",) * count}

@@ -2,8 +2,9 @@
 
 Maps are channels_last; weights K×C/groups×rows×columns, all in one memory format, in the input's dtype (fp32, fp16,
 bf16). `weights`, `ys` and their gradients have one entry for each of the window's branches, in its order.
-fp32 is computed in TF32 where torch.backends.cudnn.conv.fp32_precision says "tf32", else by three TF32 products;
-with one input channel a group, where there are no matrix products, always in fp32.
+fp32 is computed in TF32 where torch.backends.cudnn.conv.fp32_precision says "tf32", with weights rounded to it by a
+launch more, maps and their gradients cut; else by three TF32 products; with one input channel a group, where there
+are no matrix products, always in fp32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..kernels.configs import Config, Tile, cdiv
 from ..kernels.conv import conv_branches
 from ..kernels.depthwise import depthwise_branches, depthwise_dgrad, depthwise_wgrad
 from ..kernels.dgrad import conv_dgrad
+from ..kernels.rounding import round_to_tf32
 from ..kernels.taps import end_row, first_row, taps_above
 from ..kernels.wgrad import conv_wgrad, sum_splits
 from ..kernels.window import MOST_BRANCHES, Window
@@ -40,6 +42,7 @@ class _Prepared(NamedTuple):
 
     kernel: Any
     depthwise: bool
+    rounds: bool  # the weights to TF32
     size: tuple[int, int]  # OH, OW
     rows: int  # N·OH·OW
     scalars: tuple[int, ...]  # those of C, K, CG, KG, H, W, OH, OW that the kernel takes
@@ -111,7 +114,8 @@ def _prepare(
     scalars |= {"OH": size[0], "OW": size[1]}
     numbers = tuple(value for name, value in scalars.items() if name in kernel.arg_names)
     taps = end_row(window) - first_row(window) if depthwise else taps_above(window, 0)
-    return _Prepared(kernel, depthwise, size, rows, numbers, taken, config, taps)
+    rounds = dtype == torch.float32 and precision == "tf32" and not depthwise
+    return _Prepared(kernel, depthwise, rounds, size, rows, numbers, taken, config, taps)
 
 
 def _prepared(
@@ -152,6 +156,17 @@ def _empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return empty(shape, like.dtype, like.device, torch.channels_last)
 
 
+def _as_multiplied(weights: Sequence[Tensor], prepared: _Prepared) -> tuple[Tensor, ...]:
+    """The weights as the products take them."""
+    if not prepared.rounds:
+        return tuple(weights)
+    rounded = tuple(empty_like(w) for w in weights)
+    sizes = tuple(w.numel() for w in weights)
+    grid = (cdiv(max(sizes), _SUM_BLOCK), len(sizes), 1)
+    launch(round_to_tf32, grid, tuple(weights), rounded, sizes, BLOCK=_SUM_BLOCK)
+    return rounded
+
+
 def conv_forward(
     x: Tensor, weights: Sequence[Tensor], window: Window, *, store: bool = True, config: Config | None = None
 ) -> tuple[list[Tensor], Moments]:
@@ -177,7 +192,8 @@ def conv_forward(
     partial = empty((len(weights), 2, K, tiles), torch.float32, x.device)
     targets = tuple(ys) or (None,) * len(weights)
     sizes = (*split, *prepared.scalars)
-    launch(prepared.kernel, grid, x, tuple(weights), targets, partial, *sizes, STORE=store, **prepared.options)
+    weights = _as_multiplied(weights, prepared)
+    launch(prepared.kernel, grid, x, weights, targets, partial, *sizes, STORE=store, **prepared.options)
     return ys, Moments(partial, rows, M)
 
 
@@ -226,7 +242,7 @@ def input_grad(
         split = (shape[0], tiles)
         grid = (window.stride_h * window.stride_w * tiles * blocks,)
     sizes = (*split, *prepared.scalars)
-    launch(prepared.kernel, grid, tuple(dys), tuple(weights), dx, *sizes, **prepared.options)
+    launch(prepared.kernel, grid, tuple(dys), _as_multiplied(weights, prepared), dx, *sizes, **prepared.options)
     return dx
 
 

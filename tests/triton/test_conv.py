@@ -11,7 +11,7 @@ from oracle import FLOORS, assert_as_good_as, border, rel
 from problems import DEPTHWISE, PROBLEMS, SHAPED, SHAPES, SMALL, TF32_FLOOR, Problem, Tensors, acnet, step
 
 from acnet_kernels.geometry import Taps
-from acnet_kernels.kernels import taps
+from acnet_kernels.kernels import rounding, taps
 from acnet_kernels.ops import triton_bn_sum, triton_conv
 from acnet_kernels.ops.triton_conv import Window
 
@@ -101,6 +101,37 @@ def test_tf32_is_taken_where_it_is_allowed_and_has_its_own_bound(
     errors = {key: rel(got[key], true[key]) for key in true}
     assert max(errors.values()) <= TF32_FLOOR, errors
     assert min(errors[f"y{b}"] for b in range(len(t.weights))) > FLOORS[torch.float32], errors
+
+
+def test_tf32s_weights_are_rounded(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut to 10 bits, as maps are, these would lose three quarters of their last one."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    t = Tensors(PROBLEMS[0], torch.float32, device)
+    weights = [torch.full_like(w, 1 + 0.75 * 2.0**-10) for w in t.weights]
+    x = torch.randint_like(t.x, 1, 5)
+    ys, _ = triton_conv.conv_forward(x, weights, t.window, config=SMALL)
+    dys = [torch.randint_like(y, 1, 5) for y in ys]
+    dx = triton_conv.input_grad(dys, weights, t.window, x.shape[2:], config=SMALL)
+    t.x, t.weights = x, weights
+    true = t.convolutions(dys, torch.float64)
+    assert max(rel(dx, true["x"]), *(rel(y, true[f"y{b}"]) for b, y in enumerate(ys))) < 0.3 * 2.0**-10
+
+
+def test_rounding_to_tf32_takes_the_nearest(device: torch.device) -> None:
+    w = torch.cat([torch.randn(1000) * 10.0 ** torch.randint(-40, 38, (1000,)), torch.tensor([0.0, -0.0])])
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, torch.finfo(torch.float32).max])
+    # As a GPU's arithmetic makes it: all bits set, one more would be −0.
+    special = torch.cat([special, torch.tensor([2**31 - 1], dtype=torch.int32).view(torch.float32)])
+    given = w.to(device), special.to(device)
+    rounded = [torch.empty_like(t) for t in given]
+    rounding.round_to_tf32[(1, 2)](given, tuple(rounded), (len(w), len(special)), BLOCK=1024)
+    near, others = (t.cpu() for t in rounded)
+    assert not torch.any(near.view(torch.int32) & 0x1FFF)
+    last = torch.ldexp(torch.ones_like(w), torch.frexp(w).exponent - 11).clamp_min(2.0**-136)
+    assert torch.all((near.double() - w.double()).abs() <= last.double() / 2)
+    torch.testing.assert_close(
+        others, torch.tensor([torch.inf, -torch.inf, torch.nan, torch.inf, torch.nan]), equal_nan=True
+    )
 
 
 @BOTH_KINDS
