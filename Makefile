@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PACKAGES := numpy $(if $(filter pre,$(TORCH)),--pre --upgrade torch,"torch$(if $(TORCH),==$(TORCH).*)")
 
-.PHONY: all demo test suite quick bare test-oldest test-newest test-gpu sanitize bench lint docs figures wheel clean
+.PHONY: all demo test suite quick bare test-oldest test-newest test-gpu gpu-cache sanitize bench lint docs figures wheel clean
 all: test
 
 # The extension builds against the torch it will be loaded by, so torch goes in first and isolation is off.
@@ -47,6 +47,11 @@ test-newest:
 GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 test-gpu:
 	OMP_NUM_THREADS=1 $(GPU_PY) -m pytest -n 12 tests/triton tests/gpu tests/test_fusion.py
+
+# What benchmarks/gpu_first_run.sh launches on an H100, compiled without one into runs/gpu-cache.tgz, which travels along.
+# PYTHON must have the device machine's own Python, torch, Triton and NumPy.
+gpu-cache:
+	PYTHON="$(PYTHON)" benchmarks/gpu_cache.sh
 
 # The C++ operators with every access and every arithmetic step checked: their tests, each operator with each wrong
 # argument, and random calls, against a build of its own, from whose folder they run: a subprocess imports what lies in
