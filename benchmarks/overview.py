@@ -122,7 +122,7 @@ def _bars(axis: Any, names: Sequence[str], series: dict[str, tuple[dict[str, flo
         axis.bar(at, heights, 0.75 / len(series), color=colour, label=label)
     axis.axhline(1, color="black", linewidth=1)
     axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7.5)
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="upper right")
 
 
 def table(results: Sequence[report.Results]) -> str:
