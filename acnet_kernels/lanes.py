@@ -120,7 +120,7 @@ def _number(step: Step, x: Tensor, chosen: Any) -> int | None:
         return None
     inputs = branches.inputs_of(x, step)
     config = branches.config_of(
-        step.geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type
+        step.geometry, inputs.branches, inputs.eps, inputs.normed, len(inputs.gammas), inputs.dtype, x.device.type
     )
     suits = node.suits(config, x, inputs)
     return node.number(config, len(inputs.betas), chosen is branches) if suits else None

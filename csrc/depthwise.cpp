@@ -73,16 +73,21 @@ auto dispatch(ScalarType type, const Body& body) {
 struct Problem {
   Check check;
   View x;
-  std::vector<View> weights, gammas;
+  std::vector<View> weights, gammas, betas;
   std::vector<Branch> branches;
   std::vector<Kernel> kernels;
   int64_t numbers = 0;  // of all kernels
+  bool nested;          // a batch norm follows the sum of branches of which some have their own
   int64_t channels, outputs;
   std::shared_ptr<const PlanTables> tables;
 
   Problem(const char* name, const Tensor& x_, const Tensors& weights_, const Tensors& gammas_, int64_t norms,
-          const std::vector<int64_t>& taps, const std::vector<int64_t>& geometry)
-      : check(name), x(x_), weights(weights_.begin(), weights_.end()), gammas(gammas_.begin(), gammas_.end()) {
+          const std::vector<int64_t>& taps, const std::vector<int64_t>& geometry, bool nests, const Tensors& betas_ = {})
+      : check(name),
+        x(x_),
+        weights(weights_.begin(), weights_.end()),
+        gammas(gammas_.begin(), gammas_.end()),
+        betas(betas_.begin(), betas_.end()) {
     check.map(x, "x");
     check(geometry.size() == 9, "geometry must hold 9 numbers, got ", geometry.size());
     for (const int64_t number : geometry) check(number >= 0 && number < (int64_t(1) << 31), "geometry must hold numbers from 0 to 2³¹ − 1, got ", number);
@@ -105,20 +110,23 @@ struct Problem {
       check(free >= 0, "geometry leaves no output of an x of ", x.shape());
       out[i] = free / geometry[2 + i] + 1;
     }
-    BranchList list(check, taps, weights, outputs, 1, kernel, outputs == channels && geometry[2] == 1 && geometry[3] == 1, norms);
+    BranchList list(check, taps, weights, outputs, 1, kernel, outputs == channels && geometry[2] == 1 && geometry[3] == 1,
+                    nests, norms);
+    nested = list.nested();
     branches = std::move(list.branches);
     kernels = std::move(list.kernels);
     numbers = list.numbers;
-    affine(gammas, "gammas");
+    check_affine(check, gammas, this->norms(), outputs, "gammas");
+    check_affine(check, betas, this->norms(), outputs, "betas");
     tables = plan_of({x.sizes[0], x.sizes[2], out[0], kernel[0], geometry[2], geometry[4], geometry[6], x.sizes[3], out[1],
                       kernel[1], geometry[3], geometry[5], geometry[7], outputs / channels});
   }
 
   const Plan& plan() const { return tables->plan; }
-  bool summed() const { return kernels.size() < branches.size(); }
   int64_t norms() const { return static_cast<int64_t>(kernels.size()); }
-
-  void affine(const std::vector<View>& values, const char* name) const { check_affine(check, values, norms(), outputs, name); }
+  int64_t norm_of(const Kernel& kernel) const { return &kernel - kernels.data(); }
+  // Whether its kernel depends on the statistics of the branches' batch norms.
+  bool is_outer(const Kernel& kernel) const { return nested && kernel.of_sum; }
 };
 
 template <class T>
@@ -182,34 +190,68 @@ double per_channel(const std::vector<View>& values, int64_t norm, int64_t channe
   return values.empty() ? missing : element_of(values[norm], channel * values[norm].strides[0]);
 }
 
-// The taps of one kernel, count × lanes, for output channels first, first + step, …
+// γ·rstd of a batch norm, rstds being norms × K.
+double scale_of(const Problem& problem, int64_t norm, int64_t channel, const double* rstds) {
+  return per_channel(problem.gammas, norm, channel, 1) * rstds[norm * problem.outputs + channel];
+}
+
+// The taps of one kernel, count × lanes, for output channels first, first + step, … The kernel of a sum has those of its
+// branches' that have batch norms of their own scaled by γ·rstd.
 void gather(const Problem& problem, const Kernel& kernel, int64_t first, int64_t step, int64_t count, int64_t lanes,
-            double* to) {
+            const double* rstds, double* to) {
   std::fill_n(to, static_cast<int64_t>(kernel.places.size()) * lanes, 0.0);
-  const auto add = [&](const Branch& branch, bool whole) {
+  Buffer<double> scales(count);
+  const auto add = [&](const Branch& branch) {
+    const bool is_scaled = kernel.of_sum && branch.norm >= 0;
+    for (int64_t l = 0; l < count; ++l) scales[l] = is_scaled ? scale_of(problem, branch.norm, first + l * step, rstds) : 1;
     for (size_t t = 0; t < branch.places.size(); ++t) {
-      double* at = to + (whole ? branch.places[t] : static_cast<int64_t>(t)) * lanes;
+      double* at = to + (kernel.of_sum ? branch.places[t] : static_cast<int64_t>(t)) * lanes;
       if (branch.weight < 0) {
-        for (int64_t l = 0; l < count; ++l) at[l] += 1;
+        for (int64_t l = 0; l < count; ++l) at[l] += scales[l];
         continue;
       }
       const View& w = problem.weights[branch.weight];
       const int64_t tap = static_cast<int64_t>(t) / branch.columns * w.strides[2] + static_cast<int64_t>(t) % branch.columns * w.strides[3];
       dispatch(w.type(), [&](auto e, auto) {
-        for (int64_t l = 0; l < count; ++l) at[l] += element<decltype(e)>(w, (first + l * step) * w.strides[0] + tap);
+        for (int64_t l = 0; l < count; ++l) at[l] += scales[l] * element<decltype(e)>(w, (first + l * step) * w.strides[0] + tap);
       });
     }
   };
-  if (!problem.summed()) return add(problem.branches[kernel.branch], false);
-  for (const Branch& branch : problem.branches) add(branch, true);
+  if (!kernel.of_sum) return add(problem.branches[kernel.branch]);
+  for (const Branch& branch : problem.branches) add(branch);
 }
 
 // What a forward step finds about x: by channel, then by kernel.
 struct Statistics {
-  double *means, *variances;  // norms × K
-  double* pivot;              // C
-  double* sums;               // C × taps
+  double *means, *variances, *rstds;  // norms × K
+  double* pivot;                      // C
+  double* sums;                       // C × taps
 };
+
+// Of one channel, of the map of this kernel.
+void note(const Problem& problem, const Kernel& kernel, int64_t o, const std::vector<double>& eps, double mean, double variance,
+          const Statistics& found) {
+  const int64_t norm = problem.norm_of(kernel), K = problem.outputs, at = norm * K + o;
+  if (problem.is_outer(kernel)) {  // of the sum itself, with what the batch norms in it add
+    for (int64_t b = 0; b < norm; ++b)
+      mean += per_channel(problem.betas, b, o, 0) - scale_of(problem, b, o, found.rstds) * found.means[b * K + o];
+  }
+  found.means[at] = mean;
+  found.variances[at] = variance;
+  const double spread = variance + eps[norm];
+  found.rstds[at] = spread == 0 ? 0 : 1 / std::sqrt(spread);  // as in nn.BatchNorm2d, whose ε may be 0
+}
+
+// The mean of the map of this kernel, of which these are the taps, lanes apart.
+double mean_of(const Problem& problem, const Kernel& kernel, int64_t o, const double* means, const double* sums,
+               const double* weight, int64_t lanes) {
+  if (!problem.is_outer(kernel)) return means[problem.norm_of(kernel) * problem.outputs + o];
+  const Plan& plan = problem.plan();
+  const double values = static_cast<double>(plan.images * plan.rows.out * plan.columns.out);
+  double sum = 0;
+  for (int64_t t = 0; t < plan.taps; ++t) sum += weight[t * lanes] * sums[o / plan.multiplier * plan.taps + t];
+  return values > 0 ? sum / values : 0;
+}
 
 // About the mean of each channel, from a few rows.
 template <class T, class A>
@@ -228,7 +270,7 @@ void find_pivots(const View& x, int64_t channels, double* pivot) {
 }
 
 template <class T, class A, class C>
-void find_statistics(const Problem& problem, const View& x, const Statistics& found, C* centred) {
+void find_statistics(const Problem& problem, const View& x, const std::vector<double>& eps, const Statistics& found, C* centred) {
   const Plan& plan = problem.plan();
   const Kernels<T, A>& kernel = kernels<T, A>();
   const int64_t lanes = kernel.pass.lanes, channels = problem.channels, m = plan.multiplier;
@@ -265,14 +307,13 @@ void find_statistics(const Problem& problem, const View& x, const Statistics& fo
         for (int64_t t = 0; t < taps; ++t) found.sums[(first + l) * taps + t] = sums.data()[t * lanes + l];
       for (const Kernel& k : problem.kernels)
         for (int64_t j = 0; j < m; ++j) {
-          const int64_t size = static_cast<int64_t>(k.places.size()), norm = &k - problem.kernels.data();
-          gather(problem, k, first * m + j, m, count, lanes, weight.data());
+          const int64_t size = static_cast<int64_t>(k.places.size());
+          gather(problem, k, first * m + j, m, count, lanes, found.rstds, weight.data());
           kernel.algebra.statistics(plan, k.places.data(), static_cast<int>(size), weight.data(), gram.data(), sums.data(), mean,
                                     variance, product.data());
           for (int64_t l = 0; l < count; ++l) {
             const int64_t o = (first + l) * m + j;
-            found.means[norm * problem.outputs + o] = mean[l];
-            found.variances[norm * problem.outputs + o] = variance[l];
+            note(problem, k, o, eps, mean[l], variance[l], found);
             for (int64_t t = 0; t < size; ++t)
               centred[o * problem.numbers + k.first + t] = static_cast<C>(product.data()[t * lanes + l]);
           }
@@ -331,14 +372,15 @@ std::pair<double, double> by_definition(const Problem& problem, const Kernel& ke
 }
 
 template <class T>
-void define_statistics(const Problem& problem, const Statistics& found) {
+void define_statistics(const Problem& problem, const std::vector<double>& eps, const Statistics& found) {
   for (const Kernel& k : problem.kernels) {
     std::vector<double> weight(k.places.size());
     for (int64_t o = 0; o < problem.outputs; ++o) {
-      const int64_t at = (&k - problem.kernels.data()) * problem.outputs + o;
+      const int64_t at = problem.norm_of(k) * problem.outputs + o;
       if (std::isfinite(found.means[at]) && std::isfinite(found.variances[at])) continue;
-      gather(problem, k, o, 1, 1, 1, weight.data());
-      std::tie(found.means[at], found.variances[at]) = by_definition<T>(problem, k, o, weight.data(), 1);
+      gather(problem, k, o, 1, 1, 1, found.rstds, weight.data());
+      const auto [mean, variance] = by_definition<T>(problem, k, o, weight.data(), 1);
+      note(problem, k, o, eps, mean, variance, found);
     }
   }
 }
@@ -347,23 +389,22 @@ void define_statistics(const Problem& problem, const Statistics& found) {
 void without_rounding(const Problem& problem, const std::vector<double>& eps, const Statistics& found) {
   const Plan& plan = problem.plan();
   for (const Kernel& k : problem.kernels) {
-    const int64_t norm = &k - problem.kernels.data();
+    const int64_t norm = problem.norm_of(k);
     if (eps[norm] != 0) continue;
     std::vector<double> weight(k.places.size());
     for (int64_t o = 0; o < problem.outputs; ++o) {
-      gather(problem, k, o, 1, 1, 1, weight.data());
+      gather(problem, k, o, 1, 1, 1, found.rstds, weight.data());
       double size = 0;
       for (const double w : weight) size += std::abs(w);
       const double bound = 1e-13 * size * std::abs(found.pivot[o / plan.multiplier]);
-      double& variance = found.variances[norm * problem.outputs + o];
-      if (variance <= bound * bound) variance = 0;
+      const int64_t at = norm * problem.outputs + o;
+      if (found.variances[at] <= bound * bound) note(problem, k, o, eps, found.means[at], 0, found);
     }
   }
 }
 
 template <class T, class A>
-void convolve(const Problem& problem, const std::vector<View>& betas, const Statistics& found, const double* rstds,
-              Tensor& out) {
+void convolve(const Problem& problem, const Statistics& found, Tensor& out) {
   const Plan& plan = problem.plan();
   const Kernels<T, A>& kernel = kernels<T, A>();
   const int64_t lanes = kernel.pass.lanes, channels = problem.channels, m = plan.multiplier, taps = plan.taps;
@@ -380,12 +421,14 @@ void convolve(const Problem& problem, const std::vector<View>& betas, const Stat
         std::fill_n(whole.data(), taps * lanes, 0.0);
         std::fill_n(bias.data(), lanes, 0.0);
         for (const Kernel& k : problem.kernels) {
-          const int64_t norm = &k - problem.kernels.data();
-          gather(problem, k, first * m + j, m, count, lanes, weight.data());
+          if (problem.nested && !k.of_sum) continue;
+          const int64_t norm = problem.norm_of(k);
+          gather(problem, k, first * m + j, m, count, lanes, found.rstds, weight.data());
           for (int64_t l = 0; l < count; ++l) {
-            const int64_t o = (first + l) * m + j, at = norm * problem.outputs + o;
-            const double scale = per_channel(problem.gammas, norm, o, 1) * rstds[at];
-            bias.data()[l] += per_channel(betas, norm, o, 0) - scale * found.means[at];
+            const int64_t o = (first + l) * m + j;
+            const double scale = scale_of(problem, norm, o, found.rstds);
+            const double mean = mean_of(problem, k, o, found.means, found.sums, weight.data() + l, lanes);
+            bias.data()[l] += per_channel(problem.betas, norm, o, 0) - scale * mean;
             for (size_t t = 0; t < k.places.size(); ++t)
               whole.data()[k.places[t] * lanes + l] += scale * weight.data()[t * lanes + l];
           }
@@ -413,16 +456,16 @@ void convolve(const Problem& problem, const std::vector<View>& betas, const Stat
 
 // What autograd keeps besides the tensors it is given.
 struct Found {
-  Tensor means, variances, pivot, sums, centred;
+  Tensor means, variances, rstds, pivot, sums, centred;
 
-  Statistics statistics() { return {doubles(means), doubles(variances), doubles(pivot), doubles(sums)}; }
+  Statistics statistics() { return {doubles(means), doubles(variances), doubles(rstds), doubles(pivot), doubles(sums)}; }
 };
 
 Found statistics_of(const Problem& problem, const Tensor& x, const std::vector<double>& eps) {
   const Plan& plan = problem.plan();
   const int64_t K = problem.outputs, norms = problem.norms();
   const auto make = [&](std::vector<int64_t> sizes, ScalarType type) { return torch::stable::new_empty(x, sizes, type); };
-  Found all{make({norms, K}, ScalarType::Double), make({norms, K}, ScalarType::Double),
+  Found all{make({norms, K}, ScalarType::Double), make({norms, K}, ScalarType::Double), make({norms, K}, ScalarType::Double),
             make({problem.channels}, ScalarType::Double), make({problem.channels, plan.taps}, ScalarType::Double),
             make({K, problem.numbers}, sums_of(problem.x.type()))};
   dispatch(problem.x.type(), [&](auto element, auto accumulator) {
@@ -433,18 +476,18 @@ Found statistics_of(const Problem& problem, const Tensor& x, const std::vector<d
     const auto in_double = [&] {
       Tensor wide = torch::stable::to(x, ScalarType::Double);
       const View view(wide);
-      find_statistics<double, double>(problem, view, found, products);
+      find_statistics<double, double>(problem, view, eps, found, products);
     };
     const bool hides_nothing = std::find(eps.begin(), eps.end(), 0.0) != eps.end();
     const bool few = plan.images * plan.rows.size * plan.columns.size < kFewPixels;
     if (std::is_same_v<T, double> || !(few || hides_nothing)) {
-      find_statistics<T, A>(problem, problem.x, found, products);
+      find_statistics<T, A>(problem, problem.x, eps, found, products);
       // Squares may be beyond float32 where their values are not.
       if (!std::is_same_v<T, double> && !finite(found.variances, norms * K)) in_double();
     } else {
       in_double();
     }
-    if (plan.images > 0 && !finite(found.variances, norms * K)) define_statistics<T>(problem, found);
+    if (plan.images > 0 && !finite(found.variances, norms * K)) define_statistics<T>(problem, eps, found);
     if (hides_nothing) without_rounding(problem, eps, found);
   });
   return all;
@@ -452,7 +495,7 @@ Found statistics_of(const Problem& problem, const Tensor& x, const std::vector<d
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> statistics(Tensor x, Tensors weights, std::vector<double> eps,
                                                               std::vector<int64_t> taps, std::vector<int64_t> geometry) {
-  const Problem problem("depthwise_statistics", x, weights, {}, static_cast<int64_t>(eps.size()), taps, geometry);
+  const Problem problem("depthwise_statistics", x, weights, {}, static_cast<int64_t>(eps.size()), taps, geometry, false);
   Found found = statistics_of(problem, x, eps);
   return {found.means, found.variances, found.pivot, found.sums, found.centred};
 }
@@ -465,12 +508,10 @@ void check_double(const Check& check, const Tensor& t, const char* name, std::in
   check.contiguous(v, name);
 }
 
-Tensor normalise(const Problem& problem, const Tensor& x, const Tensors& betas, const Statistics& found,
-                 const double* rstds, bool channels_last) {
-  const std::vector<View> shifts(betas.begin(), betas.end());
+Tensor normalise(const Problem& problem, const Tensor& x, const Statistics& found, bool channels_last) {
   Tensor out = empty_out(problem, x, channels_last);
   dispatch(problem.x.type(), [&](auto element, auto accumulator) {
-    convolve<decltype(element), decltype(accumulator)>(problem, shifts, found, rstds, out);
+    convolve<decltype(element), decltype(accumulator)>(problem, found, out);
   });
   return out;
 }
@@ -481,17 +522,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x
                                                                         Tensors betas, std::vector<double> eps,
                                                                         std::vector<int64_t> taps,
                                                                         std::vector<int64_t> geometry, bool channels_last) {
-  const Problem problem("depthwise_step", x, weights, gammas, static_cast<int64_t>(eps.size()), taps, geometry);
-  problem.affine({betas.begin(), betas.end()}, "betas");
+  const Problem problem("depthwise_step", x, weights, gammas, static_cast<int64_t>(eps.size()), taps, geometry, true, betas);
+  for (const double e : eps) problem.check(!problem.nested || e > 0, "eps must be positive where batch norms are nested, got ", e);
   Found found = statistics_of(problem, x, eps);
-  Tensor rstds = torch::stable::empty_like(found.variances);
-  const double* variance = doubles(found.variances);
-  for (int64_t i = 0; i < problem.norms() * problem.outputs; ++i) {
-    const double spread = variance[i] + eps[i / problem.outputs];
-    doubles(rstds)[i] = spread == 0 ? 0 : 1 / std::sqrt(spread);  // as in nn.BatchNorm2d, whose ε may be 0
-  }
-  Tensor out = normalise(problem, x, betas, found.statistics(), doubles(rstds), channels_last);
-  return {out, found.means, found.variances, rstds, found.pivot, found.sums, found.centred};
+  Tensor out = normalise(problem, x, found.statistics(), channels_last);
+  return {out, found.means, found.variances, found.rstds, found.pivot, found.sums, found.centred};
 }
 
 namespace {
@@ -499,12 +534,11 @@ namespace {
 Tensor apply(Tensor x, Tensors weights, Tensors gammas, Tensors betas, Tensor means, Tensor rstds, Tensor pivot,
              std::vector<int64_t> taps, std::vector<int64_t> geometry, bool channels_last) {
   const View given(means);
-  const Problem problem("depthwise_apply", x, weights, gammas, given.dim == 2 ? given.sizes[0] : -1, taps, geometry);
-  problem.affine({betas.begin(), betas.end()}, "betas");
+  const Problem problem("depthwise_apply", x, weights, gammas, given.dim == 2 ? given.sizes[0] : -1, taps, geometry, false, betas);
   check_double(problem.check, means, "means", {problem.norms(), problem.outputs});
   check_double(problem.check, rstds, "rstds", {problem.norms(), problem.outputs});
   check_double(problem.check, pivot, "pivot", {problem.channels});
-  return normalise(problem, x, betas, {doubles(means), nullptr, doubles(pivot), nullptr}, doubles(rstds), channels_last);
+  return normalise(problem, x, {doubles(means), nullptr, doubles(rstds), doubles(pivot), nullptr}, channels_last);
 }
 
 // ---- backward ----
@@ -576,7 +610,7 @@ void differentiate(const Problem& problem, const View& grad, const Kept& kept, c
   Buffer<A> folded(wanted.x ? tasks.blocks * m * products : 0);
   const double values = static_cast<double>(plan.images * plan.rows.out * plan.columns.out), share = values > 0 ? 1 / values : 0;
   tasks.run_blocks(lanes * taps * taps * problem.norms(), [&](int64_t begin, int64_t end) {
-    Buffer<double> patch(products), weight(products), whole(products), level(4 * lanes), squares(per_block);
+    Buffer<double> patch(products), weight(products), whole(products), handed(products), level(4 * lanes), squares(per_block);
     double *pivot = level.data(), *total = pivot + lanes, *slope = total + lanes, *shift = slope + lanes;
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * lanes, count = std::min(lanes, channels - first);
@@ -589,20 +623,24 @@ void differentiate(const Problem& problem, const View& grad, const Kept& kept, c
           for (int64_t i = 0; i < numbers; ++i) own[i] += own[chunk * numbers + i];
         kernel.algebra.patch_gradient(plan, own, own + products, pivot, patch.data(), total);
         std::fill_n(whole.data(), products, 0.0);
-        for (const Kernel& k : problem.kernels) {
-          const int64_t norm = &k - problem.kernels.data(), size = static_cast<int64_t>(k.places.size());
-          gather(problem, k, first * m + j, m, count, lanes, weight.data());
+        // The batch norm of a sum comes first: what it hands on takes the place of grad's, and sums to 0.
+        for (int64_t norm = problem.norms() - 1; norm >= 0; --norm) {
+          const Kernel& k = problem.kernels[norm];
+          const int64_t size = static_cast<int64_t>(k.places.size());
+          const double* rstds = doubles_of(kept.rstds);
+          gather(problem, k, first * m + j, m, count, lanes, rstds, weight.data());
           std::fill_n(slope, lanes, 0.0);
           std::fill_n(shift, lanes, 0.0);
           for (int64_t l = 0; l < count; ++l) {
             const int64_t c = first + l, o = c * m + j, at = norm * K + o;
-            const double mean = doubles_of(kept.means)[at], rstd = doubles_of(kept.rstds)[at];
-            const double scale = per_channel(problem.gammas, norm, o, 1) * rstd;
+            const double rstd = rstds[at], scale = scale_of(problem, norm, o, rstds);
+            const double mean = mean_of(problem, k, o, doubles_of(kept.means), doubles_of(kept.sums), weight.data() + l, lanes);
             double inner = 0;
             for (int64_t t = 0; t < size; ++t) inner += weight.data()[t * lanes + l] * patch.data()[k.places[t] * lanes + l];
-            const double dgamma = rstd * (inner - mean * total[l]);
+            const double of_ones = problem.nested && !k.of_sum ? 0 : total[l];
+            const double dgamma = rstd * (inner - mean * of_ones);
             if (wanted.gammas != nullptr) put<A>(wanted.gammas, at, dgamma);
-            double projection = dgamma * share, offset = total[l] * share;
+            double projection = dgamma * share, offset = of_ones * share;
             if (wanted.averages != nullptr) {
               projection = wanted.averages[at];
               offset = wanted.averages[problem.norms() * K + o];
@@ -612,23 +650,29 @@ void differentiate(const Problem& problem, const View& grad, const Kept& kept, c
             shift[l] = scale * (factor * mean - offset);
             const double* sums = doubles_of(kept.sums) + c * taps;
             const A* centred = static_cast<const A*>(kept.centred.data) + o * problem.numbers + k.first;
-            const auto dweight = [&](const Branch& branch, bool in_whole) {
+            const auto gradient = [&](int place, int64_t tap) {  // of the scaled kernel's tap
+              return scale * (patch.data()[place * lanes + l] - offset * sums[place] - factor * static_cast<double>(centred[tap]));
+            };
+            const auto dweight = [&](const Branch& branch) {
               if (branch.weight < 0 || wanted.weights[branch.weight] == nullptr) return;
               const View& target = wanted.layouts[branch.weight];
               for (size_t t = 0; t < branch.places.size(); ++t) {
-                const int place = branch.places[t];
-                const double projected = factor * static_cast<double>(centred[in_whole ? place : static_cast<int>(t)]);
-                const double d = scale * (patch.data()[place * lanes + l] - offset * sums[place] - projected);
+                const double d = gradient(branch.places[t], k.of_sum ? branch.places[t] : static_cast<int64_t>(t));
                 const int64_t r = static_cast<int64_t>(t) / branch.columns, s = static_cast<int64_t>(t) % branch.columns;
                 const int64_t offset_of = o * target.strides[0] + r * target.strides[2] + s * target.strides[3];
                 dispatch(target.type(), [&](auto e, auto) { put<decltype(e)>(wanted.weights[branch.weight], offset_of, d); });
               }
             };
-            if (!problem.summed()) dweight(problem.branches[k.branch], false);
+            if (!k.of_sum) dweight(problem.branches[k.branch]);
             else
-              for (const Branch& branch : problem.branches) dweight(branch, true);
+              for (const Branch& branch : problem.branches)
+                if (branch.norm < 0) dweight(branch);
+            if (problem.is_outer(k))
+              for (int t = 0; t < taps; ++t) handed[t * lanes + l] = gradient(t, t);
+            if (problem.nested && !k.of_sum) continue;
             for (int64_t t = 0; t < size; ++t) whole.data()[k.places[t] * lanes + l] += scale * weight.data()[t * lanes + l];
           }
+          if (problem.is_outer(k)) std::copy_n(handed.data(), products, patch.data());
           if (!wanted.x) continue;
           for (int64_t t = 0; t < size; ++t) {
             const double* w = weight.data() + t * lanes;
@@ -673,10 +717,11 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> step_backward(Tensor grad, Tensor x,
                                                           std::vector<int64_t> geometry, bool need_x,
                                                           std::vector<bool> need_weights, bool need_gammas) {
   const View given(means);
-  const Problem problem("depthwise_step_backward", x, weights, gammas, given.dim == 2 ? given.sizes[0] : -1, taps, geometry);
+  const Problem problem("depthwise_step_backward", x, weights, gammas, given.dim == 2 ? given.sizes[0] : -1, taps, geometry, true);
   const Check& check = problem.check;
   const Kept kept(problem, means, rstds, pivot, sums, centred);
   const Plan& plan = problem.plan();
+  check(!averages.has_value() || !problem.nested, "averages must be None where batch norms are nested: there it is two after another");
   if (averages.has_value()) check_double(check, *averages, "averages", {problem.norms() + 1, problem.outputs});
   const View gradient(grad);
   check.readable(gradient, "grad");

@@ -54,7 +54,7 @@ struct Problem {
 
   bool is_half() const { return x.type() == ScalarType::BFloat16 || x.type() == ScalarType::Half; }
   bool computes_in_own() const { return compute == x.type(); }
-  bool summed() const { return list.kernels.size() < list.branches.size(); }
+  bool summed() const { return list.summed(); }
   int64_t numbers() const { return list.numbers * cg; }
   double gamma(int64_t norm, int64_t output) const;
   // The kernel's numbers in patch order, K×(taps·C/groups).

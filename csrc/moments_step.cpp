@@ -41,7 +41,7 @@ BranchList branch_list(const Check& check, const View& x, const std::vector<View
   const int64_t outputs = weights[0].sizes[0], channels = x.sizes[1], groups = geometry[8];
   check.groups(groups, channels, "x's");
   check.groups(groups, outputs, "the output's");
-  return {check, branches, weights, outputs, channels / groups, geometry.data(), channels == outputs, norms};
+  return {check, branches, weights, outputs, channels / groups, geometry.data(), channels == outputs, false, norms};
 }
 
 }  // namespace

@@ -188,14 +188,14 @@ def moments_step(r: random.Random) -> list[Any]:
     norms = r.choice([1, b])
     weights = [torch.randn(out, c, *shape).to(dtype) for shape in shapes[:b]]
     gammas, betas = ([torch.randn(out) for _ in range(norms)] if r.random() < 0.7 else [] for _ in range(2))
-    taps = [n for place, shape in zip(places[:b], shapes, strict=False) for n in (*place, *shape, 1)]
+    taps = [n for place, shape in zip(places[:b], shapes, strict=False) for n in (*place, *shape, 1, norms == b)]
     geometry = packed.pack(Geometry.make(k, 1, k // 2, 1, groups))
     compute = dtype if dtype.itemsize > 2 or r.random() < 0.5 else torch.float32
     return [x, weights, gammas, betas, [1e-3, 1e-4, 1e-5][:norms], taps, geometry, compute, r.random() < 0.5]
 
 
 def moments_maps(x: Any, weights: Any, norms: int, taps: Any, geometry: Any) -> list[Tensor]:
-    places = zip(weights, taps[::5], taps[1::5], strict=True)
+    places = zip(weights, taps[::6], taps[1::6], strict=True)
     ys = [embedded(wide(x), weight, i, j, geometry[0], geometry[8]) for weight, i, j in places]
     return ys if norms == len(ys) else [sum(ys[1:], ys[0])]
 
@@ -226,7 +226,7 @@ def moments_step_backward_results(
 ) -> list[Any]:  # fmt: skip
     k, groups = geometry[0], geometry[8]
     g, pixels, total = wide(grad), grad.numel() / grad.shape[1], wide(grad).sum((0, 2, 3))
-    places = [(own[0], own[1], own[2], own[3]) for own in zip(*(taps[i::5] for i in range(5)), strict=True)]
+    places = [(own[0], own[1], own[2], own[3]) for own in zip(*(taps[i::6] for i in range(4)), strict=True)]
     kernels = [
         F.pad(wide(w), (j, k - j - n, i, k - i - m)) for w, (i, j, m, n) in zip(weights, places, strict=True)
     ]
@@ -282,7 +282,7 @@ def recompute_step(r: random.Random) -> list[Any]:
         gammas,
         betas,
         eps,
-        packed.pack_taps([(t, True) for t in taps]),
+        packed.pack_taps(tuple((t, True) for t in taps), [norms == len(taps)] * len(taps)),
         packed.pack(geometry),
         given,
         r.random() < 0.5,
@@ -346,7 +346,7 @@ def recompute_step_backward_results(
 # ---- depthwise blocks ----
 
 
-def depthwise_step(r: random.Random) -> list[Any]:
+def depthwise_step(r: random.Random, nests: bool = True) -> list[Any]:
     dtype, kernel = r.choice(FLOATS), (r.randint(1, 5), r.randint(1, 5)) if r.random() < 0.5 else (3, 3)
     c = r.choice([1, 3, 17])
     out, stride = c * r.choice([1, 1, 2]), r.choices([1, 1, 2], k=2)
@@ -358,14 +358,18 @@ def depthwise_step(r: random.Random) -> list[Any]:
     if out == c and geometry.centre is not None and r.random() < 0.5:
         found.append((geometry.centre, False))
     weights = [torch.randn(out, 1, t.rows, t.columns).to(dtype) for t, convolved in found if convolved]
-    norms = r.choice([1, len(found)])
+    normed = [r.choice([True, False])] * len(found)
+    if nests and r.random() < 0.4:
+        normed = [True, *r.choices([True, False], k=len(found) - 1)]
+        r.shuffle(normed)
+    norms = sum(normed) + (not all(normed) or (nests and r.random() < 0.2))
     gammas, betas = ([torch.randn(out) for _ in range(norms)] if r.random() < 0.7 else [] for _ in range(2))
     eps = [r.choice([1e-2, 1e-1]) for _ in range(norms)]
-    numbers = packed.pack_taps(tuple(found)), packed.pack(geometry)
+    numbers = packed.pack_taps(tuple(found), normed), packed.pack(geometry)
     return [x, weights, gammas, betas, eps, *numbers, r.random() < 0.5]
 
 
-def depthwise_maps(x: Tensor, weights: Any, taps: Any, geometry: Any, norms: int) -> list[Tensor]:
+def depthwise_maps(x: Tensor, weights: Any, taps: Any, geometry: Any) -> list[Tensor]:
     known, given, ys = packed.unpack(geometry), iter(weights), []
     for own, convolved in packed.unpack_taps(taps):
         place = known.placement(own)
@@ -373,17 +377,30 @@ def depthwise_maps(x: Tensor, weights: Any, taps: Any, geometry: Any, norms: int
         if convolved:
             y = F.conv2d(y, next(given), None, known.stride, place.padding, place.dilation, known.groups)
         ys.append(y)
-    return ys if norms == len(ys) else [sum(ys)]
+    return ys
 
 
 def depthwise_step_results(
     x: Any, weights: Any, gammas: Any, betas: Any, eps: Any, taps: Any, geometry: Any, _: Any
 ) -> list[Any]:
-    ys = depthwise_maps(wide(x), [wide(w) for w in weights], taps, geometry, len(eps))
-    if x.shape[0] == 0:  # whose statistics are 0
+    ys = depthwise_maps(wide(x), [wide(w) for w in weights], taps, geometry)
+    normed = packed.unpack_normed(taps)
+    own = sum(normed)
+    if x.shape[0] == 0:  # whose statistics are 0, but for what the batch norms in a sum add to its mean
         none = torch.zeros(len(eps), ys[0].shape[1], dtype=torch.float64)
-        return [ys[0], none, none, None, None, None, None]
-    return [*bn_sum_forward_results(ys, gammas, betas, eps, None), None, None, None]
+        means = none.clone()
+        if 0 < own < len(eps) and betas:
+            means[-1] = sum(wide(beta) for beta in betas[:-1])
+        return [ys[0], means, none, None, None, None, None]
+    total = sum(y for y, has in zip(ys, normed, strict=True) if not has)
+    found = []
+    if own:
+        inner = [y for y, has in zip(ys, normed, strict=True) if has]
+        found.append(bn_sum_forward_results(inner, gammas[:own], betas[:own], eps[:own], None))
+        total = total + wide(found[0][0])
+    if own < len(eps):
+        found.append(bn_sum_forward_results([total], gammas[own:], betas[own:], eps[own:], None))
+    return [found[-1][0], *(torch.cat([f[i] for f in found]) for i in (1, 2, 3)), None, None, None]
 
 
 def depthwise_step_backward(r: random.Random) -> list[Any]:
@@ -392,12 +409,13 @@ def depthwise_step_backward(r: random.Random) -> list[Any]:
     out, means, _, rstds, pivot, sums, centred = depthwise_plain.step(*args, last_)
     needs = [r.random() < 0.7, [r.random() < 0.7 for _ in weights], r.random() < 0.7]
     grad = layout_of(r, torch.randn(out.shape).to(x.dtype))
-    averages = torch.randn(len(means) + 1, means.shape[1], dtype=torch.float64) if r.random() < 0.5 else None
+    shared = r.random() < 0.5 and not packed.is_nested(len(means), taps)
+    averages = torch.randn(len(means) + 1, means.shape[1], dtype=torch.float64) if shared else None
     return [grad, x, weights, gammas, means, rstds, pivot, sums, centred, averages, taps, geometry, *needs]
 
 
 def depthwise_statistics(r: random.Random) -> list[Any]:
-    x, weights, _, _, *rest, _ = depthwise_step(r)
+    x, weights, _, _, *rest, _ = depthwise_step(r, nests=False)
     return [x, weights, *rest]
 
 
@@ -407,7 +425,7 @@ def depthwise_statistics_results(x: Any, weights: Any, *rest: Any) -> list[Any]:
 
 
 def depthwise_apply(r: random.Random) -> list[Any]:
-    x, weights, gammas, betas, eps, *numbers, last_ = depthwise_step(r)
+    x, weights, gammas, betas, eps, *numbers, last_ = depthwise_step(r, nests=False)
     means, variances, pivot, *_ = depthwise_plain.statistics(x, weights, eps, *numbers)
     return [x, weights, gammas, betas, means, 1 / (variances + 0.1).sqrt(), pivot, *numbers, last_]
 

@@ -132,7 +132,7 @@ def test_exact_in_float64(name, layout):
         check(block, torch.randn(3, channels, *size).double().to(memory_format=layout))
 
 
-@pytest.mark.parametrize("name", ["mobileone", "acnet", "5×5", "dilated", "padded far", "sum"])
+@pytest.mark.parametrize("name", ["mobileone", "acnet", "repvit", "5×5", "dilated", "padded far", "sum"])
 def test_exact_in_float64_on_images_down_to_one_pixel(name):
     block = Depthwise(name, 5).double()
     for size in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 4), (1, 9)):
@@ -150,7 +150,7 @@ def test_as_good_as_eager(name, layout, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("mean", "std"), LEVELS)
-@pytest.mark.parametrize("name", ["mobileone", "mobileone of stride 2", "pointwise", "5×5", "valid"])
+@pytest.mark.parametrize("name", ["mobileone", "mobileone of stride 2", "repvit", "pointwise", "5×5", "valid"])
 def test_a_mean_far_above_the_spread_does_not_cancel(name, mean, std, dtype):
     x = (torch.randn(8, 8, 9, 7) * std + mean).to(dtype)
     check(Depthwise(name, 8).to(dtype), x)
@@ -272,15 +272,16 @@ def test_opcheck(dtype, seed):
 
 def test_the_operators_gradient_says_that_it_has_no_derivative():
     x, weight, gamma = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(4, 1, 3, 3), torch.ones(4)
-    constants = [1e-5], [0, 0, 3, 3, 1], packed.pack(Geometry.make(3, padding=1, groups=4)), False
+    constants = [1e-5], [0, 0, 3, 3, 1, 1], packed.pack(Geometry.make(3, padding=1, groups=4)), False
     out, *_ = ops.depthwise_step(x, [weight], [gamma], [gamma], *constants)
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"depthwise_step_backward has no derivative; acblock\(\) has one"):
         grad.sum().backward()
 
 
-def test_differentiable_twice():
-    block = Depthwise("mobileone of stride 2", 2).double()
+@pytest.mark.parametrize("name", ["mobileone of stride 2", "repvit"])
+def test_differentiable_twice(name):
+    block = Depthwise(name, 2).double()
     x = torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x, *_: block(x), (x, *block.parameters()))
 
@@ -302,7 +303,7 @@ def test_compiled_it_keeps_x_alone_too(layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["mobileone", "mobileone of stride 2", "sum", "5×5"])
+@pytest.mark.parametrize("name", ["mobileone", "mobileone of stride 2", "sum", "repvit", "5×5"])
 def test_what_is_kept_is_what_it_says(name, dtype):
     block = Depthwise(name, 16)
     x = torch.randn(4, 16, 20, 20).to(dtype).requires_grad_()
@@ -361,12 +362,11 @@ def test_processes_share_one_batchs_statistics_in_one_collective_each_way(name):
 
 def test_it_is_what_auto_takes():
     wanted = moments if _extension.LOADED else planner.eager
-    for name in ("mobileone", "mobileone of stride 2", "5×5", "acnet", "dilated", "reflected"):
+    for name in ("mobileone", "mobileone of stride 2", "5×5", "acnet", "repvit", "dilated", "reflected"):
         step = Depthwise(name, 8).step()
         assert planner.choose(describe(torch.randn(2, 8, 9, 9), step)).backend is wanted, name
-    for name in ("one", "repvit"):  # one normalised branch, which shares its passes with none
-        problem = describe(torch.randn(2, 8, 9, 9), Depthwise(name, 8).step())
-        assert planner.choose(problem).backend is (branches if _extension.LOADED else planner.eager), name
+    problem = describe(torch.randn(2, 8, 9, 9), Depthwise("one", 8).step())  # which shares its passes with none
+    assert planner.choose(problem).backend is (branches if _extension.LOADED else planner.eager)
     block = ACBlock(6, 6, 3, padding=1, groups=6)
     block.ver_bn.eval()
     assert block.plan(torch.randn(2, 6, 9, 9))[1].backend is not moments
@@ -394,15 +394,29 @@ def test_on_cuda_it_is_what_auto_takes_where_triton_has_kernels(monkeypatch):
     assert moments.declines(strided) == "stride (2, 2) is not (1, 1), for which the identities hold"
 
 
+def test_nested_batch_norms_of_an_epsilon_of_0_are_as_eagers():
+    """Whose inner one may divide by a variance that rounding alone has made."""
+    block, x = Depthwise("repvit", 4).double(), torch.randn(3, 4, 6, 5, dtype=torch.float64)
+    block.norms[0].eps = 0.0
+    with torch.no_grad():
+        block.convs[0].weight[1] = 0  # a map of variance 0
+    eager = copy.deepcopy(block)
+    eager.backend = "eager"
+    assert planner.choose(describe(x, block.step()), "moments").backend is moments
+    out, want = block(x), eager(x)
+    torch.testing.assert_close(out, want)
+
+
 def test_not_finite_is_as_eagers():
     for value in (float("inf"), float("-inf"), float("nan")):
-        block, x = Depthwise("mobileone", 4), torch.randn(3, 4, 6, 5)
-        x[1, 2, 3, 0] = value
-        eager = copy.deepcopy(block)
-        out, want = block(x), modules(eager, x)
-        torch.testing.assert_close(out, want, equal_nan=True)
-        for a, b in zip(block.buffers(), eager.buffers(), strict=True):
-            torch.testing.assert_close(a, b, equal_nan=True)
+        for name in ("mobileone", "repvit"):
+            block, x = Depthwise(name, 4), torch.randn(3, 4, 6, 5)
+            x[1, 2, 3, 0] = value
+            eager = copy.deepcopy(block)
+            out, want = block(x), modules(eager, x)
+            torch.testing.assert_close(out, want, equal_nan=True)
+            for a, b in zip(block.buffers(), eager.buffers(), strict=True):
+                torch.testing.assert_close(a, b, equal_nan=True)
 
 
 @pytest.mark.parametrize("scale", [1e15, 1e18])

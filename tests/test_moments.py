@@ -149,7 +149,7 @@ def test_kernels_beyond_float16s_exponents(scale, gamma):
 def test_the_mean_cancels_exactly_where_nothing_is_padded():
     x = torch.randn(2, 3, 9, 5, dtype=torch.float64) * 1e-3 - 100  # squares lose 10 of 16 digits to the mean's
     weight = torch.randn(6, 3, 1, 1, dtype=torch.float64)
-    branches = passes._branches([weight], 1, [0, 0, 1, 1, 1], 1, 1)
+    branches = passes._branches([weight], 1, [0, 0, 1, 1, 1, 1], 1, 1)
     _, variance, _ = passes.statistics(passes.moments_of(x, passes.pivot_of(x), 1, 1), branches)
     true = nn.functional.conv2d(x - x.mean((0, 2, 3), keepdim=True), weight).var((0, 2, 3), correction=0)
     assert rel(variance[0], true) < 1e-9
@@ -161,7 +161,7 @@ def test_a_variance_far_below_its_terms_is_exact_of_few_pixels():
     taps = torch.stack([torch.tensor([0, *pixels, 0], dtype=torch.float64)[i : i + 3] for i in range(3)])
     kernel = torch.linalg.solve(taps, torch.tensor([0.40, 0.43, 0.41], dtype=torch.float64))
     x = pixels.float().view(1, 1, 1, 3)
-    branches = passes._branches([kernel.view(1, 1, 1, 3).float()], 1, [1, 0, 1, 3, 1], 3, 1)
+    branches = passes._branches([kernel.view(1, 1, 1, 3).float()], 1, [1, 0, 1, 3, 1, 1], 3, 1)
     _, variance, _ = passes.statistics(passes.moments_of(x, passes.pivot_of(x), 3, 1), branches)
     true = nn.functional.conv2d(x.double(), branches[0].weight.view(1, 1, 1, 3), padding=(0, 1)).var(correction=0)
     assert rel(variance[0, 0], true) < 1e-6
@@ -318,7 +318,7 @@ def test_differentiable_twice(norm):
 
 def test_the_operators_gradient_says_that_it_has_no_derivative():
     x, weight = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(6, 4, 3, 3)
-    taps, geometry = [0, 0, 3, 3, 1], [3, 3, 1, 1, 1, 1, 1, 1, 1]
+    taps, geometry = [0, 0, 3, 3, 1, 1], [3, 3, 1, 1, 1, 1, 1, 1, 1]
     out, *_ = torch.ops.acnet_kernels.moments_step(
         x, [weight], [], [], [1e-5], taps, geometry, torch.float32, False
     )
@@ -341,7 +341,7 @@ def test_opcheck(dtype):
     x = torch.randn(2, 4, 5, 6).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
     weights = [torch.randn(6, 4, 3, 3, requires_grad=True), torch.randn(6, 4, 1, 3, requires_grad=True)]
     gammas, betas = ([torch.rand(6, requires_grad=True) for _ in range(2)] for _ in range(2))
-    eps, taps, geometry = [1e-5, 1e-3], [0, 0, 3, 3, 1, 1, 0, 1, 3, 1], [3, 3, 1, 1, 1, 1, 1, 1, 1]
+    eps, taps, geometry = [1e-5, 1e-3], [0, 0, 3, 3, 1, 1, 1, 0, 1, 3, 1, 1], [3, 3, 1, 1, 1, 1, 1, 1, 1]
     step = torch.ops.acnet_kernels.moments_step.default
     torch.library.opcheck(step, (x, weights, gammas, betas, eps, taps, geometry, dtype, True))
     with torch.no_grad():
@@ -405,7 +405,7 @@ def test_compiled_and_plain_steps_agree(dtype, compute, mean, total, size, group
     weights = [torch.randn(k, c // groups, own[2], own[3]).to(dtype) for own in branches if own[4]]
     norms = 1 if total else len(branches)
     gammas, betas = ([torch.randn(k).to(dtype) for _ in range(norms)] for _ in range(2))
-    taps = [n for own in branches for n in own]
+    taps = [n for own in branches for n in (*own, norms == len(branches))]
     geometry = [size, size, 1, 1, r, r, 1, 1, groups]
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = (torch.randn(n, c, h, w) + mean).to(dtype).contiguous(memory_format=layout)
@@ -440,7 +440,7 @@ def test_compiled_and_plain_steps_agree(dtype, compute, mean, total, size, group
 @pytest.mark.parametrize("c", [16, 80])
 def test_the_number_of_threads_changes_no_bit_of_the_moments(c):
     x, weight = torch.randn(9, c, 7, 6).to(memory_format=torch.channels_last), torch.randn(8, c, 3, 3)
-    args = (x, [weight], [], [], [1e-5], [0, 0, 3, 3, 1], [3, 3, 1, 1, 1, 1, 1, 1, 1], torch.float32, True)
+    args = (x, [weight], [], [], [1e-5], [0, 0, 3, 3, 1, 1], [3, 3, 1, 1, 1, 1, 1, 1, 1], torch.float32, True)
     before = torch.get_num_threads()
     found = []
     try:

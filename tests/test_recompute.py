@@ -190,7 +190,7 @@ def test_differentiable_twice(norm):
 
 def test_the_operators_gradient_says_that_it_has_no_derivative():
     x, weight, gamma = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(6, 4, 3, 3), torch.ones(6)
-    constants = [1e-5], [0, 0, 3, 3, 1], packed.pack(Geometry.make(3, padding=1)), torch.float32, False
+    constants = [1e-5], [0, 0, 3, 3, 1, 1], packed.pack(Geometry.make(3, padding=1)), torch.float32, False
     out, *_ = ops.recompute_step(x, [weight], [gamma], [gamma], *constants)
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"recompute_step_backward has no derivative; acblock\(\) has one"):
@@ -223,7 +223,7 @@ def test_opcheck(dtype):
     weights = [torch.randn(6, 4, *size, requires_grad=True) for size in ((3, 3), (3, 1))]
     gammas, betas = ([torch.rand(6, requires_grad=True) for _ in range(2)] for _ in range(2))
     geometry = packed.pack(Geometry.make(3, padding=1, stride=(1, 2)))
-    constants = ([1e-5, 1e-3], [0, 0, 3, 3, 1, 0, 1, 3, 1, 1], geometry)
+    constants = ([1e-5, 1e-3], [0, 0, 3, 3, 1, 1, 0, 1, 3, 1, 1, 1], geometry)
     torch.library.opcheck(ops.recompute_step, (x, weights, gammas, betas, *constants, dtype, True))
     with torch.no_grad():
         out, means, _, rstds = ops.recompute_step(x, weights, gammas, betas, *constants, dtype, True)
@@ -236,4 +236,6 @@ def test_geometry_survives_its_numbers():
     geometry = Geometry.make((5, 3), (1, 2), (3, 0), (2, 1), 4)
     assert packed.unpack(packed.pack(geometry)) == geometry
     branches = ((Taps(0, 0, 5, 3), True), (Taps(2, 1, 1, 1), False), (Taps(0, 0, 3, 2, 2), True))
-    assert packed.unpack_taps(packed.pack_taps(branches)) == branches
+    for normed in ((True, False, True), (False, False, False)):
+        numbers = packed.pack_taps(branches, normed)
+        assert (packed.unpack_taps(numbers), packed.unpack_normed(numbers)) == (branches, normed)

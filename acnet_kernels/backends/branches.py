@@ -161,12 +161,13 @@ class _Step(torch.autograd.Function):
 
 
 class Inputs(NamedTuple):
-    """A step's tensors: weights one a convolution, biases and the rest one a batch norm.
+    """A step's tensors: weights one a convolution, biases and the rest one a batch norm, the branches' first.
 
     There may be no γ or no β at all.
     """
 
     branches: Branches
+    normed: tuple[bool, ...]  # which have a batch norm of their own; of a single branch, the only one is its own
     weights: list[Tensor]
     biases: list[Tensor | None]
     norms: list[Norm]
@@ -182,16 +183,19 @@ def inputs_of(x: Tensor, step: Step) -> Inputs:
     weights = [branch.weight for branch in step.branches if branch.weight is not None]
     gammas = _all_or_none([norm.gamma for norm in norms], 1.0)
     betas = _all_or_none([norm.beta for norm in norms], 0.0)
-    biases = [branch.bias for branch in step.branches]
+    normed = tuple([branch.norm is not None for branch in step.branches])
+    biases = [branch.bias for branch in step.branches if branch.norm is not None]
     if step.norm is not None:
-        given = [bias for bias in biases if bias is not None]
-        biases = [functools.reduce(torch.add, given) if given else None]
+        given = [branch.bias for branch in step.branches if branch.norm is None and branch.bias is not None]
+        biases.append(functools.reduce(torch.add, given) if given else None)
+        normed = (True,) if len(normed) == 1 and len(norms) == 1 else normed
     if any(bias is not None and bias.requires_grad for bias in biases):
         # The bias shifts a mean that is subtracted again: its gradient is zero, but it has one.
         betas = betas or [torch.zeros_like(weights[0][:, 0, 0, 0]) for _ in norms]
         betas = [beta if bias is None else beta + 0 * bias for beta, bias in zip(betas, biases, strict=True)]
     return Inputs(
         branches_of(step),
+        normed,
         weights,
         biases,
         norms,
@@ -219,7 +223,14 @@ def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
     count = x.shape[0] * size[0] * size[1]
     inputs = inputs_of(x, step)
     config = config_of(
-        geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type, phases
+        geometry,
+        inputs.branches,
+        inputs.eps,
+        inputs.normed,
+        len(inputs.gammas),
+        inputs.dtype,
+        x.device.type,
+        phases,
     )
     tensors = (x, *inputs.weights, *inputs.gammas, *inputs.betas)
     if not torch.compiler.is_compiling():

@@ -55,6 +55,8 @@ def saved_bytes(problem: Problem) -> int:
     """Bytes kept for backward: x, and one number a weight."""
     if not problem.grad:
         return 0
+    if depthwise.nests(problem):
+        return depthwise.saved_bytes(problem)
     nested, problem = mixed.saved_bytes(problem), mixed.inner(problem)
     if depthwise.takes(problem):
         return nested + depthwise.saved_bytes(problem)
@@ -76,6 +78,8 @@ def transient_bytes(problem: Problem) -> int:
     """
     nested = mixed.transient_bytes(problem)
     n, c, h, w = problem.shape
+    if depthwise.nests(problem):
+        return depthwise.transient_bytes(problem)
     if depthwise.takes(problem):
         return nested + depthwise.transient_bytes(mixed.inner(problem))
     k, groups, cpu = problem.geometry.kernel[0], problem.geometry.groups, problem.device == "cpu"
@@ -110,6 +114,8 @@ def transient_bytes(problem: Problem) -> int:
 def forward(x: Tensor, step: Step) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
     is_depthwise = computes_depthwise(x, step)
+    if is_depthwise and depthwise.is_nested(step, x.device.type):
+        return whole.forward(x, step, is_depthwise)
     return mixed.forward(lambda x, step: whole.forward(x, step, is_depthwise), x, step)
 
 

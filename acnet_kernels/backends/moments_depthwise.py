@@ -16,7 +16,7 @@ import torch
 
 from ..geometry import Geometry
 from ..ops._extension import LOADED
-from ..spec import SUM, Problem
+from ..spec import MIXED, Problem, Step
 from ..steps import depthwise as ops
 from . import mixed
 
@@ -40,6 +40,20 @@ def takes(problem: Problem) -> bool:
     return computes(problem.geometry, shape[1], problem.out_channels, device, problem.dtype)
 
 
+def nests(problem: Problem) -> bool:
+    """Whether the operators compute the batch norm after a sum of which some branches have their own, too.
+
+    (Where an ε is 0 they do not; it is rare, and not known of a problem.)
+    """
+    return problem.norm == MIXED and problem.total and problem.device == "cpu" and takes(problem)
+
+
+def is_nested(step: Step, device: str) -> bool:
+    """Whether a depthwise step is one of nested batch norms that the operators take as a whole."""
+    own = any(branch.norm is not None for branch in step.branches)
+    return step.norm is not None and own and device == "cpu" and all(norm.eps > 0 for norm in step.norms)
+
+
 def is_fastest(problem: Problem) -> bool:
     """Whether no other way to compute the problem is as fast, wherever this one computes it: on a CPU, in C++.
 
@@ -47,17 +61,17 @@ def is_fastest(problem: Problem) -> bool:
     its passes with.
     """
     fast = LOADED if problem.device == "cpu" else problem.device == "cuda"
-    return fast and len(mixed.inner(problem).branches) > 1 and takes(problem)
+    return fast and takes(problem) and (nests(problem) or len(mixed.inner(problem).branches) > 1)
 
 
 def saved_bytes(problem: Problem) -> int:
     """Bytes kept for backward: x, padded where it must be, and some numbers for each tap and each batch norm."""
     problem = problem.explicit()
     taps, norms = math.prod(problem.geometry.kernel), len(problem.batch_stats)
-    numbers = taps
-    if problem.norm != SUM:
-        shapes = zip(problem.branches, problem.convolved, strict=True)
-        numbers = sum(own.rows * own.columns if convolved else 1 for own, convolved in shapes)
+    numbers = taps if problem.total else 0
+    for own, convolved, normed in zip(problem.branches, problem.convolved, problem.normed, strict=True):
+        if normed:
+            numbers += own.rows * own.columns if convolved else 1
     wide = torch.promote_types(problem.dtype, torch.float32).itemsize
     per_output = 2 * 8 * norms + wide * numbers
     return problem.input_bytes + problem.shape[1] * 8 * (1 + taps) + problem.out_channels * per_output

@@ -98,11 +98,12 @@ def number(config: StepConfig, betas: int, keeps_maps: bool) -> int:
 def whole_number(config: StepConfig, betas: int, is_depthwise: bool) -> int:
     """The number of a step of `moments` with so many βs."""
     found = NODE.configure_whole(
-        pack_taps(config.branches),
+        pack_taps(config.branches, config.normed),
         pack(config.geometry),
         config.eps,
         config.affine,
         betas,
+        config.cancelled(),
         sum(convolved for _, convolved in config.branches),
         config.conv_dtype,
         config.dtype,
@@ -122,7 +123,8 @@ def _gradients(number: int, inputs: list[Tensor], needs: list[bool], grad: Tenso
     # Of x, the weights, the γs and the βs, where the node's will not do.
     if not nodes.wants_definition(grad):
         raise RuntimeError(f"a gradient of {type(grad).__name__} has no rule")
-    return nodes.gradients(functools.partial(_configs[number].definition, *inputs), inputs, needs, grad)
+    config = _configs[number]
+    return nodes.gradients(functools.partial(config.definition, *inputs), inputs, needs, grad, config.cancelled())
 
 
 if NODE is not None:

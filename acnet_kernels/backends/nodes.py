@@ -59,8 +59,8 @@ class _Node(torch.autograd.Function):
         if grad is None:
             return (None,) * len(needs)
         if wants_definition(grad):
-            definition, inputs = ctx.recorded.definition(ctx)
-            return None, None, None, *gradients(definition, inputs, needs[3:], grad)
+            definition, inputs, cancelled = ctx.recorded.definition(ctx)
+            return None, None, None, *gradients(definition, inputs, needs[3:], grad, cancelled)
         return None, None, None, *_flat(ctx.recorded.backward(ctx, grad))
 
 
@@ -82,9 +82,16 @@ def wants_definition(grad: Tensor) -> bool:
 
 
 def gradients(
-    definition: Callable[[], Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
+    definition: Callable[[], Tensor],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    grad: Tensor,
+    cancelled: int = 0,
 ) -> list[Tensor | None]:
-    """The gradients of x, the weights and the γs, the inputs of definition, and of as many βs as needs has left."""
+    """The gradients of x, the weights and the γs, the inputs of definition, and of as many βs as needs has left.
+
+    Those of the first `cancelled` βs are 0: what follows them takes them away again.
+    """
     wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
     with without_autocast(grad.device.type):
         found: Iterator[Tensor] = iter(())
@@ -95,7 +102,11 @@ def gradients(
             found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=create))
         dbeta = grad.to(accumulation_dtype(grad.dtype)).sum((0, 2, 3))
     own, of_betas = needs[: len(inputs)], needs[len(inputs) :]
-    return [*(next(found) if need else None for need in own), *(dbeta if need else None for need in of_betas)]
+    dbetas = [torch.zeros_like(dbeta) if b < cancelled else dbeta for b in range(len(of_betas))]
+    return [
+        *(next(found) if need else None for need in own),
+        *(d if need else None for d, need in zip(dbetas, of_betas, strict=True)),
+    ]
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:

@@ -56,7 +56,13 @@ def _forward(x: Tensor, step: Step) -> Tensor:
     inputs = branches.inputs_of(x, step)
     if not torch.compiler.is_compiling():
         config = config_of(
-            step.geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type
+            step.geometry,
+            inputs.branches,
+            inputs.eps,
+            inputs.normed,
+            len(inputs.gammas),
+            inputs.dtype,
+            x.device.type,
         )
         if node.suits(config, x, inputs):
             return node.run(node.number(config, len(inputs.betas), False), x, inputs)
@@ -68,7 +74,7 @@ def _forward(x: Tensor, step: Step) -> Tensor:
         inputs.gammas,
         inputs.betas,
         inputs.eps,
-        pack_taps(inputs.branches),
+        pack_taps(inputs.branches, inputs.normed),
         pack(step.geometry),
         None if inputs.dtype == x.dtype else inputs.dtype,
         prefers_channels_last(x, inputs.weights[0]),

@@ -49,7 +49,7 @@ def forward(x: Tensor, step: Step) -> Tensor:
     x = x.to(inputs.dtype)
     constants = (
         inputs.eps,
-        pack_taps(inputs.branches),
+        pack_taps(inputs.branches, inputs.normed),
         pack(step.geometry),
         prefers_channels_last(x, inputs.weights[0]),
     )
@@ -131,7 +131,7 @@ def _level(difference: Tensor, sums: Tensor, taps: list[int], geometry: list[int
     multiplier = difference.shape[1] // sums.shape[0]
     wide = sums.repeat_interleave(multiplier, 0)  # K×taps
     found = unpack_taps(taps)
-    if len(difference) < len(found):
+    if len(difference) < len(found):  # one of the sum
         return difference[0][:, None] * wide
     index = torch.arange(sums.shape[1]).view(geometry[0], geometry[1])
     parts = [

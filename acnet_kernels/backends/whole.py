@@ -29,7 +29,7 @@ def forward(x: Tensor, step: Step, is_depthwise: bool) -> Tensor:
         inputs.gammas,
         inputs.betas,
         inputs.eps,
-        pack_taps(inputs.branches),
+        pack_taps(inputs.branches, inputs.normed),
         pack(geometry),
         *(() if is_depthwise else (convolution_dtype(x.dtype, x.device.type),)),
         prefers_channels_last(x, inputs.weights[0]),
@@ -47,5 +47,6 @@ def number(x: Tensor, step: Step, is_depthwise: bool) -> int | None:
 
 
 def _number(x: Tensor, step: Step, inputs: branches.Inputs, is_depthwise: bool) -> int:
-    config = config_of(step.geometry, inputs.branches, inputs.eps, len(inputs.gammas), inputs.dtype, x.device.type)
+    affine, device = len(inputs.gammas), x.device.type
+    config = config_of(step.geometry, inputs.branches, inputs.eps, inputs.normed, affine, inputs.dtype, device)
     return node.whole_number(config, len(inputs.betas), is_depthwise)

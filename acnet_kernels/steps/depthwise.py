@@ -13,11 +13,14 @@
         unless these maps' own, are those of g·ŷ_b and, last, of g: (B + 1)×K, float64.
 
 Arguments: `x`, N×C×H×W of any layout; `weights`, K×1×rows×columns, one entry a convolution; `eps` and, unless [],
-`gammas` and `betas` (K), one entry a batch norm: one a branch, or one after their sum; `taps` and `geometry` are
+`gammas` and `betas` (K), one entry a batch norm: one a branch, or one after their sum, or in depthwise_step and its
+gradients one after the sum of branches of which some have their own, in that order; `taps` and `geometry` are
 what `pack_taps` and `pack` (packed.py) make of them: C groups, at most MOST_TAPS taps a side, a padding of
 at most MOST_PADDING, and K = m·C with m at most MOST_MULTIPLIER. `pivot` (C, float64) is what x was centred by,
 `sums` (C×taps, float64) are those of its patches, `centred` holds W_b·(G − SSᵀ/M) of every batch norm's kernel,
-K×numbers in float32 or better.
+K×numbers in float32 or better. Nested, that of the last is Σ s_b W_b + Σ W_u, of the branches with and without a
+batch norm of their own, s_b = γ_b·rstd_b; `averages` are for others, and dbeta is the last β's, as those before it
+cancel.
 
 The C++ kernels (csrc/depthwise.cpp) register themselves for the CPU with the schemas below; CUDA has Triton kernels
 (triton_depthwise.py). What is in depthwise_plain.py serves where there are none.
@@ -36,7 +39,7 @@ from ..ops import check
 from ..ops._extension import LOADED, TRITON
 from ..ops.bn_sum import accumulation_dtype
 from . import depthwise_plain
-from .packed import check_affine, check_problem, numbers_of, unpack
+from .packed import check_affine, check_problem, is_nested, numbers_of, unpack
 from .recorded import record
 
 MOST_TAPS, MOST_MULTIPLIER, MOST_PADDING = 7, 8, 1024  # those of csrc/depthwise_plan.h
@@ -91,7 +94,7 @@ def check_statistics(
 ) -> None:
     """ValueError where an argument of depthwise_statistics does not fit the others; the message names it."""
     check.one_device(x=x, weights=weights)
-    _check_problem(x, weights, [], len(eps), taps, geometry)
+    _check_problem(x, weights, [], len(eps), taps, geometry, nests=False)
 
 
 def check_apply(
@@ -110,7 +113,7 @@ def check_apply(
     kept = {"means": means, "rstds": rstds, "pivot": pivot}
     check.one_device(x=x, weights=weights, gammas=gammas, betas=betas, **kept)
     norms = _norms(means)
-    shape = _check_problem(x, weights, gammas, norms, taps, geometry)
+    shape = _check_problem(x, weights, gammas, norms, taps, geometry, nests=False)
     check_affine(weights, norms, betas=betas)
     check.shape((norms, shape[1]), means=means, rstds=rstds)
     check.shape((x.shape[1],), pivot=pivot)
@@ -125,10 +128,16 @@ def _norms(means: Tensor) -> int:
 
 
 def _check_problem(
-    x: Tensor, weights: list[Tensor], gammas: list[Tensor], norms: int, taps: list[int], geometry: list[int]
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    norms: int,
+    taps: list[int],
+    geometry: list[int],
+    nests: bool = True,
 ) -> tuple[int, ...]:
     """The shape of the output."""
-    shape = check_problem(x, weights, gammas, norms, taps, geometry)
+    shape = check_problem(x, weights, gammas, norms, taps, geometry, nests)
     if max(geometry[:2]) > MOST_TAPS:
         raise ValueError(f"geometry must have a kernel of at most {MOST_TAPS} a side, got {geometry[:2]}")
     if max(geometry[4:6]) > MOST_PADDING:
@@ -173,6 +182,8 @@ def check_backward(
     check.dtype(torch.float64, "as depthwise_step returns it", **kept)
     check.dtype(accumulation_dtype(x.dtype), "as depthwise_step returns it", centred=centred)
     check.contiguous(centred=centred, averages=averages, **kept)
+    if averages is not None and is_nested(norms, taps):
+        raise ValueError("averages must be None where batch norms are nested: there it is two after another")
     check.shape((norms + 1, shape[1]), averages=averages)
     check.dtype(torch.float64, "as the statistics", averages=averages)
 
@@ -284,7 +295,9 @@ def _on_cuda(name: str, checks: Callable[..., None], plain: Callable[..., Any]) 
     @functools.wraps(plain)
     def kernel(*args: Any) -> Any:
         x, geometry = args[places.index("x")], args[places.index("geometry")]
-        if len(x) == 0 or triton_declines(x.dtype, geometry[:2], geometry[2:4]) is not None:
+        norms = len(args[places.index("eps" if "eps" in places else "means")])
+        declined = triton_declines(x.dtype, geometry[:2], geometry[2:4]) is not None
+        if len(x) == 0 or declined or is_nested(norms, args[places.index("taps")]):
             return plain(*args)
         from . import triton_depthwise  # Triton is slow to import, and only CUDA needs it
 

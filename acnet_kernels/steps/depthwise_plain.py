@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch.nn.grad import conv2d_input
 
 from ..geometry import slices_of
 from ..ops.bn_sum import accumulation_dtype, rstds_of
-from .packed import unpack, unpack_taps
+from .packed import unpack, unpack_normed, unpack_taps
 
 
 class _Plain:
@@ -25,6 +25,7 @@ class _Plain:
         self.values = max(x.shape[0] * self.rows * self.columns, 1)
         given, self.places = iter(weights), []
         kernels: list[Tensor] = []
+        normed = unpack_normed(taps)
         index = torch.arange(self.taps, device=x.device).view(self.geometry.kernel)
         for own, convolved in unpack_taps(taps):
             places = index[slices_of(own)].flatten()
@@ -33,9 +34,31 @@ class _Plain:
             kernels.append(kernel)
             self.places.append(places)
         self.branch_places = self.places
-        if norms < len(kernels):
-            kernels, self.places = [torch.stack(kernels).sum(0)], [index.flatten()]
-        self.kernels = kernels
+        self.kernels = [kernel for kernel, has in zip(kernels, normed, strict=True) if has]
+        self.places = [places for places, has in zip(self.places, normed, strict=True) if has]
+        self.nested = 0 < len(self.kernels) < norms
+        self.bare = torch.zeros_like(kernels[0])  # of the branches without a batch norm of their own
+        for kernel, has in zip(kernels, normed, strict=True):
+            self.bare = self.bare if has else self.bare + kernel
+        if len(self.kernels) < norms:
+            self.kernels.append(self.bare)
+            self.places.append(index.flatten())
+
+    def is_nested_total(self, norm: int) -> bool:
+        """Whether this batch norm follows the sum of branches of which some have their own."""
+        return self.nested and norm == len(self.kernels) - 1
+
+    def outermost(self) -> list[int]:
+        """The batch norms of whose outputs out is the sum."""
+        return [len(self.kernels) - 1] if self.nested else list(range(len(self.kernels)))
+
+    def add_normed(self, scales: list[Tensor]) -> None:
+        """Completes the nested sum's kernel, given γ·rstd (K) of every batch norm before it."""
+        self.kernels[-1] = self.bare + sum(s[:, None] * k for k, s in zip(self.kernels[:-1], scales, strict=False))
+
+    def mean(self, y: Tensor) -> Tensor:
+        """Of every channel."""
+        return y.sum((0, 2, 3)) / self.values
 
     def as_weight(self, kernel: Tensor) -> Tensor:
         """K×taps → K×1×rows×columns."""
@@ -77,22 +100,44 @@ def statistics(
     x: Tensor, weights: list[Tensor], eps: list[float], taps: list[int], geometry: list[int]
 ) -> tuple[Tensor, ...]:
     """depthwise_statistics."""
-    plain = _Plain(x, weights, len(eps), taps, geometry)
-    means, variances, centred = [], [], []
-    for kernel, places in zip(plain.kernels, plain.places, strict=True):
-        y = plain.convolve(plain.x, kernel)
-        mean = y.sum((0, 2, 3)) / plain.values
+    means, variances, _, *rest = _statistics(_Plain(x, weights, len(eps), taps, geometry), [], [], eps, x.dtype)
+    return means, variances, *rest
+
+
+def _statistics(
+    plain: _Plain, gammas: list[Tensor], betas: list[Tensor], eps: list[float], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """(means, variances, rstds, pivot, sums, centred); completes a nested sum's kernel."""
+    means: list[Tensor] = []
+    variances: list[Tensor] = []
+    rstds: list[Tensor] = []
+    centred: list[Tensor] = []
+    for b, places in enumerate(plain.places):
+        if plain.is_nested_total(b):
+            plain.add_normed(_scales(gammas, rstds))
+        y = plain.convolve(plain.x, plain.kernels[b])
+        mean = plain.mean(y)
         y = y - _per_channel(mean)
+        if plain.is_nested_total(b):  # of the sum itself, with what its batch norms add
+            for c, scale in enumerate(_scales(gammas, rstds)):
+                mean = mean - scale * means[c] + (betas[c].double() if betas else 0.0)
         means.append(mean)
         variances.append(y.square().sum((0, 2, 3)) / plain.values)
+        rstds.append(rstds_of(variances[-1][None], eps[b : b + 1])[0])
         centred.append(plain.products(y)[:, places])
     return (
         torch.stack(means),
         torch.stack(variances),
-        plain.x.new_zeros(x.shape[1]),
+        torch.stack(rstds),
+        plain.x.new_zeros(plain.x.shape[1]),
         plain.sums(),
-        torch.cat(centred, 1).to(accumulation_dtype(x.dtype)),
+        torch.cat(centred, 1).to(accumulation_dtype(dtype)),
     )
+
+
+def _scales(gammas: list[Tensor], rstds: Sequence[Tensor]) -> list[Tensor]:
+    """γ·rstd of each of these batch norms."""
+    return [gammas[b].double() * rstd if gammas else rstd for b, rstd in enumerate(rstds)]
 
 
 def apply(
@@ -109,13 +154,27 @@ def apply(
 ) -> Tensor:
     """depthwise_apply."""
     plain = _Plain(x, weights, len(means), taps, geometry)
+    return _apply(plain, gammas, betas, means, rstds, x.dtype, channels_last)
+
+
+def _apply(
+    plain: _Plain,
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
     out = plain.x.new_zeros(())
-    for b, kernel in enumerate(plain.kernels):
-        y = plain.convolve(plain.x, kernel) - _per_channel(means[b])
-        out = out + y * _per_channel(gammas[b].double() * rstds[b] if gammas else rstds[b])
+    scales = _scales(gammas, list(rstds))
+    for b in plain.outermost():
+        y = plain.convolve(plain.x, plain.kernels[b])
+        y = y - _per_channel(plain.mean(y) if plain.is_nested_total(b) else means[b])
+        out = out + y * _per_channel(scales[b])
         out = out + _per_channel(betas[b].double()) if betas else out
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(out.shape, dtype=x.dtype, device=x.device, memory_format=layout).copy_(out)
+    return torch.empty(out.shape, dtype=dtype, device=out.device, memory_format=layout).copy_(out)
 
 
 def step(
@@ -129,10 +188,10 @@ def step(
     channels_last: bool,
 ) -> tuple[Tensor, ...]:
     """depthwise_step."""
-    means, variances, pivot, *rest = statistics(x, weights, eps, taps, geometry)
-    rstds = rstds_of(variances, eps)
-    out = apply(x, weights, gammas, betas, means, rstds, pivot, taps, geometry, channels_last)
-    return out, means, variances, rstds, pivot, *rest
+    plain = _Plain(x, weights, len(eps), taps, geometry)
+    means, variances, rstds, *rest = _statistics(plain, gammas, betas, eps, x.dtype)
+    out = _apply(plain, gammas, betas, means, rstds, x.dtype, channels_last)
+    return out, means, variances, rstds, *rest
 
 
 def step_backward(
@@ -155,36 +214,45 @@ def step_backward(
     """depthwise_step_backward."""
     dtype, m = accumulation_dtype(x.dtype), grad.shape[1] // x.shape[1]
     plain, g = _Plain(x, weights, len(means), taps, geometry), grad.double()
+    scales = _scales(gammas, list(rstds))
+    if plain.nested:
+        plain.add_normed(scales)
     products, dbeta = plain.products(g), g.sum((0, 2, 3))
-    sums = sums.repeat_interleave(m, 0)
+    total, sums = dbeta, sums.repeat_interleave(m, 0)
     offset = dbeta / plain.values if averages is None else averages[-1]
-    dgammas, dkernels, dx = [], [], plain.x.new_zeros(())
     parts = centred.double().split([len(places) for places in plain.places], 1)
-    for b, (kernel, places) in enumerate(zip(plain.kernels, plain.places, strict=True)):
-        dgamma = rstds[b] * ((kernel * products).sum(1) - means[b] * dbeta)
-        dgammas.append(dgamma)
-        scale = rstds[b] * gammas[b].double() if gammas else rstds[b]
-        factor = (dgamma / plain.values if averages is None else averages[b]) * rstds[b]
+    dgammas: dict[int, Tensor] = {}
+    dkernels: dict[int, Tensor] = {}
+    dx = plain.x.new_zeros(())
+    # The batch norm of a nested sum first: what it hands on is the sum's gradient.
+    for b in reversed(range(len(plain.kernels))):
+        kernel, places, geo = plain.kernels[b], plain.places[b], plain.geometry
+        y = plain.convolve(plain.x, kernel)
+        mean = plain.mean(y) if plain.is_nested_total(b) else means[b]
+        dgammas[b] = rstds[b] * ((kernel * products).sum(1) - mean * total)
+        factor = (dgammas[b] / plain.values if averages is None else averages[b]) * rstds[b]
         dkernel = products - offset[:, None] * sums
         dkernel[:, places] -= factor[:, None] * parts[b]
-        dkernels.append(scale[:, None] * dkernel)
+        dkernels[b] = scales[b][:, None] * dkernel
+        dy = _per_channel(scales[b]) * (g - _per_channel(offset) - _per_channel(factor) * (y - _per_channel(mean)))
+        if plain.is_nested_total(b):
+            g, products, total, offset = dy, dkernels[b], torch.zeros_like(total), torch.zeros_like(offset)
         if need_x:
-            y = plain.convolve(plain.x, kernel) - _per_channel(means[b])
-            dy = _per_channel(scale) * (g - _per_channel(offset) - _per_channel(factor) * y)
-            geo = plain.geometry
-            dx = dx + conv2d_input(
-                x.shape, plain.as_weight(kernel), dy, geo.stride, geo.padding, geo.dilation, geo.groups
-            )
+            adjoint = plain.as_weight(plain.bare if plain.is_nested_total(b) else kernel)
+            dx = dx + conv2d_input(x.shape, adjoint, dy, geo.stride, geo.padding, geo.dilation, geo.groups)
     dws, given = [], iter(zip(weights, need_weights, strict=True))
-    for b, ((_, convolved), places) in enumerate(zip(unpack_taps(taps), plain.branch_places, strict=True)):
+    normed, own = unpack_normed(taps), iter(range(len(plain.kernels)))
+    for (_, convolved), places, has in zip(unpack_taps(taps), plain.branch_places, normed, strict=True):
+        dkernel = dkernels[next(own) if has else len(plain.kernels) - 1]
         if convolved:
             weight, need = next(given)
-            dkernel = dkernels[b if len(dkernels) > 1 else 0]
             if need:
                 dws.append(torch.empty_like(weight).copy_(dkernel[:, places].view(weight.shape)))
     return (
         torch.empty_like(x).copy_(dx) if need_x else x.new_empty(0),
         dws,
-        torch.stack(dgammas).to(dtype) if need_gammas else dbeta.new_empty(0, dtype=dtype),
+        torch.stack([dgammas[b] for b in range(len(dgammas))]).to(dtype)
+        if need_gammas
+        else dbeta.new_empty(0, dtype=dtype),
         dbeta.to(dtype),
     )

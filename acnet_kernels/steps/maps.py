@@ -41,7 +41,8 @@ class StepConfig(NamedTuple):
     geometry: Geometry
     branches: Branches
     places: tuple[Placement, ...]
-    eps: tuple[float, ...]  # of each batch norm: one a branch, or one after their sum
+    eps: tuple[float, ...]  # of each batch norm: the branches' own, then of the one after their sum
+    normed: tuple[bool, ...]  # which branches have a batch norm of their own
     affine: int  # how many γ there are: one a batch norm, or none
     dtype: torch.dtype  # of out
     conv_dtype: torch.dtype  # of the y_b
@@ -83,8 +84,16 @@ class StepConfig(NamedTuple):
 
     # No property: Dynamo of torch 2.10 knows none of a named tuple's.
     def is_summed(self) -> bool:
-        """Whether one batch norm follows the sum of several branches."""
-        return len(self.eps) < len(self.branches)
+        """Whether the one batch norm follows the sum of several branches."""
+        return not any(self.normed)
+
+    def is_nested(self) -> bool:
+        """Whether a batch norm follows the sum of branches of which some have their own."""
+        return 0 < sum(self.normed) < len(self.eps)
+
+    def cancelled(self) -> int:
+        """How many of the first batch norms' βs a batch norm after the sum takes away again."""
+        return sum(self.normed) if self.is_nested() else 0
 
     def forward(
         self, x: Tensor, weights: tuple[Tensor, ...], gammas: list[Tensor], betas: list[Tensor]
@@ -138,11 +147,19 @@ class StepConfig(NamedTuple):
     def definition(self, x: Tensor, *tensors: Tensor) -> Tensor:
         """out but for the βs, of x, the weights and the γs, by eager formulas."""
         weights, gammas, _ = self.split(tensors)
+        given = iter(
+            [
+                Norm(gammas[b] if gammas else None, None, None, None, None, eps, None, True)
+                for b, eps in enumerate(self.eps)
+            ]
+        )
+        ys = self.maps(x, weights)
+        if self.is_summed():
+            return batch_norm(ys[0], next(given))
         out = torch.zeros((), dtype=self.conv_dtype, device=x.device)
-        for b, y in enumerate(self.maps(x, weights)):
-            norm = Norm(gammas[b] if gammas else None, None, None, None, None, self.eps[b], None, True)
-            out = out + batch_norm(y, norm)
-        return out
+        for y, own in zip(ys, self.normed, strict=True):
+            out = out + (batch_norm(y, next(given)) if own else y)
+        return batch_norm(out, next(given)) if self.is_nested() else out
 
     def map_gradients(
         self,
@@ -268,7 +285,7 @@ def _gradients_of_the_sum(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     # One convolution by the summed kernel; its weight gradient holds every branch's.
     whole = config.geometry.whole
-    merged = config._replace(branches=((whole, True),), places=(config.geometry.placement(whole),))
+    merged = config._replace(branches=((whole, True),), places=(config.geometry.placement(whole),), normed=(True,))
     kernel = config.merged(weights)
     dx, (dw,) = convolution_gradients(merged, dys, x, (kernel,), needs_x, (any(needs_w),))
     if dw is None:
@@ -281,6 +298,7 @@ def config_of(
     geometry: Geometry,
     branches: Branches,
     eps: Sequence[float],
+    normed: tuple[bool, ...],
     affine: int,
     dtype: torch.dtype,
     device: str,
@@ -288,13 +306,14 @@ def config_of(
 ) -> StepConfig:
     """The config of a step; `affine` says how many γ there are, `dtype` is the output's."""
     make = _make if torch.compiler.is_compiling() else _cached  # Dynamo looks through a cache, and warns
-    return make(geometry, branches, tuple(eps), affine, dtype, convolution_dtype(dtype, device), phases)
+    return make(geometry, branches, tuple(eps), normed, affine, dtype, convolution_dtype(dtype, device), phases)
 
 
 def _make(
     geometry: Geometry,
     branches: Branches,
     eps: tuple[float, ...],
+    normed: tuple[bool, ...],
     affine: int,
     dtype: torch.dtype,
     conv_dtype: torch.dtype,
@@ -302,7 +321,7 @@ def _make(
 ) -> StepConfig:
     places = tuple([geometry.placement(taps) for taps, _ in branches])
     window = tuple(Window.of(geometry, [taps for taps, _ in branches]).flatten()) if TRITON in phases else ()
-    return StepConfig(geometry, branches, places, eps, affine, dtype, conv_dtype, phases, window)
+    return StepConfig(geometry, branches, places, eps, normed, affine, dtype, conv_dtype, phases, window)
 
 
 _cached = functools.lru_cache(4096)(_make)

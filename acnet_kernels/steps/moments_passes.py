@@ -16,7 +16,7 @@ from ..ops.autocorrelation import autocorrelation, cross_correlation
 from ..ops.bn_sum import accumulation_dtype, mean_and_variance, rstds_of
 from . import moments_algebra as algebra
 from .convolution import add_convolution, identity_kernel, transposed_kernel
-from .packed import unpack, unpack_taps
+from .packed import unpack, unpack_normed, unpack_taps
 from .tables import kept
 
 PIVOT_SAMPLES = 2048
@@ -77,7 +77,7 @@ def _branches(weights: list[Tensor], norms: int, packed: list[int], kernel: int,
         index = _patch_index(taps, kernel, c, weight.device)
         middle = 2 * taps.row + rows == 2 * taps.column + columns == kernel
         branches.append(_Branch(matrix, index, c, taps, middle and taps.step == 1))
-    if norms == len(branches):
+    if all(unpack_normed(packed)):
         return branches
     total = functools.reduce(torch.add, (branch.embed(branch.weight, kernel) for branch in branches))
     return [_Branch(total, None, branches[0].channels, Taps(0, 0, kernel, kernel), True)]

@@ -25,7 +25,7 @@ from ..ops._extension import TRITON
 from ..ops.bn_sum import accumulation_dtype
 from .convolution import merge_kernels
 from .maps import StepConfig, config_of, convolution_gradients
-from .packed import check_affine, check_problem, unpack, unpack_taps
+from .packed import check_affine, check_problem, unpack, unpack_normed, unpack_taps
 from .recorded import record
 
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
@@ -156,7 +156,8 @@ def step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """recompute_step."""
     dtype = x.dtype if dtype is None else dtype
-    config = config_of(unpack(geometry), unpack_taps(taps), eps, len(gammas), dtype, x.device.type)
+    branches, normed = unpack_taps(taps), unpack_normed(taps)
+    config = config_of(unpack(geometry), branches, eps, normed, len(gammas), dtype, x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         if _has_triton(x) and config.is_triton():
             out, means, variances, rstds = _without_maps(x, weights, gammas, betas, config)
@@ -239,7 +240,8 @@ def step_backward(
     none = means.new_empty(0, dtype=dtype)
     if not (need_x or any(need_weights) or need_gammas):
         return x.new_empty(0), [], none, grad.sum((0, 2, 3), dtype=dtype)
-    config = config_of(unpack(geometry), unpack_taps(taps), eps, len(gammas), grad.dtype, x.device.type)
+    branches, normed = unpack_taps(taps), unpack_normed(taps)
+    config = config_of(unpack(geometry), branches, eps, normed, len(gammas), grad.dtype, x.device.type)
     needs_dy = config.needs_dy(need_x, need_weights)
     with torch.autocast(x.device.type, enabled=False):
         ys = config.maps(x, tuple(weights))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .maps import config_of
-from .packed import unpack, unpack_taps
+from .packed import is_nested, unpack, unpack_normed, unpack_taps
 
 # (grad, x, weights, γs, what forward left but out and variances, constants) → arguments of the gradients' operator
 # but for what is needed, which follows them.
@@ -25,13 +25,14 @@ class Recorded(NamedTuple):
     """An operator (x, weights, γs, βs, constants …) → (out, means, variances, …), and what autograd needs of it.
 
     `setup` and `backward` are as torch.library.register_autograd takes them. `definition` gives, of the context,
-    a function that computes out but for the βs by PyTorch's operators, and its inputs: x, the weights and the γs.
+    a function that computes out but for the βs by PyTorch's operators, its inputs: x, the weights and the γs, and
+    how many βs, the first, a batch norm after them takes away again.
     """
 
     operator: Callable[..., tuple[Tensor, ...]]
     setup: Callable[..., None]
     backward: Callable[..., tuple[Any, ...]]
-    definition: Callable[[Any], tuple[Callable[[], Tensor], Sequence[Tensor]]]
+    definition: Callable[[Any], tuple[Callable[[], Tensor], Sequence[Tensor], int]]
 
 
 def record(name: str, arguments: Arguments) -> Recorded:
@@ -49,7 +50,10 @@ def record(name: str, arguments: Arguments) -> Recorded:
             dx if ctx.need_x else None,
             [next(found) if need else None for need in ctx.need_weights],
             [d if d is None else d.to(gamma.dtype) for gamma, d in zip(gammas, of_gammas, strict=True)],
-            [dbeta.to(dtype) for dtype in ctx.beta_dtypes],
+            [
+                torch.zeros_like(dbeta, dtype=dtype) if b < ctx.cancelled else dbeta.to(dtype)
+                for b, dtype in enumerate(ctx.beta_dtypes)
+            ],
             *(None,) * len(ctx.constants),
         )
 
@@ -68,6 +72,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(x, *weights, *gammas, means, *rest)
     ctx.dtype, ctx.beta_dtypes = out.dtype, [beta.dtype for beta in betas]
     ctx.need_x, ctx.need_weights = x.requires_grad, [weight.requires_grad for weight in weights]
+    norms, taps = len(means), ctx.constants[1]
+    ctx.cancelled = norms - 1 if is_nested(norms, taps) else 0  # β that the batch norm of the sum takes away again
     ctx.affine, ctx.need_gammas = len(gammas), any(gamma.requires_grad for gamma in gammas)
 
 
@@ -78,8 +84,9 @@ def _saved(ctx: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     return x, rest[:n], rest[n : n + ctx.affine], rest[n + ctx.affine :]
 
 
-def _definition(ctx: Any) -> tuple[Callable[[], Tensor], list[Tensor]]:
+def _definition(ctx: Any) -> tuple[Callable[[], Tensor], list[Tensor], int]:
     x, weights, gammas, _ = _saved(ctx)
     eps, taps, geometry = ctx.constants[:3]
-    config = config_of(unpack(geometry), unpack_taps(taps), eps, ctx.affine, ctx.dtype, x.device.type)
-    return functools.partial(config.definition, x, *weights, *gammas), [x, *weights, *gammas]
+    branches, normed = unpack_taps(taps), unpack_normed(taps)
+    config = config_of(unpack(geometry), branches, eps, normed, ctx.affine, ctx.dtype, x.device.type)
+    return functools.partial(config.definition, x, *weights, *gammas), [x, *weights, *gammas], ctx.cancelled

@@ -22,7 +22,7 @@ from ..kernels.window import Window
 from ..ops import launch
 from .depthwise import numbers_of
 from .moments_passes import FEW_PIXELS
-from .packed import unpack
+from .packed import unpack, unpack_normed, without_normed
 from .tables import kept
 
 _PROGRAMS = 1024  # that a pass shares its sums among, about
@@ -296,8 +296,8 @@ def _prepare(
         C,
         K,
         K // C,
-        BRANCHES=taps,
-        SUMMED=5 * (len(eps)) < len(taps),
+        BRANCHES=without_normed(taps),
+        SUMMED=not any(unpack_normed(taps)),
         STATISTICS=statistics,
         FOLD=kept[-1] is not None,
         ROWS=geometry[0],
@@ -416,8 +416,8 @@ def _backward(
         C,
         K,
         K // C,
-        BRANCHES=taps,
-        SUMMED=5 * norms < len(taps),
+        BRANCHES=without_normed(taps),
+        SUMMED=not any(unpack_normed(taps)),
         INPUT=need_x,
         ROWS=rows,
         COLUMNS=columns,

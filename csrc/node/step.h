@@ -99,7 +99,9 @@ struct Config {
 struct Whole {
   std::vector<int64_t> taps, geometry;
   std::vector<double> eps;
-  size_t gammas, betas, convolutions;
+  size_t gammas, betas;
+  size_t cancelled;  // of the βs, the first: a batch norm after the sum takes them away again
+  size_t convolutions;
   at::ScalarType convolution_dtype, dtype;
   bool is_depthwise;
   bool accumulates;  // the library's convolutions can add to what is there

@@ -73,7 +73,7 @@ struct WholeStep : torch::autograd::Function<WholeStep> {
     for (size_t i = 0; i < config.gammas; ++i)
       if (needs[1 + convolved + i]) found[3 + convolved + i] = row_of(rows, row.numel(), i);
     for (size_t i = 0; i < config.betas; ++i)
-      if (needs[inputs + i]) found[2 + inputs + i] = row_of(row, row.numel(), 0);
+      if (needs[inputs + i]) found[2 + inputs + i] = i < config.cancelled ? at::zeros_like(row) : row_of(row, row.numel(), 0);
     return found;
   }
 };
@@ -87,10 +87,10 @@ inline Tensor run_step(int64_t number, const Running& running, const Tensor& x, 
 }
 
 inline int64_t configure_whole(std::vector<int64_t> taps, std::vector<int64_t> geometry, std::vector<double> eps, size_t gammas,
-                               size_t betas, size_t convolutions, at::ScalarType convolution_dtype, at::ScalarType dtype,
+                               size_t betas, size_t cancelled, size_t convolutions, at::ScalarType convolution_dtype, at::ScalarType dtype,
                                bool is_depthwise, bool accumulates) {
-  return add_config(Whole{std::move(taps), std::move(geometry), std::move(eps), gammas, betas, convolutions, convolution_dtype,
-                          dtype, is_depthwise, accumulates});
+  return add_config(Whole{std::move(taps), std::move(geometry), std::move(eps), gammas, betas, cancelled, convolutions,
+                          convolution_dtype, dtype, is_depthwise, accumulates});
 }
 
 }  // namespace acnet::node

@@ -103,7 +103,7 @@ def test_hundred_runs_of_depthwise_phases_and_second_moments_give_the_same_bits(
 
 
 def test_hundred_runs_of_a_depthwise_step_by_moments_give_the_same_bits() -> None:
-    C, numbers = 96, ([0, 0, 3, 3, 1, 1, 1, 1, 1, 1], [3, 3, 1, 1, 1, 1, 1, 1, 96])
+    C, numbers = 96, ([0, 0, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1], [3, 3, 1, 1, 1, 1, 1, 1, 96])
     weights = [torch.randn(C, 1, 3, 3, device=DEVICE), torch.randn(C, 1, 1, 1, device=DEVICE)]
     vectors = [torch.rand(C, device=DEVICE) for _ in weights]
     for x in (map_of(8, C, 29, 31, dtype=torch.bfloat16), torch.randn(8, C, 29, 31, device=DEVICE)):

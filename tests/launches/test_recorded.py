@@ -114,7 +114,7 @@ def test_second_moments(dtype: torch.dtype, driver: Driver) -> None:
 def test_a_depthwise_step_by_moments(
     dtype: torch.dtype, layout: torch.memory_format, multiplier: int, driver: Driver
 ) -> None:
-    C, taps = 16, (0, 0, 3, 3, 1, 1, 1, 1, 1, 1)
+    C, taps = 16, (0, 0, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1)
     K, geometry = C * multiplier, (3, 3, 1, 2, 1, 1, 1, 1, C)
     x = torch.randn(2, C, 9, 8).to(dtype).contiguous(memory_format=layout)
     weights = [torch.randn(K, 1, 3, 3).to(dtype), torch.randn(K, 1, 1, 1)]

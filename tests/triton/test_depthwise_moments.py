@@ -23,7 +23,7 @@ from acnet_kernels.steps import depthwise, depthwise_plain, packed, tables, trit
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 # Branches, as numbers: a whole kernel, one tap of it, the identity on it.
-ALL, ONE, IDENTITY = [0, 0, 3, 3, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]
+ALL, ONE, IDENTITY = [0, 0, 3, 3, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 1]
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,15 @@ class Case:
 CASES = [
     Case("mobileone", (2, 5, 4, 6), [*ALL, *ALL, *ONE, *IDENTITY]),
     Case("NCHW", (2, 2, 5, 4), [*ALL, *ONE], layout=FIRST, dtype=torch.float16, level=(30.0, 1.0)),
-    Case("stride", (2, 2, 5, 6), [*ALL, 1, 0, 1, 3, 1], {"stride": 2}, 2, dtype=torch.bfloat16),
+    Case("stride", (2, 2, 5, 6), [*ALL, 1, 0, 1, 3, 1, 1], {"stride": 2}, 2, dtype=torch.bfloat16),
     Case("sum", (1, 3, 4, 3), [*ALL, *ONE, *IDENTITY], summed=True),
     Case("one pixel", (3, 3, 1, 1), [*ALL, *ONE], few=True),
-    Case("5×5", (9, 3, 1, 1), [0, 0, 5, 5, 1, 0, 0, 3, 3, 2], {"kernel_size": 5, "padding": 2}, few=True),
+    Case("5×5", (9, 3, 1, 1), [0, 0, 5, 5, 1, 1, 0, 0, 3, 3, 2, 1], {"kernel_size": 5, "padding": 2}, few=True),
     Case("valid", (2, 3, 3, 4), [*ALL, *ONE], {"padding": 0}, level=(1e3, 0.1)),
-    Case("dilated", (1, 3, 5, 4), [0, 0, 2, 3, 1], {"kernel_size": (2, 3), "padding": (1, 2), "dilation": (3, 2)}),
-    Case("line", (2, 3, 1, 7), [0, 0, 1, 4, 1], {"kernel_size": (1, 4), "padding": (0, 5), "stride": (2, 3)}, 2),
+    Case(
+        "dilated", (1, 3, 5, 4), [0, 0, 2, 3, 1, 1], {"kernel_size": (2, 3), "padding": (1, 2), "dilation": (3, 2)}
+    ),
+    Case("line", (2, 3, 1, 7), [0, 0, 1, 4, 1, 1], {"kernel_size": (1, 4), "padding": (0, 5), "stride": (2, 3)}, 2),
 ]
 
 
@@ -78,13 +80,22 @@ def arguments(case: Case, device: torch.device) -> list[Any]:
     K, mean, std = C * case.multiplier, *case.level
     geometry = Geometry.make(**{"kernel_size": 3, "padding": 1, "groups": C} | case.geometry)
     x = (torch.randn(N, C, H, W) * std + mean).to(device, case.dtype).contiguous(memory_format=case.layout)
-    branches = packed.unpack_taps(case.taps)
+    branches, normed = packed.unpack_taps(case.taps), [not case.summed] * (len(case.taps) // packed.NUMBERS)
     weights = [
         torch.randn(K, 1, own.rows, own.columns).to(device, case.dtype) for own, convolved in branches if convolved
     ]
     norms = 1 if case.summed else len(branches)
     gammas, betas = ([torch.rand(K).to(device) + 0.5 for _ in range(norms)] for _ in range(2))
-    return [x, weights, gammas, betas, [1e-3] * norms, case.taps, packed.pack(geometry), case.layout == LAST]
+    return [
+        x,
+        weights,
+        gammas,
+        betas,
+        [1e-3] * norms,
+        packed.pack_taps(branches, normed),
+        packed.pack(geometry),
+        case.layout == LAST,
+    ]
 
 
 def wide(value: Any) -> Any:
@@ -144,7 +155,9 @@ def test_a_step(case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatc
     )
 
 
-LINE = Case("by halves", (3, 2, 1, 9), [0, 0, 1, 3, 1, 0, 1, 1, 1, 0], {"kernel_size": (1, 3), "padding": (0, 1)})
+LINE = Case(
+    "by halves", (3, 2, 1, 9), [0, 0, 1, 3, 1, 1, 0, 1, 1, 1, 0, 1], {"kernel_size": (1, 3), "padding": (0, 1)}
+)
 
 
 def test_the_halves_of_a_step(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ CHOSEN = [p for p in (*PROBLEMS, *DEPTHWISE) if p.name in ("stride", "crop_5", "
 
 def packed(problem: Problem) -> tuple[list[int], list[int]]:
     """The problem's taps and geometry as recompute's operators take them."""
-    taps = pack_taps(tuple((taps, True) for taps in problem.branches))
+    branches = tuple((taps, True) for taps in problem.branches)
+    taps = pack_taps(branches, [True] * len(branches))
     return taps, pack(Geometry.make(problem.kernel, **problem.conv))
 
 
