@@ -32,12 +32,14 @@ def _load(library: Path, what: str, remedy: str) -> str:
 # Whether Triton is installed: without it CUDA tensors go through plain PyTorch. Importing it takes long.
 TRITON = importlib.util.find_spec("triton") is not None
 
+# A checkout is imported from where it is, whatever is installed: it needs a build of its own.
+_HOW = "-e ." if (_PACKAGE.parent / "setup.py").exists() else "."
 # Why the C++ operators are missing; empty when they are registered.
 WHY_MISSING = _load(
     LIBRARY,
     "the C++ extension",
-    "install with a C++ compiler present and `pip install --no-build-isolation`, in which ACNET_KERNELS_BUILD=1 "
-    "turns a failure into an error",
+    f"in the sources, with a C++ compiler present: `pip install --no-build-isolation {_HOW}`, in which "
+    "ACNET_KERNELS_BUILD=1 turns a failure into an error",
 )
 LOADED = not WHY_MISSING
 
