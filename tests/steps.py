@@ -153,8 +153,9 @@ def check_levels(block, dtype, mean, std, pointwise):
     if pointwise:
         make_pointwise(block)
     block.to(dtype)
-    x = (torch.randn(8, 8, 9, 7) * std + mean).to(dtype)
-    noise = torch.randn(block(x).shape)
+    device = next(block.parameters()).device
+    x = (torch.randn(8, 8, 9, 7) * std + mean).to(device, dtype)
+    noise = torch.randn(block(x).shape, device=device)
     for grad in (0.7 * as_eager(block).float()(x.float()).detach() + 0.5 * noise + 0.3, 0.1 * noise + 5):
         grad = grad.to(dtype)
         eager, true = oracle.run(as_eager(block), x, grad), oracle.truth(block, x, grad)
