@@ -137,14 +137,27 @@ def find(name: str) -> Network | None:
     return NETWORKS.get(name) if found is None else Network(name, libraries.image_size(found), 4, 64)
 
 
+# What the contenders of a file's networks are.
+LEGEND = {
+    "network": "plain: no ACNet blocks; eager: with them, as PyTorch modules; auto, memory_saver: by this package",
+    "accelerated": "eager: the library's own; auto, memory_saver: accelerated by this package",
+}
+
+
+def kind_of(name: str) -> str:
+    """Of LEGEND: which file the rows of the network of this name go to."""
+    return "network" if libraries.parse(name) is None else "accelerated"
+
+
 def run(options: argparse.Namespace) -> list[Path]:
     """Times all networks in all dtypes; returns the files written."""
     written = []
+    for kind in dict.fromkeys(map(kind_of, options.networks)):
+        print(LEGEND[kind], flush=True)
     for dtype in options.dtype:
         reports: dict[str, harness.Report] = {}
         for network in [network for name in options.networks if (network := find(name)) is not None]:
-            kind = "network" if libraries.parse(network.name) is None else "accelerated"
-            report = reports.setdefault(kind, harness.Report(options.device))
+            report = reports.setdefault(kind_of(network.name), harness.Report(options.device))
             line = measure(network, dtype, options, report)
             print(f"{network.name} {harness.dtype_name(dtype)}: {line}", flush=True)
         for kind, report in reports.items():

@@ -99,6 +99,7 @@ def test_a_librarys_network_is_measured_before_and_after(tmp_path, capsys, monke
     options = [*TINY, "--networks", "timm:repghostnet_050", "--contenders", "eager", "auto", "--out", tmp_path]
     code, printed, errors = run(capsys, "network", *options)
     assert (code, errors) == (0, "")
+    assert "eager: the library's own; auto" in printed
     assert re.search(
         r"repghostnet_050 float32: eager [\d.]+, auto [\d.]+ ms a step; auto is [\d.]+ times as fast as", printed
     )
