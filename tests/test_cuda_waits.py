@@ -86,7 +86,7 @@ class Block:
         self.gammas, self.betas = ([random(K) for _ in eps] for _ in range(2))
         r = kernel // 2
         own = Taps(0, 0, kernel, kernel), Taps(r, 0, 1, kernel), Taps(0, r, kernel, 1)
-        taps = pack_taps(tuple((taps, True) for taps in own))
+        taps = pack_taps(tuple((taps, True) for taps in own), [True] * 3)
         self.eps, self.numbers = eps, (taps, pack(geometry))
 
 
