@@ -100,7 +100,7 @@ def _composed(config: StepConfig, x: Tensor, *tensors: Tensor) -> tuple[Tensor, 
 
 
 @functools.cache
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Has glibc keep freed maps for the next step, up to 64 MiB, where it would hand them back to the system.
 
     Its thresholds follow the largest block ever freed: one of just under 32 MiB, never touched, raises them to
@@ -240,7 +240,7 @@ def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
 
             return TritonStep.apply(config, update, *tensors)
         if x.is_cpu:
-            _keep_freed_memory()
+            keep_freed_memory()
         if node.suits(config, x, inputs):
             return node.run(node.number(config, len(inputs.betas), True), x, inputs)
         return _Step.apply(config, update, *tensors)[0]

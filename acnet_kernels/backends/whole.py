@@ -20,8 +20,11 @@ from . import branches, node, nodes
 def forward(x: Tensor, step: Step, is_depthwise: bool) -> Tensor:
     """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
     inputs = branches.inputs_of(x, step)
-    if not torch.compiler.is_compiling() and node.takes(x, inputs):
-        return node.run(_number(x, step, inputs, is_depthwise), x, inputs)
+    if not torch.compiler.is_compiling():
+        if x.is_cpu:
+            branches.keep_freed_memory()
+        if node.takes(x, inputs):
+            return node.run(_number(x, step, inputs, is_depthwise), x, inputs)
     x, geometry = x.to(inputs.dtype), step.geometry
     arguments = (
         x,
