@@ -294,6 +294,7 @@ void find_statistics(const Problem& problem, const View& x, const std::vector<do
   const int64_t taps = plan.taps;
   tasks.run_blocks(lanes * taps * taps * (plan.rows.coarse_kinds + 4), [&](int64_t begin, int64_t end) {
     Buffer<double> gram(taps * taps * lanes), sums(taps * lanes), weight(taps * lanes), product(taps * lanes), level(3 * lanes);
+    Buffer<double> scratch(plan.algebra * lanes);
     double *pivot = level.data(), *mean = pivot + lanes, *variance = mean + lanes;
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * lanes, count = std::min(lanes, channels - first);
@@ -302,7 +303,7 @@ void find_statistics(const Problem& problem, const View& x, const std::vector<do
         for (int64_t i = 0; i < numbers; ++i) own[i] += own[chunk * numbers + i];
       std::fill_n(pivot, lanes, 0.0);
       std::copy_n(found.pivot + first, count, pivot);
-      kernel.algebra.covariance(plan, own, own + products, pivot, gram.data(), sums.data());
+      kernel.algebra.covariance(plan, own, own + products, pivot, scratch.data(), gram.data(), sums.data());
       for (int64_t l = 0; l < count; ++l)
         for (int64_t t = 0; t < taps; ++t) found.sums[(first + l) * taps + t] = sums.data()[t * lanes + l];
       for (const Kernel& k : problem.kernels)
@@ -611,6 +612,7 @@ void differentiate(const Problem& problem, const View& grad, const Kept& kept, c
   const double values = static_cast<double>(plan.images * plan.rows.out * plan.columns.out), share = values > 0 ? 1 / values : 0;
   tasks.run_blocks(lanes * taps * taps * problem.norms(), [&](int64_t begin, int64_t end) {
     Buffer<double> patch(products), weight(products), whole(products), handed(products), level(4 * lanes), squares(per_block);
+    Buffer<double> scratch(plan.algebra * lanes);
     double *pivot = level.data(), *total = pivot + lanes, *slope = total + lanes, *shift = slope + lanes;
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * lanes, count = std::min(lanes, channels - first);
@@ -688,7 +690,7 @@ void differentiate(const Problem& problem, const View& grad, const Kept& kept, c
         if (wanted.x) std::copy_n(whole.data(), products, folded.data() + (block * m + j) * products);
       }
       A* table = tables.data() + block * per_table;
-      if (wanted.x) kernel.algebra.correct(plan, q, levels, pivot, table + inits, table);
+      if (wanted.x) kernel.algebra.correct(plan, q, levels, pivot, scratch.data(), table + inits, table);
     }
   });
   if (!wanted.x) return;

@@ -48,9 +48,9 @@ struct Passes {
 template <class A>
 struct Algebra {
   int lanes;
-  // From `moments`' sums: G − SSᵀ/M of the patches (taps × taps) and S (taps).
-  void (*covariance)(const Plan&, const double* products, const double* sums, const double* pivot, double* gram,
-                     double* patch_sums);
+  // From `moments`' sums: G − SSᵀ/M of the patches (taps × taps) and S (taps). Scratch is of Plan::algebra vectors.
+  void (*covariance)(const Plan&, const double* products, const double* sums, const double* pivot, double* scratch,
+                     double* gram, double* patch_sums);
   // Of a kernel with these taps: its W·S/M, W·(G − SSᵀ/M) and W·(G − SSᵀ/M)·Wᵀ/M.
   void (*statistics)(const Plan&, const int* places, int count, const double* weight, const double* gram,
                      const double* patch_sums, double* mean, double* variance, double* centred);
@@ -60,7 +60,8 @@ struct Algebra {
   void (*patch_gradient)(const Plan&, const double* products, const double* sums, const double* pivot, double* gradient,
                          double* total);
   // What `gradient` takes, from Σ_b slope_b·W_b[t]·W_b[t′] (taps × taps) and Σ_b level_b·W_b[t] (taps).
-  void (*correct)(const Plan&, const double* squares, const double* levels, const double* pivot, A* correction, A* init);
+  void (*correct)(const Plan&, const double* squares, const double* levels, const double* pivot, double* scratch,
+                  A* correction, A* init);
 };
 
 #define ACNET_DEPTHWISE_DECLARE(isa) \

@@ -35,13 +35,30 @@ inline int shift_place(const Plan& plan, int row, int column) {
   return row == 0 ? column : reach + 1 + (row - 1) * (2 * reach + 1) + column + reach;
 }
 
-// Σ x̃ over the pixels that tap t reads and from which the shift to tap u leads inside: [t][u]; without `inside`, [t][0].
+// Rows and columns of the taps, in raster order.
+struct Places {
+  int row[kMostTaps * kMostTaps], column[kMostTaps * kMostTaps];
+
+  explicit Places(const Plan& plan) {
+    for (int t = 0; t < plan.taps; ++t) {
+      row[t] = t / plan.columns.taps;
+      column[t] = t % plan.columns.taps;
+    }
+  }
+};
+
+// Whether tap `from` of an axis reads a position of this fine kind, from which the shift to tap `to` leads inside.
+inline bool meets(const Axis& axis, int kind, int from, int to) {
+  return axis.fine_reads[kind * axis.taps + from] && axis.inside[kind * (2 * axis.taps - 1) + to - from + axis.taps - 1];
+}
+
 template <class A>
-void covariance(const Plan& plan, const double* products, const double* sums, const double* pivot, double* gram,
-                double* patch_sums) {
+void covariance(const Plan& plan, const double* products, const double* sums, const double* pivot, double* scratch,
+                double* gram, double* patch_sums) {
   constexpr int lanes = kLanes<A>;
   const Axis &rows = plan.rows, &columns = plan.columns;
   const int taps = plan.taps, wide = columns.taps;
+  const Places at(plan);
   const auto* product = rows_of<lanes>(products);
   const auto* sum = rows_of<lanes>(sums);
   auto* g = rows_of<lanes>(gram);
@@ -53,25 +70,33 @@ void covariance(const Plan& plan, const double* products, const double* sums, co
       for (int j = 0; j < columns.coarse_kinds; ++j) {
         const auto* own = product + (int64_t(i) * columns.coarse_kinds + j) * plan.shift_count;
         for (int t = 0; t < taps; ++t) {
-          if (!rows.reads[i * rows.taps + t / wide] || !columns.reads[j * wide + t % wide]) continue;
+          if (!rows.reads[i * rows.taps + at.row[t]] || !columns.reads[j * wide + at.column[t]]) continue;
           for (int u = t; u < taps; ++u)
-            add<lanes>(g[t * taps + u], own[shift_place(plan, u / wide - t / wide, u % wide - t % wide)]);
+            add<lanes>(g[t * taps + u], own[shift_place(plan, at.row[u] - at.row[t], at.column[u] - at.column[t])]);
         }
       }
   } else {
     for (int t = 0; t < taps; ++t)
       for (int u = t; u < taps; ++u) add<lanes>(g[t * taps + u], *product++);
   }
+  // Σ x̃ over the columns that a tap's column reads and from which another's is inside, by kind of row.
+  auto* of_columns = rows_of<lanes>(scratch);
+  __builtin_memset(scratch, 0, int64_t(rows.fine_kinds) * wide * wide * lanes * sizeof(double));
   for (int i = 0; i < rows.fine_kinds; ++i)
-    for (int j = 0; j < columns.fine_kinds; ++j)
-      for (int t = 0; t < taps; ++t)
-        if (rows.fine_reads[i * rows.taps + t / wide] && columns.fine_reads[j * wide + t % wide])
-          add<lanes>(s[t], sum[i * columns.fine_kinds + j]);
+    for (int from = 0; from < wide; ++from)
+      for (int to = 0; to < wide; ++to)
+        for (int j = 0; j < columns.fine_kinds; ++j)
+          if (meets(columns, j, from, to)) add<lanes>(of_columns[(i * wide + from) * wide + to], sum[i * columns.fine_kinds + j]);
+  const auto add_seen = [&](double* to, int t, int u) {
+    for (int i = 0; i < rows.fine_kinds; ++i)
+      if (meets(rows, i, at.row[t], at.row[u])) add<lanes>(to, of_columns[(i * wide + at.column[t]) * wide + at.column[u]]);
+  };
+  for (int t = 0; t < taps; ++t) add_seen(s[t], t, t);
   // G − SSᵀ/M of x̃ + pivot, S = S̃ + N·pivot with N the pixels a tap sees; `seen` has X[t][u] = Σ x̃ of tap t where u
   // sees inside, too. Term by term what is constant where nothing is padded cancels exactly.
   const double count = double(plan.images * rows.out * columns.out), share = count > 0 ? 1 / count : 0;
   const auto pixels = [&](int t, int u) {
-    return double(plan.images) * rows.pairs[t / wide * rows.taps + u / wide] * columns.pairs[t % wide * wide + u % wide];
+    return double(plan.images) * rows.pairs[at.row[t] * rows.taps + at.row[u]] * columns.pairs[at.column[t] * wide + at.column[u]];
   };
   for (int t = 0; t < taps; ++t)
     for (int u = t; u < taps; ++u)
@@ -82,17 +107,8 @@ void covariance(const Plan& plan, const double* products, const double* sums, co
       const double both = pixels(t, u), own = pixels(t, t), other = pixels(u, u);
       if (both < own || other < count) {  // else X[t][u] = S̃[t], and all cancels
         double seen[lanes] = {};
-        const int row = u / wide - t / wide + rows.taps - 1, column = u % wide - t % wide + wide - 1;
-        if (both == own) {
-          add<lanes>(seen, s[t]);
-        } else {
-          for (int i = 0; i < rows.fine_kinds; ++i) {
-            if (!rows.fine_reads[i * rows.taps + t / wide] || !rows.inside[i * (2 * rows.taps - 1) + row]) continue;
-            for (int j = 0; j < columns.fine_kinds; ++j)
-              if (columns.fine_reads[j * wide + t % wide] && columns.inside[j * (2 * wide - 1) + column])
-                add<lanes>(seen, sum[i * columns.fine_kinds + j]);
-          }
-        }
+        if (both == own) add<lanes>(seen, s[t]);
+        else add_seen(seen, t, u);
         for (int l = 0; l < lanes; ++l) seen[l] = (seen[l] - s[t][l] * (other * share)) * pivot[l];
         add<lanes>(g[low * taps + high], seen);
         if (t == u) add<lanes>(g[low * taps + high], seen);
@@ -170,10 +186,11 @@ void patch_gradient(const Plan& plan, const double* products, const double* sums
 }
 
 template <class A>
-void correct(const Plan& plan, const double* squares, const double* levels, const double* pivot, A* correction, A* init) {
+void correct(const Plan& plan, const double* squares, const double* levels, const double* pivot, double* scratch,
+             A* correction, A* init) {
   constexpr int lanes = kLanes<A>;
   const Axis &rows = plan.rows, &columns = plan.columns;
-  const int taps = plan.taps, wide = columns.taps;
+  const int taps = plan.taps, wide = columns.taps, high = rows.taps;
   const auto* q = rows_of<lanes>(squares);
   const auto* level = rows_of<lanes>(levels);
   for (int i = 0; i < rows.coarse_kinds; ++i)
@@ -190,18 +207,26 @@ void correct(const Plan& plan, const double* squares, const double* levels, cons
         for (int l = 0; l < lanes; ++l) to[l] = A(-sum[l]);
       }
     }
+  // Σ q over the columns that meet in a kind of column, by pair of rows.
+  auto* of_columns = rows_of<lanes>(scratch);
+  __builtin_memset(scratch, 0, int64_t(columns.fine_kinds) * high * high * lanes * sizeof(double));
+  for (int j = 0; j < columns.fine_kinds; ++j)
+    for (int from = 0; from < wide; ++from)
+      for (int to = 0; to < wide; ++to) {
+        if (!meets(columns, j, from, to)) continue;
+        for (int r = 0; r < high; ++r)
+          for (int v = 0; v < high; ++v)
+            add<lanes>(of_columns[(j * high + r) * high + v], q[(r * wide + from) * taps + v * wide + to]);
+      }
   for (int i = 0; i < rows.fine_kinds; ++i)
     for (int j = 0; j < columns.fine_kinds; ++j, init += lanes) {
       double sum[lanes] = {}, constant[lanes] = {};
-      for (int t = 0; t < taps; ++t) {
-        const int r = t / wide, c = t % wide;
-        if (!rows.fine_reads[i * rows.taps + r] || !columns.fine_reads[j * wide + c]) continue;
-        add<lanes>(sum, level[t]);
-        for (int v = 0; v < rows.taps; ++v) {
-          if (!rows.inside[i * (2 * rows.taps - 1) + v - r + rows.taps - 1]) continue;
-          for (int h = 0; h < wide; ++h)
-            if (columns.inside[j * (2 * wide - 1) + h - c + wide - 1]) add<lanes>(constant, q[t * taps + v * wide + h]);
-        }
+      for (int r = 0; r < high; ++r) {
+        if (!rows.fine_reads[i * high + r]) continue;
+        for (int c = 0; c < wide; ++c)
+          if (columns.fine_reads[j * wide + c]) add<lanes>(sum, level[r * wide + c]);
+        for (int v = 0; v < high; ++v)
+          if (meets(rows, i, r, v)) add<lanes>(constant, of_columns[(j * high + r) * high + v]);
       }
       for (int l = 0; l < lanes; ++l) init[l] = A(sum[l] - pivot[l] * constant[l]);
     }

@@ -63,7 +63,7 @@ struct Plan {
   int shift_count;
   const Terms* terms;    // coarse row kinds × coarse column kinds
   int64_t correction, products, sums, scratch;  // vectors: of a correction, of what `moments` adds up, of scratch
-
+  int64_t algebra;                              // and of the small algebra's scratch
 };
 
 }  // namespace acnet::depthwise
