@@ -174,16 +174,6 @@ def test_no_graph_break_in_an_acnet_resnet18():
     assert_one_graph(fuse(net), x)
 
 
-@pytest.mark.slow
-@every_training_backend
-def test_no_graph_break_in_a_short_resnet(backend):
-    """What differs by backend is a training step of a block, of stride 1 and 2."""
-    resnet = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
-    net = convert(resnet, backend=backend)
-    assert len(explain(net, (2, 3, 32, 32)).blocks) == 8
-    assert_one_graph(net, torch.randn(2, 3, 32, 32))
-
-
 def test_explain_looks_through_a_compiled_network():
     net = Net()
     compiled = torch.compile(net, backend="aot_eager")
