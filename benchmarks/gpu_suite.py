@@ -26,10 +26,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor, nn
 
-from acnet_kernels import convert, doctor, tune
+from acnet_kernels import Geometry, convert, doctor, tune
 from acnet_kernels.backends import branches, timer
 from acnet_kernels.kernels import configs
 from acnet_kernels.ops import autocorrelation, triton_autocorrelation, triton_bn_sum, triton_conv
+from acnet_kernels.steps import depthwise, packed
 
 from . import ceilings, codegen, contenders, fusion, harness, network, stand_in
 from .shapes import Shape
@@ -292,6 +293,8 @@ class Suite:
                         true, eager = t.truth(), t.eager()
                     with precision(kind):
                         runs = [step(t, SMALL), step(t, None), passes(t)]
+                        if t.window.groups == t.x.shape[1]:
+                            runs.append(depthwise_moments(t))
                     floor = TF32_FLOOR if kind == "tf32" else FLOORS[DTYPES[kind]]
                     worst = 0.0
                     for key, got in itertools.chain.from_iterable(run.items() for run in runs):
@@ -465,6 +468,21 @@ def passes(t: Tensors) -> dict[str, Tensor]:
     zero = torch.zeros(t.x.shape[1], device=t.x.device)
     products, _ = triton_autocorrelation.cross_correlation(t.x, zero, t.x, zero, [0, 0], [0, 1], t.window.groups)
     return {"out": out, "moments": products}
+
+
+def depthwise_moments(t: Tensors) -> dict[str, Tensor]:
+    """What Tensors.eager gives but for the branches' maps, by the kernels of a depthwise `moments` step."""
+    p, every = t.problem, [True] * len(t.weights)
+    taps = packed.pack_taps(tuple((own, True) for own in p.branches), every)
+    numbers = taps, packed.pack(Geometry.make(p.kernel, **p.conv))
+    of_norms = t.weights, t.gammas
+    out, means, _, *kept = depthwise.on_cuda["depthwise_step"](t.x, *of_norms, t.betas, t.eps, *numbers, True)
+    args = t.grad, t.x, *of_norms, means, *kept, None, *numbers, True, every, True
+    dx, dws, dgammas, dbeta = depthwise.on_cuda["depthwise_step_backward"](*args)
+    found = {"out": out, "x": dx}
+    for b, (dw, dgamma) in enumerate(zip(dws, dgammas, strict=True)):
+        found |= {f"w{b}": dw, f"gamma{b}": dgamma, f"beta{b}": dbeta}
+    return found
 
 
 def moments_of(t: Tensors) -> Tensor:
