@@ -14,7 +14,7 @@ from test_branch_lists import Block, modules, truth
 from test_distributed import Collectives
 
 from acnet_kernels import ACBlock
-from acnet_kernels.backends import branches, moments, moments_depthwise, planner
+from acnet_kernels.backends import branches, moments, moments_depthwise, planner, synced, synced_depthwise
 from acnet_kernels.functional import describe
 from acnet_kernels.geometry import Geometry, Taps
 from acnet_kernels.ops import _extension
@@ -385,6 +385,9 @@ def test_on_cuda_it_is_what_auto_takes_where_triton_has_kernels(monkeypatch):
     for name in ("mobileone", "mobileone of stride 2", "5×5", "sum", "dilated", "padded far"):
         assert chosen(name) == chosen(name, torch.bfloat16) == "moments"
         assert chosen(name, torch.float64) == "eager"
+    synchronised = replace(describe(x, Depthwise("mobileone", 8).step()), device="cuda", synced=True)
+    assert planner.choose(synchronised).backend is synced_depthwise
+    assert planner.choose(replace(synchronised, dtype=torch.float64)).backend is synced
     monkeypatch.setattr(ops, "MOST_TRITON_STRIDE", 1)
     assert chosen("mobileone of stride 2") == "eager"
     assert chosen("mobileone") == "moments"

@@ -31,10 +31,9 @@ transient_bytes = moments_depthwise.transient_bytes
 
 
 def computes(problem: Problem) -> bool:
-    """Whether the problem is depthwise branches, each with a batch norm or one after them, for the C++ passes."""
+    """Whether the problem is depthwise branches, each with a batch norm or one after them, for fast passes."""
     return (
-        LOADED
-        and problem.device == "cpu"
+        (LOADED if problem.device == "cpu" else problem.device == "cuda")
         and problem.norm != MIXED
         and all(problem.batch_stats)
         and moments_depthwise.takes(problem)
@@ -133,8 +132,9 @@ def _level(difference: Tensor, sums: Tensor, taps: list[int], geometry: list[int
     found = unpack_taps(taps)
     if len(difference) < len(found):  # one of the sum
         return difference[0][:, None] * wide
-    index = torch.arange(sums.shape[1]).view(geometry[0], geometry[1])
-    parts = [
-        d[:, None] * wide[:, index[slices_of(own)].flatten()] for d, (own, _) in zip(difference, found, strict=True)
-    ]
+    of_taps = wide.view(-1, geometry[0], geometry[1])
+    parts = []
+    for d, (own, _) in zip(difference, found, strict=True):
+        rows, columns = slices_of(own)
+        parts.append(d[:, None] * of_taps[:, rows, columns].flatten(1))
     return torch.cat(parts, 1)
