@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from acnet_kernels._torch_compat import TorchDispatchMode
-from acnet_kernels.backends import synced
+from acnet_kernels.backends import synced, synced_depthwise
 from acnet_kernels.geometry import Geometry, Taps
 from acnet_kernels.ops import autocorrelation, bn_sum, launch
 from acnet_kernels.ops._extension import TRITON
@@ -161,22 +161,49 @@ def test_a_depthwise_step(layout: torch.memory_format) -> None:
         assert copies(step) == []
 
 
-def test_synced(monkeypatch: pytest.MonkeyPatch) -> None:
+class Context(SimpleNamespace):
+    """An autograd.Function's, that needs every gradient."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *_: Tensor) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def _two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synced.dist, "get_world_size", lambda _: 2)
     for collective in ("all_gather", "all_reduce"):
         monkeypatch.setattr(synced.dist, collective, lambda *_, **__: None)
+
+
+def of_node(node: type[torch.autograd.Function], *args: object) -> list[str]:
+    """copies() of a node's forward and backward, which nothing differentiates."""
+
+    def step() -> None:
+        ctx = Context(needs_input_grad=(True,) * len(args))
+        outputs = node.forward(ctx, *args)
+        with torch.no_grad():
+            node.backward.__wrapped__(ctx, *outputs)
+
+    return copies(step)
+
+
+@pytest.mark.usefixtures("_two_processes")
+def test_synced() -> None:
     with FakeTensorMode():
-        ys = [random(*SHAPE) for _ in range(2)]
-        vectors = [random(K) for _ in range(4)]
+        ys, vectors = [random(*SHAPE) for _ in range(2)], [random(K) for _ in range(4)]
+        assert of_node(synced._SyncedSum, None, [1e-5, 1e-3], None, *ys, *vectors) == []
 
-        def step() -> None:
-            ctx = SimpleNamespace(save_for_backward=lambda *tensors: setattr(ctx, "saved_tensors", tensors))
-            ctx.mark_non_differentiable = lambda *_: None
-            out, means, variances = synced._SyncedSum.forward(ctx, None, [1e-5, 1e-3], None, *ys, *vectors)
-            with torch.no_grad():  # as within a backward
-                synced._SyncedSum.backward.__wrapped__(ctx, out, means, variances)
 
-        assert copies(step) == []
+@pytest.mark.usefixtures("_two_processes")
+def test_synced_depthwise() -> None:
+    with FakeTensorMode():
+        b = Block(torch.float32, 3, SHAPE[1], [1e-5] * 3)
+        counts, constants = (SHAPE[0] * 14 * 13, 3, 3), (b.eps, *b.numbers, True)
+        tensors = b.x, *b.weights, *b.gammas, *b.betas
+        assert of_node(synced_depthwise._Synced, None, counts, constants, None, *tensors) == []
 
 
 @pytest.mark.parametrize("momenta", [(0.1, 0.1), (0.1, 0.2), (None, None)], ids=str)
