@@ -25,7 +25,7 @@ from .geometry import Geometry
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import append_step
 from .rep import RepBlock, as_conv
-from .spec import Problem, Step
+from .spec import Epilogue, Problem, Step
 from .submodules import Layout, Submodules, read, read_for_fold
 
 
@@ -75,6 +75,7 @@ def accelerated_class(host: type[nn.Module], adapter: Adapter) -> type[nn.Module
 
 
 def _forward(host: type[nn.Module], adapter: Adapter) -> Any:
+    ends = type(adapter).finish is Adapter.finish
     # Whether the step is of the block's own input and tensors.
     plain = type(adapter).prepare is Adapter.prepare and type(adapter).adjust is Adapter.adjust
 
@@ -85,16 +86,17 @@ def _forward(host: type[nn.Module], adapter: Adapter) -> Any:
             return host.forward(self, *args, **kwargs)
         (x,), (layout, backend) = args, self._acnet_attachment
         remembers = plain and not torch.compiler.is_compiling()
-        out = lanes.take(self, x, backend) if remembers else None
+        activation = adapter.activation(self) if ends else None  # which the step then applies
+        out = lanes.take(self, x, backend, activation or "") if remembers else None
         if out is None:
             given = Submodules.of(self, layout)
             step = read(given)
             if isinstance(step, str) or adapter.declines(layout, x) is not None:
                 return host.forward(self, x)
-            out = run(adapter.prepare(self, x), adapter.adjust(self, step), backend)
+            out = run(adapter.prepare(self, x), adapter.adjust(self, step), backend, Epilogue(activation or ""))
             if remembers:
                 lanes.learn(self, given, step, x, backend)
-        return adapter.finish(self, out, x)
+        return out if activation is not None else adapter.finish(self, out, x)
 
     return forward
 
@@ -151,6 +153,11 @@ class HostBlock:
         """Why the block must run its own forward, or None."""
         step = read(Submodules.of(self.module, self.layout))
         return step if isinstance(step, str) else None
+
+    def finishing(self) -> str | None:
+        """The activation that alone follows the sum, '' for none, None for something else."""
+        plain = type(self.adapter).finish is Adapter.finish
+        return self.adapter.activation(self.module) if plain else None
 
     def declines(self, x: Tensor) -> str | None:
         """Why the block must run its own forward on this input, or None."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, SupportsIndex
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .geometry import Geometry, IntOrPair, PaddingMode, Taps, as_int, as_pair
+from .ops.epilogue import activate
 from .rep import RepBlock
+from .steps.epilogue import check_activation
 from .submodules import Slot
 
 BRANCHES = ("square", "hor", "ver")
@@ -79,6 +81,8 @@ class ACBlock(RepBlock):
         line_size: the taps of hor and ver where they are not k: 3 for the 1×3 and 3×1 branches of the paper's 5×5
             layers (§4.1).
         eps, momentum: of every batch norm.
+        activation: what is taken of the sum, and of the residual where forward() gets one: 'relu', 'relu6',
+            'hardswish', 'silu', or None.
         backend: how training steps are computed: 'auto' or one of `planner.CHOICES`; 'memory_saver' needs the
             least memory (see `memory_saver`).
         device, dtype: of parameters and buffers.
@@ -90,6 +94,7 @@ class ACBlock(RepBlock):
     square_conv: nn.Conv2d
     square_bn: nn.BatchNorm2d
     eps: float
+    activation: str | None = None
 
     def __init__(
         self,
@@ -112,6 +117,7 @@ class ACBlock(RepBlock):
         line_size: SupportsIndex | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        activation: str | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -130,6 +136,7 @@ class ACBlock(RepBlock):
         self.branches = tuple(name for name in BRANCHES if name in branches)
         self.norm = norm
         self.eps = eps
+        self.activation = check_activation(activation) or None
         self.shift = as_pair("shift", shift, -geometry.kernel[0])
         own = norm == "branch"
         slots = [Slot(n, taps[n], (f"{n}_conv",), (f"{n}_bn",) if own else None) for n in self.branches]
@@ -157,6 +164,14 @@ class ACBlock(RepBlock):
             self.init_gamma(1.0 / 3)
         elif gamma_init is not None:
             self.init_gamma(gamma_init)
+
+    def finish(self, out: Tensor) -> Tensor:
+        """The activation, where there is one."""
+        return activate(out, self.finishing())
+
+    def finishing(self) -> str:
+        """The activation, '' for none."""
+        return self.activation or ""
 
     def init_gamma(self, value: float) -> None:
         """Sets every γ to value."""
@@ -187,4 +202,6 @@ class ACBlock(RepBlock):
         )
         if line != self.kernel_size[0]:
             parts.append(f"line_size={line}")
+        if self.activation is not None:
+            parts.append(f"activation={self.activation!r}")
         return parts

@@ -9,7 +9,19 @@ from torch import Tensor
 from ._torch_compat import is_batched, is_wrapped_by_transform
 from .backends import planner
 from .geometry import MOST_BRANCHES, Geometry
-from .spec import TENSORS, TORCH_FUNC, Branch, Norm, Problem, Step, autocast_dtype, problem_of
+from .spec import (
+    NOTHING,
+    TENSORS,
+    TORCH_FUNC,
+    Branch,
+    Epilogue,
+    Norm,
+    Problem,
+    Step,
+    autocast_dtype,
+    problem_of,
+)
+from .steps.epilogue import check_activation, check_residual, finish
 
 
 def acblock(
@@ -19,10 +31,13 @@ def acblock(
     *,
     norm: Norm | None = None,
     backend: str = "auto",
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Σ_b BN_b(W_b * x), and of that sum the batch norm where norm is given (arXiv 1908.03930 §3.2).
 
-    A branch without a batch norm adds W_b * x itself, one without a weight x.
+    A branch without a batch norm adds W_b * x itself, one without a weight x. The residual is added to the result,
+    and of that the activation is taken.
 
     Running statistics and batch counters of the norms that normalise by the batch are updated in place.
 
@@ -32,22 +47,35 @@ def acblock(
         geometry: of the kernel whose taps the branches are.
         norm: the batch norm after the sum.
         backend: 'auto' or a backend's name; one that cannot compute the step gives way, and the plan says so.
+        activation: 'relu', 'relu6', 'hardswish', 'silu', or None.
+        residual: a map of the output's shape, dtype and device.
 
     Raises:
-        TypeError: x has another dtype than a weight, and autocast does not cast both.
+        TypeError: x has another dtype than a weight, and autocast does not cast both; activation is no str, or
+            residual no tensor.
         ValueError: x is not 4-D, has other channels than the weights, or gives an empty output, or one value a
             channel to normalise by; a tensor is on another device than x; a branch lies outside the kernel, does
-            not fit the others, or is an identity where maps change their size; backend is unknown; running
-            statistics would have to change inside a torch.func transform that cannot change them.
+            not fit the others, or is an identity where maps change their size; backend or activation is unknown;
+            the residual is not like the output; running statistics would have to change inside a torch.func
+            transform that cannot change them.
     """
-    return run(x, step_of(branches, geometry, norm), backend)
+    epilogue = Epilogue(check_activation(activation), residual)
+    return run(x, step_of(branches, geometry, norm), backend, epilogue)
 
 
-def run(x: Tensor, step: Step, backend: str) -> Tensor:
+def run(x: Tensor, step: Step, backend: str, epilogue: Epilogue = NOTHING) -> Tensor:
     """acblock() on a step put together already."""
-    plan = planner.choose(describe(x, step), planner.check_choice(backend))
+    problem = describe(x, step)
+    plan = planner.choose(problem, planner.check_choice(backend))
     _check_devices(x, step)
-    return plan.backend.forward(*step.padded(x))
+    if epilogue.is_nothing():
+        return plan.backend.forward(*step.padded(x))
+    if epilogue.residual is not None:
+        shape = (problem.shape[0], problem.out_channels, *problem.output_size)
+        check_residual(epilogue.residual, shape, problem.dtype, x.device)
+    if plan.backend in planner.FINISHING:
+        return plan.backend.forward(*step.padded(x), epilogue)
+    return finish(plan.backend.forward(*step.padded(x)), epilogue)
 
 
 def plan(x: Tensor, step: Step, backend: str) -> tuple[Problem, planner.Choice]:

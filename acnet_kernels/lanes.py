@@ -20,6 +20,7 @@ from .functional import describe
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import FoldEntry, append_branches, fold_arguments_as_it_is
 from .spec import BRANCH, Problem, Step
+from .steps.epilogue import NUMBERS
 from .submodules import Submodules, is_frozen, kernel_of
 
 MOST = 16  # shapes that a block keeps a lane for
@@ -30,8 +31,10 @@ _NORM_SETTINGS = ("training", "eps", "momentum", "track_running_stats")
 _FOLD_SETTINGS = ("eps",)
 
 
-def take(block: nn.Module, x: Tensor, backend: str) -> Tensor | None:
-    """The block's step on x by a lane, None where none fits."""
+def take(
+    block: nn.Module, x: Tensor, backend: str, activation: str = "", residual: Tensor | None = None
+) -> Tensor | None:
+    """The block's step on x and what follows it (see spec.Epilogue) by a lane, None where none fits."""
     kept = block.__dict__.get(_KEPT)
     if kept is None or has_global_hooks():
         return None
@@ -40,7 +43,7 @@ def take(block: nn.Module, x: Tensor, backend: str) -> Tensor | None:
         del block.__dict__[_KEPT]
         return None
     lane = lanes.get(x.shape)
-    return None if lane is None else lane(x, block._modules)
+    return None if lane is None else lane(x, block._modules, NUMBERS[activation], residual)
 
 
 def learn(block: nn.Module, given: Submodules, step: Step, x: Tensor, backend: str) -> None:
@@ -109,7 +112,8 @@ def _lane(given: Submodules, step: Step, x: Tensor, backend: str) -> Any:
     if read is None:
         return None
     momenta = [norm.momentum for norm in step.norms] if train else []
-    return node.NODE.Lane(run, x, node.NODE.Reading(*read), momenta)
+    shape = (problem.shape[0], problem.out_channels, *problem.output_size)
+    return node.NODE.Lane(run, x, shape, problem.dtype, node.NODE.Reading(*read), momenta)
 
 
 def _number(step: Step, x: Tensor, chosen: Any) -> int | None:

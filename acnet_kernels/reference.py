@@ -1,13 +1,14 @@
 """The definition of a block of parallel branches in plain PyTorch: what every other path is tested against.
 
-out = Σ_b BN_b(W_b * x), and of that sum a batch norm where one follows it (arXiv 1908.03930 §3.2). Here each
+out = Σ_b BN_b(W_b * x), and of that sum a batch norm where one follows it (arXiv 1908.03930 §3.2); then a residual
+is added and an activation taken, where there are such. Here each
 branch's kernel is laid into an empty whole one, so the geometry follows from one convolution's rules and nothing
 else. Any float dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,14 @@ def normalise(y: Tensor, norm: Norm, used: list[tuple[Tensor, Tensor]]) -> Tenso
     return y * scale[:, None, None] + shift[:, None, None]
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda z: z.clamp(min=0),
+    "relu6": lambda z: z.clamp(0, 6),
+    "hardswish": lambda z: z * (z + 3).clamp(0, 6) / 6,
+    "silu": lambda z: z * torch.sigmoid(z),
+}
+
+
 def rep_block(
     x: Tensor,
     branches: Sequence[Branch],
@@ -68,6 +77,8 @@ def rep_block(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
     padding_mode: str = "zeros",
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """The block's output and the (mean, biased variance) each batch norm used, the branches' first.
 
@@ -76,6 +87,8 @@ def rep_block(
         branches: what is summed.
         kernel: (rows, columns) of the whole kernel.
         norm: the batch norm after the sum.
+        residual: a map like the sum, added to it.
+        activation: one of ACTIVATIONS, taken last.
     """
     used: list[tuple[Tensor, Tensor]] = []
     mode = "constant" if padding_mode == "zeros" else padding_mode
@@ -87,4 +100,6 @@ def rep_block(
         else:
             y = F.conv2d(padded, embed(weight, kernel, row, column, step), bias, stride, 0, dilation, groups)
         out = out + (y if own is None else normalise(y, own, used))
-    return (out if norm is None else normalise(out, norm, used)), used
+    out = out if norm is None else normalise(out, norm, used)
+    out = out if residual is None else out + residual
+    return (out if activation is None else ACTIVATIONS[activation](out)), used

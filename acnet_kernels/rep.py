@@ -17,9 +17,11 @@ from . import lanes
 from .backends import planner
 from .functional import plan, run
 from .geometry import Geometry, IntOrPair, PaddingMode, Pair, Taps, as_int
+from .ops.epilogue import activate
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import FoldEntry, append_branches, append_step, fold
-from .spec import Problem, Step, prefers_channels_last
+from .spec import Epilogue, Problem, Step, autocast_dtype, prefers_channels_last
+from .steps.epilogue import check_activation, check_residual, finish
 from .submodules import (
     CONV_BN,
     Layout,
@@ -135,37 +137,77 @@ class RepBlock(nn.Module):
         return Submodules.of(self, self._layout)
 
     def finish(self, out: Tensor) -> Tensor:
-        """What the block does with the sum of its branches: nothing, unless a subclass says otherwise."""
+        """What the block does with the sum of its branches and the residual: nothing, unless a subclass says."""
         return out
+
+    def finishing(self) -> str | None:
+        """The activation that `finish` is now, '' for nothing, None for something else."""
+        return "" if type(self).finish is RepBlock.finish else None
 
     @property
     def is_a_convolution(self) -> bool:
         """Whether nothing comes after the sum, so that a deployed block is its folded convolution alone."""
-        return type(self).finish is RepBlock.finish
+        return self.finishing() == ""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """N×C×H×W → N×K×H'×W', as nn.Conv2d."""
-        return self.finish(self._sum(input))
+    def forward(self, input: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """N×C×H×W → N×K×H'×W', as nn.Conv2d: the sum of the branches and the residual, then the activation.
 
-    def _sum(self, x: Tensor) -> Tensor:
-        if self.deploy:
-            return self.fused(x)
+        Args:
+            input: N×C×H×W.
+            residual: a map of the output's shape, dtype and device, added before the activation.
+            activation: taken of a block that has none itself: 'relu', 'relu6', 'hardswish' or 'silu'.
+
+        Raises:
+            ValueError, TypeError: the residual is another map than that, or the block does more after its sum than
+                an activation, so that there is no one place to add it; the activation is unknown, or the block has
+                one.
+        """
+        own = self.finishing()
+        if activation is not None:
+            if own != "":
+                raise ValueError(f"activation must be None for a block that has one itself, got {activation!r}")
+            own = check_activation(activation)
         # Tracers record the submodules' calls: right in both modes, and PyTorch's operators alone.
-        if isinstance(x, fx.Proxy) or torch.jit.is_tracing():
-            return self._forward_modules(x)
+        if self.deploy or isinstance(input, fx.Proxy) or torch.jit.is_tracing():
+            return self._through_modules(input, residual, own, activation is None)
         compiling = torch.compiler.is_compiling()
-        if not compiling:
-            out = lanes.take(self, x, self.backend)
+        if not compiling and (own is not None or residual is None):
+            out = lanes.take(self, input, self.backend, own or "", residual)
             if out is not None:
-                return out
+                return out if own is not None else self.finish(out)
+        return self._step(input, residual, own, compiling)
+
+    def _through_modules(self, x: Tensor, residual: Tensor | None, activation: str | None, is_own: bool) -> Tensor:
+        self._check_residual(x, residual, activation)
+        out = self.fused(x) if self.deploy else self._forward_modules(x)
+        out = out if residual is None else out + residual
+        return self.finish(out) if is_own else activate(out, activation or "")
+
+    def _step(self, x: Tensor, residual: Tensor | None, activation: str | None, compiling: bool) -> Tensor:
         given = self.submodules()
         step = read(given)
+        epilogue = Epilogue(activation or "", residual)
+        if isinstance(step, str) or activation is None:
+            self._check_residual(x, residual, activation)
         if isinstance(step, str):
-            return self._forward_modules(x)
-        out = run(x, step, self.backend)
-        if not compiling:
-            lanes.learn(self, given, step, x, self.backend)
-        return out
+            out = finish(self._forward_modules(x), epilogue)
+        else:
+            out = run(x, step, self.backend, epilogue)
+            if not compiling:
+                lanes.learn(self, given, step, x, self.backend)
+        return self.finish(out) if activation is None else out
+
+    def _check_residual(self, x: Tensor, residual: Tensor | None, activation: str | None) -> None:
+        if residual is None:
+            return
+        if activation is None:
+            raise ValueError(
+                f"residual: this {type(self).__name__} does more after its sum than an activation that is known "
+                "(squeeze-and-excitation, another module, one with hooks); add the residual to its output"
+            )
+        if not (isinstance(x, fx.Proxy) or isinstance(residual, fx.Proxy)):
+            shape = (x.shape[0], self.out_channels, *self.geometry.output_size(x.shape[2], x.shape[3]))
+            check_residual(residual, shape, autocast_dtype(x.dtype, x.device.type), x.device)
 
     def __getstate__(self) -> dict[str, Any]:
         return lanes.forget(self.__dict__)

@@ -7,6 +7,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from .activations import activation_after
 from .geometry import Geometry, IntOrPair, PaddingMode
 from .rep import RepBlock, conv_bn, usual_slots
 from .squeeze_excite import SqueezeExcite
@@ -67,3 +68,7 @@ class RepVGGBlock(RepBlock):
     def finish(self, out: Tensor) -> Tensor:
         """ReLU, after squeeze-and-excitation where there is one."""
         return self.nonlinearity(self.se(out))
+
+    def finishing(self) -> str | None:
+        """The activation, where it is a known one and comes alone."""
+        return activation_after(self._modules.get("se"), self._modules.get("nonlinearity"))

@@ -49,6 +49,22 @@ class Branch(NamedTuple):
     name: str = ""  # for messages
 
 
+class Epilogue(NamedTuple):
+    """What follows the sum of a step: `residual`, a map like the sum, is added, then the activation is applied.
+
+    `activation` is a name in ops/epilogue.py's ACTIVATIONS, '' for none.
+    """
+
+    activation: str = ""
+    residual: Tensor | None = None
+
+    # No property: Dynamo of torch 2.10 knows none of a named tuple's.
+    def is_nothing(self) -> bool:
+        """Whether the sum is the output."""
+        return not self.activation and self.residual is None
+
+
+NOTHING = Epilogue()
 TENSORS = (*Branch._fields[1:3], *Norm._fields[:5])
 
 

@@ -1,5 +1,5 @@
-// The operators bn_sum_statistics, bn_sum_forward, bn_sum_backward and bn_sum_backward_ on the CPU: checks, chunks, threads and merging.
-// Their meaning is documented once, in acnet_kernels/ops/bn_sum.py. The passes are in bn_sum_kernels.h.
+// The operators bn_sum_* on the CPU: checks, chunks, threads and merging. Their meaning is documented once, in
+// acnet_kernels/ops/bn_sum.py and epilogue.py. The passes are in bn_sum_kernels.h.
 #include "bn_sum.h"
 
 #include <torch/csrc/stable/library.h>
@@ -267,48 +267,97 @@ std::tuple<Tensor, Tensor, Tensor> statistics(Tensors ys, std::vector<double> ep
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
-                                                   std::optional<ScalarType> dtype) {
-  constexpr Check check("bn_sum_forward");
+namespace {
+
+// What a map is normalised by, widened: Σ_b scale_b (y_b − center_b) + shift.
+template <class A>
+struct Affine {
+  std::vector<A> center, scale, shift;
+
+  // The passes subtract the mean rounded to A; what that leaves of a mean far larger than the deviation is made up for
+  // in the shift, here, and in the offset, in the gradient.
+  Affine(const MapLayout& layout, const std::vector<View>& gammas, const std::vector<View>& betas, const double* mean,
+         const double* rstd)
+      : center(mean, mean + layout.maps * layout.channels), scale(center.size()) {
+    const int64_t channels = layout.channels;
+    std::vector<double> sum(channels);
+    for (int b = 0; b < layout.maps; ++b) {
+      const std::vector<A> gamma = channel_values<A>(gammas, b, channels, 1);
+      const std::vector<A> beta = channel_values<A>(betas, b, channels, 0);
+      for (int64_t k = 0; k < channels; ++k) {
+        const int64_t c = b * channels + k;
+        scale[c] = static_cast<A>(gamma[k] * rstd[c]);
+        sum[k] += beta[k] - scale[c] * (mean[c] - center[c]);
+      }
+    }
+    center = widen(layout, center);
+    scale = widen(layout, scale);
+    shift = widen(layout, std::vector<A>(sum.begin(), sum.end()));
+  }
+};
+
+// A map like out or grad, of type O.
+void check_outer_map(const Check& check, const View& map, const char* name, const View& y, ScalarType type,
+                     const MapLayout& layout) {
+  check.readable(map, name);
+  check(map.has_shape({y.sizes[0], y.sizes[1], y.sizes[2], y.sizes[3]}) && map.dense(layout.channels_last), name,
+        " must agree with ys in shape and layout, got ", map.shape(), ", ys have ", y.shape());
+  check(map.type() == type, name, " must have the dtype of out, got ", map.dtype->name);
+}
+
+Activation activation_of(const Check& check, int64_t number) {
+  check(number >= 0 && number <= static_cast<int64_t>(Activation::silu), "activation must be a number from 0 to ",
+        static_cast<int64_t>(Activation::silu), ", got ", number);
+  return static_cast<Activation>(number);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with(const Check& check, const Tensors& ys, const Tensors& gammas,
+                                                        const Tensors& betas, const std::vector<double>& eps,
+                                                        std::optional<ScalarType> dtype,
+                                                        const std::optional<Tensor>& residual, Activation activation) {
   const std::vector<View> maps = maps_of(check, ys);
   const MapLayout layout = layout_of(check, maps);
   const std::vector<View> scales = affine_of(check, "gammas", gammas, layout), shifts = affine_of(check, "betas", betas, layout);
   check_eps(check, eps, maps);
-  const ScalarType type = maps[0].type();
-  check_outer(check, maps[0], dtype.value_or(type));
-  return dispatch(type, dtype.value_or(type), [&](auto element, auto outer, auto accumulator) {
+  const ScalarType type = maps[0].type(), outer_type = dtype.value_or(type);
+  check_outer(check, maps[0], outer_type);
+  const void* added = nullptr;
+  if (residual) {
+    const View map(*residual);
+    check_outer_map(check, map, "residual", maps[0], outer_type, layout);
+    added = map.data;
+  }
+  return dispatch(type, outer_type, [&](auto element, auto outer, auto accumulator) {
     using E = decltype(element);
     using A = decltype(accumulator);
     const Passes<A>& pass = passes<E, decltype(outer), A>();
-    Tensor out = empty_map(ys[0], dtype.value_or(type));
+    Tensor out = empty_map(ys[0], outer_type);
     const Statistics found = statistics_of<E>(pass, ys, maps, layout, eps);
-    const int64_t channels = layout.channels;
-    // The passes subtract the mean rounded to A; what that leaves of a mean far larger than the deviation is made up
-    // for in the shift, here, and in the offset, in the gradient.
-    std::vector<A> center(found.mean.begin(), found.mean.end()), scale(center.size());
-    std::vector<double> sum(channels);
-    for (size_t b = 0; b < maps.size(); ++b) {
-      const std::vector<A> gamma = channel_values<A>(scales, b, channels, 1);
-      const std::vector<A> beta = channel_values<A>(shifts, b, channels, 0);
-      for (int64_t k = 0; k < channels; ++k) {
-        const int64_t c = b * channels + k;
-        scale[c] = static_cast<A>(gamma[k] * found.rstd[c]);
-        sum[k] += beta[k] - scale[c] * (found.mean[c] - center[c]);
-      }
-    }
-    std::vector<A> shift(sum.begin(), sum.end());
-    Tensor means = make_tensor(ys[0], {layout.maps, channels}, found.mean);
-    Tensor variances = make_tensor(ys[0], {layout.maps, channels}, found.variance);
-    Tensor rstds = make_tensor(ys[0], {layout.maps, channels}, found.rstd);
-    center = widen(layout, center);
-    scale = widen(layout, scale);
-    shift = widen(layout, shift);
+    const Affine<A> affine(layout, scales, shifts, found.mean.data(), found.rstd.data());
+    Tensor means = make_tensor(ys[0], {layout.maps, layout.channels}, found.mean);
+    Tensor variances = make_tensor(ys[0], {layout.maps, layout.channels}, found.variance);
+    Tensor rstds = make_tensor(ys[0], {layout.maps, layout.channels}, found.rstd);
     const std::vector<const void*> y = pointers(maps);
     run(layout, [&](int64_t begin, int64_t end) {
-      pass.apply(layout, y.data(), center.data(), scale.data(), shift.data(), out.mutable_data_ptr(), begin, end);
+      pass.apply(layout, y.data(), affine.center.data(), affine.scale.data(), affine.shift.data(), added, activation,
+                 out.mutable_data_ptr(), begin, end);
     });
     return std::make_tuple(out, means, variances, rstds);
   });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
+                                                   std::optional<ScalarType> dtype) {
+  return forward_with(Check("bn_sum_forward"), ys, gammas, betas, eps, dtype, std::nullopt, Activation::none);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> epilogue_forward(Tensors ys, Tensors gammas, Tensors betas,
+                                                            std::vector<double> eps, std::optional<ScalarType> dtype,
+                                                            std::optional<Tensor> residual, int64_t activation) {
+  constexpr Check check("bn_sum_epilogue_forward");
+  return forward_with(check, ys, gammas, betas, eps, dtype, residual, activation_of(check, activation));
 }
 
 namespace {
@@ -324,9 +373,7 @@ struct Gradient {
       : maps(maps_of(check, ys)), layout(layout_of(check, maps)), grad(out_grad), means(mean), rstds(rstd) {
     const View& y = maps[0];
     check(needs_dy.size() == ys.size(), "needs_dy must have one entry per map, ", ys.size(), " here, got ", needs_dy.size());
-    check.readable(grad, "grad");
-    check(grad.has_shape({y.sizes[0], y.sizes[1], y.sizes[2], y.sizes[3]}) && grad.dense(layout.channels_last),
-          "grad must agree with ys in shape and layout, got ", grad.shape(), ", ys have ", y.shape());
+    check_outer_map(check, grad, "grad", y, grad.type(), layout);
     check_outer(check, y, grad.type());
     scales = affine_of(check, "gammas", gammas, layout);
     for (const auto& [v, name] : {std::pair<const View&, const char*>{means, "means"}, {rstds, "rstds"}}) {
@@ -338,8 +385,17 @@ struct Gradient {
   }
 };
 
+// What comes after the sum, checked: what Slope keeps of it, and where the residual's gradient goes, or null.
+struct After {
+  Activation activation = Activation::none;
+  std::vector<View> betas;
+  const void* kept = nullptr;
+  void* grad = nullptr;
+};
+
 // dγ (maps×K) and dβ (K); dy_b into dys[b] wherever that is not null.
-std::tuple<Tensor, Tensor> backward_into(const Gradient& from, const Tensor& grad, const std::vector<void*>& dys) {
+std::tuple<Tensor, Tensor> backward_into(const Gradient& from, const Tensor& grad, const std::vector<void*>& dys,
+                                         const After& after = {}) {
   const MapLayout& layout = from.layout;
   return dispatch(from.maps[0].type(), from.grad.type(), [&](auto element, auto outer, auto accumulator) {
     using A = decltype(accumulator);
@@ -349,9 +405,16 @@ std::tuple<Tensor, Tensor> backward_into(const Gradient& from, const Tensor& gra
     const double* mean = static_cast<const double*>(from.means.data);
     const double* rstd = static_cast<const double*>(from.rstds.data);
     const std::vector<A> rounded(mean, mean + layout.maps * channels), center = widen(layout, rounded);
+    Slope<A> slope{after.activation, after.kept, nullptr, nullptr, after.grad};
+    std::optional<Affine<A>> affine;
+    if (after.activation != Activation::none && !is_clamp(after.activation)) {
+      affine.emplace(layout, from.scales, after.betas, mean, rstd);
+      slope.scale = affine->scale.data();
+      slope.shift = affine->shift.data();
+    }
     std::vector<A> chunk_sums(layout.chunks * per_chunk);
     run(layout, [&](int64_t begin, int64_t end) {
-      pass.reduce(layout, from.grad.data, y.data(), center.data(), chunk_sums.data(), begin, end);
+      pass.reduce(layout, from.grad.data, y.data(), center.data(), slope, chunk_sums.data(), begin, end);
     });
     std::vector<double> sums(per_chunk);
     for (int64_t i = 0; i < layout.chunks; ++i)
@@ -377,9 +440,14 @@ std::tuple<Tensor, Tensor> backward_into(const Gradient& from, const Tensor& gra
       scale = widen(layout, scale);
       y_factor = widen(layout, y_factor);
       offset = widen(layout, offset);
+      const void* g = from.grad.data;
+      if (after.grad != nullptr) {  // the residual's gradient is what this needs
+        g = after.grad;
+        slope = {};
+      }
       run(layout, [&](int64_t begin, int64_t end) {
-        pass.gradient(layout, from.grad.data, y.data(), center.data(), scale.data(), y_factor.data(),
-                      offset.data(), dys.data(), begin, end);
+        pass.gradient(layout, g, y.data(), center.data(), slope, scale.data(), y_factor.data(), offset.data(), dys.data(),
+                      begin, end);
       });
     }
     return std::make_tuple(dgammas, dbetas);
@@ -402,22 +470,23 @@ std::tuple<Tensors, Tensor, Tensor> backward(Tensor grad, Tensors ys, Tensor mea
   return {std::move(dys), std::move(dgammas), std::move(dbeta)};
 }
 
-std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tensor rstds, Tensors gammas,
-                                     std::vector<bool> needs_dy, Tensors dys) {
-  constexpr Check check("bn_sum_backward_");
-  const Gradient from(check, grad, ys, means, rstds, gammas, needs_dy);
+namespace {
+
+// Where dy_b of every map goes, or null, checked: over y_b itself, or apart from everything that is read.
+std::vector<void*> targets_of(const Check& check, const Gradient& from, const Tensors& gammas,
+                              const std::vector<bool>& needs_dy, const Tensors& dys) {
   const auto wanted = static_cast<size_t>(std::count(needs_dy.begin(), needs_dy.end(), true));
   check(dys.size() == wanted, "dys must have one entry per true entry of needs_dy, ", wanted, " here, got ", dys.size());
   const std::vector<View> written(dys.begin(), dys.end());
-  std::vector<void*> targets(ys.size(), nullptr);
-  for (size_t b = 0, i = 0; b < ys.size(); ++b) {
+  std::vector<void*> targets(needs_dy.size(), nullptr);
+  for (size_t b = 0, i = 0; b < needs_dy.size(); ++b) {
     if (!needs_dy[b]) continue;
     const Entry name{"dys", i};
     const View& dy = written[i];
     check.readable(dy, name);
     check_like(check, dy, name, from.maps[0]);
     check(dy.dense(from.layout.channels_last), name, " must have the layout of ys");
-    for (size_t other = 0; other < ys.size(); ++other)
+    for (size_t other = 0; other < from.maps.size(); ++other)
       if (other != b || dy.data != from.maps[b].data) check.apart(dy, name, from.maps[other], Entry{"ys", other});
     for (size_t other = 0; other < i; ++other) check.apart(dy, name, written[other], Entry{"dys", other});
     check.apart(dy, name, from.grad, "grad");
@@ -427,7 +496,51 @@ std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tens
       check.apart(dy, name, from.scales[other], Entry{"gammas", other});
     targets[b] = dys[i++].mutable_data_ptr();
   }
-  return backward_into(from, grad, targets);
+  return targets;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tensor rstds, Tensors gammas,
+                                     std::vector<bool> needs_dy, Tensors dys) {
+  constexpr Check check("bn_sum_backward_");
+  const Gradient from(check, grad, ys, means, rstds, gammas, needs_dy);
+  return backward_into(from, grad, targets_of(check, from, gammas, needs_dy, dys));
+}
+
+std::tuple<Tensor, Tensor> epilogue_backward_(Tensor grad, Tensors ys, Tensor means, Tensor rstds, Tensors gammas,
+                                              Tensors betas, std::vector<bool> needs_dy, std::optional<Tensor> kept,
+                                              int64_t activation, Tensors dys, std::optional<Tensor> dresidual) {
+  constexpr Check check("bn_sum_epilogue_backward_");
+  const Gradient from(check, grad, ys, means, rstds, gammas, needs_dy);
+  After after{activation_of(check, activation), affine_of(check, "betas", betas, from.layout)};
+  check(after.activation != Activation::none, "activation must be one: without, the residual's gradient is grad");
+  check(kept.has_value() || !is_clamp(after.activation), "kept must be out, which tells where a clamp is flat, got None");
+  const std::vector<void*> targets = targets_of(check, from, gammas, needs_dy, dys);
+  std::vector<std::pair<View, const char*>> others;
+  if (kept) {
+    others.emplace_back(View(*kept), "kept");
+    check_outer_map(check, others[0].first, "kept", from.maps[0], from.grad.type(), from.layout);
+    after.kept = others[0].first.data;
+  }
+  for (size_t i = 0; i < dys.size(); ++i) {
+    const View dy(dys[i]);
+    for (const auto& [other, name] : others) check.apart(dy, Entry{"dys", i}, other, name);
+    for (size_t b = 0; b < betas.size(); ++b) check.apart(dy, Entry{"dys", i}, after.betas[b], Entry{"betas", b});
+  }
+  if (dresidual) {
+    const View dr(*dresidual);
+    check_outer_map(check, dr, "dresidual", from.maps[0], from.grad.type(), from.layout);
+    for (const auto& [v, name] : {std::pair<const View&, const char*>{from.grad, "grad"}, {from.means, "means"}, {from.rstds, "rstds"}})
+      others.emplace_back(v, name);
+    for (const auto& [other, name] : others) check.apart(dr, "dresidual", other, name);
+    for (size_t b = 0; b < from.maps.size(); ++b) check.apart(dr, "dresidual", from.maps[b], Entry{"ys", b});
+    for (size_t i = 0; i < dys.size(); ++i) check.apart(dr, "dresidual", View(dys[i]), Entry{"dys", i});
+    for (size_t b = 0; b < gammas.size(); ++b) check.apart(dr, "dresidual", from.scales[b], Entry{"gammas", b});
+    for (size_t b = 0; b < betas.size(); ++b) check.apart(dr, "dresidual", after.betas[b], Entry{"betas", b});
+    after.grad = dresidual->mutable_data_ptr();
+  }
+  return backward_into(from, grad, targets, after);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
@@ -440,6 +553,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
   m.def(
       "bn_sum_backward_(Tensor grad, Tensor[] ys, Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy,"
       " Tensor(a!)[] dys) -> (Tensor, Tensor)");
+  m.def("bn_sum_epilogue_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype,"
+      " Tensor? residual, int activation) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_sum_epilogue_backward_(Tensor grad, Tensor[] ys, Tensor means, Tensor rstds, Tensor[] gammas, Tensor[] betas,"
+      " bool[] needs_dy, Tensor? kept, int activation, Tensor(a!)[] dys, Tensor(b!)? dresidual) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(acnet_kernels, CPU, m) {
@@ -447,13 +565,15 @@ STABLE_TORCH_LIBRARY_IMPL(acnet_kernels, CPU, m) {
   m.impl("bn_sum_forward", TORCH_BOX(&forward));
   m.impl("bn_sum_backward", TORCH_BOX(&backward));
   m.impl("bn_sum_backward_", TORCH_BOX(&backward_));
+  m.impl("bn_sum_epilogue_forward", TORCH_BOX(&epilogue_forward));
+  m.impl("bn_sum_epilogue_backward_", TORCH_BOX(&epilogue_backward_));
 }
 
 }  // namespace acnet::bn_sum
 
 extern "C" const acnet::Functions* acnet::acnet_functions() {
   static constexpr Functions functions{&bn_sum::forward, &bn_sum::backward, &bn_sum::backward_,
-                                       &running::update_running_, &fuse_blocks, &moments::step, &moments::step_backward,
+                                       &bn_sum::epilogue_forward, &bn_sum::epilogue_backward_, &running::update_running_, &fuse_blocks, &moments::step, &moments::step_backward,
                                        &depthwise::step, &depthwise::step_backward};
   return &functions;
 }

@@ -37,6 +37,20 @@ struct MapLayout {
   int64_t end(int64_t i, int64_t limit) const { return i == chunks - 1 ? limit : (i + 1) * chunk; }
 };
 
+// What follows the sum, after the residual; ops/epilogue.py has the same numbers.
+enum class Activation : int64_t { none, relu, relu6, hardswish, silu };
+constexpr bool is_clamp(Activation a) { return a == Activation::relu || a == Activation::relu6; }
+
+// What the gradient of the sum takes from the activation after it, g·act'(z). A clamp's slope is told by its output; of
+// the others z is computed again, Σ_b scale_b (y_b − center_b) + shift, and the residual added.
+template <class A>
+struct Slope {
+  Activation activation = Activation::none;
+  const void* kept = nullptr;  // a clamp's output; of others the residual, or null
+  const A *scale = nullptr, *shift = nullptr;
+  void* grad = nullptr;  // where reduce() leaves g·act'(z), if anywhere: the residual's gradient
+};
+
 // The passes over tasks [begin, end). T is the type of y and dy; O, of out and grad, is T or a half type for float maps;
 // A, of everything else, is double for double and float otherwise. Coefficients are [maps][width()], partial results
 // [chunks][…][channels].
@@ -46,15 +60,16 @@ struct Passes {
   // channel: what is left is of the size of the deviation, however large the mean, and A has digits enough for it.
   void (*statistics)(const MapLayout&, const void* const* y, const A* pivot, double* mean, double* m2, int64_t begin,
                      int64_t end);
-  // out = Σ_b scale_b (y_b − center_b) + shift: exactly y_b where center_b is 0 and scale_b 1.
-  void (*apply)(const MapLayout&, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
-                int64_t begin, int64_t end);
-  // Σ g (y_b − center_b) for each map, then Σ g: [chunks][maps + 1][channels].
-  void (*reduce)(const MapLayout&, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
-                 int64_t end);
+  // out = act(Σ_b scale_b (y_b − center_b) + shift + residual): exactly y_b where center_b is 0, scale_b 1, and neither
+  // of the others there. The residual is of type O, or null.
+  void (*apply)(const MapLayout&, const void* const* y, const A* center, const A* scale, const A* shift,
+                const void* residual, Activation activation, void* out, int64_t begin, int64_t end);
+  // Σ g (y_b − center_b) for each map, then Σ g: [chunks][maps + 1][channels]. g is grad times the slope.
+  void (*reduce)(const MapLayout&, const void* grad, const void* const* y, const A* center, const Slope<A>& slope, A* sums,
+                 int64_t begin, int64_t end);
   // dy_b = scale_b g + y_factor_b (y_b − center_b) + offset_b, for the maps whose dy is not null; dy may be y.
-  void (*gradient)(const MapLayout&, const void* grad, const void* const* y, const A* center, const A* scale,
-                   const A* y_factor, const A* offset, void* const* dy, int64_t begin, int64_t end);
+  void (*gradient)(const MapLayout&, const void* grad, const void* const* y, const A* center, const Slope<A>& slope,
+                   const A* scale, const A* y_factor, const A* offset, void* const* dy, int64_t begin, int64_t end);
 };
 
 // The passes with one instruction set.

@@ -103,6 +103,87 @@ inline A lane_sum(Vec<A> v) {
   return total;
 }
 
+// ---- activations ----
+
+template <class A>
+struct Exp;
+template <>
+struct Exp<float> {
+  typedef int32_t Int __attribute__((vector_size(ACNET_BYTES)));
+  static constexpr float most = 87, magic = 0x1.8p23f, high = 0x1.62e4p-1f, low = 0x1.7f7d1cp-20f;
+  static constexpr int terms = 8, digits = 23, bias = 127;
+};
+template <>
+struct Exp<double> {
+  typedef int64_t Int __attribute__((vector_size(ACNET_BYTES)));
+  static constexpr double most = 708, magic = 0x1.8p52, high = 0x1.62e42fefa38p-1, low = 0x1.ef35793c7673p-45;
+  static constexpr int terms = 14, digits = 52, bias = 1023;
+};
+
+// e^x to a unit or two of the last place, x cut to ±most: 2^n times the series of what is left of x, |r| ≤ ln 2 / 2.
+template <class A>
+inline Vec<A> exponential(Vec<A> x) {
+  using E = Exp<A>;
+  using Int = typename E::Int;
+  x = x > E::most ? Vec<A>{} + E::most : x;
+  x = x < -E::most ? Vec<A>{} - E::most : x;
+  const Vec<A> shifted = x * A(1.44269504088896340736) + E::magic, n = shifted - E::magic;  // rounded to a whole number
+  const Vec<A> r = x - n * E::high - n * E::low;
+  Vec<A> series = Vec<A>{} + 1;
+  for (int i = E::terms; i > 0; --i) series = series * r / A(i) + 1;
+  const Int power = ((Int)shifted - (Int)(Vec<A>{} + E::magic) + E::bias) << E::digits;
+  return series * (Vec<A>)power;
+}
+
+template <class A>
+inline Vec<A> sigmoid(Vec<A> z) {
+  const Vec<A> found = 1 / (1 + exponential<A>(-z));
+  return z < -Exp<A>::most ? Vec<A>{} : found;
+}
+
+template <class A>
+inline Vec<A> clamp(Vec<A> z, A most) {  // NaN stays
+  z = z < 0 ? Vec<A>{} : z;
+  return z > most ? Vec<A>{} + most : z;
+}
+
+// hardswish or silu of z, and their derivatives. Calls: inlined into every pass they would be most of the library.
+template <class A>
+__attribute__((noinline)) Vec<A> smooth(Vec<A> z, Activation activation) {
+  return activation == Activation::silu ? z * sigmoid<A>(z) : z * clamp<A>(z + 3, 6) / 6;
+}
+template <class A>
+__attribute__((noinline)) Vec<A> smooth_slope(Vec<A> z, Activation activation) {
+  if (activation == Activation::silu) {
+    const Vec<A> s = sigmoid<A>(z);
+    return s * (1 + z * (1 - s));
+  }
+  const Vec<A> between = z / 3 + A(0.5), right = z > 3 ? Vec<A>{} + 1 : between;
+  return z < -3 ? Vec<A>{} : right;
+}
+
+template <class A>
+inline A most_of(Activation activation) {
+  return activation == Activation::relu6 ? A(6) : A(__builtin_inf());
+}
+
+template <class A>
+inline __attribute__((always_inline)) Vec<A> activated(Vec<A> z, Activation activation) {
+  return is_clamp(activation) ? clamp<A>(z, most_of<A>(activation)) : smooth<A>(z, activation);
+}
+
+// g·act'(z): `kept` reads what Slope keeps, `again` computes z but for the residual.
+template <class A, class Kept, class Again>
+inline __attribute__((always_inline)) Vec<A> sloped(Vec<A> g, const Slope<A>& slope, const Kept& kept, const Again& again) {
+  if (!is_clamp(slope.activation)) {
+    Vec<A> z = again();
+    if (slope.kept != nullptr) z += kept();
+    return g * smooth_slope<A>(z, slope.activation);
+  }
+  const Vec<A> out = kept();
+  return (out <= 0) | (out >= most_of<A>(slope.activation)) ? Vec<A>{} : g;
+}
+
 // Chan's rule: (mean, m2) of `count` elements merged with those of `more` elements. In double, as means are kept
 // wherever they leave their piece: rounding a mean to float costs more digits than summing a piece in float does.
 inline void merge(double& mean, double& m2, int64_t count, double mean_more, double m2_more, int64_t more) {
@@ -264,8 +345,8 @@ inline __attribute__((always_inline)) void for_rows(const MapLayout& layout, int
 }
 
 template <class T, class O, class A>
-void apply_rows(const MapLayout& layout, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
-                int64_t begin, int64_t end) {
+void apply_rows(const MapLayout& layout, const void* const* y, const A* center, const A* scale, const A* shift,
+                const void* residual, Activation activation, void* out, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<A>::lanes;
   const int64_t width = layout.width();
   for_rows(layout, begin, end, [&](int64_t at, int64_t columns) __attribute__((always_inline)) {
@@ -278,14 +359,34 @@ void apply_rows(const MapLayout& layout, const void* const* y, const A* center, 
         const A *s = scale + b * width + c, *m = center + b * width + c;
         for (int v = 0; v < V; ++v) sum[v] += get(s + v * lanes) * (get(map + v * lanes) - get(m + v * lanes));
       }
+      if (residual != nullptr)
+        for (int v = 0; v < V; ++v) sum[v] += get(static_cast<const O*>(residual) + at + c + v * lanes);
+      if (activation != Activation::none)
+        for (int v = 0; v < V; ++v) sum[v] = activated<A>(sum[v], activation);
       for (int v = 0; v < V; ++v) put(static_cast<O*>(out) + at + c + v * lanes, sum[v]);
     });
   });
 }
 
+// g·act'(z) of the vector at column c of the row at `at`.
+template <class T, class O, class A, class Get>
+inline __attribute__((always_inline)) Vec<A> sloped_row(Vec<A> g, const MapLayout& layout, const void* const* y,
+                                                        const A* center, const Slope<A>& slope, int64_t at, int64_t c,
+                                                        const Get& get) {
+  return sloped<A>(
+      g, slope, [&]() __attribute__((always_inline)) { return get(static_cast<const O*>(slope.kept) + at + c); },
+      [&]() __attribute__((always_inline)) {
+        const int64_t width = layout.width();
+        Vec<A> z = get(slope.shift + c);
+        for (int b = 0; b < layout.maps; ++b)
+          z += get(slope.scale + b * width + c) * (get(static_cast<const T*>(y[b]) + at + c) - get(center + b * width + c));
+        return z;
+      });
+}
+
 template <class T, class O, class A>
-void reduce_rows(const MapLayout& layout, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
-                 int64_t end) {
+void reduce_rows(const MapLayout& layout, const void* grad, const void* const* y, const A* center, const Slope<A>& slope,
+                 A* sums, int64_t begin, int64_t end) {
   const int64_t width = layout.width(), channels = layout.channels, size = (layout.maps + 1) * width;
   const O* g = static_cast<const O*>(grad);
   const Scratch<A> scratch(2 * size);
@@ -294,10 +395,13 @@ void reduce_rows(const MapLayout& layout, const void* grad, const void* const* y
     constexpr int U = decltype(unroll)::value;
     for_vectors<A, 1>(columns, [&](int64_t c, auto, auto get, auto put) __attribute__((always_inline)) {
       Vec<A> v[U], total = get(piece + layout.maps * width + c);
-      for (int u = 0; u < U; ++u) {
-        v[u] = get(g + at + u * width + c);
-        total += v[u];
-      }
+      for (int u = 0; u < U; ++u) v[u] = get(g + at + u * width + c);
+      if (slope.activation != Activation::none)
+        for (int u = 0; u < U; ++u) {
+          v[u] = sloped_row<T, O, A>(v[u], layout, y, center, slope, at + u * width, c, get);
+          if (slope.grad != nullptr) put(static_cast<O*>(slope.grad) + at + u * width + c, v[u]);
+        }
+      for (int u = 0; u < U; ++u) total += v[u];
       put(piece + layout.maps * width + c, total);
       for (int b = 0; b < layout.maps; ++b) {
         const T* map = static_cast<const T*>(y[b]) + at + c;
@@ -334,8 +438,8 @@ void reduce_rows(const MapLayout& layout, const void* grad, const void* const* y
 }
 
 template <class T, class O, class A>
-void gradient_rows(const MapLayout& layout, const void* grad, const void* const* y, const A* center, const A* scale,
-                   const A* y_factor, const A* offset, void* const* dy, int64_t begin, int64_t end) {
+void gradient_rows(const MapLayout& layout, const void* grad, const void* const* y, const A* center, const Slope<A>& slope,
+                   const A* scale, const A* y_factor, const A* offset, void* const* dy, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<A>::lanes;
   const int64_t width = layout.width();
   const O* g = static_cast<const O*>(grad);
@@ -344,6 +448,9 @@ void gradient_rows(const MapLayout& layout, const void* grad, const void* const*
       constexpr int V = decltype(group)::value;
       Vec<A> value[V], found[V];
       for (int v = 0; v < V; ++v) value[v] = get(g + at + c + v * lanes);
+      if (slope.activation != Activation::none)
+        for (int v = 0; v < V; ++v)
+          value[v] = sloped_row<T, O, A>(value[v], layout, y, center, slope, at, c + v * lanes, get);
       for (int b = 0; b < layout.maps; ++b) {
         if (dy[b] == nullptr) continue;
         const T* map = static_cast<const T*>(y[b]) + at + c;
@@ -421,8 +528,8 @@ void statistics_planes(const MapLayout& layout, const void* const* y, const A* p
 }
 
 template <class T, class O, class A>
-void apply_planes(const MapLayout& layout, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
-                  int64_t begin, int64_t end) {
+void apply_planes(const MapLayout& layout, const void* const* y, const A* center, const A* scale, const A* shift,
+                  const void* residual, Activation activation, void* out, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<A>::lanes;
   for (int64_t t = end - 1; t >= begin; --t) {
     const int64_t k = t % layout.channels;
@@ -436,15 +543,36 @@ void apply_planes(const MapLayout& layout, const void* const* y, const A* center
           const A s = scale[b * layout.channels + k], m = center[b * layout.channels + k];
           for (int v = 0; v < V; ++v) sum[v] += s * (get(map + v * lanes) - m);
         }
+        if (residual != nullptr)
+          for (int v = 0; v < V; ++v) sum[v] += get(static_cast<const O*>(residual) + at + c + v * lanes);
+        if (activation != Activation::none)
+          for (int v = 0; v < V; ++v) sum[v] = activated<A>(sum[v], activation);
         for (int v = 0; v < V; ++v) put(static_cast<O*>(out) + at + c + v * lanes, sum[v]);
       });
     });
   }
 }
 
+// g·act'(z) of the vector at `at`, of channel k.
+template <class T, class O, class A, class Get>
+inline __attribute__((always_inline)) Vec<A> sloped_plane(Vec<A> g, const MapLayout& layout, const void* const* y,
+                                                          const A* center, const Slope<A>& slope, int64_t at, int64_t k,
+                                                          const Get& get) {
+  return sloped<A>(
+      g, slope, [&]() __attribute__((always_inline)) { return get(static_cast<const O*>(slope.kept) + at); },
+      [&]() __attribute__((always_inline)) {
+        Vec<A> z = slope.shift[k] - Vec<A>{};
+        for (int b = 0; b < layout.maps; ++b) {
+          const int64_t bk = b * layout.channels + k;
+          z += slope.scale[bk] * (get(static_cast<const T*>(y[b]) + at) - center[bk]);
+        }
+        return z;
+      });
+}
+
 template <class T, class O, class A>
-void reduce_planes(const MapLayout& layout, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
-                   int64_t end) {
+void reduce_planes(const MapLayout& layout, const void* grad, const void* const* y, const A* center, const Slope<A>& slope,
+                   A* sums, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<A>::lanes;
   const O* g = static_cast<const O*>(grad);
   for (int64_t t = begin; t < end; ++t) {
@@ -467,10 +595,15 @@ void reduce_planes(const MapLayout& layout, const void* grad, const void* const*
         if (filled + taken > kPlanePiece) end_piece();
         filled += taken;
         // Lanes beyond the plane have g = 0 and add nothing.
-        for_vectors<A>(n, [&](int64_t c, auto group, auto get, auto) __attribute__((always_inline)) {
+        for_vectors<A>(n, [&](int64_t c, auto group, auto get, auto put) __attribute__((always_inline)) {
           constexpr int V = decltype(group)::value;
           Vec<A> value[V], term[V];
           for (int v = 0; v < V; ++v) value[v] = get(g + at + c + v * lanes);
+          if (slope.activation != Activation::none)
+            for (int v = 0; v < V; ++v) {
+              value[v] = sloped_plane<T, O, A>(value[v], layout, y, center, slope, at + c + v * lanes, k, get);
+              if (slope.grad != nullptr) put(static_cast<O*>(slope.grad) + at + c + v * lanes, value[v]);
+            }
           piece[layout.maps] += group_sum(value);
           for (int b = 0; b < layout.maps; ++b) {
             const T* map = static_cast<const T*>(y[b]) + at + c;
@@ -488,8 +621,9 @@ void reduce_planes(const MapLayout& layout, const void* grad, const void* const*
 }
 
 template <class T, class O, class A>
-void gradient_planes(const MapLayout& layout, const void* grad, const void* const* y, const A* center, const A* scale,
-                     const A* y_factor, const A* offset, void* const* dy, int64_t begin, int64_t end) {
+void gradient_planes(const MapLayout& layout, const void* grad, const void* const* y, const A* center,
+                     const Slope<A>& slope, const A* scale, const A* y_factor, const A* offset, void* const* dy,
+                     int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<A>::lanes;
   const O* g = static_cast<const O*>(grad);
   for (int64_t t = end - 1; t >= begin; --t) {
@@ -499,6 +633,9 @@ void gradient_planes(const MapLayout& layout, const void* grad, const void* cons
         constexpr int V = decltype(group)::value;
         Vec<A> value[V], found[V];
         for (int v = 0; v < V; ++v) value[v] = get(g + at + c + v * lanes);
+        if (slope.activation != Activation::none)
+          for (int v = 0; v < V; ++v)
+            value[v] = sloped_plane<T, O, A>(value[v], layout, y, center, slope, at + c + v * lanes, k, get);
         for (int b = 0; b < layout.maps; ++b) {
           if (dy[b] == nullptr) continue;
           const T* map = static_cast<const T*>(y[b]) + at + c;
@@ -524,20 +661,21 @@ void statistics(const MapLayout& layout, const void* const* y, const A* pivot, d
     statistics_planes<T, A>(layout, y, pivot, mean, m2, begin, end);
 }
 template <class T, class O, class A>
-void apply(const MapLayout& layout, const void* const* y, const A* center, const A* scale, const A* shift, void* out,
-           int64_t begin, int64_t end) {
-  (layout.channels_last ? apply_rows<T, O, A> : apply_planes<T, O, A>)(layout, y, center, scale, shift, out, begin, end);
+void apply(const MapLayout& layout, const void* const* y, const A* center, const A* scale, const A* shift,
+           const void* residual, Activation activation, void* out, int64_t begin, int64_t end) {
+  (layout.channels_last ? apply_rows<T, O, A> : apply_planes<T, O, A>)(layout, y, center, scale, shift, residual, activation,
+                                                                    out, begin, end);
 }
 template <class T, class O, class A>
-void reduce(const MapLayout& layout, const void* grad, const void* const* y, const A* center, A* sums, int64_t begin,
-            int64_t end) {
-  (layout.channels_last ? reduce_rows<T, O, A> : reduce_planes<T, O, A>)(layout, grad, y, center, sums, begin, end);
+void reduce(const MapLayout& layout, const void* grad, const void* const* y, const A* center, const Slope<A>& slope, A* sums,
+            int64_t begin, int64_t end) {
+  (layout.channels_last ? reduce_rows<T, O, A> : reduce_planes<T, O, A>)(layout, grad, y, center, slope, sums, begin, end);
 }
 template <class T, class O, class A>
-void gradient(const MapLayout& layout, const void* grad, const void* const* y, const A* center, const A* scale,
-              const A* y_factor, const A* offset, void* const* dy, int64_t begin, int64_t end) {
-  (layout.channels_last ? gradient_rows<T, O, A> : gradient_planes<T, O, A>)(layout, grad, y, center, scale, y_factor, offset,
-                                                                          dy, begin, end);
+void gradient(const MapLayout& layout, const void* grad, const void* const* y, const A* center, const Slope<A>& slope,
+              const A* scale, const A* y_factor, const A* offset, void* const* dy, int64_t begin, int64_t end) {
+  (layout.channels_last ? gradient_rows<T, O, A> : gradient_planes<T, O, A>)(layout, grad, y, center, slope, scale, y_factor,
+                                                                          offset, dy, begin, end);
 }
 
 }  // namespace

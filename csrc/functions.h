@@ -25,6 +25,14 @@ std::tuple<Tensors, Tensor, Tensor> backward(Tensor grad, Tensors ys, Tensor mea
 std::tuple<Tensor, Tensor> backward_(Tensor grad, Tensors ys, Tensor means, Tensor rstds, Tensors gammas,
                                      std::vector<bool> needs_dy, Tensors dys);
 
+// forward and backward_ with what follows the sum: a residual and an activation.
+std::tuple<Tensor, Tensor, Tensor, Tensor> epilogue_forward(Tensors ys, Tensors gammas, Tensors betas,
+                                                            std::vector<double> eps, std::optional<ScalarType> dtype,
+                                                            std::optional<Tensor> residual, int64_t activation);
+std::tuple<Tensor, Tensor> epilogue_backward_(Tensor grad, Tensors ys, Tensor means, Tensor rstds, Tensors gammas,
+                                              Tensors betas, std::vector<bool> needs_dy, std::optional<Tensor> kept,
+                                              int64_t activation, Tensors dys, std::optional<Tensor> dresidual);
+
 }  // namespace bn_sum
 
 namespace running {
@@ -78,6 +86,8 @@ struct Functions {
   decltype(&bn_sum::forward) forward;
   decltype(&bn_sum::backward) backward;
   decltype(&bn_sum::backward_) backward_into;
+  decltype(&bn_sum::epilogue_forward) epilogue_forward;
+  decltype(&bn_sum::epilogue_backward_) epilogue_backward;
   decltype(&running::update_running_) update_running;
   decltype(&fuse_blocks) fuse;
   decltype(&moments::step) moments;

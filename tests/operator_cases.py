@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import acnet_kernels
+from acnet_kernels import reference
 from acnet_kernels.block import taps_of
 from acnet_kernels.geometry import Geometry, Taps
 from acnet_kernels.kernels.window import Window
 from acnet_kernels.ops import fuse_blocks as fusing
+from acnet_kernels.ops.epilogue import ACTIVATIONS as EPILOGUES
 from acnet_kernels.ops.fusion import append_branches
 from acnet_kernels.steps import depthwise_plain, packed
 
@@ -71,7 +73,7 @@ def maps_of(r: random.Random, count: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(count)]
 
 
-# ---- bn_sum ----
+# ---- bn_sum, and what follows it ----
 
 
 def bn_sum_forward(r: random.Random) -> list[Any]:
@@ -114,6 +116,60 @@ def bn_sum_backward_(r: random.Random) -> list[Any]:
     grad, ys, means, rstds, gammas, needs_dy = bn_sum_backward(r)
     dys = [y if r.random() < 0.6 else torch.empty_like(y) for y, need in zip(ys, needs_dy, strict=True) if need]
     return [grad, ys, means, rstds, gammas, needs_dy, dys]
+
+
+def bn_sum_epilogue_forward(r: random.Random) -> list[Any]:
+    ys, gammas, betas, eps, dtype = bn_sum_forward(r)
+    residual = torch.randn_like(ys[0]).to(ys[0].dtype if dtype is None else dtype) if r.random() < 0.6 else None
+    return [ys, gammas, betas, eps, dtype, residual, r.randint(0, 4)]
+
+
+def bn_sum_epilogue_forward_results(
+    ys: Any, gammas: Any, betas: Any, eps: Any, dtype: Any, residual: Any, activation: int
+) -> list[Any]:
+    z, *statistics = bn_sum_forward_results(ys, gammas, betas, eps, dtype)
+    z = z if residual is None else z + wide(residual)
+    return [reference.ACTIVATIONS[EPILOGUES[activation]](z) if activation else z, *statistics]
+
+
+def bn_sum_epilogue_backward_(r: random.Random) -> list[Any]:
+    ys, gammas, betas, eps, dtype, residual, _ = bn_sum_epilogue_forward(r)
+    activation = r.randint(1, 4)
+    out, means, _, rstds = bn_sum_epilogue_forward_results(ys, gammas, betas, eps, dtype, residual, activation)
+    kept = torch.empty_like(ys[0], dtype=dtype).copy_(out) if activation < 3 else residual
+    grad = torch.randn_like(ys[0]).to(ys[0].dtype if dtype is None else dtype)
+    needs_dy = [r.random() < 0.7 for _ in ys]
+    dys = [y if r.random() < 0.6 else torch.empty_like(y) for y, need in zip(ys, needs_dy, strict=True) if need]
+    dresidual = torch.empty_like(grad) if r.random() < 0.6 else None
+    return [grad, ys, means, rstds, gammas, betas, needs_dy, kept, activation, dys, dresidual]
+
+
+def bn_sum_epilogue_write_results(
+    grad: Any,
+    ys: Any,
+    means: Any,
+    rstds: Any,
+    gammas: Any,
+    betas: Any,
+    needs_dy: Any,
+    kept: Any,
+    activation: int,
+    dys: Any,
+    dresidual: Any,
+) -> list[Any]:
+    if activation < 3:
+        g = wide(grad) * ((kept > 0) & (kept < (6 if activation == 2 else math.inf)))
+    else:
+        z = torch.zeros(grad.shape, dtype=torch.float64) if kept is None else wide(kept)
+        for b, y in enumerate(ys):
+            normed = (wide(y) - per_channel(means[b])) * per_channel(rstds[b])
+            z = z + normed * (per_channel(gammas[b]) if gammas else 1) + (per_channel(betas[b]) if betas else 0)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            (g,) = torch.autograd.grad(reference.ACTIVATIONS[EPILOGUES[activation]](z), z, wide(grad))
+    dys, dgammas, dbeta = norm_gradients(g, ys, means, rstds, gammas)
+    wanted = [dy for dy, need in zip(dys, needs_dy, strict=True) if need]
+    return [wanted, None if dresidual is None else g, dgammas, dbeta]
 
 
 def norm_gradients(
@@ -602,6 +658,8 @@ def nothing(*_: Any) -> list[Any]:
 CASES = {
     "bn_sum_backward": Case(bn_sum_backward, bn_sum_backward_results),
     "bn_sum_backward_": Case(bn_sum_backward_, bn_sum_write_results),
+    "bn_sum_epilogue_backward_": Case(bn_sum_epilogue_backward_, bn_sum_epilogue_write_results),
+    "bn_sum_epilogue_forward": Case(bn_sum_epilogue_forward, bn_sum_epilogue_forward_results),
     "bn_sum_forward": Case(bn_sum_forward, bn_sum_forward_results),
     "bn_sum_statistics": Case(bn_sum_statistics, bn_sum_statistics_results),
     "cross_correlation": Case(cross_correlation, cross_correlation_results),

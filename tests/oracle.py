@@ -41,12 +41,12 @@ def border(t: Tensor, width: int = 1) -> Tensor:
     return t[:, :, mask]
 
 
-def reference_block(block: ACBlock, x: Tensor) -> Tensor:
+def reference_block(block: ACBlock, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """The block's output by acnet_kernels.reference on the block's own tensors, in x's dtype."""
-    return reference_step(block.step(), x)
+    return reference_step(block.step(), x, residual, getattr(block, "activation", None))
 
 
-def reference_step(step: Step, x: Tensor) -> Tensor:
+def reference_step(step: Step, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
     """A step's output by acnet_kernels.reference, in x's dtype."""
 
     def cast(t: Tensor | None) -> Tensor | None:
@@ -73,6 +73,8 @@ def reference_step(step: Step, x: Tensor) -> Tensor:
         dilation=g.dilation,
         groups=g.groups,
         padding_mode=g.padding_mode,
+        residual=residual,
+        activation=activation,
     )
     return out
 

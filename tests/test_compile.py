@@ -156,6 +156,53 @@ def test_compiled_autograd(backend):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
 
 
+class Finished(torch.nn.Module):
+    """Blocks with everything that may follow a sum: every activation, a residual with one and without."""
+
+    def __init__(self, backend):
+        super().__init__()
+        follows = (("relu", True), (None, True), ("relu6", False), ("hardswish", True), ("silu", True))
+        self.adds = [adds for _, adds in follows]
+        self.blocks = torch.nn.ModuleList(
+            ACBlock(4, 4, 3, padding=1, activation=activation, backend=backend) for activation, _ in follows
+        )
+
+    def forward(self, x):
+        for block, adds in zip(self.blocks, self.adds, strict=True):
+            x = block(x, residual=x) if adds else block(x)
+        return x
+
+
+@pytest.mark.parametrize("backend", ["branches", "moments", "recompute"])
+def test_full_graph_with_what_follows_the_sum(backend):
+    net = scramble(Finished(backend))
+    twin = through_modules(net)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    for n in (5, 7, 3):
+        assert_same_step(net, twin, torch.randn(n, 4, 8, 9), compiled)
+    assert counter.frame_count == 2  # the first size as it is, the second for every size
+
+
+def test_compiled_autograd_with_what_follows_the_sum():
+    net = scramble(Finished("branches"))
+    twin, x = through_modules(net), torch.randn(4, 4, 8, 8)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda t: net(t).square().mean().backward(), backend="aot_eager")(x)
+    twin(x).square().mean().backward()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_inductor_with_what_follows_the_sum():
+    net = scramble(Finished("branches")).to(memory_format=torch.channels_last)
+    twin = through_modules(net)
+    compiled = torch.compile(net, mode="reduce-overhead", fullgraph=True)
+    for _ in range(2):
+        assert_same_step(net, twin, torch.randn(4, 4, 8, 8).to(memory_format=torch.channels_last), compiled)
+
+
 def assert_one_graph(net, x):
     torch.compiler.reset()
     report = torch._dynamo.explain(net)(x)

@@ -62,6 +62,7 @@ def options(draw):
         "norm": draw(st.sampled_from(["branch", "branch", "sum"])),
         "shift": draw(st.sampled_from([(0, 0), (0, 0), (1, 0), (-1, 1), 3])),
         "eps": draw(st.sampled_from([1e-5, 1e-3])),
+        "activation": draw(st.sampled_from([None, None, None, "relu", "relu6", "hardswish", "silu"])),
         "backend": backend,
     }
 
@@ -138,6 +139,7 @@ def check(data):
         event("nn.Conv2d itself is wrong")
         return
     b = prepare(b, mode, x.dtype)
+    b.adds = x.dtype if data.draw(st.sampled_from([False, False, True])) else None  # a residual, and its dtype
     if compare(b, x):
         event(f"compared: {mode}, {b.plan(x)[1].backend.NAME}")
         check_folding(b, x)
@@ -189,7 +191,7 @@ def check_outputs(b, x, got, want):
         if t.isfinite().all():
             assert got[name].isfinite().all(), f"{name} is not finite, the submodules' is"
     if all(t.isfinite().all() for t in want.values()):
-        true = oracle.truth(b, x, gradient(b, x))
+        true = truth(b, x)
         true |= buffers_after(copy.deepcopy(b).double(), x.double(), through_modules)
         judge(b, x, got, want, true, fixed_gradients(b, x))
 
@@ -209,7 +211,7 @@ def fixed_gradients(b, x):
     for norm in batch_norms(b):
         if norm.training:
             norm.running_var.mul_((values - 1) / max(values, 1))  # the biased one normalises
-    found = oracle.truth(b.eval(), x, gradient(b, x))
+    found = truth(b.eval(), x)
     return {name: t for name, t in found.items() if name == "x" or (t.dim() == 4 and name != "out")}
 
 
@@ -261,11 +263,38 @@ def moved(t):
     return t + t * torch.finfo(t.dtype).eps * (2 * torch.randint_like(t, 2) - 1)
 
 
+def residual_of(b, x):
+    """What is added to the block's sum, the same every time, or None."""
+    if getattr(b, "adds", None) is None:
+        return None
+    rows, columns = b.geometry.output_size(x.shape[2], x.shape[3])
+    generator = torch.Generator().manual_seed(8)
+    shape = (x.shape[0], b.out_channels, rows, columns)
+    return torch.randn(shape, generator=generator).to(b.adds).to(x.dtype)
+
+
 def through_modules(b, x):
-    return b._forward_modules(x) if isinstance(b, ACBlock) else modules(b, x)
+    if not isinstance(b, ACBlock):
+        return modules(b, x)
+    out, residual = b._forward_modules(x), residual_of(b, x)
+    return b.finish(out if residual is None else out + residual)
 
 
-def run(b, x, forward=nn.Module.__call__):
+def call(b, x):
+    residual = residual_of(b, x)
+    return b(x) if residual is None else b(x, residual=residual)
+
+
+def truth(b, x):
+    """run() of the reference in float64."""
+
+    def forward(m, t):
+        return oracle.reference_block(m, t, residual_of(m, t))
+
+    return oracle.run(copy.deepcopy(b).double(), x.double(), gradient(b, x).double(), forward)
+
+
+def run(b, x, forward=call):
     """Output, gradients, and the buffers that are left."""
     return oracle.run(b, x, gradient(b, x), forward) | buffers_after(b, x, forward)
 
@@ -279,10 +308,11 @@ def buffers_after(b, x, forward):
 def check_folding(b, x):
     b = copy.deepcopy(b).eval()
     with torch.no_grad():
-        eager, true = b._forward_modules(x), oracle.reference_block(copy.deepcopy(b).double(), x.double())
+        wide = copy.deepcopy(b).double()
+        eager, true = through_modules(b, x), oracle.reference_block(wide, x.double(), residual_of(wide, x.double()))
         folded = copy.deepcopy(b)
         folded.switch_to_deploy()
-        got = folded(x)
+        got = call(folded, x)
     if eager.isfinite().all():
         assert got.isfinite().all()
         judge(b, x, {"out": got}, {"out": eager}, {"out": true}, {})

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from ..activations import activation_of
 from ..geometry import MOST_BRANCHES, Geometry, Taps
 from ..spec import Step, autocast_dtype
 from ..submodules import Container, Layout, Slot, Submodules, does_nothing, module_at, read
@@ -145,6 +146,16 @@ class Adapter:
         for name in self.after:
             out = getattr(block, name)(out)
         return out
+
+    def activation(self, block: Any) -> str | None:
+        """The activation that the modules of `after` are now, '' for none, None for something else."""
+        found = ""
+        for name in self.after:
+            own = activation_of(block._modules.get(name))
+            if own is None or (own and found):
+                return None
+            found = found or own
+        return found
 
     def is_folded(self, block: Any) -> bool:
         """Whether the block is in its library's folded form."""

@@ -24,11 +24,13 @@ from torch import Tensor
 
 from .._torch_compat import below_autograd, keeps_graph, top_saved_tensors_hooks
 from ..ops import _extension, bn_sum
-from ..spec import Norm, Problem, Step, autocast_dtype
+from ..ops.epilogue import is_clamp
+from ..spec import NOTHING, Epilogue, Norm, Problem, Step, autocast_dtype
 from ..steps.assignment import ALL_LIBRARY, ALL_TRITON, Phases
 from ..steps.batchnorm import Update, update_running
 from ..steps.convolution import convolution_dtype, gradient_bytes
-from ..steps.maps import StepConfig, config_of, convolution_gradients
+from ..steps.epilogue import finish
+from ..steps.maps import Finished, StepConfig, config_of, convolution_gradients
 from ..steps.open_sum import open_sum
 from ..steps.packed import Branches
 from . import mixed, node, nodes
@@ -115,13 +117,19 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, config: StepConfig, update: Update, x: Tensor, *tensors: Tensor
+        ctx: Any,
+        config: StepConfig,
+        update: Update,
+        epilogue: Epilogue,
+        residual: Tensor | None,
+        x: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         weights, gammas, betas = config.split(tensors)
         # Nothing here is differentiated: calls need not pass the dispatcher's autograd layer.
         with nodes.without_autocast(x.device.type), below_autograd():
-            out, ys, means, variances, rstds = config.step(x, weights, gammas, betas, update)
-        ctx.config = config
+            out, ys, means, variances, rstds = config.step(x, weights, gammas, betas, update, epilogue)
+        ctx.config, ctx.activation = config, epilogue.activation
         # A hook on saved tensors may keep what it was given.
         ctx.owns_maps = top_saved_tensors_hooks(True) is None
         kept = (
@@ -129,7 +137,10 @@ class _Step(torch.autograd.Function):
             if config.is_summed()
             else [y for y, (_, convolved) in zip(ys, config.branches, strict=True) if convolved]
         )
-        ctx.save_for_backward(x, *weights, *gammas, means, rstds, *kept)
+        # What comes after the sum needs: the activation's output, or what it is computed from again.
+        after = [*betas, out if is_clamp(epilogue.activation) else residual] if epilogue.activation else []
+        ctx.after = len(after)
+        ctx.save_for_backward(x, *weights, *gammas, means, rstds, *after, *kept)
         ctx.mark_non_differentiable(means, variances)
         ctx.set_materialize_grads(False)
         return out, means, variances
@@ -141,23 +152,36 @@ class _Step(torch.autograd.Function):
             return (None,) * len(needs)
         config: StepConfig = ctx.config
         x, *saved = ctx.saved_tensors
-        weights, gammas, rest = config.split(tuple(saved))
-        means, rstds, *kept = rest
+        weights, gammas, (means, rstds, *rest) = config.split(tuple(saved))
+        after, kept = rest[: ctx.after], rest[ctx.after :]
+        needs_residual, needs_x, needs_w = needs[3], needs[4], config.split(needs[5:])[0]
         # Autograd casts what is returned to the inputs' dtypes.
         with nodes.without_autocast(x.device.type):
             if nodes.wants_definition(grad):
                 inputs = (x, *weights, *gammas)
                 definition = functools.partial(config.definition, *inputs)
-                return None, None, *nodes.gradients(definition, inputs, needs[2:], grad)
-            needs_x, needs_w = needs[2], config.split(needs[3:])[0]
+                found = nodes.finished_gradients(
+                    definition, inputs, (*needs[4:], needs_residual), grad, ctx.activation, after
+                )
+                return None, None, None, found[-1], *found[:-1]
             needs_dy = config.needs_dy(needs_x, needs_w)
+            dr = grad if needs_residual else None
             grad = bn_sum.like(grad, kept[0])
             owns = ctx.owns_maps and not keeps_graph()
+            of_norms = (means, rstds, gammas)
             with below_autograd():
-                dys, dgammas, dbeta = config.map_gradients(grad, x, kept, means, rstds, gammas, needs_dy, owns)
+                if ctx.activation:
+                    dr = torch.empty_like(grad) if needs_residual else None
+                    finished = Finished(ctx.activation, after[:-1], after[-1], dr)
+                    dys, dgammas, dbeta = config.finished_gradients(
+                        grad, x, kept, *of_norms, needs_dy, owns, finished
+                    )
+                else:
+                    dys, dgammas, dbeta = config.map_gradients(grad, x, kept, *of_norms, needs_dy, owns)
             dx, dws = convolution_gradients(config, dys, x, weights, needs_x, needs_w)
         of_gammas = dgammas.unbind() if config.affine else ()
-        return None, None, dx, *dws, *of_gammas, *[dbeta] * (len(needs) - 3 - len(weights) - config.affine)
+        of_betas = [dbeta] * (len(needs) - 5 - len(weights) - config.affine)
+        return None, None, None, dr, dx, *dws, *of_gammas, *of_betas
 
 
 class Inputs(NamedTuple):
@@ -211,12 +235,12 @@ def branches_of(step: Step) -> Branches:
     return tuple([(b.taps, b.weight is not None) for b in step.branches])  # type: ignore[misc]
 
 
-def forward(x: Tensor, step: Step) -> Tensor:
-    """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
-    return mixed.forward(lambda x, step: run(x, step, phases_of(step, x)), x, step)
+def forward(x: Tensor, step: Step, epilogue: Epilogue = NOTHING) -> Tensor:
+    """One step on x (N×C×H×W, already padded where the padding mode is not zeros), and what follows it."""
+    return mixed.forward(lambda x, step, epilogue: run(x, step, phases_of(step, x), epilogue), x, step, epilogue)
 
 
-def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
+def run(x: Tensor, step: Step, phases: Phases, epilogue: Epilogue = NOTHING) -> Tensor:
     """forward() under this assignment of its phases."""
     geometry = step.geometry
     size = geometry.output_size(x.shape[2], x.shape[3])
@@ -238,16 +262,17 @@ def run(x: Tensor, step: Step, phases: Phases) -> Tensor:
         if phases == ALL_TRITON:
             from .triton_node import TritonStep  # Triton is slow to import
 
-            return TritonStep.apply(config, update, *tensors)
-        if x.is_cpu:
-            keep_freed_memory()
+            return finish(TritonStep.apply(config, update, *tensors), epilogue)
+        if not x.is_cpu:
+            return finish(_Step.apply(config, update, NOTHING, None, *tensors)[0], epilogue)
+        keep_freed_memory()
         if node.suits(config, x, inputs):
-            return node.run(node.number(config, len(inputs.betas), True), x, inputs)
-        return _Step.apply(config, update, *tensors)[0]
+            return node.run(node.number(config, len(inputs.betas), True), x, inputs, epilogue)
+        return _Step.apply(config, update, epilogue, epilogue.residual, *tensors)[0]
     out, means, variances = _composed(config, *tensors)
     with torch.no_grad():  # not by Update: Dynamo of torch 2.10 calls no instance of a named tuple
         update_running(inputs.norms, means, variances, count, inputs.biases)
-    return out
+    return finish(out, epilogue)
 
 
 class Variant(NamedTuple):
@@ -258,7 +283,7 @@ class Variant(NamedTuple):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """One step."""
-        return mixed.forward(lambda x, step: run(x, step, self.phases), x, step)
+        return mixed.forward(lambda x, step, _: run(x, step, self.phases), x, step)
 
 
 def variants(problem: Problem) -> list[Variant]:

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..spec import MIXED, Problem, Step
+from ..spec import MIXED, NOTHING, Epilogue, Problem, Step
 from ..steps.batchnorm import batch_norm
+from ..steps.epilogue import finish
 from .eager import branch_map
 
 
@@ -49,13 +50,21 @@ def transient_bytes(problem: Problem) -> int:
     return 2 * problem.output_bytes if problem.norm == MIXED else 0
 
 
-def forward(sum_of_normalised: Callable[[Tensor, Step], Tensor], x: Tensor, step: Step) -> Tensor:
-    """One step on x, its inner sum by the function given."""
+def forward(
+    sum_of_normalised: Callable[[Tensor, Step, Epilogue], Tensor],
+    x: Tensor,
+    step: Step,
+    epilogue: Epilogue = NOTHING,
+) -> Tensor:
+    """One step on x and what follows it.
+
+    The function computes the inner sum, and what follows where that sum is all of the step.
+    """
     own = tuple([branch for branch in step.branches if branch.norm is not None])
     if not own or (step.norm is None and len(own) == len(step.branches)):
-        return sum_of_normalised(x, step)
-    out = sum_of_normalised(x, replace(step, branches=own, norm=None))
+        return sum_of_normalised(x, step, epilogue)
+    out = sum_of_normalised(x, replace(step, branches=own, norm=None), NOTHING)
     for branch in step.branches:
         if branch.norm is None:
             out = out + branch_map(x, branch, step.geometry)
-    return out if step.norm is None else batch_norm(out, step.norm)
+    return finish(out if step.norm is None else batch_norm(out, step.norm), epilogue)

@@ -116,7 +116,7 @@ def forward(x: Tensor, step: Step) -> Tensor:
     is_depthwise = computes_depthwise(x, step)
     if is_depthwise and depthwise.is_nested(step, x.device.type):
         return whole.forward(x, step, is_depthwise)
-    return mixed.forward(lambda x, step: whole.forward(x, step, is_depthwise), x, step)
+    return mixed.forward(lambda x, step, _: whole.forward(x, step, is_depthwise), x, step)
 
 
 def computes_depthwise(x: Tensor, step: Step) -> bool:

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from .._torch_compat import dispatch_modes
 from ..ops import _extension
+from ..ops.epilogue import ACTIVATIONS
+from ..spec import NOTHING, Epilogue
 from ..steps.assignment import ALL_LIBRARY
 from ..steps.convolution import LEAST_MAP, accumulates
+from ..steps.epilogue import NUMBERS
 from ..steps.packed import pack, pack_taps
 from . import nodes
 
@@ -53,8 +56,8 @@ def suits(config: StepConfig, x: Tensor, inputs: Inputs) -> bool:
     )
 
 
-def run(number: int, x: Tensor, inputs: Inputs) -> Tensor:
-    """The step of this number; running statistics are updated."""
+def run(number: int, x: Tensor, inputs: Inputs, epilogue: Epilogue = NOTHING) -> Tensor:
+    """The step of this number, and what follows it; running statistics are updated."""
     norms = inputs.norms
     return NODE.run(
         number,
@@ -66,6 +69,8 @@ def run(number: int, x: Tensor, inputs: Inputs) -> Tensor:
         [norm.running_var for norm in norms],
         [norm.num_batches_tracked for norm in norms],
         [norm.momentum for norm in norms],
+        NUMBERS[epilogue.activation],
+        epilogue.residual,
     )
 
 
@@ -119,12 +124,23 @@ def _add(config: StepConfig, number: int) -> int:
     return number
 
 
-def _gradients(number: int, inputs: list[Tensor], needs: list[bool], grad: Tensor) -> list[Tensor | None]:
-    # Of x, the weights, the γs and the βs, where the node's will not do.
+def _gradients(
+    number: int,
+    inputs: list[Tensor],
+    needs: list[bool],
+    grad: Tensor,
+    activation: int,
+    betas: list[Tensor],
+    kept: Tensor | None,
+) -> list[Tensor | None]:
+    # Of x, the weights, the γs, the βs, and before an activation of the residual, where the node's will not do.
     if not nodes.wants_definition(grad):
         raise RuntimeError(f"a gradient of {type(grad).__name__} has no rule")
     config = _configs[number]
-    return nodes.gradients(functools.partial(config.definition, *inputs), inputs, needs, grad, config.cancelled())
+    definition = functools.partial(config.definition, *inputs)
+    if activation == 0:
+        return nodes.gradients(definition, inputs, needs, grad, config.cancelled())
+    return nodes.finished_gradients(definition, inputs, needs, grad, ACTIVATIONS[activation], [*betas, kept])
 
 
 if NODE is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._torch_compat import below_autograd, is_batched, is_differentiated_by_transform, is_legacy_batched
 from ..ops.bn_sum import accumulation_dtype
+from ..ops.epilogue import activate, is_clamp, where_steep
 from ..spec import has_tangent
 from ..steps.recorded import Recorded
 
@@ -107,6 +108,41 @@ def gradients(
         *(next(found) if need else None for need in own),
         *(d if need else None for d, need in zip(dbetas, of_betas, strict=True)),
     ]
+
+
+def finished_gradients(
+    definition: Callable[[], Tensor],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    grad: Tensor,
+    activation: str,
+    after: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """gradients() of act(definition() + Σβ + residual), and then the residual's.
+
+    Args:
+        definition, inputs: as gradients() has them.
+        needs: of the inputs, the βs and the residual.
+        grad: of the activation's output.
+        activation: its name, '' for none.
+        after: before an activation the βs and, of a clamp, its output, else the residual, None for none.
+    """
+    *needs_tensors, needs_residual = needs
+    if not activation or is_clamp(activation):
+        if activation:
+            assert after[-1] is not None
+            grad = where_steep(grad, after[-1], activation)
+        return [*gradients(definition, inputs, needs_tensors, grad), grad if needs_residual else None]
+    residual = after[-1]
+    betas = [beta for beta in after[:-1] if beta is not None]
+    sources = [*inputs, *betas, *([] if residual is None else [residual])]
+    wanted = [t for t, need in zip(sources, needs, strict=False) if need]
+    with without_autocast(grad.device.type), torch.enable_grad():
+        z = definition() + sum(betas, torch.zeros_like(inputs[0][0, 0, 0, 0]))[..., None, None]
+        out = activate(z if residual is None else z + residual, activation)
+    with without_autocast(grad.device.type):
+        found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=torch.is_grad_enabled()))
+    return [next(found) if need else None for need in needs]
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:

@@ -14,13 +14,14 @@ import torch
 
 from .._torch_compat import graph_task_id
 from ..ops import _extension
-from ..spec import Problem
+from ..spec import MIXED, SUM, Problem
 from . import (
     branches,
     eager,
     folded,
     moments,
     moments_depthwise,
+    node,
     recompute,
     synced,
     synced_depthwise,
@@ -31,6 +32,7 @@ from .device_info import Machine, this_machine
 
 # In order of simplicity: where two are about as fast, 'auto' takes the first.
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (folded, eager, branches, moments, recompute)}
+FINISHING = (branches, recompute)  # which compute what follows the sum too
 CHOICES = ("auto", "memory_saver", *BACKENDS)
 
 _saving = False
@@ -115,6 +117,14 @@ def choose(problem: Problem, requested: str = "auto") -> Choice:
     else:
         name, why = decided(problem, _times_at_first_sight(problem))
     return Choice(BACKENDS[name], refused + why)
+
+
+def where_finished(problem: Problem, choice: Choice) -> str:
+    """Where the activation after a step is computed, in words."""
+    fuses = problem.norm != MIXED and problem.device == "cpu" and choice.backend in FINISHING
+    if fuses and not (choice.backend is recompute and (node.NODE is None or problem.norm == SUM)):
+        return "in the sum's own passes"
+    return "after it, by PyTorch"
 
 
 # Medians of interleaved runs differ by this much from one run to the next.

@@ -17,10 +17,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..spec import Problem, Step, prefers_channels_last
+from ..spec import NOTHING, Epilogue, Problem, Step, prefers_channels_last
 from ..steps import recompute as ops
 from ..steps.batchnorm import update_running
 from ..steps.convolution import convolution_dtype
+from ..steps.epilogue import finish
 from ..steps.maps import config_of
 from ..steps.packed import pack, pack_taps
 from . import branches, mixed, node, nodes
@@ -46,12 +47,12 @@ def transient_bytes(problem: Problem) -> int:
     return maps + branches.transient_bytes(problem)
 
 
-def forward(x: Tensor, step: Step) -> Tensor:
-    """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
-    return mixed.forward(_forward, x, step)
+def forward(x: Tensor, step: Step, epilogue: Epilogue = NOTHING) -> Tensor:
+    """One step on x (N×C×H×W, already padded where the padding mode is not zeros), and what follows it."""
+    return mixed.forward(_forward, x, step, epilogue)
 
 
-def _forward(x: Tensor, step: Step) -> Tensor:
+def _forward(x: Tensor, step: Step, epilogue: Epilogue) -> Tensor:
     size = step.geometry.output_size(x.shape[2], x.shape[3])
     inputs = branches.inputs_of(x, step)
     if not torch.compiler.is_compiling():
@@ -65,7 +66,7 @@ def _forward(x: Tensor, step: Step) -> Tensor:
             x.device.type,
         )
         if node.suits(config, x, inputs):
-            return node.run(node.number(config, len(inputs.betas), False), x, inputs)
+            return node.run(node.number(config, len(inputs.betas), False), x, inputs, epilogue)
     if torch.compiler.is_exporting():  # so that the operator is given no dtype, as in branches._composed
         x = x.to(inputs.dtype)
     arguments = (
@@ -81,4 +82,4 @@ def _forward(x: Tensor, step: Step) -> Tensor:
     )
     count = x.shape[0] * size[0] * size[1]
     update = functools.partial(update_running, inputs.norms, count=count, biases=inputs.biases)
-    return nodes.run(ops.RECORDED, arguments, update)
+    return finish(nodes.run(ops.RECORDED, arguments, update), epilogue)

@@ -110,7 +110,8 @@ def mean_and_variance(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (y - _per_channel(mean)).square().mean((0, 2, 3))
 
 
-def _check_affine(ys: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
+def check_affine(ys: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
+    """ValueError unless each list holds one (K,) of floats a map, or nothing."""
     for name, values in lists.items():
         if values:
             check.length(len(ys), "one a map, or none", **{name: values})
@@ -135,7 +136,7 @@ def check_forward(
     check.one_device(ys=ys, gammas=gammas, betas=betas)
     _check_statistics(ys, eps)
     _check_outer(ys[0], ys[0].dtype if dtype is None else dtype)
-    _check_affine(ys, gammas=gammas, betas=betas)
+    check_affine(ys, gammas=gammas, betas=betas)
 
 
 def _check_backward(
@@ -146,14 +147,14 @@ def _check_backward(
     if grad.shape != ys[0].shape:
         raise ValueError(f"grad must agree with ys in shape, got {tuple(grad.shape)}, ys have {tuple(ys[0].shape)}")
     _check_outer(ys[0], grad.dtype)
-    _check_affine(ys, gammas=gammas)
+    check_affine(ys, gammas=gammas)
     check.length(len(ys), "one a map", needs_dy=needs_dy)
     check.shape((len(ys), ys[0].shape[1]), means=means, rstds=rstds)
     check.dtype(torch.float64, "as bn_sum_forward returns them", means=means, rstds=rstds)
     check.contiguous(means=means, rstds=rstds)
 
 
-def _check_into(
+def check_into(
     grad: Tensor,
     ys: list[Tensor],
     means: Tensor,
@@ -162,13 +163,14 @@ def _check_into(
     needs_dy: list[bool],
     dys: list[Tensor],
 ) -> None:
+    """ValueError where bn_sum_backward_'s arguments do not fit each other, but for memory."""
     check.one_device(ys=ys, dys=dys)
     _check_backward(grad, ys, means, rstds, gammas, needs_dy)
     check.length(sum(needs_dy), "one for each true one of needs_dy", dys=dys)
     _check_like(ys[0], dys=dys)
 
 
-def _check_written(
+def check_written(
     grad: Tensor,
     ys: list[Tensor],
     means: Tensor,
@@ -177,20 +179,21 @@ def _check_written(
     needs_dy: list[bool],
     dys: list[Tensor],
 ) -> None:
-    _check_into(grad, ys, means, rstds, gammas, needs_dy, dys)
+    """ValueError where bn_sum_backward_'s arguments do not fit each other, or share memory that is written."""
+    check_into(grad, ys, means, rstds, gammas, needs_dy, dys)
     written = [(f"dys[{i}]", dy) for i, dy in enumerate(dys)]
     for name, dy in written:
         if not (dy.is_contiguous() or dy.is_contiguous(memory_format=torch.channels_last)):
             raise ValueError(f"{name} must be contiguous or channels_last, got strides {dy.stride()}")
     read = [("grad", grad), ("means", means), ("rstds", rstds)]
     read += [(f"gammas[{b}]", gamma) for b, gamma in enumerate(gammas)]
-    for b, (y, target) in enumerate(zip(ys, _by_map(dys, needs_dy), strict=True)):
+    for b, (y, target) in enumerate(zip(ys, by_map(dys, needs_dy), strict=True)):
         if target is None or (target.data_ptr(), target.stride()) != (y.data_ptr(), y.stride()):
             read.append((f"ys[{b}]", y))
     check.apart(written, read)
 
 
-def _by_map(dys: Sequence[Tensor], needs_dy: Sequence[bool]) -> list[Tensor | None]:
+def by_map(dys: Sequence[Tensor], needs_dy: Sequence[bool]) -> list[Tensor | None]:
     """dys with None for the maps that need none."""
     given = iter(dys)
     return [next(given) if need else None for need in needs_dy]
@@ -215,7 +218,14 @@ def _forward(
     eps: list[float],
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out_dtype = ys[0].dtype if dtype is None else dtype
+    total, means, variances, rstds = plain_sum(ys, gammas, betas, eps)
+    return total.to(ys[0].dtype if dtype is None else dtype), means, variances, rstds
+
+
+def plain_sum(
+    ys: list[Tensor], gammas: list[Tensor], betas: list[Tensor], eps: list[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """bn_sum_forward in PyTorch, its out of the dtype that sums are computed in."""
     dtype = accumulation_dtype(ys[0].dtype)
     means, variances, rstds = _statistics(ys, eps)
     total = torch.zeros_like(ys[0], dtype=dtype)
@@ -224,10 +234,10 @@ def _forward(
         total.addcmul_(y.to(dtype) - _per_channel(means[b].to(dtype)), _per_channel(scale))
         if betas:
             total += _per_channel(betas[b])
-    return total.to(out_dtype), means, variances, rstds
+    return total, means, variances, rstds
 
 
-def _backward_into(
+def backward_into(
     grad: Tensor,
     ys: list[Tensor],
     means: Tensor,
@@ -235,6 +245,7 @@ def _backward_into(
     gammas: list[Tensor],
     targets: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
+    """(dγ of every map, dβ) in PyTorch; dy_b into targets[b] where that is not None."""
     dtype = accumulation_dtype(grad.dtype)
     means, rstds, g = means.to(dtype), rstds.to(dtype), grad.to(dtype)
     count = grad.numel() // grad.shape[1]
@@ -265,10 +276,10 @@ def _backward(
     needs_dy: list[bool],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     dys = _empty_dys(ys, needs_dy)
-    return dys, *_backward_into(grad, ys, means, rstds, gammas, _by_map(dys, needs_dy))
+    return dys, *backward_into(grad, ys, means, rstds, gammas, by_map(dys, needs_dy))
 
 
-@check.checked(_check_written)
+@check.checked(check_written)
 def _backward_(
     grad: Tensor,
     ys: list[Tensor],
@@ -278,7 +289,7 @@ def _backward_(
     needs_dy: list[bool],
     dys: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    return _backward_into(grad, ys, means, rstds, gammas, _by_map(dys, needs_dy))
+    return backward_into(grad, ys, means, rstds, gammas, by_map(dys, needs_dy))
 
 
 def triton_takes(maps: Sequence[Tensor]) -> bool:
@@ -307,7 +318,7 @@ on_cuda = {
     "bn_sum_statistics": _on_cuda("bn_sum_statistics", _statistics, _check_statistics),
     "bn_sum_forward": _on_cuda("bn_sum_forward", _forward, check_forward),
     "bn_sum_backward": _on_cuda("bn_sum_backward", _backward, _check_backward),
-    "bn_sum_backward_": _on_cuda("bn_sum_backward_", _backward_, _check_written),
+    "bn_sum_backward_": _on_cuda("bn_sum_backward_", _backward_, check_written),
 }
 for _name, _kernel in on_cuda.items():
     _LIBRARY.impl(_name, _kernel, "CUDA")
@@ -339,7 +350,8 @@ def empty_forward(ys: list[Tensor], dtype: torch.dtype | None) -> tuple[Tensor, 
     return torch.empty_like(ys[0], dtype=dtype), *_empty_statistics(ys, [0.0] * len(ys))
 
 
-def _fake_parameters(grad: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+def fake_parameters(grad: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """(dgammas, dbeta) as the gradients return them, unwritten."""
     dgammas = torch.empty_like(means, dtype=accumulation_dtype(grad.dtype))
     return dgammas, dgammas.new_empty(means.shape[1])
 
@@ -349,15 +361,15 @@ def _fake_parameters(grad: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 def _(
     grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, gammas: Any, needs_dy: list[bool]
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    return _empty_dys(ys, needs_dy), *_fake_parameters(grad, means)
+    return _empty_dys(ys, needs_dy), *fake_parameters(grad, means)
 
 
 @torch.library.register_fake("acnet_kernels::bn_sum_backward_")
-@check.checked(_check_into)
+@check.checked(check_into)
 def _(
     grad: Tensor, ys: Any, means: Tensor, rstds: Tensor, gammas: Any, needs_dy: Any, dys: Any
 ) -> tuple[Tensor, Tensor]:
-    return _fake_parameters(grad, means)
+    return fake_parameters(grad, means)
 
 
 def like(grad: Tensor, y: Tensor) -> Tensor:
@@ -389,7 +401,7 @@ def _autograd(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     ys, (means, rstds), gammas = saved[: ctx.count], saved[ctx.count : ctx.count + 2], saved[ctx.count + 2 :]
     dys, dgammas, dbeta = bn_sum_backward(like(grad, ys[0]), ys, means, rstds, gammas, ctx.needs_dy)
     return (
-        _by_map(dys, ctx.needs_dy),
+        by_map(dys, ctx.needs_dy),
         [d.to(gamma.dtype) for gamma, d in zip(gammas, dgammas, strict=False)],
         [dbeta.to(dtype) for dtype in ctx.beta_dtypes],
         None,

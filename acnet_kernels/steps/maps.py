@@ -20,8 +20,9 @@ from torch import Tensor
 from ..geometry import Geometry, Placement
 from ..kernels.window import MOST_BRANCHES, Window
 from ..ops import bn_sum
+from ..ops.epilogue import ACTIVATIONS, bn_sum_epilogue_backward_, bn_sum_epilogue_forward
 from ..ops.running import NONE
-from ..spec import Norm
+from ..spec import NOTHING, Epilogue, Norm
 from .assignment import ALL_LIBRARY, TRITON, Phases, on_device
 from .batchnorm import Update, batch_norm
 from .convolution import (
@@ -33,6 +34,15 @@ from .convolution import (
     tap_view,
 )
 from .packed import Branches
+
+
+class Finished(NamedTuple):
+    """What the gradients take of an activation after the sum; see ops/epilogue.py. `dresidual` is written."""
+
+    activation: str
+    betas: list[Tensor]
+    kept: Tensor | None
+    dresidual: Tensor | None
 
 
 class StepConfig(NamedTuple):
@@ -109,9 +119,18 @@ class StepConfig(NamedTuple):
         return out, ys, means, variances, rstds
 
     def step(
-        self, x: Tensor, weights: tuple[Tensor, ...], gammas: list[Tensor], betas: list[Tensor], update: Update
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, ...],
+        gammas: list[Tensor],
+        betas: list[Tensor],
+        update: Update,
+        epilogue: Epilogue = NOTHING,
     ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
-        """forward(), not differentiable, and the update; Triton's passes move the running statistics themselves."""
+        """forward(), not differentiable, and the update; Triton's passes move the running statistics themselves.
+
+        `epilogue`, which Triton's passes do not take, is applied to out.
+        """
         by_triton = self.phases.forward == TRITON
         ys = [] if by_triton else self.maps(x, weights)
         running = update.running() if by_triton or (on_device(x) and bn_sum.triton_takes(ys)) else None
@@ -126,6 +145,11 @@ class StepConfig(NamedTuple):
 
             dtype = self._out_dtype(ys)
             out, means, variances, rstds = triton_phases.bn_sum(ys, gammas, betas, running, self.eps, dtype)
+        elif not epilogue.is_nothing():
+            residual = None if epilogue.residual is None else bn_sum.like(epilogue.residual, ys[0])
+            of_sum = (ys, gammas, betas, self.eps, self._out_dtype(ys))
+            found = bn_sum_epilogue_forward(*of_sum, residual, ACTIVATIONS.index(epilogue.activation))
+            out, means, variances, rstds = found
         else:
             out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, self._out_dtype(ys))
         if running is None:
@@ -173,21 +197,59 @@ class StepConfig(NamedTuple):
         owns: bool,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """(the dy_b that are needed, every dγ, dβ) from the convolutions' maps; `owns`: over their memory."""
-        if self.is_summed() or all(convolved for _, convolved in self.branches):
-            ys, targets = kept, kept
-        else:
-            seen, given = x.to(self.conv_dtype), iter(kept)
-            ys, targets = [], []
-            for place, (_, convolved) in zip(self.places, self.branches, strict=True):
-                y = next(given) if convolved else bn_sum.like(place.apply(seen), kept[0])
-                ys.append(y)
-                targets.append(y if convolved else torch.empty_like(y))  # x is never overwritten
+        ys = self._every_map(x, kept)
         if not owns:
             found, dgammas, dbeta = bn_sum.bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy)
             return list(found), dgammas, dbeta
-        dys = [target for target, need in zip(targets, needs_dy, strict=True) if need]
+        dys = self._targets(ys, needs_dy, True)
         dgammas, dbeta = bn_sum.bn_sum_backward_(grad, ys, means, rstds, gammas, needs_dy, dys)
         return dys, dgammas, dbeta
+
+    def finished_gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        kept: list[Tensor],
+        means: Tensor,
+        rstds: Tensor,
+        gammas: list[Tensor],
+        needs_dy: list[bool],
+        owns: bool,
+        finished: Finished,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """map_gradients() where an activation follows the sum."""
+        ys = self._every_map(x, kept)
+        dys = self._targets(ys, needs_dy, owns)
+        told = None if finished.kept is None else bn_sum.like(finished.kept, ys[0])
+        dgammas, dbeta = bn_sum_epilogue_backward_(
+            grad,
+            ys,
+            means,
+            rstds,
+            gammas,
+            finished.betas,
+            needs_dy,
+            told,
+            ACTIVATIONS.index(finished.activation),
+            dys,
+            finished.dresidual,
+        )
+        return dys, dgammas, dbeta
+
+    def _every_map(self, x: Tensor, kept: list[Tensor]) -> list[Tensor]:
+        if self.is_summed() or all(convolved for _, convolved in self.branches):
+            return kept
+        seen, given = x.to(self.conv_dtype), iter(kept)
+        return [
+            next(given) if convolved else bn_sum.like(place.apply(seen), kept[0])
+            for place, (_, convolved) in zip(self.places, self.branches, strict=True)
+        ]
+
+    def _targets(self, ys: list[Tensor], needs_dy: list[bool], owns: bool) -> list[Tensor]:
+        # Where each dy that is needed goes: the identity's map is x, never overwritten.
+        own = [owns and (self.is_summed() or convolved) for _, convolved in self.branches]
+        parts = zip(ys, needs_dy, own, strict=False)
+        return [y if overwritten else torch.empty_like(y) for y, need, overwritten in parts if need]
 
     def needs_dy(self, needs_x: bool, needs_w: Sequence[bool]) -> list[bool]:
         """Which of the maps have a gradient that something needs."""

@@ -58,9 +58,12 @@ struct Fold {
 
 class Lane {
  public:
-  // What it runs, by its number or as a fold; what it ran on, and from which tensors of which modules.
-  Lane(std::variant<int64_t, Fold> step, const Tensor& x, Reading reading, std::vector<double> momenta)
+  // What it runs, by its number or as a fold; what it ran on and gave, and from which tensors of which modules.
+  Lane(std::variant<int64_t, Fold> step, const Tensor& x, std::vector<int64_t> out_sizes, at::ScalarType out_dtype,
+       Reading reading, std::vector<double> momenta)
       : step_(std::move(step)),
+        out_sizes_(std::move(out_sizes)),
+        out_dtype_(out_dtype),
         sizes_(x.sizes().vec()),
         strides_(x.strides().vec()),
         dtype_(x.scalar_type()),
@@ -69,8 +72,9 @@ class Lane {
         reading_(std::move(reading)),
         momenta_(std::move(momenta)) {}
 
-  // The step on x by the block that has these modules; None where anything is not as it was.
-  py::object operator()(py::handle x, py::dict children) const {
+  // The step on x by the block that has these modules, and what follows it; None where anything is not as it was, or the
+  // residual, None for none, is no map like the sum.
+  py::object operator()(py::handle x, py::dict children, int64_t activation, py::handle residual) const {
     if (!THPVariable_CheckExact(x.ptr()) || Surroundings::are_special() || !(Surroundings::now() == surroundings_))
       return py::none();
     const Tensor& input = THPVariable_Unpack(x.ptr());
@@ -82,14 +86,20 @@ class Lane {
     for (size_t kind = 0; kind < tensors.size(); ++kind)
       for (PyObject* t : objects[kind]) tensors[kind].push_back(THPVariable_Unpack(t));
     const auto& [weights, gammas, betas, means, vars, counters] = tensors;
+    Epilogue epilogue{activation, {}};
+    if (!residual.is_none()) {
+      if (!THPVariable_CheckExact(residual.ptr())) return py::none();
+      epilogue.residual = THPVariable_Unpack(residual.ptr());
+      if (!fits(epilogue.residual, out_dtype_, at::kCPU, out_sizes_)) return py::none();
+    }
     Tensor out;
     {
       const py::gil_scoped_release release;
       if (const Fold* fold = std::get_if<Fold>(&step_)) {
-        out = fold->run(input, weights, gammas, betas, means, vars);
+        out = epilogue.finish(fold->run(input, weights, gammas, betas, means, vars), true);
       } else {
         const Running running{means, vars, counters, momenta_};
-        out = run_step(std::get<int64_t>(step_), running, input, weights, gammas, betas);
+        out = run_step(std::get<int64_t>(step_), running, input, weights, gammas, betas, epilogue);
       }
     }
     return py::cast(out);
@@ -97,6 +107,8 @@ class Lane {
 
  private:
   std::variant<int64_t, Fold> step_;
+  std::vector<int64_t> out_sizes_;
+  at::ScalarType out_dtype_;
   std::vector<int64_t> sizes_, strides_;
   at::ScalarType dtype_;
   bool requires_grad_;

@@ -20,9 +20,10 @@ void attach(const std::string& library, py::object gradients) {
 
 Tensor run(int64_t number, const Tensor& x, const variable_list& weights, const variable_list& gammas,
            const variable_list& betas, const variable_list& running_means, const variable_list& running_vars,
-           const variable_list& counters, const std::vector<double>& momenta) {
+           const variable_list& counters, const std::vector<double>& momenta, int64_t activation,
+           const std::optional<Tensor>& residual) {
   const Running running{running_means, running_vars, counters, momenta};
-  return run_step(number, running, x, weights, gammas, betas);
+  return run_step(number, running, x, weights, gammas, betas, {activation, residual.value_or(Tensor())});
 }
 
 using Names = std::vector<std::pair<bool, py::str>>;
@@ -66,7 +67,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       }))
       .def("append", &Reading::append);
   py::class_<Lane>(m, "Lane")
-      .def(py::init<std::variant<int64_t, Fold>, const Tensor&, Reading, std::vector<double>>())
+      .def(py::init<std::variant<int64_t, Fold>, const Tensor&, std::vector<int64_t>, at::ScalarType, Reading, std::vector<double>>())
       .def("__call__", &Lane::operator());
 }
 

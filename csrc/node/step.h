@@ -128,6 +128,27 @@ struct Running {
   const std::vector<double>& momenta;
 };
 
+// What follows the sum: an activation by its number (ops/epilogue.py), and a residual, undefined for none.
+struct Epilogue {
+  int64_t activation;
+  Tensor residual;
+
+  bool is_there() const { return activation != 0 || residual.defined(); }
+  bool is_clamp() const { return activation == 1 || activation == 2; }
+
+  // By PyTorch, of any sum; differentiable. `owns`: in the sum's memory.
+  Tensor finish(Tensor out, bool owns) const {
+    if (residual.defined()) out = owns ? out.add_(residual) : out.add(residual);
+    switch (activation) {
+      case 1: return owns ? out.relu_() : out.relu();
+      case 2: return owns ? at::hardtanh_(out, 0, 6) : at::relu6(out);
+      case 3: return owns ? at::hardswish_(out) : at::hardswish(out);
+      case 4: return owns ? at::silu_(out) : at::silu(out);
+      default: return out;
+    }
+  }
+};
+
 inline bool is_channels_last(const Tensor& t) { return !t.is_contiguous() && t.is_contiguous(at::MemoryFormat::ChannelsLast); }
 
 // t in y's memory layout; t itself where it has that already.
@@ -166,6 +187,11 @@ inline const Tensor& first_map(const Config& config, const variable_list& ys) {
   return ys[static_cast<size_t>(at - config.places.begin())];
 }
 
+// A map that may be undefined, in y's memory layout, for the operators.
+inline std::optional<torch::stable::Tensor> laid_out(const Tensor& t, const Tensor& y) {
+  return t.defined() ? std::optional(stable(like(t, y))) : std::nullopt;
+}
+
 struct WithoutAutogradAndAutocast {  // casts are made by hand, and nothing within is differentiated
   at::AutoDispatchBelowADInplaceOrView below;
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
@@ -178,15 +204,19 @@ inline bool wants_definition(const Tensor& grad) {
   return at::GradMode::is_enabled() || grad.key_set().has_any(wrapped) || grad._fw_grad(0).defined();
 }
 
-// The gradients by the definition, of inputs that are saved first: x, weights and γs.
+// The gradients by the definition, of inputs that are saved first: x, weights and γs; before an activation of the βs too,
+// and of what it keeps.
 inline void by_definition(int64_t number, const variable_list& saved, size_t inputs, const std::vector<bool>& needs,
-                          const Tensor& grad, variable_list& found) {
+                          const Tensor& grad, variable_list& found, size_t first, int64_t activation = 0,
+                          const variable_list& betas = {}, const Tensor& kept = {}) {
   const py::gil_scoped_acquire gil;
   const py::object gradients = py::reinterpret_borrow<py::object>(definition);
   const variable_list given(saved.begin(), saved.begin() + static_cast<int64_t>(inputs));
-  const auto results = gradients(number, given, needs, grad).cast<std::vector<std::optional<Tensor>>>();
+  const auto none = kept.defined() ? std::optional<Tensor>(kept) : std::nullopt;
+  const auto results =
+      gradients(number, given, needs, grad, activation, betas, none).cast<std::vector<std::optional<Tensor>>>();
   for (size_t i = 0; i < results.size(); ++i)
-    if (results[i]) found[2 + i] = *results[i];
+    if (results[i]) found[first + i] = *results[i];
 }
 
 // Row i as a tensor of its own: of a view, or of one given twice, autograd makes a copy.
@@ -197,15 +227,23 @@ inline Tensor row_of(const Tensor& rows, int64_t channels, size_t i) {
 }
 
 struct Step : torch::autograd::Function<Step> {
-  static Tensor forward(AutogradContext* ctx, int64_t number, const Running& running, const Tensor& x, TensorList weights,
-                        TensorList gammas, TensorList betas) {
+  static constexpr size_t kFirst = 3;  // of what backward returns, x's: the configuration's, the statistics' and the activation's come before
+
+  static Tensor forward(AutogradContext* ctx, int64_t number, const Running& running, int64_t activation, const Tensor& x,
+                        TensorList weights, TensorList gammas, TensorList betas, const std::optional<Tensor>& added) {
     const WithoutAutogradAndAutocast guard;
     const Config& config = std::get<Config>(config_of(number));
+    const Tensor residual = added.value_or(Tensor());
+    const Epilogue epilogue{activation, residual};
     const variable_list ys = maps_of(config, x.to(config.convolution_dtype), weights);
-    auto [out, means, variances, rstds] =
-        functions->forward(stable(ys), stable(gammas), stable(betas), config.eps, config.dtype);
+    const auto [sum, means, variances, rstds] =
+        epilogue.is_there()
+            ? functions->epilogue_forward(stable(ys), stable(gammas), stable(betas), config.eps, config.dtype,
+                                          laid_out(residual, first_map(config, ys)), activation)
+            : functions->forward(stable(ys), stable(gammas), stable(betas), config.eps, config.dtype);
     functions->update_running(stable(running.means), stable(running.vars), stable(running.counters), means, variances,
                               running.momenta, ys[0].numel() / ys[0].size(1));
+    const Tensor out = unstable(sum);
     variable_list saved{x};
     saved.insert(saved.end(), weights.begin(), weights.end());
     saved.insert(saved.end(), gammas.begin(), gammas.end());
@@ -213,25 +251,42 @@ struct Step : torch::autograd::Function<Step> {
     saved.push_back(unstable(rstds));
     for (size_t b = 0; b < ys.size() && config.keeps_maps; ++b)
       if (config.places[b].convolved) saved.push_back(ys[b]);
+    if (activation != 0) {
+      saved.insert(saved.end(), betas.begin(), betas.end());
+      saved.push_back(epilogue.is_clamp() ? out : residual);
+    }
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["config"] = number;
+    ctx->saved_data["activation"] = activation;
+    ctx->saved_data["residual"] = added.has_value();
     // A hook on saved tensors may keep what it was given.
     ctx->saved_data["owns"] = !at::SavedTensorDefaultHooks::get_hooks(true).has_value();
     ctx->set_materialize_grads(false);
-    return unstable(out);
+    return out;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const Config& config = std::get<Config>(config_of(ctx->saved_data.at("config").toInt()));
-    const size_t convolved = config.convolutions, inputs = 1 + convolved + config.gammas;
-    variable_list found(2 + inputs + config.betas);  // the configuration's, the statistics', and those of the tensors
+    const int64_t number = ctx->saved_data.at("config").toInt(), activation = ctx->saved_data.at("activation").toInt();
+    const Config& config = std::get<Config>(config_of(number));
+    const size_t convolved = config.convolutions, inputs = 1 + convolved + config.gammas, tensors = inputs + config.betas;
+    variable_list found(kFirst + tensors + 1);
     Tensor grad = grads[0];
     if (!grad.defined()) return found;
     const variable_list saved = ctx->get_saved_variables();
-    std::vector<bool> needs(inputs + config.betas);
-    for (size_t i = 0; i < needs.size(); ++i) needs[i] = ctx->needs_input_grad(i);
+    std::vector<bool> needs(tensors);
+    for (size_t i = 0; i < tensors; ++i) needs[i] = ctx->needs_input_grad(i);
+    const bool needs_residual = ctx->saved_data.at("residual").toBool() && ctx->needs_input_grad(tensors);
+    variable_list betas;
+    Tensor kept;
+    if (activation != 0) {
+      kept = saved.back();
+      betas.assign(saved.end() - 1 - static_cast<int64_t>(config.betas), saved.end() - 1);
+    } else if (needs_residual) {
+      found.back() = grad;
+    }
     if (wants_definition(grad)) {
-      by_definition(ctx->saved_data.at("config").toInt(), saved, inputs, needs, grad, found);
+      if (activation != 0) needs.push_back(needs_residual);
+      by_definition(number, saved, inputs, needs, grad, found, kFirst, activation, betas, kept);
       return found;
     }
     const bool owns = !config.keeps_maps || (ctx->saved_data.at("owns").toBool() &&
@@ -251,12 +306,20 @@ struct Step : torch::autograd::Function<Step> {
       needs_dy.push_back(needs[0] || (convolved_map && needs[1 + w]));
       w += convolved_map;
       // The identity's map is x, never overwritten.
-      if (needs_dy.back() && owns) targets.push_back(convolved_map ? ys[b] : at::empty_like(ys[b]));
+      if (needs_dy.back() && (owns || activation != 0))
+        targets.push_back(owns && convolved_map ? ys[b] : at::empty_like(ys[b]));
     }
     torch::stable::Tensor dgammas, dbeta;
     const Tensors scales = stable(TensorList(saved.data() + 1 + convolved, config.gammas));
-    const auto means = stable(saved[inputs]), rstds = stable(saved[inputs + 1]), upstream = stable(like(grad, first));
-    if (owns) {
+    grad = like(grad, first);
+    const auto means = stable(saved[inputs]), rstds = stable(saved[inputs + 1]), upstream = stable(grad);
+    if (activation != 0) {
+      std::optional<torch::stable::Tensor> dresidual;
+      if (needs_residual) dresidual = stable(found.back() = at::empty_like(grad));
+      std::tie(dgammas, dbeta) =
+          functions->epilogue_backward(upstream, stable(ys), means, rstds, scales, stable(betas), needs_dy,
+                                       laid_out(kept, first), activation, stable(targets), dresidual);
+    } else if (owns) {
       std::tie(dgammas, dbeta) =
           functions->backward_into(upstream, stable(ys), means, rstds, scales, needs_dy, stable(targets));
     } else {
@@ -277,16 +340,16 @@ struct Step : torch::autograd::Function<Step> {
                                                       config.stride, place.padding, place.dilation, false, {0, 0},
                                                       config.groups, {needs[0], needs[1 + w], false});
         if (seen.defined()) add(place.adjoint(seen));
-        found[3 + w] = dw;
+        found[kFirst + 1 + w] = dw;
       }
       ++w;
     }
-    found[2] = dx;
+    found[kFirst] = dx;
     const Tensor rows = unstable(dgammas), row = unstable(dbeta);
     for (size_t i = 0; i < config.gammas; ++i)
-      if (needs[1 + convolved + i]) found[3 + convolved + i] = row_of(rows, row.numel(), i);
+      if (needs[1 + convolved + i]) found[kFirst + 1 + convolved + i] = row_of(rows, row.numel(), i);
     for (size_t i = 0; i < config.betas; ++i)
-      if (needs[inputs + i]) found[2 + inputs + i] = row_of(row, row.numel(), 0);
+      if (needs[inputs + i]) found[kFirst + inputs + i] = row_of(row, row.numel(), 0);
     return found;
   }
 };

@@ -45,7 +45,7 @@ struct WholeStep : torch::autograd::Function<WholeStep> {
     std::vector<bool> needs(inputs + config.betas);
     for (size_t i = 0; i < needs.size(); ++i) needs[i] = ctx->needs_input_grad(i);
     if (wants_definition(grad)) {
-      by_definition(number, saved, inputs, needs, grad, found);
+      by_definition(number, saved, inputs, needs, grad, found, 2);
       return found;
     }
     const WithoutAutogradAndAutocast guard;
@@ -78,12 +78,13 @@ struct WholeStep : torch::autograd::Function<WholeStep> {
   }
 };
 
-// A step by its number.
+// A step by its number, and what follows it.
 inline Tensor run_step(int64_t number, const Running& running, const Tensor& x, TensorList weights, TensorList gammas,
-                       TensorList betas) {
+                       TensorList betas, const Epilogue& epilogue) {
   if (const Whole* whole = std::get_if<Whole>(&config_of(number)))
-    return WholeStep::apply(number, running, x.to(whole->dtype), weights, gammas, betas);
-  return Step::apply(number, running, x, weights, gammas, betas);
+    return epilogue.finish(WholeStep::apply(number, running, x.to(whole->dtype), weights, gammas, betas), false);
+  return Step::apply(number, running, epilogue.activation, x, weights, gammas, betas,
+                     epilogue.residual.defined() ? std::optional(epilogue.residual) : std::nullopt);
 }
 
 inline int64_t configure_whole(std::vector<int64_t> taps, std::vector<int64_t> geometry, std::vector<double> eps, size_t gammas,
