@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from . import lanes
+from . import lanes, residual
 from .adapters import Adapter, NotKnownError, recognise
 from .backends import planner
 from .functional import plan, run
@@ -284,9 +284,13 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> nn.Module:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes `accelerate`, in place: every block runs its library's own forward again. Returns model."""
+    """Undoes `accelerate`, in place: every block runs its library's own forward again. Returns model.
+
+    So do residual blocks that `convert(fuse_activations=True)` gave a forward.
+    """
     for module in model.modules():
         detach(module)
+    residual.detach(model)
     return model
 
 

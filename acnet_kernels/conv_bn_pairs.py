@@ -95,7 +95,9 @@ class Usage:
         return norm, ""
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
+    """Does not look into blocks and batch norms."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_block(m) or is_norm(m) or super().is_leaf_module(m, module_qualified_name)
 
@@ -119,7 +121,7 @@ def _collect(module: nn.Module, usage: Usage, seen: set[nn.Module], outside: Oth
         usage.consumers.setdefault(module, {outside})
         return
     try:
-        graph = _Tracer().trace(module)
+        graph = Tracer().trace(module)
     except Exception:  # whatever the user's forward raises on symbolic input
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             _read_sequential(module, usage, outside)
@@ -163,7 +165,7 @@ def _read_sequential(sequence: nn.Sequential, usage: Usage, outside: Other) -> N
             return outside
         if wanted(child):
             return child
-        return Other.KNOWN if _Tracer().is_leaf_module(child, "") else Other.UNKNOWN  # it may hold what is wanted
+        return Other.KNOWN if Tracer().is_leaf_module(child, "") else Other.UNKNOWN  # it may hold what is wanted
 
     children = list(sequence)
     for before, child, after in zip([None, *children[:-1]], children, [*children[1:], None], strict=True):

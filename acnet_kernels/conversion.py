@@ -6,13 +6,16 @@ import copy
 import fnmatch
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import residual
+from .absorbing import absorbable
 from .acceleration import Accelerated, HostBlock, detach, is_block, seen
+from .activations import activation_of
 from .block import ACBlock
 from .conv_bn_pairs import Usage, trace
 from .observing import as_call, observe
@@ -44,6 +47,7 @@ def convert(
     gamma: float | None = None,
     backend: str = "auto",
     example: Any = None,
+    fuse_activations: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
     """Turns each Conv2d, with the BatchNorm2d that consumes it alone, into an ACBlock.
@@ -68,6 +72,10 @@ def convert(
             first parameter), a tuple of arguments or a dict of keyword arguments. Where torch.fx cannot trace the
             model (data-dependent control flow, say), it runs once on it, in eval mode without gradients, and is
             left as it was. A run shows the branches that it takes: give an example that takes those that matter.
+        fuse_activations: have a block apply the ReLU, ReLU6, Hardswish or SiLU module that takes its output and
+            nothing else, in its own passes; the module leaves an nn.Identity behind, and the function stays.
+            Residual blocks of torchvision and timm (BasicBlock, Bottleneck) add their shortcut and apply their ReLU
+            there too, by a forward of ours on the same module; `restore` gives them their own back.
         inplace: change model itself instead of a deep copy.
 
     Returns:
@@ -91,6 +99,7 @@ def convert(
     if not inplace:
         model = _copy(model)
     names = _convolutions(model)
+    names_of = {module: name for name, module in model.named_modules()}
     refusals = {conv: _refusal(conv, aliases, sizes, skip) for conv, aliases in names.items()}
     usage = trace(model)
     if call is not None and any(refusal is None and usage.is_unknown(conv) for conv, refusal in refusals.items()):
@@ -111,6 +120,15 @@ def convert(
                 replacements[bn] = nn.Identity().train(bn.training)
         record += [Conversion(name or "(model)", conv in replacements, note) for name in aliases]
     model = _replace(model, replacements)
+    if fuse_activations:
+        pairs = absorbable(model)
+        for block, act in pairs:
+            block.activation = activation_of(act)
+        model = _replace(model, {act: nn.Identity().train(act.training) for _, act in pairs})
+        residual.attach(model)
+        acts: dict[nn.Module | None, str] = {block: names_of[act] for block, act in pairs}
+        notes = {name: acts.get(replacements.get(conv)) for conv, own in names.items() for name in own}
+        record = [replace(c, note=f"{c.note}, and {its}") if (its := notes.get(c.name)) else c for c in record]
     setattr(model, RECORD, [*getattr(model, RECORD, []), *record])
     return model
 

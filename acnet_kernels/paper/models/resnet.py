@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...residual import finished
 from .blocks import Layer, conv_norm
 
 WIDTHS = (16, 32, 64)
@@ -22,7 +22,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """N×C×H×W → N×K×⌈H/stride⌉×⌈W/stride⌉."""
-        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
+        return finished(self.conv2, finished(self.conv1, x, "relu"), "relu", self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -55,4 +55,4 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images N×C×H×W → logits N×num_classes."""
-        return self.classifier(self.stages(F.relu(self.stem(x))).mean((2, 3)))
+        return self.classifier(self.stages(finished(self.stem, x, "relu")).mean((2, 3)))
