@@ -228,7 +228,7 @@ def step_backward(
     for b in reversed(range(len(plain.kernels))):
         kernel, places, geo = plain.kernels[b], plain.places[b], plain.geometry
         y = plain.convolve(plain.x, kernel)
-        mean = plain.mean(y) if plain.is_nested_total(b) else means[b]
+        mean = (kernel * sums).sum(1) / plain.values if plain.is_nested_total(b) else means[b]
         dgammas[b] = rstds[b] * ((kernel * products).sum(1) - mean * total)
         factor = (dgammas[b] / plain.values if averages is None else averages[b]) * rstds[b]
         dkernel = products - offset[:, None] * sums
