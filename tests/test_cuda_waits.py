@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from acnet_kernels._torch_compat import TorchDispatchMode
 from acnet_kernels.backends import synced, synced_depthwise
 from acnet_kernels.geometry import Geometry, Taps
-from acnet_kernels.ops import autocorrelation, bn_sum, launch
+from acnet_kernels.ops import autocorrelation, bn_sum, check, epilogue, launch
 from acnet_kernels.ops._extension import TRITON
 from acnet_kernels.spec import Norm
 from acnet_kernels.steps import batchnorm, moments_passes, recompute, tables
@@ -131,6 +131,23 @@ def test_batch_norm_sums(layout: torch.memory_format) -> None:
         def step() -> None:
             out, means, _, rstds = bn_sum.on_cuda["bn_sum_forward"](ys, gammas, betas, [1e-5, 0.0, 1e-3], None)
             bn_sum.on_cuda["bn_sum_backward"](out, ys, means, rstds, gammas, [True, False, True])
+
+        assert copies(step) == []
+
+
+@pytest.mark.parametrize("activation", range(1, len(epilogue.ACTIVATIONS)), ids=epilogue.ACTIVATIONS.__getitem__)
+def test_what_follows_a_sum(activation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "apart", lambda *_: None)  # fake tensors have no memory
+    with FakeTensorMode():
+        ys, residual = [random(*SHAPE) for _ in range(3)], random(*SHAPE)
+        gammas, betas = ([random(K) for _ in ys] for _ in range(2))
+
+        def step() -> None:
+            args = ys, gammas, betas, [1e-5, 0.0, 1e-3], None, residual, activation
+            out, means, _, rstds = epilogue._forward(*args)
+            kept = out if epilogue.is_clamp(epilogue.ACTIVATIONS[activation]) else residual
+            dys, of_norms = [torch.empty_like(y) for y in ys], (means, rstds, gammas, betas)
+            epilogue._backward_(out, ys, *of_norms, [True] * 3, kept, activation, dys, torch.empty_like(out))
 
         assert copies(step) == []
 
