@@ -313,7 +313,9 @@ class Autocast(torch.nn.Module):
 
 @pytest.mark.slow
 def test_aot_inductor_under_autocast(tmp_path):
-    backends = ("branches", "moments", "recompute")
+    backends = ["branches", "moments", "recompute"]
+    if torch.__version__ < "2.12":  # its packages hand operators another dtype than the graph's
+        backends.remove("moments")
     net = Autocast(*(scramble(ACBlock(4, 6, 3, padding=1, backend=backend)) for backend in backends))
     x = torch.randn(4, 4, 8, 8)
     with torch.no_grad():
@@ -322,5 +324,6 @@ def test_aot_inductor_under_autocast(tmp_path):
         )
         got, want = torch._inductor.aoti_load_package(package)(x), through_modules(net)(x)
     assert got.dtype == want.dtype == torch.float16
-    for mine, its in zip(got.chunk(3), want.chunk(3), strict=True):
+    parts = len(backends)
+    for mine, its in zip(got.chunk(parts), want.chunk(parts), strict=True):
         assert rel(mine, its) < 2e-3
