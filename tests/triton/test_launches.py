@@ -198,7 +198,7 @@ def test_launches_of_a_depthwise_step_by_moments(launches: list[str], device: to
     for branches in (1, 4):
         weights = [torch.randn(2, 1, 1, 3, device=device) for _ in range(branches)]
         x, vectors = torch.randn(2, 2, 2, 5, device=device), [torch.ones(2, device=device)] * branches
-        numbers = [0, 0, 1, 3, 1] * branches, geometry
+        numbers = [0, 0, 1, 3, 1, 1] * branches, geometry
         launches.clear()
         step = depthwise.on_cuda["depthwise_step"](x, weights, vectors, vectors, [1e-5] * branches, *numbers, False)
         assert launches == ["channel_pivots", "autocorrelate", "merge", "prepare", "convolve"]
