@@ -41,6 +41,12 @@ def native_half(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolution, "_SLOW_HALF_TYPES", frozenset())
 
 
+@pytest.fixture
+def slow_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-precision convolutions by float32 ones, as on a CPU without fast ones, wherever the tests run."""
+    monkeypatch.setattr(convolution, "_SLOW_HALF_TYPES", frozenset((torch.bfloat16, torch.float16)))
+
+
 @pytest.fixture(autouse=True)
 def _without_tf32() -> Iterator[None]:
     """The bounds are float32's; CUDA's convolutions are TF32 by default. The old API alone: torch refuses a mix."""

@@ -15,6 +15,7 @@ from steps import (
     check_convolution_biases,
     check_levels,
     check_on_the_whole,
+    saved_by,
 )
 from torch import nn
 
@@ -246,6 +247,30 @@ def test_saved_bytes_is_what_is_saved(norm, dtype):
     assert sum(kept.values()) == branches.saved_bytes(problem)
     with torch.no_grad():
         assert branches.saved_bytes(b.plan(x)[0]) == 0
+
+
+@pytest.mark.usefixtures("slow_half")
+@pytest.mark.parametrize("python", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_by_float32_convolutions_keeps_half_maps(dtype, python, monkeypatch):
+    if python:
+        monkeypatch.setattr(node, "NODE", None)
+    for options in ({}, {"norm": "sum"}, {"stride": 2}, {"activation": "relu"}):
+        b, x = block(4, 6, 3, padding=1, **options), torch.randn(3, 4, 9, 7)
+        if "activation" not in options:  # whose kink is rounding's to decide
+            check(b, x, dtype)
+        with torch.autocast("cpu", dtype):
+            out, kept = saved_by(b, x)
+        map_bytes = out.numel() * out.element_size()
+        maps = (1 if "norm" in options else 3) + ("activation" in options)
+        assert sum(size == map_bytes for size in kept.values()) == maps
+        # Nothing that a second backward needs is overwritten.
+        with torch.autocast("cpu", dtype):
+            out = b(x)
+        grad, inputs = torch.randn_like(out), list(b.parameters())
+        first = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+        for again, once in zip(torch.autograd.grad(out, inputs, grad), first, strict=True):
+            assert torch.equal(again, once)
 
 
 # --- transforms -----------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 Forward: y_b = W_b * x, then out = Σ_b BN_b(y_b) in two passes over the maps. Backward: two passes write every dy_b,
 over y_b's memory where nothing else can hold it, then come the library's convolution gradients, dx summed within
 them where the library can (steps/maps.py), in place otherwise. The identity's map is x, and its dy the
-first summand of dx. Saved: x as it came, the convolutions' y_b, and two numbers a channel and branch.
+first summand of dx. Saved: x as it came, the convolutions' y_b, and two numbers a channel and branch. Where the
+convolutions of a half-precision step are computed in float32, the y_b are rounded to be kept and widened again for
+backward: as exact as eager, which has the rounded ones throughout.
 
 On CUDA each phase (forward, dgrad, wgrad) is the library's convolutions or one of Triton's kernels for all branches
 at once, as backends/phases.py chooses, and the batch-norm passes over channels_last maps are Triton's. Under
@@ -70,9 +72,8 @@ def saved_bytes(problem: Problem) -> int:
     if not problem.grad:
         return 0
     nested, problem = mixed.saved_bytes(problem), mixed.inner(problem)
-    widened = convolution_dtype(problem.dtype, problem.device).itemsize / problem.dtype.itemsize
     inputs = problem.input_bytes // problem.dtype.itemsize * problem.input_dtype.itemsize
-    return nested + inputs + int(problem.normalised_maps * problem.output_bytes * widened)
+    return nested + inputs + problem.normalised_maps * problem.output_bytes
 
 
 def transient_bytes(problem: Problem) -> int:
@@ -82,8 +83,9 @@ def transient_bytes(problem: Problem) -> int:
     forward = problem.output_bytes
     if len(problem.branches) > len(problem.batch_stats):  # a branch's map on its way into their sum
         forward += problem.map_bytes(dtype)[1]
-    # The y_b become their own gradients.
     backward = gradient_bytes(problem, dtype) if problem.grad else 0
+    if problem.grad and dtype != problem.dtype:  # the y_b, widened; else they become their own gradients
+        backward += problem.normalised_maps * problem.map_bytes(dtype)[1]
     return nested + max(forward, backward) + (problem.map_bytes(dtype)[0] if problem.input_dtype != dtype else 0)
 
 
@@ -140,7 +142,7 @@ class _Step(torch.autograd.Function):
         # What comes after the sum needs: the activation's output, or what it is computed from again.
         after = [*betas, out if is_clamp(epilogue.activation) else residual] if epilogue.activation else []
         ctx.after = len(after)
-        ctx.save_for_backward(x, *weights, *gammas, means, rstds, *after, *kept)
+        ctx.save_for_backward(x, *weights, *gammas, means, rstds, *after, *(y.to(config.dtype) for y in kept))
         ctx.mark_non_differentiable(means, variances)
         ctx.set_materialize_grads(False)
         return out, means, variances
@@ -165,9 +167,10 @@ class _Step(torch.autograd.Function):
                 )
                 return None, None, None, found[-1], *found[:-1]
             needs_dy = config.needs_dy(needs_x, needs_w)
+            owns = (ctx.owns_maps and not keeps_graph()) or config.conv_dtype != config.dtype
+            kept = [y.to(config.conv_dtype) for y in kept]
             dr = grad if needs_residual else None
             grad = bn_sum.like(grad, kept[0])
-            owns = ctx.owns_maps and not keeps_graph()
             of_norms = (means, rstds, gammas)
             with below_autograd():
                 if ctx.activation:

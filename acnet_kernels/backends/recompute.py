@@ -43,6 +43,8 @@ def saved_bytes(problem: Problem) -> int:
 def transient_bytes(problem: Problem) -> int:
     """Bytes of maps that a step holds at most besides what it keeps, its output and its gradients among them."""
     dtype = convolution_dtype(problem.dtype, problem.device)
+    if problem.grad and dtype != problem.dtype:  # the maps are counted there: it widens what it keeps
+        return branches.transient_bytes(problem)
     maps = mixed.inner(problem).normalised_maps * problem.map_bytes(dtype)[1]
     return maps + branches.transient_bytes(problem)
 

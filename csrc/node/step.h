@@ -173,11 +173,12 @@ inline variable_list maps_of(const Config& config, const Tensor& x, TensorList w
   return ys;
 }
 
-// The same of the convolutions' maps, kept.
+// The same of the convolutions' maps, kept in the output's dtype.
 inline variable_list from_kept(const Config& config, const Tensor& x, TensorList kept) {
   variable_list ys;
   size_t w = 0;
-  for (const Place& place : config.places) ys.push_back(place.convolved ? kept[w++] : like(place.apply(x), kept[0]));
+  for (const Place& place : config.places)
+    ys.push_back(place.convolved ? kept[w++].to(config.convolution_dtype) : like(place.apply(x), kept[0]));
   return ys;
 }
 
@@ -250,7 +251,7 @@ struct Step : torch::autograd::Function<Step> {
     saved.push_back(unstable(means));
     saved.push_back(unstable(rstds));
     for (size_t b = 0; b < ys.size() && config.keeps_maps; ++b)
-      if (config.places[b].convolved) saved.push_back(ys[b]);
+      if (config.places[b].convolved) saved.push_back(ys[b].to(config.dtype));
     if (activation != 0) {
       saved.insert(saved.end(), betas.begin(), betas.end());
       saved.push_back(epilogue.is_clamp() ? out : residual);
@@ -289,7 +290,7 @@ struct Step : torch::autograd::Function<Step> {
       by_definition(number, saved, inputs, needs, grad, found, kFirst, activation, betas, kept);
       return found;
     }
-    const bool owns = !config.keeps_maps || (ctx->saved_data.at("owns").toBool() &&
+    const bool owns = !config.keeps_maps || config.convolution_dtype != config.dtype || (ctx->saved_data.at("owns").toBool() &&
                                              !torch::autograd::get_current_graph_task_keep_graph());
     const WithoutAutogradAndAutocast guard;
     const Tensor x = saved[0].to(config.convolution_dtype);
