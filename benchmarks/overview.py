@@ -80,7 +80,10 @@ def _layers(rows: dict[str, list[Row]], axis: Any) -> None:
         colour, mark = DTYPES.get(dtype, ("#999999", "x"))
         axis.plot(range(1, len(values) + 1), values, mark, color=colour, markersize=4, label=dtype)
     axis.axhline(1, color="black", linewidth=1)
-    axis.set(xlabel="layers, slowest to fastest", ylabel="times as fast as plain modules")
+    axis.set(xlabel="layers, slowest to fastest", ylabel="times as fast as plain modules", yscale="log")
+    ticks = [1, 1.5, 2, 3, 4, 6, 8]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_yticks([], minor=True)
     axis.legend(frameon=False, fontsize=8)
     axis.set_title("a step of one ACNet block", fontsize=10)
 
@@ -122,6 +125,7 @@ def _bars(axis: Any, names: Sequence[str], series: dict[str, tuple[dict[str, flo
         axis.bar(at, heights, 0.75 / len(series), color=colour, label=label)
     axis.axhline(1, color="black", linewidth=1)
     axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7.5)
+    axis.set_ylim(top=1.4 * axis.get_ylim()[1])  # the legend is to cover no bar, whatever the bars are
     axis.legend(fontsize=8, loc="upper right")
 
 
