@@ -167,6 +167,12 @@ inline A most_of(Activation activation) {
   return activation == Activation::relu6 ? A(6) : A(__builtin_inf());
 }
 
+// From which output on a clamp is flat: relu nowhere, as not even infinity is at or beyond NaN.
+template <class A>
+inline A flat_from(Activation activation) {
+  return activation == Activation::relu6 ? A(6) : A(__builtin_nan(""));
+}
+
 template <class A>
 inline __attribute__((always_inline)) Vec<A> activated(Vec<A> z, Activation activation) {
   return is_clamp(activation) ? clamp<A>(z, most_of<A>(activation)) : smooth<A>(z, activation);
@@ -181,7 +187,7 @@ inline __attribute__((always_inline)) Vec<A> sloped(Vec<A> g, const Slope<A>& sl
     return g * smooth_slope<A>(z, slope.activation);
   }
   const Vec<A> out = kept();
-  return (out <= 0) | (out >= most_of<A>(slope.activation)) ? Vec<A>{} : g;
+  return (out <= 0) | (out >= flat_from<A>(slope.activation)) ? Vec<A>{} : g;
 }
 
 // Chan's rule: (mean, m2) of `count` elements merged with those of `more` elements. In double, as means are kept

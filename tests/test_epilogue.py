@@ -542,3 +542,23 @@ def test_the_sum_alone_is_the_same_bits():
     ys = [torch.randn(3, 17, 9, 5) for _ in range(3)]
     sum_alone = bn_sum.bn_sum_forward(ys, [], [], [1e-5] * 3, None)[0]
     assert torch.equal(epilogue.bn_sum_epilogue_forward(ys, [], [], [1e-5] * 3, None, None, 0)[0], sum_alone)
+
+
+@pytest.mark.parametrize("backend", ["branches", "eager"])
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_an_infinite_output_hands_its_gradient_on_as_eagers_does(activation, backend):
+    """float16 overflows so, and what scales its gradients must hear of it."""
+    block = ACBlock(4, 4, 3, padding=1, activation=activation, backend=backend)
+    plain = ACBlock(4, 4, 3, padding=1, backend="eager")
+    plain.load_state_dict(block.state_dict())
+    x, residual = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5)
+    residual[0, 1, 2, 3] = float("inf")
+    grads = []
+    for step in (lambda r: block(x, residual=r), lambda r: getattr(F, activation)(plain(x) + r)):
+        given = residual.clone().requires_grad_()
+        grads += torch.autograd.grad(step(given).sum(), given)
+    assert torch.equal(*grads)
+    found = torch.zeros(2, 4, 5, 5) + float("inf")
+    slope = 1.0 if activation == "relu" else 0.0
+    steep = epilogue.where_steep(torch.ones_like(found), found, activation)
+    assert torch.equal(steep, torch.full_like(found, slope))

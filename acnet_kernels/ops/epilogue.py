@@ -35,7 +35,8 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
     "silu": F.silu,
 }
-_CLAMPS = {"relu": float("inf"), "relu6": 6.0}  # each with its upper end
+# Each with the output from which on it is flat: relu nowhere, as not even infinity is at or beyond NaN.
+_CLAMPS = {"relu": float("nan"), "relu6": 6.0}
 
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 
