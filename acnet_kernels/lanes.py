@@ -70,7 +70,7 @@ def _surroundings() -> tuple[bool, bool, bool]:
 def append_fold(block: nn.Module, a: Arguments) -> bool:
     """Appends the block's tensors to the fold operator's lists as they were appended before; False if it cannot."""
     kept = block.__dict__.get(_FOLDED)
-    if kept is None or has_global_hooks():
+    if not kept or has_global_hooks():
         return False
     reading, blocks, branches, eps = kept
     if not reading.append(block._modules, (*a[:5], [])):
@@ -85,15 +85,19 @@ def append_fold(block: nn.Module, a: Arguments) -> bool:
 def learn_fold(
     block: nn.Module, given: Submodules, kernel: tuple[int, int], groups: int, found: Sequence[FoldEntry]
 ) -> None:
-    """Keeps how these entries of the block were read; only from the second fold on, as most are folded once."""
-    if node.NODE is None or _FOLDED not in block.__dict__:
+    """Keeps how these entries of the block were read; only from the second fold on, as most are folded once.
+
+    Where there can be no reading, False is kept: it is not looked for again.
+    """
+    if node.NODE is None or block.__dict__.get(_FOLDED) is False:
+        return
+    if _FOLDED not in block.__dict__:
         block.__dict__[_FOLDED] = None
         return
     own = Arguments.empty()
     append_branches(own, kernel, groups, found)
     read = None if own.conv_bias else _read(given, _FOLD_SETTINGS, counts=False)
-    if read is not None:
-        block.__dict__[_FOLDED] = (node.NODE.Reading(*read), own.blocks, own.branches, own.eps)
+    block.__dict__[_FOLDED] = read is not None and (node.NODE.Reading(*read), own.blocks, own.branches, own.eps)
 
 
 def forget(state: dict[str, Any]) -> dict[str, Any]:
@@ -123,9 +127,7 @@ def _number(step: Step, x: Tensor, chosen: Any) -> int | None:
     if chosen not in (branches, recompute):
         return None
     inputs = branches.inputs_of(x, step)
-    config = branches.config_of(
-        step.geometry, inputs.branches, inputs.eps, inputs.normed, len(inputs.gammas), inputs.dtype, x.device.type
-    )
+    config = inputs.config(step.geometry, x.device.type)
     suits = node.suits(config, x, inputs)
     return node.number(config, len(inputs.betas), chosen is branches) if suits else None
 

@@ -383,6 +383,14 @@ def test_what_no_fold_reads_again(norm):
     assert not is_read_again(b)
 
 
+def test_where_no_fold_can_be_read_again_it_is_not_looked_for(monkeypatch):
+    b, looked = nn.SyncBatchNorm.convert_sync_batchnorm(ACBlock(4, 6, 3, padding=1)), []
+    monkeypatch.setattr(lanes, "_read", lambda *_, **__: looked.append(True))
+    folded(b)
+    folded(b)
+    assert len(looked) == 1
+
+
 # --- the node in autograd -------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .._torch_compat import below_autograd, keeps_graph, top_saved_tensors_hooks
+from ..geometry import Geometry
 from ..ops import _extension, bn_sum
 from ..ops.epilogue import is_clamp
 from ..spec import NOTHING, Epilogue, Norm, Problem, Step, autocast_dtype
@@ -203,6 +204,12 @@ class Inputs(NamedTuple):
     eps: list[float]
     dtype: torch.dtype  # of the output
 
+    def config(self, geometry: Geometry, device: str, phases: Phases = ALL_LIBRARY) -> StepConfig:
+        """All but the tensors."""
+        return config_of(
+            geometry, self.branches, self.eps, self.normed, len(self.gammas), self.dtype, device, phases
+        )
+
 
 def inputs_of(x: Tensor, step: Step) -> Inputs:
     """The step's tensors."""
@@ -249,16 +256,7 @@ def run(x: Tensor, step: Step, phases: Phases, epilogue: Epilogue = NOTHING) -> 
     size = geometry.output_size(x.shape[2], x.shape[3])
     count = x.shape[0] * size[0] * size[1]
     inputs = inputs_of(x, step)
-    config = config_of(
-        geometry,
-        inputs.branches,
-        inputs.eps,
-        inputs.normed,
-        len(inputs.gammas),
-        inputs.dtype,
-        x.device.type,
-        phases,
-    )
+    config = inputs.config(geometry, x.device.type, phases)
     tensors = (x, *inputs.weights, *inputs.gammas, *inputs.betas)
     if not torch.compiler.is_compiling():
         update = Update(inputs.norms, count, inputs.biases)

@@ -22,7 +22,6 @@ from ..steps import recompute as ops
 from ..steps.batchnorm import update_running
 from ..steps.convolution import convolution_dtype
 from ..steps.epilogue import finish
-from ..steps.maps import config_of
 from ..steps.packed import pack, pack_taps
 from . import branches, mixed, node, nodes
 
@@ -58,15 +57,7 @@ def _forward(x: Tensor, step: Step, epilogue: Epilogue) -> Tensor:
     size = step.geometry.output_size(x.shape[2], x.shape[3])
     inputs = branches.inputs_of(x, step)
     if not torch.compiler.is_compiling():
-        config = config_of(
-            step.geometry,
-            inputs.branches,
-            inputs.eps,
-            inputs.normed,
-            len(inputs.gammas),
-            inputs.dtype,
-            x.device.type,
-        )
+        config = inputs.config(step.geometry, x.device.type)
         if node.suits(config, x, inputs):
             return node.run(node.number(config, len(inputs.betas), False), x, inputs, epilogue)
     if torch.compiler.is_exporting():  # so that the operator is given no dtype, as in branches._composed

@@ -12,7 +12,6 @@ from ..spec import Step, prefers_channels_last
 from ..steps import depthwise, moments
 from ..steps.batchnorm import update_running
 from ..steps.convolution import convolution_dtype
-from ..steps.maps import config_of
 from ..steps.packed import pack, pack_taps
 from . import branches, node, nodes
 
@@ -50,6 +49,4 @@ def number(x: Tensor, step: Step, is_depthwise: bool) -> int | None:
 
 
 def _number(x: Tensor, step: Step, inputs: branches.Inputs, is_depthwise: bool) -> int:
-    affine, device = len(inputs.gammas), x.device.type
-    config = config_of(step.geometry, inputs.branches, inputs.eps, inputs.normed, affine, inputs.dtype, device)
-    return node.whole_number(config, len(inputs.betas), is_depthwise)
+    return node.whole_number(inputs.config(step.geometry, x.device.type), len(inputs.betas), is_depthwise)
