@@ -1,4 +1,4 @@
-"""torch.compile, compiled autograd, torch.export and AOTInductor on blocks and on an ACNet ResNet-18."""
+"""torch.compile, compiled autograd, torch.export and AOTInductor on blocks and on an ACNet ResNet."""
 
 import copy
 
@@ -57,7 +57,7 @@ def test_full_graph_forward_and_backward(backend, training, norm, layout):
     assert_same_step(net, twin, torch.randn(4, 4, 8, 8).to(memory_format=layout), compiled)
 
 
-@pytest.mark.parametrize("options", [{"momentum": None}, {"use_affine": False}, {"padding_mode": "reflect"}])
+@pytest.mark.parametrize("options", [{"momentum": None, "use_affine": False}, {"padding_mode": "reflect"}])
 @every_training_backend
 def test_full_graph_with_options(backend, options):
     net = Net(backend, **options)
@@ -67,8 +67,9 @@ def test_full_graph_with_options(backend, options):
         assert_same_step(net, twin, torch.randn(4, 4, 8, 8), compiled)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@every_training_backend
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [*((b, torch.bfloat16) for b in TRAINING), ("branches", torch.float16)]
+)
 def test_full_graph_under_autocast(backend, dtype):
     b = scramble(ACBlock(4, 6, 3, padding=1, backend=backend))
     x, grad = torch.randn(3, 4, 8, 8), torch.randn(3, 6, 8, 8)
@@ -211,11 +212,12 @@ def assert_one_graph(net, x):
 
 
 @pytest.mark.slow
-def test_no_graph_break_in_an_acnet_resnet18():
-    net = convert(torchvision.models.resnet18(num_classes=5))
+def test_no_graph_break_in_an_acnet_resnet():
+    blocks = torchvision.models.resnet.BasicBlock
+    net = convert(torchvision.models.ResNet(blocks, [1, 1, 1, 1], num_classes=5))
     x = torch.randn(2, 3, 32, 32)
     blocks = explain(net, x).blocks  # what explain() did to the network must not break the graph
-    assert len(blocks) == 16
+    assert len(blocks) == 8
     assert_one_graph(net, x)
     assert_one_graph(net.eval(), x)
     assert_one_graph(fuse(net), x)

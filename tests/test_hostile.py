@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from operator_cases import CASES, operators
 
-PARTS = 5  # each a process, which takes seconds to start
+PARTS = 3  # each a process, which takes seconds to start
 HOSTILE = Path(__file__).parent / "hostile.py"
 
 
