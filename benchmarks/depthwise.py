@@ -2,9 +2,10 @@
 
     python -m benchmarks.depthwise [--compile] [--repeats 15] [--out FILE.csv]
 
-A block is n k×k convolutions, a 1×1 one and, at stride 1, the identity, each with its batch norm. All contenders
-run in turn on the same input, in both layouts. CSV: shape, kernel, n, stride, dtype, contender, layout, median
-milliseconds of forward and backward.
+A block is n k×k convolutions, a 1×1 one and, at stride 1, the identity, each with its batch norm, and a ReLU
+after their sum, as in MobileOne; a plain layer is one convolution with a batch norm and a ReLU. All
+contenders run in turn on the same input, in both layouts. CSV: shape, kernel, n, stride, dtype, contender,
+layout, median milliseconds of forward and backward.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acnet_kernels import Branch, Geometry, Norm, Taps, acblock
@@ -60,7 +62,7 @@ class Modules(nn.Module):
             y = norm(self.convs[i](x) if i < len(self.convs) else x)
             out = y if out is None else out + y
         assert out is not None
-        return out
+        return F.relu(out)
 
 
 class Block(Modules):
@@ -78,15 +80,15 @@ class Block(Modules):
             whole = weight is not None and weight.shape[2] > 1
             taps = self.geometry.whole if whole else Taps(middle, middle, 1, 1)
             branches.append(Branch(taps, weight, None, norm))
-        return acblock(x, branches, self.geometry, backend=self.backend)
+        return acblock(x, branches, self.geometry, backend=self.backend, activation="relu")
 
 
 class Plain(nn.Sequential):
-    """One convolution and one batch norm."""
+    """One convolution, one batch norm and a ReLU."""
 
     def __init__(self, channels: int, kernel: int, n: int, stride: int) -> None:
         conv = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False)
-        super().__init__(conv, nn.BatchNorm2d(channels))
+        super().__init__(conv, nn.BatchNorm2d(channels), nn.ReLU())
 
 
 def stepper(module: nn.Module, x: Tensor, layout: torch.memory_format, dtype: torch.dtype) -> Callable[[], None]:

@@ -477,8 +477,8 @@ def depthwise_moments(t: Tensors) -> dict[str, Tensor]:
     numbers = taps, packed.pack(Geometry.make(p.kernel, **p.conv))
     of_norms = t.weights, t.gammas
     out, means, _, *kept = depthwise.on_cuda["depthwise_step"](t.x, *of_norms, t.betas, t.eps, *numbers, True)
-    args = t.grad, t.x, *of_norms, means, *kept, None, *numbers, True, every, True
-    dx, dws, dgammas, dbeta = depthwise.on_cuda["depthwise_step_backward"](*args)
+    args = t.grad, t.x, *of_norms, [], means, *kept, None, *numbers, True, every, True
+    dx, dws, dgammas, dbeta, _ = depthwise.on_cuda["depthwise_step_backward"](*args)
     found = {"out": out, "x": dx}
     for b, (dw, dgamma) in enumerate(zip(dws, dgammas, strict=True)):
         found |= {f"w{b}": dw, f"gamma{b}": dgamma, f"beta{b}": dbeta}

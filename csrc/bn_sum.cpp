@@ -16,9 +16,10 @@
 #include <type_traits>
 #include <vector>
 
-#include "functions.h"
+#include "activation_argument.h"
 #include "check.h"
 #include "cpu.h"
+#include "functions.h"
 
 namespace acnet::bn_sum {
 namespace {
@@ -303,12 +304,6 @@ void check_outer_map(const Check& check, const View& map, const char* name, cons
   check(map.has_shape({y.sizes[0], y.sizes[1], y.sizes[2], y.sizes[3]}) && map.dense(layout.channels_last), name,
         " must agree with ys in shape and layout, got ", map.shape(), ", ys have ", y.shape());
   check(map.type() == type, name, " must have the dtype of out, got ", map.dtype->name);
-}
-
-Activation activation_of(const Check& check, int64_t number) {
-  check(number >= 0 && number <= static_cast<int64_t>(Activation::silu), "activation must be a number from 0 to ",
-        static_cast<int64_t>(Activation::silu), ", got ", number);
-  return static_cast<Activation>(number);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with(const Check& check, const Tensors& ys, const Tensors& gammas,

@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "activation.h"
+
 namespace acnet::bn_sum {
 
 constexpr int kMaxMaps = 8;
@@ -36,10 +38,6 @@ struct MapLayout {
   }
   int64_t end(int64_t i, int64_t limit) const { return i == chunks - 1 ? limit : (i + 1) * chunk; }
 };
-
-// What follows the sum, after the residual; ops/epilogue.py has the same numbers.
-enum class Activation : int64_t { none, relu, relu6, hardswish, silu };
-constexpr bool is_clamp(Activation a) { return a == Activation::relu || a == Activation::relu6; }
 
 // What the gradient of the sum takes from the activation after it, g·act'(z). A clamp's slope is told by its output; of
 // the others z is computed again, Σ_b scale_b (y_b − center_b) + shift, and the residual added.

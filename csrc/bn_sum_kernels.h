@@ -6,8 +6,12 @@
 // Nothing here may call an inline function from elsewhere: compiled for this instruction set, it could be the copy
 // that the linker keeps for everybody.
 
+#include "activation_kernels.h"
+
 namespace acnet::bn_sum::ACNET_ISA {
 namespace {
+
+using namespace activations::ACNET_ISA;
 
 template <class A>
 struct Simd {
@@ -103,81 +107,6 @@ inline A lane_sum(Vec<A> v) {
   return total;
 }
 
-// ---- activations ----
-
-template <class A>
-struct Exp;
-template <>
-struct Exp<float> {
-  typedef int32_t Int __attribute__((vector_size(ACNET_BYTES)));
-  static constexpr float most = 87, magic = 0x1.8p23f, high = 0x1.62e4p-1f, low = 0x1.7f7d1cp-20f;
-  static constexpr int terms = 8, digits = 23, bias = 127;
-};
-template <>
-struct Exp<double> {
-  typedef int64_t Int __attribute__((vector_size(ACNET_BYTES)));
-  static constexpr double most = 708, magic = 0x1.8p52, high = 0x1.62e42fefa38p-1, low = 0x1.ef35793c7673p-45;
-  static constexpr int terms = 14, digits = 52, bias = 1023;
-};
-
-// e^x to a unit or two of the last place, x cut to ±most: 2^n times the series of what is left of x, |r| ≤ ln 2 / 2.
-template <class A>
-inline Vec<A> exponential(Vec<A> x) {
-  using E = Exp<A>;
-  using Int = typename E::Int;
-  x = x > E::most ? Vec<A>{} + E::most : x;
-  x = x < -E::most ? Vec<A>{} - E::most : x;
-  const Vec<A> shifted = x * A(1.44269504088896340736) + E::magic, n = shifted - E::magic;  // rounded to a whole number
-  const Vec<A> r = x - n * E::high - n * E::low;
-  Vec<A> series = Vec<A>{} + 1;
-  for (int i = E::terms; i > 0; --i) series = series * r / A(i) + 1;
-  const Int power = ((Int)shifted - (Int)(Vec<A>{} + E::magic) + E::bias) << E::digits;
-  return series * (Vec<A>)power;
-}
-
-template <class A>
-inline Vec<A> sigmoid(Vec<A> z) {
-  const Vec<A> found = 1 / (1 + exponential<A>(-z));
-  return z < -Exp<A>::most ? Vec<A>{} : found;
-}
-
-template <class A>
-inline Vec<A> clamp(Vec<A> z, A most) {  // NaN stays
-  z = z < 0 ? Vec<A>{} : z;
-  return z > most ? Vec<A>{} + most : z;
-}
-
-// hardswish or silu of z, and their derivatives. Calls: inlined into every pass they would be most of the library.
-template <class A>
-__attribute__((noinline)) Vec<A> smooth(Vec<A> z, Activation activation) {
-  return activation == Activation::silu ? z * sigmoid<A>(z) : z * clamp<A>(z + 3, 6) / 6;
-}
-template <class A>
-__attribute__((noinline)) Vec<A> smooth_slope(Vec<A> z, Activation activation) {
-  if (activation == Activation::silu) {
-    const Vec<A> s = sigmoid<A>(z);
-    return s * (1 + z * (1 - s));
-  }
-  const Vec<A> between = z / 3 + A(0.5), right = z > 3 ? Vec<A>{} + 1 : between;
-  return z < -3 ? Vec<A>{} : right;
-}
-
-template <class A>
-inline A most_of(Activation activation) {
-  return activation == Activation::relu6 ? A(6) : A(__builtin_inf());
-}
-
-// From which output on a clamp is flat: relu nowhere, as not even infinity is at or beyond NaN.
-template <class A>
-inline A flat_from(Activation activation) {
-  return activation == Activation::relu6 ? A(6) : A(__builtin_nan(""));
-}
-
-template <class A>
-inline __attribute__((always_inline)) Vec<A> activated(Vec<A> z, Activation activation) {
-  return is_clamp(activation) ? clamp<A>(z, most_of<A>(activation)) : smooth<A>(z, activation);
-}
-
 // g·act'(z): `kept` reads what Slope keeps, `again` computes z but for the residual.
 template <class A, class Kept, class Again>
 inline __attribute__((always_inline)) Vec<A> sloped(Vec<A> g, const Slope<A>& slope, const Kept& kept, const Again& again) {
@@ -186,8 +115,7 @@ inline __attribute__((always_inline)) Vec<A> sloped(Vec<A> g, const Slope<A>& sl
     if (slope.kept != nullptr) z += kept();
     return g * smooth_slope<A>(z, slope.activation);
   }
-  const Vec<A> out = kept();
-  return (out <= 0) | (out >= flat_from<A>(slope.activation)) ? Vec<A>{} : g;
+  return where_steep<A>(g, kept(), flat_from<A>(slope.activation));
 }
 
 // Chan's rule: (mean, m2) of `count` elements merged with those of `more` elements. In double, as means are kept

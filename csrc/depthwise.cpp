@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "activation_argument.h"
 #include "branch_list.h"
 #include "buffer.h"
 #include "check.h"
@@ -228,6 +229,17 @@ struct Statistics {
   double* sums;                       // C × taps
 };
 
+// The kernels and constants that `convolve` takes, of blocks of channels, one output channel of an input channel after
+// another.
+template <class A>
+struct Folded {
+  Buffer<A> all;
+  int64_t numbers, of_weights;
+
+  const A* weights(int64_t at) const { return all.data() + at * numbers; }
+  const A* init(int64_t at) const { return weights(at) + of_weights; }
+};
+
 // Of one channel, of the map of this kernel.
 void note(const Problem& problem, const Kernel& kernel, int64_t o, const std::vector<double>& eps, double mean, double variance,
           const Statistics& found) {
@@ -404,42 +416,61 @@ void without_rounding(const Problem& problem, const std::vector<double>& eps, co
   }
 }
 
+// By these statistics, of which variances are not looked at.
 template <class T, class A>
-void convolve(const Problem& problem, const Statistics& found, Tensor& out) {
+Folded<A> fold(const Problem& problem, const Tasks& tasks, const double* means, const double* rstds, const double* pivots,
+               const double* sums) {
   const Plan& plan = problem.plan();
-  const Kernels<T, A>& kernel = kernels<T, A>();
-  const int64_t lanes = kernel.pass.lanes, channels = problem.channels, m = plan.multiplier, taps = plan.taps;
-  const Tasks tasks(problem, lanes, plan.images * plan.rows.out, plan.columns.out, kTaskPixels);
+  const Algebra<A>& algebra = kernels<T, A>().algebra;
+  const int64_t lanes = algebra.lanes, channels = problem.channels, m = plan.multiplier, taps = plan.taps;
   const int64_t kinds = int64_t(plan.rows.out_kinds) * plan.columns.out_kinds, numbers = (taps + kinds) * lanes;
-  Buffer<A> folded(tasks.blocks * m * numbers);
+  Folded<A> folded{Buffer<A>(tasks.blocks * m * numbers), numbers, taps * lanes};
   tasks.run_blocks(lanes * taps * (kinds + 2 * problem.norms()), [&](int64_t begin, int64_t end) {
     Buffer<double> weight(taps * lanes), whole(taps * lanes), bias(lanes), pivot(lanes);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * lanes, count = std::min(lanes, channels - first);
       std::fill_n(pivot.data(), lanes, 0.0);
-      std::copy_n(found.pivot + first, count, pivot.data());
+      std::copy_n(pivots + first, count, pivot.data());
       for (int64_t j = 0; j < m; ++j) {
         std::fill_n(whole.data(), taps * lanes, 0.0);
         std::fill_n(bias.data(), lanes, 0.0);
         for (const Kernel& k : problem.kernels) {
           if (problem.nested && !k.of_sum) continue;
           const int64_t norm = problem.norm_of(k);
-          gather(problem, k, first * m + j, m, count, lanes, found.rstds, weight.data());
+          gather(problem, k, first * m + j, m, count, lanes, rstds, weight.data());
           for (int64_t l = 0; l < count; ++l) {
             const int64_t o = (first + l) * m + j;
-            const double scale = scale_of(problem, norm, o, found.rstds);
-            const double mean = mean_of(problem, k, o, found.means, found.sums, weight.data() + l, lanes);
+            const double scale = scale_of(problem, norm, o, rstds);
+            const double mean = mean_of(problem, k, o, means, sums, weight.data() + l, lanes);
             bias.data()[l] += per_channel(problem.betas, norm, o, 0) - scale * mean;
             for (size_t t = 0; t < k.places.size(); ++t)
               whole.data()[k.places[t] * lanes + l] += scale * weight.data()[t * lanes + l];
           }
         }
-        A* own = folded.data() + (block * m + j) * numbers;
-        kernel.algebra.fold(plan, whole.data(), bias.data(), pivot.data(), own, own + taps * lanes);
+        A* own = folded.all.data() + (block * m + j) * numbers;
+        algebra.fold(plan, whole.data(), bias.data(), pivot.data(), own, own + taps * lanes);
       }
     }
   });
+  return folded;
+}
+
+// What follows the sum, checked: a map like out, or null.
+struct Following {
+  Activation activation = Activation::none;
+  const void* residual = nullptr;
+};
+
+template <class T, class A>
+void convolve(const Problem& problem, const Statistics& found, const Following& following, Tensor& out) {
+  const Plan& plan = problem.plan();
+  const Kernels<T, A>& kernel = kernels<T, A>();
+  const int64_t lanes = kernel.pass.lanes, channels = problem.channels, m = plan.multiplier;
+  const Tasks tasks(problem, lanes, plan.images * plan.rows.out, plan.columns.out, kTaskPixels);
+  const Folded<A> folded = fold<T, A>(problem, tasks, found.means, found.rstds, found.pivot, found.sums);
   const View target(out);
+  View added(out);
+  added.data = const_cast<void*>(following.residual);  // read alone
   tasks.run(true, [&](const auto& each) {
     Buffer<A> scratch(plan.scratch * lanes), pivot(lanes);
     each([&](int64_t block, int64_t begin, int64_t end, int64_t) {
@@ -447,9 +478,11 @@ void convolve(const Problem& problem, const Statistics& found, Tensor& out) {
       std::fill_n(pivot.data(), lanes, A(0));
       std::copy_n(found.pivot + first, count, pivot.data());
       for (int64_t j = 0; j < m; ++j) {
-        const A* own = folded.data() + (block * m + j) * numbers;
-        kernel.pass.convolve(plan, channels_of<T>(problem.x, first, 1, count), pivot.data(), own, own + taps * lanes,
-                             written<T>(out, target, first * m + j, m, count), begin, end, scratch.data());
+        After<T> after{following.activation};
+        if (following.residual != nullptr) after.residual = channels_of<T>(added, first * m + j, m, count);
+        kernel.pass.convolve(plan, channels_of<T>(problem.x, first, 1, count), pivot.data(), folded.weights(block * m + j),
+                             folded.init(block * m + j), after, written<T>(out, target, first * m + j, m, count), begin, end,
+                             scratch.data());
       }
     });
   });
@@ -509,12 +542,23 @@ void check_double(const Check& check, const Tensor& t, const char* name, std::in
   check.contiguous(v, name);
 }
 
-Tensor normalise(const Problem& problem, const Tensor& x, const Statistics& found, bool channels_last) {
+Tensor normalise(const Problem& problem, const Tensor& x, const Statistics& found, const Following& following,
+                 bool channels_last) {
   Tensor out = empty_out(problem, x, channels_last);
   dispatch(problem.x.type(), [&](auto element, auto accumulator) {
-    convolve<decltype(element), decltype(accumulator)>(problem, found, out);
+    convolve<decltype(element), decltype(accumulator)>(problem, found, following, out);
   });
   return out;
+}
+
+// A map like out, of the layout that others of it have.
+void check_outer_map(const Problem& problem, const View& map, const char* name, bool channels_last) {
+  const Plan& plan = problem.plan();
+  const Check& check = problem.check;
+  check.readable(map, name);
+  check.shape(map, name, {plan.images, problem.outputs, plan.rows.out, plan.columns.out});
+  check.type(map, name, problem.x.type(), "the dtype of x");
+  check(map.dense(channels_last), name, " must be dense in the layout of out, ", channels_last ? "channels_last" : "contiguous");
 }
 
 }  // namespace
@@ -522,11 +566,18 @@ Tensor normalise(const Problem& problem, const Tensor& x, const Statistics& foun
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x, Tensors weights, Tensors gammas,
                                                                         Tensors betas, std::vector<double> eps,
                                                                         std::vector<int64_t> taps,
-                                                                        std::vector<int64_t> geometry, bool channels_last) {
+                                                                        std::vector<int64_t> geometry, bool channels_last,
+                                                                        std::optional<Tensor> residual, int64_t activation) {
   const Problem problem("depthwise_step", x, weights, gammas, static_cast<int64_t>(eps.size()), taps, geometry, true, betas);
   for (const double e : eps) problem.check(!problem.nested || e > 0, "eps must be positive where batch norms are nested, got ", e);
+  Following following{activation_of(problem.check, activation)};
+  if (residual) {
+    const View map(*residual);
+    check_outer_map(problem, map, "residual", channels_last);
+    following.residual = map.data;
+  }
   Found found = statistics_of(problem, x, eps);
-  Tensor out = normalise(problem, x, found.statistics(), channels_last);
+  Tensor out = normalise(problem, x, found.statistics(), following, channels_last);
   return {out, found.means, found.variances, found.rstds, found.pivot, found.sums, found.centred};
 }
 
@@ -539,7 +590,7 @@ Tensor apply(Tensor x, Tensors weights, Tensors gammas, Tensors betas, Tensor me
   check_double(problem.check, means, "means", {problem.norms(), problem.outputs});
   check_double(problem.check, rstds, "rstds", {problem.norms(), problem.outputs});
   check_double(problem.check, pivot, "pivot", {problem.channels});
-  return normalise(problem, x, {doubles(means), nullptr, doubles(rstds), doubles(pivot), nullptr}, channels_last);
+  return normalise(problem, x, {doubles(means), nullptr, doubles(rstds), doubles(pivot), nullptr}, {}, channels_last);
 }
 
 // ---- backward ----
@@ -579,14 +630,33 @@ void put(void* data, int64_t offset, double value) {
   static_cast<E*>(data)[offset] = static_cast<E>(value);
 }
 
+// The gradient of what comes after the sum, checked, and what it is told by.
+struct Upstream {
+  View grad;
+  Activation activation = Activation::none;
+  const void* kept = nullptr;  // as Slope has it
+  Tensor* sloped = nullptr;    // where g·act'(z) goes, if anywhere
+};
+
+template <class T>
+const T* channel_of(const void* data, const View& layout, int64_t channel) {
+  return data == nullptr ? nullptr : static_cast<const T*>(data) + channel * layout.strides[1];
+}
+
 template <class T, class A>
-void differentiate(const Problem& problem, const View& grad, const Kept& kept, const Wanted& wanted, Tensor& dx) {
+void differentiate(const Problem& problem, const Upstream& upstream, const Kept& kept, const Wanted& wanted, Tensor& dx) {
   const Plan& plan = problem.plan();
   const Kernels<T, A>& kernel = kernels<T, A>();
   const int64_t lanes = kernel.pass.lanes, channels = problem.channels, m = plan.multiplier, taps = plan.taps, K = problem.outputs;
   const Tasks tasks(problem, lanes, plan.images * plan.rows.out, plan.columns.out, kTaskPixels);
   const int64_t kinds = int64_t(plan.rows.out_kinds) * plan.columns.out_kinds, products = taps * lanes;
   const int64_t numbers = products + kinds * lanes;
+  const View& grad = upstream.grad;
+  const bool again = upstream.activation != Activation::none && !is_clamp(upstream.activation);
+  std::optional<Folded<A>> folds;
+  if (again)
+    folds.emplace(fold<T, A>(problem, tasks, doubles_of(kept.means), doubles_of(kept.rstds), doubles_of(kept.pivot), doubles_of(kept.sums)));
+  const View sloped = upstream.sloped == nullptr ? grad : View(*upstream.sloped);
   Buffer<double> partial(tasks.count() * m * numbers);
   const auto pivot_of = [&](int64_t first, int64_t count, auto* to) {
     std::fill_n(to, lanes, 0);
@@ -600,8 +670,17 @@ void differentiate(const Problem& problem, const View& grad, const Kept& kept, c
       for (int64_t j = 0; j < m; ++j) {
         double* own = partial.data() + ((block * m + j) * tasks.chunks + chunk) * numbers;
         std::fill_n(own, numbers, 0.0);
+        const int64_t channel = first * m + j, at = block * m + j;
+        Slope<T, A> slope{upstream.activation, channel_of<T>(upstream.kept, grad, channel)};
+        if (again) {
+          slope.weights = folds->weights(at);
+          slope.init = folds->init(at);
+        }
+        Map<T> target{};
+        if (upstream.sloped != nullptr) target = written<T>(*upstream.sloped, sloped, channel, m, count);
         kernel.pass.correlate(plan, channels_of<T>(problem.x, first, 1, count), pivot.data(),
-                              channels_of<T>(grad, first * m + j, m, count), begin, end, scratch.data(), own, own + products);
+                              channels_of<T>(grad, channel, m, count), slope, target, begin, end, scratch.data(), own,
+                              own + products);
       }
     });
   });
@@ -703,8 +782,13 @@ void differentiate(const Problem& problem, const View& grad, const Kept& kept, c
       pivot_of(first, count, pivot.data());
       const A* table = tables.data() + block * per_table;
       Map<const T> grads[kMostMultiplier];
-      for (int64_t j = 0; j < m; ++j) grads[j] = channels_of<T>(grad, first * m + j, m, count);
-      kernel.pass.gradient(plan, channels_of<T>(problem.x, first, 1, count), pivot.data(), grads,
+      const T* told[kMostMultiplier];
+      for (int64_t j = 0; j < m; ++j) {
+        grads[j] = channels_of<T>(sloped, first * m + j, m, count);
+        told[j] = channel_of<T>(upstream.kept, grad, first * m + j);
+      }
+      const Activation clamp = upstream.sloped == nullptr ? upstream.activation : Activation::none;
+      kernel.pass.gradient(plan, channels_of<T>(problem.x, first, 1, count), pivot.data(), grads, clamp, told,
                            folded.data() + block * m * products, table + inits, table,
                            written<T>(dx, target, first, 1, count), begin, end, scratch.data());
     });
@@ -713,13 +797,16 @@ void differentiate(const Problem& problem, const View& grad, const Kept& kept, c
 
 }  // namespace
 
-std::tuple<Tensor, Tensors, Tensor, Tensor> step_backward(Tensor grad, Tensor x, Tensors weights, Tensors gammas, Tensor means,
+std::tuple<Tensor, Tensors, Tensor, Tensor, Tensor> step_backward(Tensor grad, Tensor x, Tensors weights, Tensors gammas,
+                                                          Tensors betas, Tensor means,
                                                           Tensor rstds, Tensor pivot, Tensor sums, Tensor centred,
                                                           std::optional<Tensor> averages, std::vector<int64_t> taps,
                                                           std::vector<int64_t> geometry, bool need_x,
-                                                          std::vector<bool> need_weights, bool need_gammas) {
+                                                          std::vector<bool> need_weights, bool need_gammas,
+                                                          std::optional<Tensor> outer, int64_t activation,
+                                                          bool need_residual) {
   const View given(means);
-  const Problem problem("depthwise_step_backward", x, weights, gammas, given.dim == 2 ? given.sizes[0] : -1, taps, geometry, true);
+  const Problem problem("depthwise_step_backward", x, weights, gammas, given.dim == 2 ? given.sizes[0] : -1, taps, geometry, true, betas);
   const Check& check = problem.check;
   const Kept kept(problem, means, rstds, pivot, sums, centred);
   const Plan& plan = problem.plan();
@@ -729,6 +816,19 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> step_backward(Tensor grad, Tensor x,
   check.readable(gradient, "grad");
   check.shape(gradient, "grad", {plan.images, problem.outputs, plan.rows.out, plan.columns.out});
   check.type(gradient, "grad", problem.x.type(), "the dtype of x");
+  Upstream upstream{gradient, activation_of(check, activation)};
+  const bool clamps = is_clamp(upstream.activation), again = upstream.activation != Activation::none && !clamps;
+  if (upstream.activation != Activation::none) {
+    const bool channels_last = !gradient.dense(false);
+    check_outer_map(problem, gradient, "grad", channels_last);
+    check(outer.has_value() || !clamps, "kept must be out, which tells where a clamp is flat, got None");
+    if (outer.has_value()) {
+      const View map(*outer);
+      check_outer_map(problem, map, "kept", channels_last);
+      upstream.kept = map.data;
+    }
+  }
+  check(upstream.activation != Activation::none || !need_residual, "need_residual must be false without an activation: the residual's gradient is grad");
   check(need_weights.size() == weights.size(), "need_weights must have one entry a weight, ", weights.size(), " here, got ",
         need_weights.size());
   return dispatch(problem.x.type(), [&](auto element, auto accumulator) {
@@ -747,15 +847,21 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> step_backward(Tensor grad, Tensor x,
       wanted.weights.push_back(need_weights[i] ? dws.back().mutable_data_ptr() : nullptr);
       wanted.layouts.emplace_back(need_weights[i] ? dws.back() : weights[i]);
     }
-    differentiate<T, A>(problem, gradient, kept, wanted, dx);
-    return std::make_tuple(dx, dws, dgammas, dbeta);
+    Tensor sloped = torch::stable::new_empty(x, {0});
+    if (need_residual || (again && need_x)) {
+      sloped = torch::stable::empty_like(grad);
+      upstream.sloped = &sloped;
+    }
+    differentiate<T, A>(problem, upstream, kept, wanted, dx);
+    return std::make_tuple(dx, dws, dgammas, dbeta, need_residual ? sloped : torch::stable::new_empty(x, {0}));
   });
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
   m.def(
       "depthwise_step(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, int[] taps,"
-      " int[] geometry, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " int[] geometry, bool channels_last, Tensor? residual=None, int activation=0)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "depthwise_statistics(Tensor x, Tensor[] weights, float[] eps, int[] taps, int[] geometry)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -763,10 +869,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
       "depthwise_apply(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor means, Tensor rstds,"
       " Tensor pivot, int[] taps, int[] geometry, bool channels_last) -> Tensor");
   m.def(
-      "depthwise_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor means, Tensor rstds,"
-      " Tensor pivot, Tensor sums, Tensor centred, Tensor? averages, int[] taps, int[] geometry, bool need_x,"
-      " bool[] need_weights,"
-      " bool need_gammas) -> (Tensor, Tensor[], Tensor, Tensor)");
+      "depthwise_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor means,"
+      " Tensor rstds, Tensor pivot, Tensor sums, Tensor centred, Tensor? averages, int[] taps, int[] geometry,"
+      " bool need_x, bool[] need_weights, bool need_gammas, Tensor? kept=None, int activation=0,"
+      " bool need_residual=False) -> (Tensor, Tensor[], Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(acnet_kernels, CPU, m) {

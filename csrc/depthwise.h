@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "depthwise_plan.h"
 
 namespace acnet::depthwise {
@@ -24,6 +25,23 @@ struct Map {
   int lanes;
 };
 
+// What follows the convolution: a residual, added, then the activation. A residual of null is none; else it is a map
+// like the output.
+template <class T>
+struct After {
+  Activation activation = Activation::none;
+  Map<const T> residual{};
+};
+
+// What the gradient takes from that activation: g·act'(z). A clamp's slope is told by its output; of the others z is
+// computed again, from what `convolve` took, and the residual.
+template <class T, class A>
+struct Slope {
+  Activation activation = Activation::none;
+  const T* kept = nullptr;  // a clamp's output; of others the residual, or null: where grad is, with its strides
+  const A *weights = nullptr, *init = nullptr;
+};
+
 // The passes take rows by number, through all images. Arrays have an entry a lane for each of their numbers.
 template <class T, class A>
 struct Passes {
@@ -32,16 +50,18 @@ struct Passes {
   // and its sums by fine kind.
   void (*moments)(const Plan&, const Map<const T>& x, const A* pivot, int64_t begin, int64_t end, A* scratch,
                   double* products, double* sums);
-  // out = init of the pixel's kind + Σ_t weights[t]·(x − pivot)[·, t], output rows [begin, end).
-  void (*convolve)(const Plan&, const Map<const T>& x, const A* pivot, const A* weights, const A* init, const Map<T>& out,
+  // out = init of the pixel's kind + Σ_t weights[t]·(x − pivot)[·, t], and what follows, output rows [begin, end).
+  void (*convolve)(const Plan&, const Map<const T>& x, const A* pivot, const A* weights, const A* init,
+                   const After<T>& after, const Map<T>& out, int64_t begin, int64_t end, A* scratch);
+  // Adds Σ_p g[p]·(x − pivot)[p, t], and Σ g by kind of output pixels, over output rows [begin, end), g being grad times
+  // the slope. Leaves g in `sloped` unless that is null.
+  void (*correlate)(const Plan&, const Map<const T>& x, const A* pivot, const Map<const T>& grad, const Slope<T, A>& slope,
+                    const Map<T>& sloped, int64_t begin, int64_t end, A* scratch, double* products, double* sums);
+  // dx = init of the pixel's kind + Σ weights·g + correction·(x − pivot), input rows [begin, end). `grads`, `weights` and
+  // a clamp's `kept` outputs, as Slope has them, are those of each output channel of an input channel.
+  void (*gradient)(const Plan&, const Map<const T>& x, const A* pivot, const Map<const T>* grads, Activation clamp,
+                   const T* const* kept, const A* weights, const A* correction, const A* init, const Map<T>& dx,
                    int64_t begin, int64_t end, A* scratch);
-  // Adds Σ_p g[p]·(x − pivot)[p, t], and Σ g by kind of output pixels, over output rows [begin, end).
-  void (*correlate)(const Plan&, const Map<const T>& x, const A* pivot, const Map<const T>& grad, int64_t begin,
-                    int64_t end, A* scratch, double* products, double* sums);
-  // dx = init of the pixel's kind + Σ weights·g + correction·(x − pivot), input rows [begin, end). `grads` and `weights`
-  // are those of each output channel of an input channel.
-  void (*gradient)(const Plan&, const Map<const T>& x, const A* pivot, const Map<const T>* grads, const A* weights,
-                   const A* correction, const A* init, const Map<T>& dx, int64_t begin, int64_t end, A* scratch);
 };
 
 // In double; M is the number of pixels summed over.

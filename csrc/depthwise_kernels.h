@@ -7,8 +7,12 @@
 // Nothing here may call an inline function from elsewhere: compiled for this instruction set, it could be the copy
 // that the linker keeps for everybody.
 
+#include "activation_kernels.h"
+
 namespace acnet::depthwise::ACNET_ISA {
 namespace {
+
+using namespace activations::ACNET_ISA;
 
 template <class A>
 struct Simd {
@@ -137,11 +141,26 @@ inline void transpose(Vec<A> (&v)[kLanes<A>]) {
 }
 #endif
 
+// What a clamp that follows a map made of it, null for nothing, where the map is and with its strides: elements are
+// zeros where the clamp is flat.
 template <class T, class A>
-void pack_row(const Map<const T>& map, const T* p, int64_t columns, Vec<A> pivot, A* to) {
+struct Told {
+  const T* out = nullptr;
+  A flat = 0;
+};
+
+template <class T, class A>
+void pack_row(const Map<const T>& map, const T* p, int64_t columns, Vec<A> pivot, const Told<T, A>& told, A* to) {
   constexpr int lanes = kLanes<A>;
+  const int64_t apart = told.out - map.data;
+  const bool clamps = told.out != nullptr;
   if (map.channel == 1 && map.lanes == lanes) {
-    for (int64_t j = 0; j < columns; ++j) store(to + j * lanes, load<A>(p + j * map.column) - pivot);
+    for (int64_t j = 0; j < columns; ++j) {
+      const T* from = p + j * map.column;
+      Vec<A> v = load<A>(from);
+      if (clamps) v = where_steep<A>(v, load<A>(from + apart), told.flat);
+      store(to + j * lanes, v - pivot);
+    }
   } else if (map.column == 1 && sizeof(T) <= sizeof(A) && (sizeof(A) == 4 || sizeof(T) == sizeof(A))) {
     for (int64_t j = 0; j < columns; j += lanes) {
       if (j + lanes > columns && columns >= lanes) j = columns - lanes;  // once more what is there already
@@ -149,29 +168,49 @@ void pack_row(const Map<const T>& map, const T* p, int64_t columns, Vec<A> pivot
       Vec<A> v[lanes];
       for (int l = 0; l < lanes; ++l) {
         const T* from = p + l * map.channel + j;
-        if (l >= map.lanes) v[l] = Vec<A>{};
-        else v[l] = n == lanes || from + lanes <= map.limit ? load<A>(from) : load_part<A>(from, n);
+        v[l] = Vec<A>{};
+        if (l >= map.lanes) continue;
+        const bool whole = n == lanes || from + lanes <= map.limit;
+        v[l] = whole ? load<A>(from) : load_part<A>(from, n);
+        if (clamps) v[l] = where_steep<A>(v[l], whole ? load<A>(from + apart) : load_part<A>(from + apart, n), told.flat);
       }
       transpose<A>(v);
       for (int64_t i = 0; i < n; ++i) store(to + (j + i) * lanes, v[i] - pivot);
     }
   } else {
-    T pixel[lanes];
+    T pixel[lanes], out[lanes];
     __builtin_memset(pixel, 0, sizeof pixel);
+    __builtin_memset(out, 0, sizeof out);
     for (int64_t j = 0; j < columns; ++j) {
       for (int l = 0; l < map.lanes; ++l) pixel[l] = p[j * map.column + l * map.channel];
-      store(to + j * lanes, load<A>(pixel) - pivot);
+      Vec<A> v = load<A>(pixel);
+      if (clamps) {
+        for (int l = 0; l < map.lanes; ++l) out[l] = p[apart + j * map.column + l * map.channel];
+        v = where_steep<A>(v, load<A>(out), told.flat);
+      }
+      store(to + j * lanes, v - pivot);
     }
   }
+}
+
+template <class A>
+inline __attribute__((always_inline)) Vec<A> finished(Vec<A> v, Activation activation) {
+  return activation == Activation::none ? v : activated<A>(v, activation);
 }
 
 // `from` may be read up to a vector's pixels beyond the row. Up to `limit`, of the first plane, what follows the row is
 // written later.
 template <class T, class A>
-void unpack_row(const A* from, int64_t columns, const Map<T>& map, T* p, const T* limit) {
+void unpack_row(const A* from, int64_t columns, const Map<T>& map, const After<T>& after, T* p, const T* limit) {
   constexpr int lanes = kLanes<A>;
+  const T* added = after.residual.data;
+  const int64_t apart = added - map.data;
   if (map.channel == 1 && map.lanes == lanes) {
-    for (int64_t j = 0; j < columns; ++j) store(p + j * map.column, load<A>(from + j * lanes));
+    for (int64_t j = 0; j < columns; ++j) {
+      Vec<A> v = load<A>(from + j * lanes);
+      if (added != nullptr) v += load<A>(static_cast<const T*>(p) + apart + j * map.column);
+      store(p + j * map.column, finished<A>(v, after.activation));
+    }
   } else if (map.column == 1) {
     for (int64_t j = 0; j < columns; j += lanes) {
       if (j + lanes > columns && columns >= lanes) j = columns - lanes;
@@ -182,14 +221,26 @@ void unpack_row(const A* from, int64_t columns, const Map<T>& map, T* p, const T
       transpose<A>(v);
       const bool whole = n == lanes || p + j + lanes <= limit;
       for (int l = 0; l < map.lanes; ++l) {
-        if (whole) store(p + l * map.channel + j, v[l]);
-        else store_part<T, A>(p + l * map.channel + j, v[l], n);
+        T* to = p + l * map.channel + j;
+        if (added != nullptr) {
+          const T* more = to + apart;
+          v[l] += n == lanes || more + lanes <= after.residual.limit ? load<A>(more) : load_part<A>(more, n);
+        }
+        v[l] = finished<A>(v[l], after.activation);
+        if (whole) store(to, v[l]);
+        else store_part<T, A>(to, v[l], n);
       }
     }
   } else {
     T pixel[lanes];
     for (int64_t j = 0; j < columns; ++j) {
-      store(pixel, load<A>(from + j * lanes));
+      Vec<A> v = load<A>(from + j * lanes);
+      if (added != nullptr) {
+        __builtin_memset(pixel, 0, sizeof pixel);
+        for (int l = 0; l < map.lanes; ++l) pixel[l] = p[apart + j * map.column + l * map.channel];
+        v += load<A>(pixel);
+      }
+      store(pixel, finished<A>(v, after.activation));
       for (int l = 0; l < map.lanes; ++l) p[j * map.column + l * map.channel] = pixel[l];
     }
   }
@@ -214,6 +265,7 @@ template <class T, class A>
 struct Window {
   const Map<const T>* map;
   Vec<A> pivot;
+  Told<T, A> told;
   int64_t rows, columns, left, pitch, count;
   int64_t* held;
   A *slots, *zero;
@@ -253,7 +305,7 @@ struct Window {
     if (held[slot] != n * rows + q) {
       held[slot] = n * rows + q;
       prefetch(n, q + 1);
-      pack_row<T, A>(*map, map->data + n * map->image + q * map->row, columns, pivot, to);
+      pack_row<T, A>(*map, map->data + n * map->image + q * map->row, columns, pivot, told, to);
     }
     return to;
   }
@@ -427,44 +479,6 @@ void moments(const Plan& plan, const Map<const T>& x, const A* pivot, int64_t be
   sum.end();
 }
 
-template <class T, class A>
-void correlate(const Plan& plan, const Map<const T>& x, const A* pivot, const Map<const T>& grad, int64_t begin,
-               int64_t end, A* scratch, double* products, double* sums) {
-  constexpr int lanes = kLanes<A>;
-  const Axis &rows = plan.rows, &columns = plan.columns;
-  Memory<A> memory{scratch};
-  Piece<A> product(plan.taps, products, memory), sum(int64_t(rows.out_kinds) * columns.out_kinds, sums, memory);
-  Window<T, A> window;
-  window.open(x, load<A>(pivot), rows.size, columns.size, columns.padding, columns.after, rows.reach + 1, memory);
-  Window<T, A> gradient;
-  gradient.open(grad, Vec<A>{}, rows.out, columns.out, 0, 0, 1, memory);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t n = i / rows.out, p = i % rows.out, top = p * rows.stride - rows.padding;
-    const A* g = gradient.row(n, p);
-    const A* moved[kMostTaps];
-    for (int r = 0; r < rows.taps; ++r) moved[r] = window.row(n, top + r * rows.dilation) - columns.padding * lanes;
-    if (columns.dilation == 1) {
-      multiply_runs<A>(g, lanes, moved, rows.taps, columns.taps, columns.stride * lanes, columns.out, product.sums);
-    } else {
-      for (int r = 0; r < rows.taps; ++r) {
-        const A* spread[kMostTaps];
-        for (int b = 0; b < columns.taps; ++b) spread[b] = moved[r] + b * columns.dilation * lanes;
-        multiply_runs<A>(g, lanes, spread, columns.taps, 1, columns.stride * lanes, columns.out,
-                         product.sums + int64_t(r) * columns.taps * lanes);
-      }
-    }
-    for (int s = 0; s < columns.outputs.count; ++s) {
-      const Segment& seg = columns.outputs.data[s];
-      add_up<A>(g + seg.first * lanes, seg.step * lanes, seg.count,
-                sum.sums + (int64_t(rows.out_of[p]) * columns.out_kinds + seg.kind) * lanes);
-    }
-    product.end_row(columns.out);
-    sum.end_row(columns.out);
-  }
-  product.end();
-  sum.end();
-}
-
 // ---- sums of terms: out[c] = init[kind[c]] + Σ_i weight_i·from_i[c] ----
 
 template <class A>
@@ -548,9 +562,28 @@ bool writes_in_place(const Map<T>& out) {
   return sizeof(T) == sizeof(A) && out.channel == 1 && out.lanes == kLanes<A>;
 }
 
+// An output row of `convolve`, but for what follows.
 template <class T, class A>
-void convolve(const Plan& plan, const Map<const T>& x, const A* pivot, const A* weights, const A* init, const Map<T>& out,
-              int64_t begin, int64_t end, A* scratch) {
+void convolve_row(const Plan& plan, Window<T, A>& window, int64_t n, int64_t p, const A* weights, const A* init,
+                  Term<A>* terms, A* to, int64_t to_step) {
+  constexpr int lanes = kLanes<A>;
+  const Axis &rows = plan.rows, &columns = plan.columns;
+  int count = 0;
+  for (int r = 0; r < rows.taps; ++r) {
+    const int64_t q = p * rows.stride - rows.padding + r * rows.dilation;
+    if (q < 0 || q >= rows.size) continue;
+    const A* from = window.row(n, q) - columns.padding * lanes;
+    for (int b = 0; b < columns.taps; ++b)
+      terms[count++] = {from + b * columns.dilation * lanes, weights + (r * columns.taps + b) * lanes};
+  }
+  const TermList<A> list = {terms, 0, count};
+  add_all_terms<A>(list, columns.stride, init + int64_t(rows.out_of[p]) * columns.out_kinds * lanes, columns.out_of, 1,
+                   columns.out, to, to_step);
+}
+
+template <class T, class A>
+void convolve(const Plan& plan, const Map<const T>& x, const A* pivot, const A* weights, const A* init,
+              const After<T>& after, const Map<T>& out, int64_t begin, int64_t end, A* scratch) {
   constexpr int lanes = kLanes<A>;
   const Axis &rows = plan.rows, &columns = plan.columns;
   Memory<A> memory{scratch};
@@ -558,39 +591,96 @@ void convolve(const Plan& plan, const Map<const T>& x, const A* pivot, const A* 
   window.open(x, load<A>(pivot), rows.size, columns.size, columns.padding, columns.after, rows.reach + 1, memory);
   Term<A>* terms = memory.template take<Term<A>>(plan.taps);
   A* packed = memory.take((columns.out + lanes) * lanes);
-  const bool in_place = writes_in_place<T, A>(out);
+  const bool follows = after.activation != Activation::none || after.residual.data != nullptr;
+  const bool in_place = !follows && writes_in_place<T, A>(out);
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t n = i / rows.out, p = i % rows.out, top = p * rows.stride - rows.padding;
-    int count = 0;
-    for (int r = 0; r < rows.taps; ++r) {
-      const int64_t q = top + r * rows.dilation;
-      if (q < 0 || q >= rows.size) continue;
-      const A* from = window.row(n, q) - columns.padding * lanes;
-      for (int b = 0; b < columns.taps; ++b)
-        terms[count++] = {from + b * columns.dilation * lanes, weights + (r * columns.taps + b) * lanes};
-    }
+    const int64_t n = i / rows.out, p = i % rows.out;
     T* to = out.data + n * out.image + p * out.row;
-    A* target = in_place ? reinterpret_cast<A*>(to) : packed;
-    const TermList<A> list = {terms, 0, count};
-    add_all_terms<A>(list, columns.stride, init + int64_t(rows.out_of[p]) * columns.out_kinds * lanes, columns.out_of, 1,
-                     columns.out, target, in_place ? out.column : lanes);
+    convolve_row<T, A>(plan, window, n, p, weights, init, terms, in_place ? reinterpret_cast<A*>(to) : packed,
+                       in_place ? out.column : lanes);
     if (!in_place) {
       const int64_t last = (n + 1) * rows.out < end ? rows.out : end - n * rows.out;
-      unpack_row<T, A>(packed, columns.out, out, to, out.data + n * out.image + last * out.row);
+      unpack_row<T, A>(packed, columns.out, out, after, to, out.data + n * out.image + last * out.row);
     }
   }
 }
 
 template <class T, class A>
-void gradient(const Plan& plan, const Map<const T>& x, const A* pivot, const Map<const T>* grads, const A* weights,
-              const A* correction, const A* init, const Map<T>& dx, int64_t begin, int64_t end, A* scratch) {
+void correlate(const Plan& plan, const Map<const T>& x, const A* pivot, const Map<const T>& grad, const Slope<T, A>& slope,
+               const Map<T>& sloped, int64_t begin, int64_t end, A* scratch, double* products, double* sums) {
+  constexpr int lanes = kLanes<A>;
+  const Axis &rows = plan.rows, &columns = plan.columns;
+  Memory<A> memory{scratch};
+  Piece<A> product(plan.taps, products, memory), sum(int64_t(rows.out_kinds) * columns.out_kinds, sums, memory);
+  Window<T, A> window;
+  window.open(x, load<A>(pivot), rows.size, columns.size, columns.padding, columns.after, rows.reach + 1, memory);
+  Window<T, A> gradient;
+  gradient.open(grad, Vec<A>{}, rows.out, columns.out, 0, lanes, 1, memory);
+  const bool again = slope.activation != Activation::none && !is_clamp(slope.activation);
+  if (is_clamp(slope.activation)) gradient.told = {slope.kept, flat_from<A>(slope.activation)};
+  Term<A>* terms = memory.template take<Term<A>>(plan.taps);
+  A *z = memory.take((columns.out + lanes) * lanes), *added = memory.take(columns.out * lanes);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / rows.out, p = i % rows.out, top = p * rows.stride - rows.padding;
+    const A* g = gradient.row(n, p);
+    if (again) {
+      convolve_row<T, A>(plan, window, n, p, slope.weights, slope.init, terms, z, lanes);
+      const int64_t at = n * grad.image + p * grad.row;
+      if (slope.kept != nullptr) {
+        Map<const T> residual = grad;
+        residual.limit += slope.kept - grad.data;
+        residual.data = slope.kept;
+        pack_row<T, A>(residual, slope.kept + at, columns.out, Vec<A>{}, {}, added);
+      }
+      for (int64_t j = 0; j < columns.out * lanes; j += lanes) {
+        Vec<A> value = load<A>(z + j);
+        if (slope.kept != nullptr) value += load<A>(added + j);
+        store(z + j, load<A>(g + j) * smooth_slope<A>(value, slope.activation));
+      }
+      g = z;
+    }
+    if (sloped.data != nullptr) {
+      const int64_t last = (n + 1) * rows.out < end ? rows.out : end - n * rows.out;
+      unpack_row<T, A>(g, columns.out, sloped, {}, sloped.data + n * sloped.image + p * sloped.row,
+                       sloped.data + n * sloped.image + last * sloped.row);
+    }
+    const A* moved[kMostTaps];
+    for (int r = 0; r < rows.taps; ++r) moved[r] = window.row(n, top + r * rows.dilation) - columns.padding * lanes;
+    if (columns.dilation == 1) {
+      multiply_runs<A>(g, lanes, moved, rows.taps, columns.taps, columns.stride * lanes, columns.out, product.sums);
+    } else {
+      for (int r = 0; r < rows.taps; ++r) {
+        const A* spread[kMostTaps];
+        for (int b = 0; b < columns.taps; ++b) spread[b] = moved[r] + b * columns.dilation * lanes;
+        multiply_runs<A>(g, lanes, spread, columns.taps, 1, columns.stride * lanes, columns.out,
+                         product.sums + int64_t(r) * columns.taps * lanes);
+      }
+    }
+    for (int s = 0; s < columns.outputs.count; ++s) {
+      const Segment& seg = columns.outputs.data[s];
+      add_up<A>(g + seg.first * lanes, seg.step * lanes, seg.count,
+                sum.sums + (int64_t(rows.out_of[p]) * columns.out_kinds + seg.kind) * lanes);
+    }
+    product.end_row(columns.out);
+    sum.end_row(columns.out);
+  }
+  product.end();
+  sum.end();
+}
+
+template <class T, class A>
+void gradient(const Plan& plan, const Map<const T>& x, const A* pivot, const Map<const T>* grads, Activation clamp,
+              const T* const* kept, const A* weights, const A* correction, const A* init, const Map<T>& dx, int64_t begin,
+              int64_t end, A* scratch) {
   constexpr int lanes = kLanes<A>;
   const Axis &rows = plan.rows, &columns = plan.columns;
   Memory<A> memory{scratch};
   Window<T, A> window, gradients[kMostMultiplier];
   window.open(x, load<A>(pivot), rows.size, columns.size, columns.reach, columns.reach, 2 * rows.reach + 1, memory);
-  for (int j = 0; j < plan.multiplier; ++j)
+  for (int j = 0; j < plan.multiplier; ++j) {
     gradients[j].open(grads[j], Vec<A>{}, rows.out, columns.out, 0, 0, rows.reach / rows.stride + 2, memory);
+    if (is_clamp(clamp)) gradients[j].told = {kept[j], flat_from<A>(clamp)};
+  }
   Term<A>* terms = memory.template take<Term<A>>(plan.multiplier * plan.taps + 4 * plan.taps);
   A* packed = memory.take((columns.size + lanes) * lanes);
   const bool in_place = writes_in_place<T, A>(dx);
@@ -633,7 +723,7 @@ void gradient(const Plan& plan, const Map<const T>& x, const A* pivot, const Map
     }
     if (!in_place) {
       const int64_t last = (n + 1) * rows.size < end ? rows.size : end - n * rows.size;
-      unpack_row<T, A>(packed, columns.size, dx, to, dx.data + n * dx.image + last * dx.row);
+      unpack_row<T, A>(packed, columns.size, dx, {}, to, dx.data + n * dx.image + last * dx.row);
     }
   }
 }

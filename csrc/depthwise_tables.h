@@ -160,7 +160,7 @@ class PlanTables {
     const int64_t sums = plan.products + plan.sums + plan.taps + int64_t(rows.out_kinds) * columns.out_kinds;
     const int64_t terms = (plan.multiplier + 4) * int64_t(plan.taps);
     plan.algebra = std::max(int64_t(rows.fine_kinds) * columns.taps * columns.taps, int64_t(columns.fine_kinds) * rows.taps * rows.taps);
-    plan.scratch = sums + terms + row + window(2 * rows.reach + 1, std::max(padded, spread)) + window(1, columns.out) +
+    plan.scratch = sums + terms + 3 * row + window(2 * rows.reach + 1, std::max(padded, spread)) + window(1, columns.out + 64) +
                    plan.multiplier * window(rows.reach / rows.stride + 2, columns.out) + 8;
   }
   PlanTables(const PlanTables&) = delete;

@@ -66,13 +66,16 @@ namespace depthwise {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x, Tensors weights, Tensors gammas,
                                                                         Tensors betas, std::vector<double> eps,
                                                                         std::vector<int64_t> taps,
-                                                                        std::vector<int64_t> geometry, bool channels_last);
-// (dx, dws, dgammas, dbeta)
-std::tuple<Tensor, Tensors, Tensor, Tensor> step_backward(Tensor grad, Tensor x, Tensors weights, Tensors gammas, Tensor means,
-                                                          Tensor rstds, Tensor pivot, Tensor sums, Tensor centred,
+                                                                        std::vector<int64_t> geometry, bool channels_last,
+                                                                        std::optional<Tensor> residual, int64_t activation);
+// (dx, dws, dgammas, dbeta, dresidual)
+std::tuple<Tensor, Tensors, Tensor, Tensor, Tensor> step_backward(Tensor grad, Tensor x, Tensors weights, Tensors gammas,
+                                                          Tensors betas, Tensor means, Tensor rstds, Tensor pivot, Tensor sums, Tensor centred,
                                                           std::optional<Tensor> averages, std::vector<int64_t> taps,
                                                           std::vector<int64_t> geometry, bool need_x,
-                                                          std::vector<bool> need_weights, bool need_gammas);
+                                                          std::vector<bool> need_weights, bool need_gammas,
+                                                          std::optional<Tensor> outer, int64_t activation,
+                                                          bool need_residual);
 
 }  // namespace depthwise
 

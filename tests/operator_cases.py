@@ -20,6 +20,7 @@ from acnet_kernels.geometry import Geometry, Taps
 from acnet_kernels.kernels.window import Window
 from acnet_kernels.ops import fuse_blocks as fusing
 from acnet_kernels.ops.epilogue import ACTIVATIONS as EPILOGUES
+from acnet_kernels.ops.epilogue import activate, is_clamp
 from acnet_kernels.ops.fusion import append_branches
 from acnet_kernels.steps import depthwise_plain, packed
 
@@ -425,6 +426,20 @@ def depthwise_step(r: random.Random, nests: bool = True) -> list[Any]:
     return [x, weights, gammas, betas, eps, *numbers, r.random() < 0.5]
 
 
+def depthwise_following(r: random.Random, args: list[Any]) -> tuple[Tensor | None, int]:
+    """A residual for a step of these arguments, and an activation's number."""
+    x, weights, *_, geometry, last_ = args
+    shape = len(x), len(weights[0]), *packed.unpack(geometry).output_size(*x.shape[2:])
+    layout = torch.channels_last if last_ else torch.contiguous_format
+    residual = torch.randn(shape).to(x.dtype).contiguous(memory_format=layout) if r.random() < 0.4 else None
+    return residual, r.choice(range(len(EPILOGUES)))
+
+
+def depthwise_finished_step(r: random.Random) -> list[Any]:
+    args = depthwise_step(r)
+    return [*args, *depthwise_following(r, args)]
+
+
 def depthwise_maps(x: Tensor, weights: Any, taps: Any, geometry: Any) -> list[Tensor]:
     known, given, ys = packed.unpack(geometry), iter(weights), []
     for own, convolved in packed.unpack_taps(taps):
@@ -434,6 +449,15 @@ def depthwise_maps(x: Tensor, weights: Any, taps: Any, geometry: Any) -> list[Te
             y = F.conv2d(y, next(given), None, known.stride, place.padding, place.dilation, known.groups)
         ys.append(y)
     return ys
+
+
+def depthwise_finished_step_results(*args: Any) -> list[Any]:
+    *given, residual, activation = args
+    z, *rest = depthwise_step_results(*given)
+    if z is not None:
+        z = wide(z) if residual is None else wide(z) + wide(residual)
+        z = activate(z, EPILOGUES[activation])
+    return [z, *rest]
 
 
 def depthwise_step_results(
@@ -460,14 +484,22 @@ def depthwise_step_results(
 
 
 def depthwise_step_backward(r: random.Random) -> list[Any]:
-    *args, last_ = depthwise_step(r)
-    x, weights, gammas, _, _, taps, geometry = args
-    out, means, _, rstds, pivot, sums, centred = depthwise_plain.step(*args, last_)
+    args = depthwise_step(r)
+    x, weights, gammas, betas, _, taps, geometry, last_ = args
+    residual, activation = depthwise_following(r, args) if r.random() < 0.7 else (None, 0)
+    out, means, _, rstds, pivot, sums, centred = depthwise_plain.step(*args, residual, activation)
     needs = [r.random() < 0.7, [r.random() < 0.7 for _ in weights], r.random() < 0.7]
     grad = layout_of(r, torch.randn(out.shape).to(x.dtype))
+    kept = None
+    if activation:
+        layout = torch.channels_last if last_ else torch.contiguous_format
+        grad = grad.contiguous(memory_format=layout)
+        kept = out if is_clamp(EPILOGUES[activation]) else residual
     shared = r.random() < 0.5 and not packed.is_nested(len(means), taps)
     averages = torch.randn(len(means) + 1, means.shape[1], dtype=torch.float64) if shared else None
-    return [grad, x, weights, gammas, means, rstds, pivot, sums, centred, averages, taps, geometry, *needs]
+    of_steps = means, rstds, pivot, sums, centred, averages
+    after = kept, activation, activation != 0 and r.random() < 0.5
+    return [grad, x, weights, gammas, betas, *of_steps, taps, geometry, *needs, *after]
 
 
 def depthwise_statistics(r: random.Random) -> list[Any]:
@@ -492,10 +524,10 @@ def depthwise_apply_results(x: Any, weights: Any, gammas: Any, betas: Any, *rest
 
 
 def depthwise_step_backward_results(*args: Any) -> list[Any]:
-    grad, x, weights, gammas, means, rstds, pivot, sums, centred, *rest = args
+    grad, x, weights, gammas, betas, means, rstds, pivot, sums, centred, *rest = args
     kept = means, rstds, pivot, sums, wide(centred)
     return list(
-        depthwise_plain.step_backward(wide(grad), wide(x), [wide(w) for w in weights], gammas, *kept, *rest)
+        depthwise_plain.step_backward(wide(grad), wide(x), [wide(w) for w in weights], gammas, betas, *kept, *rest)
     )
 
 
@@ -665,7 +697,7 @@ CASES = {
     "cross_correlation": Case(cross_correlation, cross_correlation_results),
     "depthwise_apply": Case(depthwise_apply, depthwise_apply_results),
     "depthwise_statistics": Case(depthwise_statistics, depthwise_statistics_results),
-    "depthwise_step": Case(depthwise_step, depthwise_step_results),
+    "depthwise_step": Case(depthwise_finished_step, depthwise_finished_step_results),
     "depthwise_step_backward": Case(depthwise_step_backward, depthwise_step_backward_results),
     "fuse_blocks": Case(fuse_blocks, fuse_blocks_results),
     "fuse_blocks_out": Case(fuse_blocks_out, fuse_blocks_out_results),

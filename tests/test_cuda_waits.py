@@ -172,7 +172,7 @@ def test_a_depthwise_step(layout: torch.memory_format) -> None:
             out, means, _, *kept = triton_depthwise.depthwise_step(
                 x, b.weights, b.gammas, b.betas, b.eps, *b.numbers, last
             )
-            args = (out, x, b.weights, b.gammas, means, *kept, None, *b.numbers, True, [True] * 3, True)
+            args = (out, x, b.weights, b.gammas, [], means, *kept, None, *b.numbers, True, [True] * 3, True)
             triton_depthwise.depthwise_step_backward(*args)
 
         assert copies(step) == []

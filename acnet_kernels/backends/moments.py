@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..spec import SUM, Problem, Step
+from ..spec import NOTHING, SUM, Epilogue, Problem, Step
 from ..steps import moments_algebra as algebra
 from ..steps.convolution import convolution_dtype
 from ..steps.moments_passes import CHUNK_BYTES, LEAST_CHANNELS_BY_BRANCH
@@ -111,12 +111,16 @@ def transient_bytes(problem: Problem) -> int:
     return nested + max(forward, x + 10 * kernels + parts + copies + (x + y if turned else 0))
 
 
-def forward(x: Tensor, step: Step) -> Tensor:
-    """One step on x (N×C×H×W, already padded where the padding mode is not zeros)."""
+def forward(x: Tensor, step: Step, epilogue: Epilogue = NOTHING) -> Tensor:
+    """One step on x (N×C×H×W, already padded where the padding mode is not zeros), and what follows it."""
     is_depthwise = computes_depthwise(x, step)
     if is_depthwise and depthwise.is_nested(step, x.device.type):
-        return whole.forward(x, step, is_depthwise)
-    return mixed.forward(lambda x, step, _: whole.forward(x, step, is_depthwise), x, step)
+        return whole.forward(x, step, is_depthwise, epilogue)
+
+    def inner(x: Tensor, step: Step, epilogue: Epilogue) -> Tensor:
+        return whole.forward(x, step, is_depthwise, epilogue)
+
+    return mixed.forward(inner, x, step, epilogue)
 
 
 def computes_depthwise(x: Tensor, step: Step) -> bool:

@@ -54,6 +54,11 @@ def is_nested(step: Step, device: str) -> bool:
     return step.norm is not None and own and device == "cpu" and all(norm.eps > 0 for norm in step.norms)
 
 
+def finishes(problem: Problem) -> bool:
+    """Whether the passes compute what follows the sum, too."""
+    return LOADED and problem.device == "cpu" and takes(problem) and (problem.norm != MIXED or nests(problem))
+
+
 def is_fastest(problem: Problem) -> bool:
     """Whether no other way to compute the problem is as fast, wherever this one computes it: on a CPU, in C++.
 

@@ -140,7 +140,9 @@ def _gradients(
     definition = functools.partial(config.definition, *inputs)
     if activation == 0:
         return nodes.gradients(definition, inputs, needs, grad, config.cancelled())
-    return nodes.finished_gradients(definition, inputs, needs, grad, ACTIVATIONS[activation], [*betas, kept])
+    return nodes.finished_gradients(
+        definition, inputs, needs, grad, ACTIVATIONS[activation], [*betas, kept], config.cancelled()
+    )
 
 
 if NODE is not None:

@@ -25,20 +25,20 @@ Update = Callable[[Tensor, Tensor], None]
 
 
 def run(recorded: Recorded, arguments: tuple[Any, ...], update: Update) -> Tensor:
-    """out of the operator on these arguments, differentiable in the first four."""
+    """out of the operator on these arguments, differentiable in the first four, and in the residual."""
     if not torch.compiler.is_compiling():
-        return _Node.apply(recorded, arguments, update, *_flat(arguments))[0]
+        return _Node.apply(recorded, arguments, update, *_flat(recorded, arguments))[0]
     out, means, variances, *_ = recorded.operator(*arguments)
     with torch.no_grad():
         update(means, variances)
     return out
 
 
-def _flat(arguments: tuple[Any, ...]) -> list[Any]:
+def _flat(recorded: Recorded, arguments: tuple[Any, ...]) -> list[Any]:
     flat: list[Any] = []
     for argument in arguments[:4]:
         flat.extend(argument if isinstance(argument, list) else (argument,))
-    return flat
+    return [*flat, arguments[-2]] if recorded.finishes else flat
 
 
 class _Node(torch.autograd.Function):
@@ -60,9 +60,14 @@ class _Node(torch.autograd.Function):
         if grad is None:
             return (None,) * len(needs)
         if wants_definition(grad):
-            definition, inputs, cancelled = ctx.recorded.definition(ctx)
-            return None, None, None, *gradients(definition, inputs, needs[3:], grad, cancelled)
-        return None, None, None, *_flat(ctx.recorded.backward(ctx, grad))
+            by = ctx.recorded.definition(ctx)
+            if by.after is None:
+                return None, None, None, *gradients(by.function, by.inputs, needs[3:], grad, by.cancelled)
+            finished = finished_gradients(
+                by.function, by.inputs, needs[3:], grad, by.activation, by.after, by.cancelled
+            )
+            return None, None, None, *finished
+        return None, None, None, *_flat(ctx.recorded, ctx.recorded.backward(ctx, grad))
 
 
 def wants_definition(grad: Tensor) -> bool:
@@ -117,6 +122,7 @@ def finished_gradients(
     grad: Tensor,
     activation: str,
     after: Sequence[Tensor | None],
+    cancelled: int = 0,
 ) -> list[Tensor | None]:
     """gradients() of act(definition() + Σβ + residual), and then the residual's.
 
@@ -126,23 +132,31 @@ def finished_gradients(
         grad: of the activation's output.
         activation: its name, '' for none.
         after: before an activation the βs and, of a clamp, its output, else the residual, None for none.
+        cancelled: as gradients() has it.
     """
     *needs_tensors, needs_residual = needs
     if not activation or is_clamp(activation):
         if activation:
             assert after[-1] is not None
             grad = where_steep(grad, after[-1], activation)
-        return [*gradients(definition, inputs, needs_tensors, grad), grad if needs_residual else None]
+        return [*gradients(definition, inputs, needs_tensors, grad, cancelled), grad if needs_residual else None]
     residual = after[-1]
     betas = [beta for beta in after[:-1] if beta is not None]
+    without = range(len(inputs), len(inputs) + cancelled)  # of the needs: their gradients are zeros
     sources = [*inputs, *betas, *([] if residual is None else [residual])]
-    wanted = [t for t, need in zip(sources, needs, strict=False) if need]
+    is_wanted = [need and i not in without for i, need in enumerate(needs)]
+    wanted = [t for t, need in zip(sources, is_wanted, strict=False) if need]
     with without_autocast(grad.device.type), torch.enable_grad():
-        z = definition() + sum(betas, torch.zeros_like(inputs[0][0, 0, 0, 0]))[..., None, None]
+        z = definition() + sum(betas[cancelled:], torch.zeros_like(inputs[0][0, 0, 0, 0]))[..., None, None]
         out = activate(z if residual is None else z + residual, activation)
     with without_autocast(grad.device.type):
         found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=torch.is_grad_enabled()))
-    return [next(found) if need else None for need in needs]
+    of_others = [
+        torch.zeros_like(beta) if need else None
+        for beta, need in zip(betas[:cancelled], needs[len(inputs) :], strict=False)
+    ]
+    results = [next(found) if need else None for need in is_wanted]
+    return [*results[: len(inputs)], *of_others, *results[len(inputs) + cancelled :]]
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:

@@ -32,7 +32,7 @@ from .device_info import Machine, this_machine
 
 # In order of simplicity: where two are about as fast, 'auto' takes the first.
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (folded, eager, branches, moments, recompute)}
-FINISHING = (branches, recompute)  # which compute what follows the sum too
+FINISHING = (branches, recompute, moments)  # which compute what follows the sum too
 CHOICES = ("auto", "memory_saver", *BACKENDS)
 
 _saving = False
@@ -121,7 +121,9 @@ def choose(problem: Problem, requested: str = "auto") -> Choice:
 
 def where_finished(problem: Problem, choice: Choice) -> str:
     """Where the activation after a step is computed, in words."""
-    fuses = problem.norm != MIXED and problem.device == "cpu" and choice.backend in FINISHING
+    if choice.backend is moments and moments_depthwise.finishes(problem):
+        return "in the convolution's own passes"
+    fuses = problem.norm != MIXED and problem.device == "cpu" and choice.backend in (branches, recompute)
     if fuses and not (choice.backend is recompute and (node.NODE is None or problem.norm == SUM)):
         return "in the sum's own passes"
     return "after it, by PyTorch"

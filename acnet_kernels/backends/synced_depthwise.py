@@ -105,15 +105,15 @@ class _Synced(torch.autograd.Function):
         weights, gammas = list(rest[:count]), list(rest[count:])
         needs, statistics = ctx.needs_input_grad[4:], (*kept, sums, centred)
         shares = ops.depthwise_step_backward(
-            g, x, weights, gammas, *statistics, None, *ctx.numbers, False, [False] * count, True
+            g, x, weights, gammas, [], *statistics, None, *ctx.numbers, False, [False] * count, True
         )
-        _, _, dgammas, dbeta = shares
+        _, _, dgammas, dbeta, _ = shares
         averages = torch.cat([dgammas, dbeta[None]]).to(torch.float64, copy=True)
         dist.all_reduce(averages, group=ctx.group)
         averages /= total.clamp_min(1)
         need_weights = list(needs[1 : 1 + count])
-        dx, dws, _, _ = ops.depthwise_step_backward(
-            g, x, weights, gammas, *statistics, averages, *ctx.numbers, needs[0], need_weights, False
+        dx, dws, *_ = ops.depthwise_step_backward(
+            g, x, weights, gammas, [], *statistics, averages, *ctx.numbers, needs[0], need_weights, False
         )
         given = iter(dws)
         return (

@@ -71,7 +71,7 @@ def where_steep(grad: Tensor, out: Tensor, activation: str) -> Tensor:
     return grad.masked_fill(flat, 0)
 
 
-def _sloped(grad: Tensor, z: Tensor, activation: str) -> Tensor:
+def sloped(grad: Tensor, z: Tensor, activation: str) -> Tensor:
     """grad times the slope of an activation that is no clamp, at z."""
     if activation == "silu":
         s = z.sigmoid()
@@ -79,7 +79,8 @@ def _sloped(grad: Tensor, z: Tensor, activation: str) -> Tensor:
     return grad * torch.where(z > 3, 1.0, (z / 3 + 0.5).masked_fill(z < -3, 0.0))
 
 
-def _check_activation(activation: int, least: int) -> None:
+def check_activation(activation: int, least: int) -> None:
+    """ValueError unless the number is one of ACTIVATIONS from `least` on."""
     if not least <= activation < len(ACTIVATIONS):
         raise ValueError(f"activation must be a number from {least} to {len(ACTIVATIONS) - 1}, got {activation}")
 
@@ -101,7 +102,7 @@ def _check_forward(
     check.one_device(ys=ys, residual=residual)
     bn_sum.check_forward(ys, gammas, betas, eps, dtype)
     _check_outer_map(ys[0], dtype or ys[0].dtype, residual=residual)
-    _check_activation(activation, 0)
+    check_activation(activation, 0)
 
 
 def _check_backward(
@@ -121,7 +122,7 @@ def _check_backward(
     bn_sum.check_into(grad, ys, means, rstds, gammas, needs_dy, dys)
     bn_sum.check_affine(ys, betas=betas)
     _check_outer_map(ys[0], grad.dtype, kept=kept, dresidual=dresidual)
-    _check_activation(activation, 1)
+    check_activation(activation, 1)
     if kept is None and is_clamp(ACTIVATIONS[activation]):
         raise ValueError("kept must be out, which tells where a clamp is flat, got None")
 
@@ -191,7 +192,7 @@ def _backward_(
             z = z + (y.to(wide) - mean[:, None, None]) * scale[:, None, None]
             if betas:
                 z = z + betas[b][:, None, None]
-        g = _sloped(grad.to(wide), z, name)
+        g = sloped(grad.to(wide), z, name)
     if dresidual is not None:
         dresidual.copy_(g)
     return bn_sum.backward_into(g, ys, means, rstds, gammas, bn_sum.by_map(dys, needs_dy))

@@ -1,16 +1,19 @@
 """The operators of depthwise blocks: schema, fake, kernels, autograd.
 
-    depthwise_step(x, weights, gammas, betas, eps, taps, geometry, channels_last)
+    depthwise_step(x, weights, gammas, betas, eps, taps, geometry, channels_last, residual, activation)
         -> (out, means, variances, rstds, pivot, sums, centred)
-        out = Σ_b BN_b(W_b * x) by the batch's statistics, in x's dtype and the layout named; differentiable in the
-        tensors. means, (biased) variances and rstds are B×K in float64. What follows is for the gradient alone.
+        out = act(Σ_b BN_b(W_b * x) + residual) by the batch's statistics, in x's dtype and the layout named;
+        differentiable in the tensors. means, (biased) variances and rstds are B×K in float64. What follows is for
+        the gradient alone.
     depthwise_statistics(x, weights, eps, taps, geometry) -> (means, variances, pivot, sums, centred)
     depthwise_apply(x, weights, gammas, betas, means, rstds, pivot, taps, geometry, channels_last) -> out
         Its halves, for statistics that are not x's own.
-    depthwise_step_backward(grad, x, weights, gammas, means, rstds, pivot, sums, centred, averages, taps, geometry,
-                            need_x, need_weights, need_gammas) -> (dx, dws, dgammas, dbeta)
+    depthwise_step_backward(grad, x, weights, gammas, betas, means, rstds, pivot, sums, centred, averages, taps,
+                            geometry, need_x, need_weights, need_gammas, kept, activation, need_residual)
+            -> (dx, dws, dgammas, dbeta, dresidual)
         Gradients of what is needed; dws holds those of the weights that need one, the others are empty. `averages`,
-        unless these maps' own, are those of g·ŷ_b and, last, of g: (B + 1)×K, float64.
+        unless these maps' own, are those of g·ŷ_b and, last, of g = grad·act'(z): (B + 1)×K, float64. dresidual
+        is g.
 
 Arguments: `x`, N×C×H×W of any layout; `weights`, K×1×rows×columns, one entry a convolution; `eps` and, unless [],
 `gammas` and `betas` (K), one entry a batch norm: one a branch, or one after their sum, or in depthwise_step and its
@@ -21,6 +24,10 @@ at most MOST_PADDING, and K = m·C with m at most MOST_MULTIPLIER. `pivot` (C, f
 K×numbers in float32 or better. Nested, that of the last is Σ s_b W_b + Σ W_u, of the branches with and without a
 batch norm of their own, s_b = γ_b·rstd_b; `averages` are for others, and dbeta is the last β's, as those before it
 cancel.
+
+`residual` is a map of out's shape, dtype and layout, or None; `activation` an index of ACTIVATIONS
+(ops/epilogue.py). Its slope is told by `kept`, a map of grad's layout: of relu and relu6 out; of hardswish and silu
+the residual, or None, and `betas`, as z is computed again. Without an activation the residual's gradient is grad.
 
 The C++ kernels (csrc/depthwise.cpp) register themselves for the CPU with the schemas below; CUDA has Triton kernels
 (triton_depthwise.py). What is in depthwise_plain.py serves where there are none.
@@ -38,6 +45,7 @@ from torch import Tensor
 from ..ops import check
 from ..ops._extension import LOADED, TRITON
 from ..ops.bn_sum import accumulation_dtype
+from ..ops.epilogue import ACTIVATIONS, check_activation, is_clamp
 from . import depthwise_plain
 from .packed import check_affine, check_problem, is_nested, numbers_of, unpack
 from .recorded import record
@@ -51,7 +59,8 @@ LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 if not LOADED:
     LIBRARY.define(
         "depthwise_step(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, int[] taps,"
-        " int[] geometry, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        " int[] geometry, bool channels_last, Tensor? residual=None, int activation=0)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     LIBRARY.define(
         "depthwise_statistics(Tensor x, Tensor[] weights, float[] eps, int[] taps, int[] geometry)"
@@ -62,9 +71,10 @@ if not LOADED:
         " Tensor pivot, int[] taps, int[] geometry, bool channels_last) -> Tensor"
     )
     LIBRARY.define(
-        "depthwise_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor means,"
-        " Tensor rstds, Tensor pivot, Tensor sums, Tensor centred, Tensor? averages, int[] taps, int[] geometry,"
-        " bool need_x, bool[] need_weights, bool need_gammas) -> (Tensor, Tensor[], Tensor, Tensor)"
+        "depthwise_step_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas,"
+        " Tensor means, Tensor rstds, Tensor pivot, Tensor sums, Tensor centred, Tensor? averages, int[] taps,"
+        " int[] geometry, bool need_x, bool[] need_weights, bool need_gammas, Tensor? kept=None, int activation=0,"
+        " bool need_residual=False) -> (Tensor, Tensor[], Tensor, Tensor, Tensor)"
     )
 
 depthwise_step = torch.ops.acnet_kernels.depthwise_step.default
@@ -82,11 +92,27 @@ def check_step(
     taps: list[int],
     geometry: list[int],
     channels_last: bool,
+    residual: Tensor | None = None,
+    activation: int = 0,
 ) -> None:
     """ValueError where an argument of depthwise_step does not fit the others; the message names it."""
-    check.one_device(x=x, weights=weights, gammas=gammas, betas=betas)
-    _check_problem(x, weights, gammas, len(eps), taps, geometry)
+    check.one_device(x=x, weights=weights, gammas=gammas, betas=betas, residual=residual)
+    shape = _check_problem(x, weights, gammas, len(eps), taps, geometry)
     check_affine(weights, len(eps), betas=betas)
+    check_activation(activation, 0)
+    _check_outer_map(shape, x.dtype, channels_last, residual=residual)
+
+
+def _check_outer_map(
+    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, **given: Tensor | None
+) -> None:
+    """ValueError unless they are maps like out, of its layout."""
+    check.shape(shape, **given)
+    check.dtype(dtype, "as x", **given)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for name, t in given.items():
+        if t is not None and not t.is_contiguous(memory_format=layout):
+            raise ValueError(f"{name} must be dense in the layout of out, {layout}, got strides {t.stride()}")
 
 
 def check_statistics(
@@ -155,6 +181,7 @@ def check_backward(
     x: Tensor,
     weights: list[Tensor],
     gammas: list[Tensor],
+    betas: list[Tensor],
     means: Tensor,
     rstds: Tensor,
     pivot: Tensor,
@@ -166,10 +193,14 @@ def check_backward(
     need_x: bool,
     need_weights: list[bool],
     need_gammas: bool,
+    kept: Tensor | None = None,
+    activation: int = 0,
+    need_residual: bool = False,
 ) -> None:
     """ValueError where an argument of depthwise_step_backward does not fit the others; the message names it."""
-    kept = {"means": means, "rstds": rstds, "pivot": pivot, "sums": sums}
-    check.one_device(x=x, grad=grad, weights=weights, gammas=gammas, centred=centred, averages=averages, **kept)
+    found = {"means": means, "rstds": rstds, "pivot": pivot, "sums": sums}
+    check.one_device(x=x, grad=grad, weights=weights, gammas=gammas, betas=betas, centred=centred, **found)
+    check.one_device(x=x, averages=averages, kept=kept)
     norms, c = _norms(means), x.shape[1] if x.dim() == 4 else 0
     shape = _check_problem(x, weights, gammas, norms, taps, geometry)
     check.shape(shape, grad=grad)
@@ -179,13 +210,21 @@ def check_backward(
     check.shape((c,), pivot=pivot)
     check.shape((c, geometry[0] * geometry[1]), sums=sums)
     check.shape((shape[1], numbers_of(norms, taps, geometry)), centred=centred)
-    check.dtype(torch.float64, "as depthwise_step returns it", **kept)
+    check.dtype(torch.float64, "as depthwise_step returns it", **found)
     check.dtype(accumulation_dtype(x.dtype), "as depthwise_step returns it", centred=centred)
-    check.contiguous(centred=centred, averages=averages, **kept)
+    check.contiguous(centred=centred, averages=averages, **found)
     if averages is not None and is_nested(norms, taps):
         raise ValueError("averages must be None where batch norms are nested: there it is two after another")
     check.shape((norms + 1, shape[1]), averages=averages)
     check.dtype(torch.float64, "as the statistics", averages=averages)
+    check_affine(weights, norms, betas=betas)
+    check_activation(activation, 0)
+    if activation:
+        _check_outer_map(shape, x.dtype, not grad.is_contiguous(), grad=grad, kept=kept)
+        if kept is None and is_clamp(ACTIVATIONS[activation]):
+            raise ValueError("kept must be out, which tells where a clamp is flat, got None")
+    elif need_residual:
+        raise ValueError("need_residual must be false without an activation: the residual's gradient is grad")
 
 
 @torch.library.register_fake("acnet_kernels::depthwise_step")
@@ -199,6 +238,8 @@ def _(
     taps: list[int],
     geometry: list[int],
     channels_last: bool,
+    residual: Any = None,
+    activation: Any = 0,
 ) -> tuple[Tensor, ...]:
     means, variances, *rest = _empty_statistics(x, weights, eps, taps, geometry)
     return _empty_out(x, weights, geometry, channels_last), means, variances, torch.empty_like(means), *rest
@@ -253,6 +294,7 @@ def _(
     x: Tensor,
     weights: list[Tensor],
     gammas: Any,
+    betas: Any,
     means: Tensor,
     rstds: Tensor,
     pivot: Tensor,
@@ -264,13 +306,17 @@ def _(
     need_x: bool,
     need_weights: list[bool],
     need_gammas: bool,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    kept: Any = None,
+    activation: Any = 0,
+    need_residual: bool = False,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
     return (
         torch.empty_like(x) if need_x else x.new_empty(0),
         [torch.empty_like(weight) for weight, need in zip(weights, need_weights, strict=True) if need],
         torch.empty_like(means, dtype=dtype) if need_gammas else means.new_empty(0, dtype=dtype),
         means.new_empty(means.shape[1], dtype=dtype),
+        torch.empty_like(grad) if need_residual else x.new_empty(0),
     )
 
 
@@ -294,10 +340,12 @@ def _on_cuda(name: str, checks: Callable[..., None], plain: Callable[..., Any]) 
     @check.checked(checks)
     @functools.wraps(plain)
     def kernel(*args: Any) -> Any:
-        x, geometry = args[places.index("x")], args[places.index("geometry")]
-        norms = len(args[places.index("eps" if "eps" in places else "means")])
+        given = dict(zip(places, args, strict=False))
+        x, geometry = given["x"], given["geometry"]
+        norms = len(given["eps" if "eps" in given else "means"])
         declined = triton_declines(x.dtype, geometry[:2], geometry[2:4]) is not None
-        if len(x) == 0 or declined or is_nested(norms, args[places.index("taps")]):
+        follows = given.get("activation", 0) != 0 or given.get("residual") is not None
+        if len(x) == 0 or declined or follows or is_nested(norms, given["taps"]):
             return plain(*args)
         from . import triton_depthwise  # Triton is slow to import, and only CUDA needs it
 
@@ -321,5 +369,8 @@ if not LOADED:
 
 RECORDED = record(
     "depthwise_step",
-    lambda grad, x, weights, gammas, kept, constants: (grad, x, weights, gammas, *kept, None, *constants[1:3]),
-)
+    lambda grad, x, weights, gammas, betas, kept, constants: (
+        grad, x, weights, gammas, betas, *kept, None, *constants[1:3]
+    ),
+    finishes=True,
+)  # fmt: skip

@@ -12,6 +12,7 @@ from torch.nn.grad import conv2d_input
 
 from ..geometry import slices_of
 from ..ops.bn_sum import accumulation_dtype, rstds_of
+from ..ops.epilogue import ACTIVATIONS, activate, is_clamp, sloped, where_steep
 from .packed import unpack, unpack_normed, unpack_taps
 
 
@@ -154,18 +155,11 @@ def apply(
 ) -> Tensor:
     """depthwise_apply."""
     plain = _Plain(x, weights, len(means), taps, geometry)
-    return _apply(plain, gammas, betas, means, rstds, x.dtype, channels_last)
+    return _laid_out(_sum(plain, gammas, betas, means, rstds), x.dtype, channels_last)
 
 
-def _apply(
-    plain: _Plain,
-    gammas: list[Tensor],
-    betas: list[Tensor],
-    means: Tensor,
-    rstds: Tensor,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
+def _sum(plain: _Plain, gammas: list[Tensor], betas: list[Tensor], means: Tensor, rstds: Tensor) -> Tensor:
+    """Of a nested step its kernel must be complete."""
     out = plain.x.new_zeros(())
     scales = _scales(gammas, list(rstds))
     for b in plain.outermost():
@@ -173,6 +167,10 @@ def _apply(
         y = y - _per_channel(plain.mean(y) if plain.is_nested_total(b) else means[b])
         out = out + y * _per_channel(scales[b])
         out = out + _per_channel(betas[b].double()) if betas else out
+    return out
+
+
+def _laid_out(out: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(out.shape, dtype=dtype, device=out.device, memory_format=layout).copy_(out)
 
@@ -186,11 +184,15 @@ def step(
     taps: list[int],
     geometry: list[int],
     channels_last: bool,
+    residual: Tensor | None = None,
+    activation: int = 0,
 ) -> tuple[Tensor, ...]:
     """depthwise_step."""
     plain = _Plain(x, weights, len(eps), taps, geometry)
     means, variances, rstds, *rest = _statistics(plain, gammas, betas, eps, x.dtype)
-    out = _apply(plain, gammas, betas, means, rstds, x.dtype, channels_last)
+    z = _sum(plain, gammas, betas, means, rstds)
+    z = z if residual is None else z + residual
+    out = _laid_out(activate(z, ACTIVATIONS[activation]), x.dtype, channels_last)
     return out, means, variances, rstds, *rest
 
 
@@ -199,6 +201,7 @@ def step_backward(
     x: Tensor,
     weights: list[Tensor],
     gammas: list[Tensor],
+    betas: list[Tensor],
     means: Tensor,
     rstds: Tensor,
     pivot: Tensor,
@@ -210,13 +213,23 @@ def step_backward(
     need_x: bool,
     need_weights: list[bool],
     need_gammas: bool,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    kept: Tensor | None = None,
+    activation: int = 0,
+    need_residual: bool = False,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
     """depthwise_step_backward."""
     dtype, m = accumulation_dtype(x.dtype), grad.shape[1] // x.shape[1]
     plain, g = _Plain(x, weights, len(means), taps, geometry), grad.double()
     scales = _scales(gammas, list(rstds))
     if plain.nested:
         plain.add_normed(scales)
+    if is_clamp(ACTIVATIONS[activation]):
+        assert kept is not None
+        g = where_steep(g, kept, ACTIVATIONS[activation])
+    elif activation:
+        z = _sum(plain, gammas, betas, means, rstds)
+        g = sloped(g, z if kept is None else z + kept, ACTIVATIONS[activation])
+    dresidual = torch.empty_like(grad).copy_(g) if need_residual else x.new_empty(0)
     products, dbeta = plain.products(g), g.sum((0, 2, 3))
     total, sums = dbeta, sums.repeat_interleave(m, 0)
     offset = dbeta / plain.values if averages is None else averages[-1]
@@ -255,4 +268,5 @@ def step_backward(
         if need_gammas
         else dbeta.new_empty(0, dtype=dtype),
         dbeta.to(dtype),
+        dresidual,
     )

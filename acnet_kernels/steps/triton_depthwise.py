@@ -64,8 +64,10 @@ def depthwise_step(
     taps: list[int],
     geometry: list[int],
     channels_last: bool,
+    residual: None = None,
+    activation: int = 0,
 ) -> tuple[Tensor, ...]:
-    """As the operator of this name."""
+    """As the operator of this name; nothing follows."""
     tensors, counts = _packed(x, geometry, True, weights, gammas, betas)
     found = launch.run(_forward, tensors, counts, tuple(eps), tuple(taps), tuple(geometry), channels_last)
     return tuple(found)
@@ -106,6 +108,7 @@ def depthwise_step_backward(
     x: Tensor,
     weights: list[Tensor],
     gammas: list[Tensor],
+    betas: list[Tensor],
     means: Tensor,
     rstds: Tensor,
     pivot: Tensor,
@@ -117,8 +120,11 @@ def depthwise_step_backward(
     need_x: bool,
     need_weights: list[bool],
     need_gammas: bool,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """As the operator of this name."""
+    kept: None = None,
+    activation: int = 0,
+    need_residual: bool = False,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    """As the operator of this name; nothing follows."""
     average = [] if averages is None else [averages]
     tensors, counts = _packed(x, geometry, False, weights, gammas, average)
     tensors += [grad, means, rstds, pivot, sums, centred]
@@ -131,7 +137,7 @@ def depthwise_step_backward(
         dw if dw.stride() == weight.stride() else torch.empty_like(weight).copy_(dw)
         for dw, weight in zip(rest, (w for w, need in zip(weights, need_weights, strict=True) if need), strict=True)
     ]
-    return dx, dws, dgammas, dbeta
+    return dx, dws, dgammas, dbeta, x.new_empty(0)
 
 
 def _packed(

@@ -206,7 +206,7 @@ def test_launches_of_a_depthwise_step_by_moments(launches: list[str], device: to
         for need_x in (True, False):
             launches.clear()
             needs = need_x, [True] * branches, True
-            args = out, x, weights, vectors, means, *kept, None, *numbers, *needs
+            args = out, x, weights, vectors, [], means, *kept, None, *numbers, *needs
             depthwise.on_cuda["depthwise_step_backward"](*args)
             assert launches == ["correlate", "merge", "differentiate", *["correct", "input_gradient"] * need_x]
 
