@@ -13,9 +13,9 @@ SLOW_FILES = {
     *("interpreter", "launch", "codegen", "nvcc", "build", "csrc_host"),
     *("compile", "export", "tracers", "torch_compat", "imports", "hostile"),
     *("architectures", "networks", "observing", "contenders", "studies", "training", "data"),
-    *("distributed", "torchrun", "bench", "cli", "docs"),
+    *("distributed", "torchrun", "bench", "cli", "docs", "gpu_suite"),
 }
-SLOW_NAMES = ("opcheck", "compile", "instruction_sets", "torchvision")
+SLOW_NAMES = ("opcheck", "compile", "inductor", "instruction_sets", "processes", "torchvision")
 
 
 def pytest_configure(config: pytest.Config) -> None:

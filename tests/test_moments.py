@@ -1,7 +1,6 @@
 """The moments backend: exact in float64, as good as eager in every dtype, and keeping x alone for backward."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -62,7 +61,7 @@ def gradient(request, monkeypatch):
 @pytest.mark.usefixtures("gradient")
 def test_exact_in_float64_on_images_smaller_and_larger_than_the_kernel(size, groups):
     block = block_of(8, 8, size, groups=groups).double()
-    for h, w in itertools.product((1, 2, 3, 4, 9), (1, 2, 4, 7)):
+    for h, w in ((1, 1), (1, 7), (2, 2), (2, 4), (3, 1), (3, 4), (4, 2), (4, 7), (9, 1), (9, 4)):
         check(block, torch.randn(8, 8, h, w, dtype=torch.float64))
 
 
