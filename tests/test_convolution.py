@@ -56,6 +56,28 @@ def test_any_padding_and_dilation(columns, kernel, rows, padding, dilation):
     assert rel(got, true) < 1e-6
 
 
+@pytest.mark.parametrize("least", [1, 16])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_steps_with_input_gradients_added_within_convolutions(monkeypatch, geometry, least):
+    added = []
+
+    def add(*args):
+        added.append(convolution.add_input_gradient(*args))
+        return added[-1]
+
+    for name, value in (("LEAST_MAP", 0), ("LEAST_MAPS_OF_KERNEL", 0), ("LEAST_OF_GROUP", least)):
+        monkeypatch.setattr(convolution, name, value)
+    monkeypatch.setattr(maps, "add_input_gradient", add)
+    b = ACBlock(4, 6, backend="branches", **geometry)
+    check(b, torch.randn(3, 4, 13, 11).to(memory_format=torch.channels_last))
+    g = b.geometry if b.geometry.padding_mode == "zeros" else b.geometry.explicit()
+    few = g.groups > 1 and least == 16
+    if g.stride != (1, 1) or few or not convolution.accumulates():
+        assert not any(added)
+    elif not any(edge for taps in b.taps.values() for edge in g.placement(taps).edges):
+        assert any(added)
+
+
 def test_wide_kernels_small_maps_and_other_layouts_are_the_library():
     geometry, taps = Geometry.make(3, padding=1), taps_of(3)
     place, square = geometry.placement(taps["ver"]), geometry.placement(taps["square"])

@@ -18,7 +18,7 @@ from ..ops import _extension
 from ..ops.epilogue import ACTIVATIONS
 from ..spec import NOTHING, Epilogue
 from ..steps.assignment import ALL_LIBRARY
-from ..steps.convolution import LEAST_MAP, accumulates
+from ..steps.convolution import accumulates, adding_pays
 from ..steps.epilogue import NUMBERS
 from ..steps.packed import pack, pack_taps
 from . import nodes
@@ -50,8 +50,8 @@ def suits(config: StepConfig, x: Tensor, inputs: Inputs) -> bool:
     return (
         config.phases == ALL_LIBRARY
         and not config.is_summed()
-        # convolution.add_input_gradient pays from there on, and branches.py alone knows it.
-        and (x.numel() < LEAST_MAP or config.geometry.stride != (1, 1))
+        # Where convolution.add_input_gradient pays it is Python's step that knows how.
+        and not adding_pays(x.numel(), x.shape[1], config.conv_dtype, config.geometry)
         and takes(x, inputs)
     )
 

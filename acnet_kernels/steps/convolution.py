@@ -18,6 +18,8 @@ from .cpuinfo import slow_half_types
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The least map (elements) whose passes cost more than turning a kernel round, and how many kernels it must be.
 LEAST_MAP, LEAST_MAPS_OF_KERNEL = 2**20, 4
+# Channels a group below which oneDNN's float32 convolutions take up to 3 times as long as its input gradients.
+LEAST_OF_GROUP = 16
 # Where a tap's matrix product pays: pixels of an image, and elements of the result.
 LEAST_PIXELS, LEAST_PRODUCT = 128, 2048
 _SLOW_HALF_TYPES = slow_half_types()
@@ -38,8 +40,7 @@ def gradient_bytes(problem: Problem, dtype: torch.dtype) -> int:
     in_one_pass = (
         problem.device == "cpu"
         and problem.channels_last
-        and problem.geometry.stride == (1, 1)
-        and x // dtype.itemsize >= LEAST_MAP
+        and adding_pays(x // dtype.itemsize, problem.shape[1], dtype, problem.geometry)
         and _library_accumulates()
     )
     convolutions = len(problem.batch_stats)  # a sum of the branches is differentiated as one
@@ -81,6 +82,16 @@ def accumulates() -> bool:
     return _library_accumulates() and mkldnn_enabled()
 
 
+def adding_pays(elements: int, channels: int, dtype: torch.dtype, geometry: Geometry) -> bool:
+    """Whether an input gradient of this size is cheaper as a convolution that adds to what is there.
+
+    Args:
+        elements, channels: of x; dtype: of the convolution.
+    """
+    few = geometry.groups > 1 and channels // geometry.groups < LEAST_OF_GROUP and dtype == torch.float32
+    return elements >= LEAST_MAP and geometry.stride == (1, 1) and not few
+
+
 def _in_one_pass(out: Tensor) -> bool:
     dense = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
     fits = out.is_cpu and out.dtype in _DTYPES and out.numel() > 0 and dense
@@ -105,7 +116,7 @@ def transposed_kernel(weight: Tensor, groups: int) -> Tensor:
     return weight.flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor, place: Placement, stride: Pair, groups: int) -> bool:
+def add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor, place: Placement, geometry: Geometry) -> bool:
     """Adds the gradient of x in y = conv2d(place.apply(x), weight) to dx, in one pass.
 
     At stride 1 that gradient is a convolution of dy with the kernel turned round, and what a placement crops is
@@ -119,13 +130,17 @@ def add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor, place: Placement,
         Whether it did; dx is untouched where the library has no such convolution for the case.
     """
     left, right, top, bottom = place.edges
-    pays = dx.numel() >= max(LEAST_MAP, LEAST_MAPS_OF_KERNEL * weight.numel())
-    if not (stride == (1, 1) and top == bottom and left == right and pays and _in_one_pass(dx)):
+    pays = (
+        adding_pays(dx.numel(), dx.shape[1], dx.dtype, geometry)
+        and dx.numel() >= LEAST_MAPS_OF_KERNEL * weight.numel()
+    )
+    if not (top == bottom and left == right and pays and _in_one_pass(dx)):
         return False
     reach = [d * (k - 1) for k, d in zip(place.kernel, place.dilation, strict=True)]
     padding = (reach[0] - place.padding[0] - top, reach[1] - place.padding[1] - left)
     if min(padding) < 0:
         return False
+    groups = geometry.groups
     add_convolution(dx, dy, transposed_kernel(weight, groups), padding, place.dilation, groups)
     return True
 

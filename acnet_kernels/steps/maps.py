@@ -301,9 +301,7 @@ def convolution_gradients(
     for b, (dy, place, weight, need) in enumerate(zip(by_branch, places, weights, needs_w, strict=True)):
         if dy is None or not (needs_x or need):
             continue
-        needs_dx = needs_x and not (
-            dx is not None and add_input_gradient(dx, dy, weight, place, geometry.stride, geometry.groups)
-        )
+        needs_dx = needs_x and not (dx is not None and add_input_gradient(dx, dy, weight, place, geometry))
         seen = place.apply(x)
         if need:
             dws[b] = column_weight_gradient(dy, seen, place, geometry.stride, geometry.groups)
