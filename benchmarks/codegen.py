@@ -258,6 +258,10 @@ PASS_VARIATIONS: dict[str, dict[str, Any]] = {
     "5x5, NCHW": {"WINDOW": window_of(5)._replace(branches=())},
     "5x5, float64": {"WINDOW": window_of(5)._replace(branches=()), "WIDE": True},
     "multiplier": {"KG": "i32"},
+    "relu6": {"ACTIVATION": "relu6"},
+    "silu": {"ACTIVATION": "silu"},
+    "silu, NCHW": {"ACTIVATION": "silu"},
+    "5x5, silu": {"ACTIVATION": "silu", "WINDOW": window_of(5)._replace(branches=())},
     "64-bit, any channels": {"INT64_OFFSETS": True, **ANY, "KG": "i32"},
 }
 # How many sums a channel has, of the passes that have any, by the side of a kernel.
@@ -290,8 +294,11 @@ def pass_case(kernel: Any, arch: int, dtype: str, channels: int, variation: str 
     doubles = dict.fromkeys(("pivot_ptr", "partial_ptr"), "*fp64")
     singles = dict.fromkeys(("folded_ptr", "corrections_ptr"), "*fp32")
     sizes = dict.fromkeys(("N", "M", "RECTS", "SHARE", "H", "W", "OH", "OW"), "i32")
+    after = f"*{dtype}" if "ACTIVATION" in changes else None
     arguments = {
         **maps,
+        **dict.fromkeys(("residual_ptr", "kept_ptr", "sloped_ptr"), after),
+        "ACTIVATION": "",
         **doubles,
         **singles,
         **sizes,
@@ -323,6 +330,8 @@ def pass_cases(arch: int) -> Iterator[Case]:
         others = {"NCHW", "stride 2", "5x5", "5x5, NCHW", "multiplier", "64-bit, any channels"}
         if name == "autocorrelate":
             others |= {"5x5, float64"}
+        if name in ("convolve", "correlate"):
+            others |= {"relu6", "silu", "silu, NCHW", "5x5, silu"}
         for variation in sorted(others.difference(sums)):
             yield pass_case(kernel, arch, "fp32" if "NCHW" in variation else "bf16", 64, variation)
 
@@ -342,7 +351,11 @@ def algebra_cases(arch: int) -> Iterator[Case]:
     common |= dict.fromkeys(("RECTS", "TASKS", "NUMBERS", "N", "H", "W", "SN", "SH", "SW"), "i32") | {"SC": 1}
     common |= {"M": "i32", "C": "i32:16", "K": "i32:16", "KG": 1, "eps": ("fp32",) * 6}
     vectors = dict.fromkeys(("gammas", "betas"), ("*fp32",) * 6) | dict.fromkeys(("weights", "dws"), ("*fp32",) * 5)
-    switches = {"SUMMED": False, "STATISTICS": True, "FOLD": True, "INPUT": True}
+    switches = {"NORMED": (True,) * 6, "TOTAL": False, "STATISTICS": True, "FOLD": True, "INPUT": True}
+    # RepViT's: a kernel with a batch norm of its own, another and the identity, and a batch norm after their sum.
+    nested = {"NORMED": (True, False, False), "TOTAL": True, "eps": ("fp32",) * 2}
+    nested |= dict.fromkeys(("gammas", "betas"), ("*fp32",) * 2)
+    nested |= dict.fromkeys(("weights", "dws"), ("*fp32",) * 2)
     tile = configs.algebra_tile(1)
     pivots = {"ROWS": 16, "COLUMNS": 32, "BLOCK_K": tile}
     yield Case("channel_pivots", arch, "bf16", "", (tile, *STREAMED), "", {**common, **pivots})
@@ -359,6 +372,11 @@ def algebra_cases(arch: int) -> Iterator[Case]:
             sizes = {"ROWS": side, "COLUMNS": side, "TAPS": taps, "SHIFTS": shifts, "BLOCK": tile}
             arguments = {**common, **vectors, **switches, **sizes, "BRANCHES": BRANCHES[side]}
             yield Case(kernel.__name__, arch, "fp64", "", (tile, *STREAMED), variation, arguments)
+            if kernel is not depthwise_algebra.correct:
+                branches = BRANCHES[side][:5] + BRANCHES[side][-10:]
+                arguments = {**arguments, **nested, "BRANCHES": branches}
+                names = "5x5, nested" if variation else "nested"
+                yield Case(kernel.__name__, arch, "fp64", "", (tile, *STREAMED), names, arguments)
 
 
 def moments_cases(arch: int) -> Iterator[Case]:

@@ -20,6 +20,7 @@ from ..spec import MIXED, Problem, Step
 from ..steps import depthwise as ops
 from . import mixed
 
+DEVICES = ("cpu", "cuda")  # that have kernels of these operators
 CUDA_PROGRAMS = 1024  # that share a pass over the maps, about
 
 
@@ -45,18 +46,18 @@ def nests(problem: Problem) -> bool:
 
     (Where an ε is 0 they do not; it is rare, and not known of a problem.)
     """
-    return problem.norm == MIXED and problem.total and problem.device == "cpu" and takes(problem)
+    return problem.norm == MIXED and problem.total and problem.device in DEVICES and takes(problem)
 
 
 def is_nested(step: Step, device: str) -> bool:
     """Whether a depthwise step is one of nested batch norms that the operators take as a whole."""
     own = any(branch.norm is not None for branch in step.branches)
-    return step.norm is not None and own and device == "cpu" and all(norm.eps > 0 for norm in step.norms)
+    return step.norm is not None and own and device in DEVICES and all(norm.eps > 0 for norm in step.norms)
 
 
 def finishes(problem: Problem) -> bool:
     """Whether the passes compute what follows the sum, too."""
-    return LOADED and problem.device == "cpu" and takes(problem) and (problem.norm != MIXED or nests(problem))
+    return _is_fast(problem) and (problem.norm != MIXED or nests(problem))
 
 
 def is_fastest(problem: Problem) -> bool:
@@ -65,8 +66,11 @@ def is_fastest(problem: Problem) -> bool:
     On CUDA that is predicted, by the memory that is moved (docs/depthwise.md). A branch alone has nothing to share
     its passes with.
     """
-    fast = LOADED if problem.device == "cpu" else problem.device == "cuda"
-    return fast and takes(problem) and (nests(problem) or len(mixed.inner(problem).branches) > 1)
+    return _is_fast(problem) and (nests(problem) or len(mixed.inner(problem).branches) > 1)
+
+
+def _is_fast(problem: Problem) -> bool:
+    return (LOADED if problem.device == "cpu" else problem.device == "cuda") and takes(problem)
 
 
 def saved_bytes(problem: Problem) -> int:

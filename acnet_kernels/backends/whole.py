@@ -29,8 +29,7 @@ def forward(x: Tensor, step: Step, is_depthwise: bool, epilogue: Epilogue = NOTH
     x, geometry = x.to(inputs.dtype), step.geometry
     channels_last = prefers_channels_last(x, inputs.weights[0])
     after: tuple[Any, ...] = ()
-    finishes = is_depthwise and x.is_cpu  # within the operator
-    if finishes:
+    if is_depthwise:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         residual = None if epilogue.residual is None else epilogue.residual.contiguous(memory_format=layout)
         after = residual, NUMBERS[epilogue.activation]
@@ -44,13 +43,13 @@ def forward(x: Tensor, step: Step, is_depthwise: bool, epilogue: Epilogue = NOTH
         pack(geometry),
         *(() if is_depthwise else (convolution_dtype(x.dtype, x.device.type),)),
         channels_last,
-        *(after or ((None, 0) if is_depthwise else ())),
+        *after,
     )
     count = x.shape[0] * math.prod(geometry.output_size(x.shape[2], x.shape[3]))
     recorded = depthwise.RECORDED if is_depthwise else moments.RECORDED
     update = functools.partial(update_running, inputs.norms, count=count, biases=inputs.biases)
     out = nodes.run(recorded, arguments, update)
-    return out if finishes else finish(out, epilogue)
+    return out if is_depthwise else finish(out, epilogue)
 
 
 def number(x: Tensor, step: Step, is_depthwise: bool) -> int | None:

@@ -1,10 +1,11 @@
 """The small algebra between the passes of depthwise_moments.py, in float64: of a channel, for each pair of taps.
 
-t and u number the window's taps in raster order; BRANCHES, a compile-time constant, has five numbers a branch: row
-and column, rows, columns, and the step between taps, 0 for the identity. Batch norms are one a branch, or one
-where SUMMED, after the branches' sum. Tiles are taps × channels, or taps × taps × channels, with powers of two of
-taps. M is how many pixels the statistics are of. Formulas: docs/depthwise.md; W is a batch norm's kernel, G and S
-are of x̃ = x − pivot.
+t and u number the window's taps in raster order; BRANCHES, a compile-time constant, has five numbers a
+branch: row and column, rows, columns, and the step between taps, 0 for the identity. NORMED says which
+branches have a batch norm of their own, TOTAL whether one follows the sum, the last: its kernel has the
+branches' without one, and those with one scaled by γ·rstd. Tiles are taps × channels, or taps × taps ×
+channels, with powers of two of taps. M is how many pixels the statistics are of. Formulas:
+docs/depthwise.md; W is a batch norm's kernel, G and S are of x̃ = x − pivot.
 """
 # Triton's language, not Python's types.
 # mypy: ignore-errors
@@ -37,9 +38,28 @@ def size_of(branches, branch):
 
 
 @triton.constexpr_function
-def place_of(branches, branch):
-    """Where a branch's numbers begin among those of all."""
-    return sum(branches[5 * b + 2] * branches[5 * b + 3] for b in range(branch))
+def own_norms(normed):
+    """How many branches have a batch norm of their own."""
+    return sum(normed)
+
+
+@triton.constexpr_function
+def branch_of(normed, norm):
+    """The branch whose own a batch norm is."""
+    return [b for b in range(len(normed)) if normed[b]][norm]
+
+
+@triton.constexpr_function
+def is_through(normed, branch, norm):
+    """Whether a branch's gradient is told by this batch norm: its own, or where it has none that of the sum."""
+    return sum(normed[:branch]) == norm if normed[branch] else norm == sum(normed)
+
+
+@triton.constexpr_function
+def place_of(branches, normed, norm):
+    """Where a batch norm's numbers begin among those of all."""
+    own = [branches[5 * b + 2] * branches[5 * b + 3] for b in range(len(normed)) if normed[b]]
+    return sum(own[:norm])
 
 
 @triton.constexpr_function
@@ -95,19 +115,25 @@ def _own_taps(t, BRANCHES: tl.constexpr, BRANCH: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def _kernel(
-    weights, t, k, live, BRANCHES: tl.constexpr, NORM: tl.constexpr, SUMMED: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """A batch norm's kernel at taps t of channels k, 0 at taps that it lacks; t and k broadcast to the tile."""
+def _kernel(weights, t, k, live, BRANCHES: tl.constexpr, BRANCH: tl.constexpr, COLUMNS: tl.constexpr):
+    """A branch's kernel at taps t of channels k, 0 at taps that it lacks; t and k broadcast to the tile."""
+    found = tl.zeros((t + k).shape, tl.float64)
+    own, i = _own_taps(t, BRANCHES, BRANCH, COLUMNS)
+    if number(BRANCHES, BRANCH, 4) == 0:
+        found += tl.where(own & live, 1.0, 0.0)
+    else:
+        at = weights[weight_of(BRANCHES, BRANCH)] + k * size_of(BRANCHES, BRANCH) + i
+        found += tl.load(at, mask=own & live, other=0.0).to(tl.float64)
+    return found
+
+
+@triton.jit
+def _without_norms(weights, t, k, live, BRANCHES: tl.constexpr, NORMED: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum of the kernels of branches that have no batch norm of their own, as _kernel gives them."""
     found = tl.zeros((t + k).shape, tl.float64)
     for b in tl.static_range(branch_count(BRANCHES)):
-        if SUMMED or b == NORM:
-            own, i = _own_taps(t, BRANCHES, b, COLUMNS)
-            if number(BRANCHES, b, 4) == 0:
-                found += tl.where(own & live, 1.0, 0.0)
-            else:
-                at = weights[weight_of(BRANCHES, b)] + k * size_of(BRANCHES, b) + i
-                found += tl.load(at, mask=own & live, other=0.0).to(tl.float64)
+        if not NORMED[b]:
+            found += _kernel(weights, t, k, live, BRANCHES, b, COLUMNS)
     return found
 
 
@@ -164,7 +190,8 @@ def prepare(
     K,
     KG,
     BRANCHES: tl.constexpr,
-    SUMMED: tl.constexpr,
+    NORMED: tl.constexpr,
+    TOTAL: tl.constexpr,
     STATISTICS: tl.constexpr,
     FOLD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -174,12 +201,13 @@ def prepare(
 ):
     """STATISTICS: what operators keep of x, from autocorrelate's sums; FOLD: convolve's kernel and level.
 
-    Without STATISTICS means and rstds are read. sums: rectangles×(shifts + 1)×C; means, variances, rstds: norms×K;
-    patch_sums: C×taps; centred: K×numbers; folded: (taps + 1)×K. Grid: blocks of output channels.
+    Without STATISTICS means and rstds are read, and patch_sums of nested batch norms. sums:
+    rectangles×(shifts + 1)×C; means, variances, rstds: norms×K; patch_sums: C×taps; centred: K×numbers;
+    folded: (taps + 1)×K. Grid: blocks of output channels.
     """
     SIZE: tl.constexpr = ROWS * COLUMNS
-    NORMS: tl.constexpr = 1 if SUMMED else branch_count(BRANCHES)
-    NUMBERS: tl.constexpr = SIZE if SUMMED else place_of(BRANCHES, branch_count(BRANCHES))
+    OWN: tl.constexpr = own_norms(NORMED)
+    NUMBERS: tl.constexpr = place_of(BRANCHES, NORMED, OWN) + (SIZE if TOTAL else 0)
     values = M.to(tl.float64)
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = k < K
@@ -193,18 +221,20 @@ def prepare(
         tl.store(patch_sums_ptr + c[None, :] * SIZE + t, sums + values * pivot[None, :], mask=first)
     whole = tl.zeros((TAPS, BLOCK), tl.float64)
     level = tl.zeros((BLOCK,), tl.float64)
-    for b in tl.static_range(NORMS):
-        w = _kernel(weights, t, k[None, :], here, BRANCHES, b, SUMMED, COLUMNS)
+    inner = tl.zeros((BLOCK,), tl.float64)  # what batch norms in the sum add to it
+    u = tl.arange(0, TAPS)[None, :, None]
+    of_sum = _without_norms(weights, t, k[None, :], here, BRANCHES, NORMED, COLUMNS)
+    of_sum_too = _without_norms(weights, u, k[None, None, :], here[:, None, :], BRANCHES, NORMED, COLUMNS)
+    for b in tl.static_range(OWN + TOTAL):
+        w, other = of_sum, of_sum_too
+        of_t, of_u, i = t < SIZE, u < SIZE, t + 0
+        if b < OWN:
+            w = _kernel(weights, t, k[None, :], here, BRANCHES, branch_of(NORMED, b), COLUMNS)
+            other = _kernel(weights, u, k[None, None, :], here[:, None, :], BRANCHES, branch_of(NORMED, b), COLUMNS)
+            of_t, i = _own_taps(t, BRANCHES, branch_of(NORMED, b), COLUMNS)
+            of_u, _ = _own_taps(u, BRANCHES, branch_of(NORMED, b), COLUMNS)
         total = tl.sum(w, 0)
         if STATISTICS:
-            u = tl.arange(0, TAPS)[None, :, None]
-            of_t = t < SIZE
-            of_u = u < SIZE
-            i = t + 0
-            if not SUMMED:
-                of_t, i = _own_taps(t, BRANCHES, b, COLUMNS)
-                of_u, _ = _own_taps(u, BRANCHES, b, COLUMNS)
-            other = _kernel(weights, u, k[None, None, :], here[:, None, :], BRANCHES, b, SUMMED, COLUMNS)
             centred = tl.sum(tl.where(of_u & of_t[:, :, None], gram, 0.0) * other, 1)
             mean = tl.sum(tl.where(of_t, sums, 0.0) * w, 0) / values + pivot * total
             variance = tl.sum(w * centred, 0) / values
@@ -213,18 +243,26 @@ def prepare(
             variance = tl.where((eps[b] == 0.0) & (variance <= bound * bound), 0.0, variance)
             spread = variance + eps[b]
             rstd = tl.where(spread == 0.0, 0.0, 1.0 / tl.sqrt(spread))
-            tl.store(means_ptr + b * K + k, mean, mask=live)
+            tl.store(means_ptr + b * K + k, mean + inner if b == OWN else mean, mask=live)
             tl.store(variances_ptr + b * K + k, variance, mask=live)
             tl.store(rstds_ptr + b * K + k, rstd, mask=live)
-            at = k[None, :] * NUMBERS + (0 if SUMMED else place_of(BRANCHES, b)) + i
+            at = k[None, :] * NUMBERS + place_of(BRANCHES, NORMED, b) + i
             tl.store(centred_ptr + at, centred.to(tl.float32), mask=of_t & here)
         else:
             mean = tl.load(means_ptr + b * K + k, mask=live, other=0.0)
             rstd = tl.load(rstds_ptr + b * K + k, mask=live, other=0.0)
-        if FOLD:
-            scale = rstd * _vector(gammas, b, k, live, 1.0)
+            if b == OWN and OWN > 0:  # but for what the batch norms in the sum add
+                seen = tl.load(patch_sums_ptr + c[None, :] * SIZE + t, mask=(t < SIZE) & here, other=0.0)
+                mean = tl.sum(seen * w, 0) / values
+        scale = rstd * _vector(gammas, b, k, live, 1.0)
+        beta = _vector(betas, b, k, live, 0.0)
+        if b < OWN and TOTAL:
+            of_sum += scale[None, :] * w
+            of_sum_too += scale[None, None, :] * other
+            inner += beta - scale * mean
+        elif FOLD:
             whole += scale[None, :] * w
-            level += _vector(betas, b, k, live, 0.0) - scale * (mean - pivot * total)
+            level += beta - scale * (mean - pivot * total)
     if FOLD:
         tl.store(folded_ptr + t * K + k[None, :], whole.to(tl.float32), mask=(t < SIZE) & here)
         tl.store(folded_ptr + SIZE * K + k, level.to(tl.float32), mask=live)
@@ -251,7 +289,8 @@ def differentiate(
     K,
     KG,
     BRANCHES: tl.constexpr,
-    SUMMED: tl.constexpr,
+    NORMED: tl.constexpr,
+    TOTAL: tl.constexpr,
     INPUT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -260,13 +299,15 @@ def differentiate(
 ):
     """Gradients of weights, γs and β from products of correlate ((taps + 1)×K); INPUT: and what dx is made of.
 
-    averages, None where they are these maps' own: (norms + 1)×K. dws: one a weight, None where it is not wanted;
-    dgammas: norms×K or None. folded: taps×K; squares: per tap and pair of taps Σ_b slope_b·W_b[t]·W_b[u]
-    (taps·taps×C), then Σ_b shift_b·W_b[t] (taps×C). Grid: blocks of input channels.
+    The batch norm of a sum comes first: what it hands on takes the products' place, and sums to 0.
+    averages, None where they are these maps' own: (norms + 1)×K. dws: one a weight, None where it is not
+    wanted; dgammas: norms×K or None. folded: taps×K; squares: per tap and pair of taps Σ_b
+    slope_b·W_b[t]·W_b[u] (taps·taps×C), then Σ_b shift_b·W_b[t] (taps×C). Grid: blocks of input channels.
     """
     SIZE: tl.constexpr = ROWS * COLUMNS
-    NORMS: tl.constexpr = 1 if SUMMED else branch_count(BRANCHES)
-    NUMBERS: tl.constexpr = SIZE if SUMMED else place_of(BRANCHES, branch_count(BRANCHES))
+    OWN: tl.constexpr = own_norms(NORMED)
+    NORMS: tl.constexpr = OWN + TOTAL
+    NUMBERS: tl.constexpr = place_of(BRANCHES, NORMED, OWN) + (SIZE if TOTAL else 0)
     values = M.to(tl.float64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = c < C
@@ -286,9 +327,25 @@ def differentiate(
         if averages_ptr is not None:
             offset = tl.load(averages_ptr + NORMS * K + k, mask=live, other=0.0)
         whole = tl.zeros((TAPS, BLOCK), tl.float64)
-        for b in tl.static_range(NORMS):
-            w = _kernel(weights, t, k[None, :], live[None, :], BRANCHES, b, SUMMED, COLUMNS)
+        u = tl.arange(0, TAPS)[None, :, None]
+        there_too = live[None, None, :]
+        of_sum = _without_norms(weights, t, k[None, :], live[None, :], BRANCHES, NORMED, COLUMNS)
+        of_sum_too = _without_norms(weights, u, k[None, None, :], there_too, BRANCHES, NORMED, COLUMNS)
+        if TOTAL:
+            for b in tl.static_range(OWN):
+                scale = tl.load(rstds_ptr + b * K + k, mask=live, other=0.0) * _vector(gammas, b, k, live, 1.0)
+                w = _kernel(weights, t, k[None, :], live[None, :], BRANCHES, branch_of(NORMED, b), COLUMNS)
+                of_sum += scale[None, :] * w
+                w = _kernel(weights, u, k[None, None, :], there_too, BRANCHES, branch_of(NORMED, b), COLUMNS)
+                of_sum_too += scale[None, None, :] * w
+        for b in tl.static_range(NORMS - 1, -1, -1):
+            w, other = of_sum, of_sum_too
             mean = tl.load(means_ptr + b * K + k, mask=live, other=0.0)
+            if b < OWN:
+                w = _kernel(weights, t, k[None, :], live[None, :], BRANCHES, branch_of(NORMED, b), COLUMNS)
+                other = _kernel(weights, u, k[None, None, :], there_too, BRANCHES, branch_of(NORMED, b), COLUMNS)
+            elif OWN > 0:  # but for what the batch norms in the sum add
+                mean = tl.sum(w * patch_sums, 0) / values
             rstd = tl.load(rstds_ptr + b * K + k, mask=live, other=0.0)
             dgamma = rstd * (tl.sum(w * products, 0) - mean * total)
             if dgammas_ptr is not None:
@@ -299,25 +356,28 @@ def differentiate(
             scale = rstd * _vector(gammas, b, k, live, 1.0)
             factor = projection * rstd
             for n in tl.static_range(branch_count(BRANCHES)):
-                if (SUMMED or n == b) and number(BRANCHES, n, 4) != 0:  # noqa: SIM102
+                if is_through(NORMED, n, b) and number(BRANCHES, n, 4) != 0:  # noqa: SIM102
                     if dws[weight_of(BRANCHES, n)] is not None:  # the identity has none
                         own, i = _own_taps(t, BRANCHES, n, COLUMNS)
                         own = own & live[None, :]
-                        place = t if SUMMED else i + place_of(BRANCHES, n)
-                        at = centred_ptr + k[None, :] * NUMBERS + place
+                        place = i if b < OWN else t
+                        at = centred_ptr + k[None, :] * NUMBERS + place_of(BRANCHES, NORMED, b) + place
                         centred = tl.load(at, mask=own, other=0.0).to(tl.float64)
                         d = products - offset[None, :] * patch_sums - factor[None, :] * centred
                         dw = dws[weight_of(BRANCHES, n)]
                         at = dw + k[None, :] * size_of(BRANCHES, n) + i
                         tl.store(at, (scale[None, :] * d).to(tl.float32).to(dw.dtype.element_ty), mask=own)
             if INPUT:
-                u = tl.arange(0, TAPS)[None, :, None]
-                there_too = live[None, None, :]
-                other = _kernel(weights, u, k[None, None, :], there_too, BRANCHES, b, SUMMED, COLUMNS)
                 squares += w[:, None, :] * (other * (scale * factor)[None, None, :])
                 shift = scale * (factor * (mean - pivot * tl.sum(w, 0)) - offset)
                 levels += shift[None, :] * w
-                whole += scale[None, :] * w
+                if b == OWN or not TOTAL:
+                    whole += scale[None, :] * w
+            if b == OWN and OWN > 0:
+                at = centred_ptr + k[None, :] * NUMBERS + place_of(BRANCHES, NORMED, OWN) + t
+                centred = tl.load(at, mask=there, other=0.0).to(tl.float64)
+                products = scale[None, :] * (products - offset[None, :] * patch_sums - factor[None, :] * centred)
+                total, offset = total * 0.0, offset * 0.0
         if INPUT:
             tl.store(folded_ptr + t * K + k[None, :], whole.to(tl.float32), mask=there)
     if INPUT:

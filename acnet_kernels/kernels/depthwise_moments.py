@@ -7,6 +7,10 @@ one a task, for depthwise_algebra.merge to add in a fixed order.
 
 A program's tile is pixels × channels, of maps of any strides: where channels are adjacent, a block of them; where
 they are not, one channel. Output channel k reads input channel k // KG.
+
+ACTIVATION, as kernels/epilogue.py has it, is what follows the sum, and residual_ptr, None for none, a map of the
+output's strides that is added before. Of the gradients the first pass takes its slope, and leaves g·act'(z) for the
+second: that would read a clamp's output once a tap, and compute the others' z as often.
 """
 # Triton's language, not Python's types.
 # mypy: ignore-errors
@@ -14,6 +18,7 @@ they are not, one channel. Output channel k reads input channel k // KG.
 import triton
 import triton.language as tl
 
+from .epilogue import activated, is_smooth, smooth_slope
 from .rectangles import FIELDS as _FIELDS
 from .taps import index, replaced, split_pixel
 
@@ -162,11 +167,49 @@ def autocorrelate(
         _store_sum(partial_ptr, task, s, c, live_c, C, SHIFTS + 1, accs[s])
 
 
+@triton.jit
+def _sum(
+    pixel,
+    live,
+    h0,
+    w0,
+    k,
+    live_k,
+    pivot,
+    folded_ptr,
+    K,
+    H,
+    W,
+    SH,
+    SW,
+    WINDOW: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """level + Σ_t kernel[t]·x̃[p, t] of pixels whose windows begin at h0, w0, and at `pixel` in memory."""
+    KERNEL_W: tl.constexpr = WINDOW.kernel_w
+    TAPS: tl.constexpr = WINDOW.kernel_h * WINDOW.kernel_w
+    level = tl.load(folded_ptr + TAPS * K + k, mask=live_k, other=0.0)
+    acc = tl.zeros((BLOCK_M, k.shape[0]), tl.float32) + level[None, :]
+    for row in range(WINDOW.kernel_h):
+        h = h0 + row * WINDOW.dil_h
+        in_row = live & (h >= 0) & (h < H)
+        for col in tl.static_range(KERNEL_W):
+            w = w0 + col * WINDOW.dil_w
+            inside = in_row & (w >= 0) & (w < W)
+            seen = pixel + _shift(row * WINDOW.dil_h, col * WINDOW.dil_w, SH, SW, INT64_OFFSETS)
+            x = tl.load(seen, mask=inside[:, None] & live_k[None, :], other=0.0).to(tl.float32)
+            weight = tl.load(folded_ptr + (row * KERNEL_W + col) * K + k, mask=live_k, other=0.0)
+            acc += weight[None, :] * (x - pivot)
+    return acc
+
+
 @triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
 def convolve(
     x_ptr,
     pivot_ptr,
     folded_ptr,
+    residual_ptr,
     out_ptr,
     M,
     C,
@@ -184,17 +227,16 @@ def convolve(
     OC,
     OROW,
     OCOL,
+    ACTIVATION: tl.constexpr,
     WINDOW: tl.constexpr,
     INT64_OFFSETS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out = level + Σ_t kernel[t]·x̃[p, t] for M output pixels; folded: taps×K kernels, then K levels, float32.
+    """out = act(level + Σ_t kernel[t]·x̃[p, t] + residual) for M output pixels.
 
-    Grid: pixel blocks × channel blocks.
+    folded: taps×K kernels, then K levels, float32. Grid: pixel blocks × channel blocks.
     """
-    KERNEL_W: tl.constexpr = WINDOW.kernel_w
-    TAPS: tl.constexpr = WINDOW.kernel_h * WINDOW.kernel_w
     block, k, live_k = _block(K, BLOCK_K)
     c = k // KG
     m = index(block, INT64_OFFSETS) * BLOCK_M + index(tl.arange(0, BLOCK_M), INT64_OFFSETS)
@@ -204,20 +246,11 @@ def convolve(
     w0 = ow * WINDOW.stride_w - WINDOW.pad_w
     pixel = x_ptr + _offsets(n, h0, w0, c, SN, SC, SH, SW, INT64_OFFSETS)
     pivot = tl.load(pivot_ptr + c, mask=live_k, other=0.0).to(tl.float32)[None, :]
-    level = tl.load(folded_ptr + TAPS * K + k, mask=live_k, other=0.0)
-    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32) + level[None, :]
-    for row in range(WINDOW.kernel_h):
-        h = h0 + row * WINDOW.dil_h
-        in_row = live & (h >= 0) & (h < H)
-        for col in tl.static_range(KERNEL_W):
-            w = w0 + col * WINDOW.dil_w
-            inside = in_row & (w >= 0) & (w < W)
-            seen = pixel + _shift(row * WINDOW.dil_h, col * WINDOW.dil_w, SH, SW, INT64_OFFSETS)
-            x = tl.load(seen, mask=inside[:, None] & live_k[None, :], other=0.0).to(tl.float32)
-            weight = tl.load(folded_ptr + (row * KERNEL_W + col) * K + k, mask=live_k, other=0.0)
-            acc += weight[None, :] * (x - pivot)
-    out = out_ptr + _offsets(n, oh, ow, k, ON, OC, OROW, OCOL, INT64_OFFSETS)
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & live_k[None, :])
+    acc = _sum(pixel, live, h0, w0, k, live_k, pivot, folded_ptr, K, H, W, SH, SW, WINDOW, INT64_OFFSETS, BLOCK_M)
+    at, there = _offsets(n, oh, ow, k, ON, OC, OROW, OCOL, INT64_OFFSETS), live[:, None] & live_k[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, activated(acc, ACTIVATION).to(out_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=["M", "SHARE", "H", "W", "OH", "OW"])
@@ -225,6 +258,9 @@ def correlate(
     x_ptr,
     pivot_ptr,
     grad_ptr,
+    kept_ptr,
+    folded_ptr,
+    sloped_ptr,
     partial_ptr,
     M,
     SHARE,
@@ -243,6 +279,7 @@ def correlate(
     GC,
     GH,
     GW,
+    ACTIVATION: tl.constexpr,
     WINDOW: tl.constexpr,
     INT64_OFFSETS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -250,6 +287,8 @@ def correlate(
 ):
     """Σ_p g[p]·x̃[p, t] for every tap, and Σ g, over SHARE output pixels a task (partial: tasks×(taps + 1)×K).
 
+    g = grad·act'(z), which goes into sloped_ptr unless that is None. kept_ptr, of grad's strides: of a clamp its
+    output; of others the residual, None for none, and folded_ptr what convolve takes, by which z is computed again.
     Grid: tasks × channel blocks.
     """
     KERNEL_W: tl.constexpr = WINDOW.kernel_w
@@ -264,12 +303,28 @@ def correlate(
         m = first + index(tl.arange(0, BLOCK_M), INT64_OFFSETS)
         live = m < stop
         n, oh, ow = split_pixel(m, OH, OW)
-        own = grad_ptr + _offsets(n, oh, ow, k, GN, GC, GH, GW, INT64_OFFSETS)
-        g = tl.load(own, mask=live[:, None] & live_k[None, :], other=0.0).to(tl.float32)
-        accs = replaced(accs, TAPS, accs[TAPS] + g)
         h0 = oh * WINDOW.stride_h - WINDOW.pad_h
         w0 = ow * WINDOW.stride_w - WINDOW.pad_w
         pixel = x_ptr + _offsets(n, h0, w0, c, SN, SC, SH, SW, INT64_OFFSETS)
+        at, there = _offsets(n, oh, ow, k, GN, GC, GH, GW, INT64_OFFSETS), live[:, None] & live_k[None, :]
+        g = tl.load(grad_ptr + at, mask=there, other=0.0).to(tl.float32)
+        if ACTIVATION == "relu" or ACTIVATION == "relu6":
+            out = tl.load(kept_ptr + at, mask=there, other=0.0).to(tl.float32)
+            flat = out <= 0.0
+            if ACTIVATION == "relu6":
+                flat = flat | (out >= 6.0)
+            g = tl.where(flat, 0.0, g)
+        elif is_smooth(ACTIVATION):
+            z = _sum(
+                pixel, live, h0, w0, k, live_k, pivot, folded_ptr, K, H, W, SH, SW, WINDOW, INT64_OFFSETS, BLOCK_M
+            )
+            if kept_ptr is not None:
+                z += tl.load(kept_ptr + at, mask=there, other=0.0).to(tl.float32)
+            # Beyond the map z is anything: 0 times an infinite slope would be NaN.
+            g = tl.where(there, g * smooth_slope(z, ACTIVATION), 0.0)
+        if sloped_ptr is not None:
+            tl.store(sloped_ptr + at, g.to(sloped_ptr.dtype.element_ty), mask=there)
+        accs = replaced(accs, TAPS, accs[TAPS] + g)
         for t in tl.static_range(TAPS):
             down = t // KERNEL_W * WINDOW.dil_h
             right = t % KERNEL_W * WINDOW.dil_w

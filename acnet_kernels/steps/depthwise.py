@@ -342,10 +342,8 @@ def _on_cuda(name: str, checks: Callable[..., None], plain: Callable[..., Any]) 
     def kernel(*args: Any) -> Any:
         given = dict(zip(places, args, strict=False))
         x, geometry = given["x"], given["geometry"]
-        norms = len(given["eps" if "eps" in given else "means"])
         declined = triton_declines(x.dtype, geometry[:2], geometry[2:4]) is not None
-        follows = given.get("activation", 0) != 0 or given.get("residual") is not None
-        if len(x) == 0 or declined or follows or is_nested(norms, given["taps"]):
+        if len(x) == 0 or declined:
             return plain(*args)
         from . import triton_depthwise  # Triton is slow to import, and only CUDA needs it
 

@@ -1,7 +1,8 @@
 """The operators of depthwise blocks on CUDA by Triton: launches of kernels/depthwise_*.py, no maths.
 
     depthwise_step            pivots, moments, merge, small algebra, convolution: 5 launches
-    depthwise_step_backward   weight gradients' sums, merge, small algebra, correction's tables, dx: 5 launches
+    depthwise_step_backward   weight gradients' sums, merge, small algebra, correction's tables, dx: 5 launches, and
+                              before hardswish or silu one more: the kernel that z is computed by again
 
 Arguments and results are those of depthwise.py, checked there; maps are not empty.
 """
@@ -20,6 +21,7 @@ from ..kernels.configs import Tile, cdiv, power_of_two
 from ..kernels.rectangles import Rectangles
 from ..kernels.window import Window
 from ..ops import launch
+from ..ops.epilogue import ACTIVATIONS, is_clamp
 from .depthwise import numbers_of
 from .moments_passes import FEW_PIXELS
 from .packed import unpack, unpack_normed, without_normed
@@ -64,13 +66,14 @@ def depthwise_step(
     taps: list[int],
     geometry: list[int],
     channels_last: bool,
-    residual: None = None,
+    residual: Tensor | None = None,
     activation: int = 0,
 ) -> tuple[Tensor, ...]:
-    """As the operator of this name; nothing follows."""
+    """As the operator of this name."""
     tensors, counts = _packed(x, geometry, True, weights, gammas, betas)
-    found = launch.run(_forward, tensors, counts, tuple(eps), tuple(taps), tuple(geometry), channels_last)
-    return tuple(found)
+    given, follows = (*tensors, *_given(residual)), ACTIVATIONS[activation]
+    numbers = tuple(eps), tuple(taps), tuple(geometry)
+    return tuple(launch.run(_forward, given, counts, *numbers, channels_last, follows))
 
 
 def depthwise_statistics(
@@ -79,7 +82,7 @@ def depthwise_statistics(
     """As the operator of this name."""
     tensors, counts = _packed(x, geometry, True, weights, [], [])
     means, variances, _, *rest = launch.run(
-        _forward, tensors, counts, tuple(eps), tuple(taps), tuple(geometry), None
+        _forward, tensors, counts, tuple(eps), tuple(taps), tuple(geometry), None, ""
     )
     return means, variances, *rest
 
@@ -120,24 +123,28 @@ def depthwise_step_backward(
     need_x: bool,
     need_weights: list[bool],
     need_gammas: bool,
-    kept: None = None,
+    kept: Tensor | None = None,
     activation: int = 0,
     need_residual: bool = False,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
-    """As the operator of this name; nothing follows."""
-    average = [] if averages is None else [averages]
-    tensors, counts = _packed(x, geometry, False, weights, gammas, average)
-    tensors += [grad, means, rstds, pivot, sums, centred]
-    needs = need_x, tuple(need_weights), need_gammas
-    found = launch.run(_backward, tensors, counts, tuple(taps), tuple(geometry), *needs)
+    """As the operator of this name."""
+    tensors, counts = _packed(x, geometry, False, weights, gammas, betas, _given(averages))
+    given = [*tensors, grad, means, rstds, pivot, sums, centred, *_given(kept)]
+    needs = need_x, tuple(need_weights), need_gammas, need_residual
+    found = launch.run(_backward, given, counts, tuple(taps), tuple(geometry), ACTIVATIONS[activation], *needs)
     dbeta, rest = found[0], iter(found[1:])
+    dresidual = next(rest) if need_residual else x.new_empty(0)
     dx = next(rest) if need_x else x.new_empty(0)
     dgammas = next(rest) if need_gammas else dbeta.new_empty(0)
     dws = [
         dw if dw.stride() == weight.stride() else torch.empty_like(weight).copy_(dw)
         for dw, weight in zip(rest, (w for w, need in zip(weights, need_weights, strict=True) if need), strict=True)
     ]
-    return dx, dws, dgammas, dbeta, x.new_empty(0)
+    return dx, dws, dgammas, dbeta, dresidual
+
+
+def _given(t: Tensor | None) -> list[Tensor]:
+    return [] if t is None else [t]
 
 
 def _packed(
@@ -205,9 +212,10 @@ def _forward(
     taps: tuple[int, ...],
     geometry: tuple[int, ...],
     channels_last: bool | None,
+    activation: str,
 ) -> list[Tensor]:
     """[out, means, variances, rstds, pivot, sums, centred]; channels_last: None leaves out `out`."""
-    (x, rects, reads), weights, gammas, betas = launch.split(tensors, (3, *counts))
+    (x, rects, reads), weights, gammas, betas, residual = _parts(tensors, (3, *counts))
     (N, C, H, W), K, device = x.shape, weights[0].shape[0], x.device
     pivot = launch.empty((C,), torch.float64, device)
     tile = configs.algebra_tile(1)
@@ -248,7 +256,12 @@ def _forward(
     _prepare(x, geometry, taps, weights, gammas, betas, eps, (moments, reads, pivot), kept, count, True)
     if folded is None or channels_last is None:
         return results
-    return [_convolved(x, geometry, K, pivot, folded, channels_last), *results]
+    return [_convolved(x, geometry, K, pivot, folded, channels_last, residual, activation), *results]
+
+
+def _parts(tensors: Sequence[Tensor], counts: tuple[int, ...]) -> list[list[Tensor]]:
+    """launch.split, what is left last."""
+    return launch.split(tensors, (*counts, len(tensors) - sum(counts)))
 
 
 def _merged(partial: Tensor, rects: Tensor | None, count: int) -> Tensor:
@@ -303,7 +316,8 @@ def _prepare(
         K,
         K // C,
         BRANCHES=without_normed(taps),
-        SUMMED=not any(unpack_normed(taps)),
+        NORMED=unpack_normed(taps),
+        TOTAL=len(eps) > sum(unpack_normed(taps)),
         STATISTICS=statistics,
         FOLD=kept[-1] is not None,
         ROWS=geometry[0],
@@ -319,7 +333,14 @@ def _pixels(x: Tensor, geometry: tuple[int, ...]) -> int:
 
 
 def _convolved(
-    x: Tensor, geometry: tuple[int, ...], K: int, pivot: Tensor, folded: Tensor, channels_last: bool
+    x: Tensor,
+    geometry: tuple[int, ...],
+    K: int,
+    pivot: Tensor,
+    folded: Tensor,
+    channels_last: bool,
+    residual: Sequence[Tensor] = (),
+    activation: str = "",
 ) -> Tensor:
     (N, C, H, W), (OH, OW) = x.shape, unpack(list(geometry)).output_size(x.shape[2], x.shape[3])
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -332,6 +353,7 @@ def _convolved(
         x,
         pivot,
         folded,
+        residual[0] if residual else None,
         out,
         M,
         C,
@@ -343,6 +365,7 @@ def _convolved(
         OW,
         *x.stride(),
         *out.stride(),
+        ACTIVATION=activation,
         **own.options,
     )
     return out
@@ -356,12 +379,28 @@ def _apply(
     channels_last: bool,
 ) -> list[Tensor]:
     (x, means, rstds, pivot), weights, gammas, betas = launch.split(tensors, (4, *counts))
-    K = weights[0].shape[0]
-    folded = launch.empty((geometry[0] * geometry[1] + 1, K), torch.float32, x.device)
-    kept = means, None, rstds, None, None, folded
+    folded = _kernels(x, geometry, taps, weights, gammas, betas, means, rstds, pivot)
+    return [_convolved(x, geometry, weights[0].shape[0], pivot, folded, channels_last)]
+
+
+def _kernels(
+    x: Tensor,
+    geometry: tuple[int, ...],
+    taps: tuple[int, ...],
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    means: Tensor,
+    rstds: Tensor,
+    pivot: Tensor,
+    sums: Tensor | None = None,
+) -> Tensor:
+    """What convolve takes, by statistics that are known; of nested batch norms by the patches' sums, too."""
+    folded = launch.empty((geometry[0] * geometry[1] + 1, weights[0].shape[0]), torch.float32, x.device)
+    kept = means, None, rstds, sums, None, folded
     none = (0.0,) * len(means)
     _prepare(x, geometry, taps, weights, gammas, betas, none, (None, None, pivot), kept, 0, False)
-    return [_convolved(x, geometry, K, pivot, folded, channels_last)]
+    return folded
 
 
 def _backward(
@@ -369,12 +408,14 @@ def _backward(
     counts: tuple[int, ...],
     taps: tuple[int, ...],
     geometry: tuple[int, ...],
+    activation: str,
     need_x: bool,
     need_weights: tuple[bool, ...],
     need_gammas: bool,
+    need_residual: bool,
 ) -> list[Tensor]:
-    """[dβ, dx, dγs, *dWs], what is not needed left out."""
-    (x, rects, reads), weights, gammas, averages, rest = launch.split(tensors, (3, *counts, 6))
+    """[dβ, dresidual, dx, dγs, *dWs], what is not needed left out."""
+    (x, rects, reads), weights, gammas, betas, averages, rest, kept = _parts(tensors, (3, *counts, 6))
     grad, means, rstds, pivot, sums, centred = rest
     (N, C, H, W), (_, K, OH, OW), device = x.shape, grad.shape, x.device
     rows, columns = geometry[:2]
@@ -383,16 +424,25 @@ def _backward(
     share = rectangles.share_of(M, own.programs, own.tile.block_m)
     partial = launch.empty((cdiv(M, share), size + 1, K), torch.float64, device)
     numbers = M, share, C, K, K // C, H, W, OH, OW, *x.stride(), *grad.stride()
+    kernels = None
+    if activation and not is_clamp(activation):
+        kernels = _kernels(x, geometry, taps, weights, gammas, betas, means, rstds, pivot, sums)
+    sloped = launch.empty_like(grad) if activation and (need_x or need_residual) else None
     launch.launch(
         depthwise_moments.correlate,
         (len(partial) * own.blocks,),
         x,
         pivot,
         grad,
+        kept[0] if kept else None,
+        kernels,
+        sloped,
         partial,
         *numbers,
+        ACTIVATION=activation,
         **own.options,
     )
+    grad = grad if sloped is None else sloped
     products = _merged(partial, None, 1)
     dbeta = launch.empty((K,), torch.float32, device)
     dgammas = launch.empty((norms, K), torch.float32, device) if need_gammas else None
@@ -423,14 +473,15 @@ def _backward(
         K,
         K // C,
         BRANCHES=without_normed(taps),
-        SUMMED=not any(unpack_normed(taps)),
+        NORMED=unpack_normed(taps),
+        TOTAL=norms > sum(unpack_normed(taps)),
         INPUT=need_x,
         ROWS=rows,
         COLUMNS=columns,
         TAPS=tap_block,
         BLOCK=block,
     )
-    found = [dbeta]
+    found = [dbeta, *([grad] if need_residual else [])]
     if folded is not None and squares is not None:
         found.append(_input_gradient(x, grad, rects, reads, pivot, folded, squares, geometry))
     return [*found, *(t for t in (dgammas, *dws) if t is not None)]

@@ -128,6 +128,7 @@ def test_a_depthwise_step_by_moments(
         taps,
         geometry,
         layout == torch.channels_last,
+        "",
     )
     first, second = both(driver, *forward)
     assert len(second.launches) == 5
@@ -136,11 +137,19 @@ def test_a_depthwise_step_by_moments(
     apply = [x, means, *kept[:2], *weights, *vectors, *vectors]
     assert_same(*both(driver, triton_depthwise._apply, apply, (2, 2, 2), taps, geometry, False))
     averages = torch.rand(3, K, dtype=torch.float64)
-    for average, needs in (([], (True, (True, True), True)), ([averages], (False, (False, True), False))):
-        tensors, counts = triton_depthwise._packed(x, geometry, False, weights, vectors, average)
-        tensors += [out, means, *kept]
-        first, second = both(driver, triton_depthwise._backward, tensors, counts, taps, geometry, *needs)
-        assert len(second.launches) == (5 if needs[0] else 3)
+    every, some = (True, (True, True), True), (False, (False, True), False)
+    for follows, average, needs, launches in (
+        ("", [], (*every, False), 5),
+        ("", [averages], (*some, False), 3),
+        ("relu6", [], (*every, False), 5),
+        ("silu", [], (*every, True), 6),
+        ("silu", [], (*some, False), 4),
+    ):
+        tensors, counts = triton_depthwise._packed(x, geometry, False, weights, vectors, vectors, average)
+        tensors += [out, means, *kept, *([out] if follows else [])]
+        numbers = taps, geometry, follows
+        first, second = both(driver, triton_depthwise._backward, tensors, counts, *numbers, *needs)
+        assert len(second.launches) == launches
         assert_same(first, second)
 
 

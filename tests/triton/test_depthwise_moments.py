@@ -18,6 +18,7 @@ from torch import Tensor
 
 from acnet_kernels.geometry import Geometry
 from acnet_kernels.kernels import rectangles
+from acnet_kernels.ops import epilogue
 from acnet_kernels.ops.triton_conv import INTERPRETED
 from acnet_kernels.steps import depthwise, depthwise_plain, packed, tables, triton_depthwise
 
@@ -39,6 +40,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     summed: bool = False
     level: tuple[float, float] = (0.3, 1.0)
+    nested: tuple[bool, ...] = ()  # which branches have a batch norm of their own, where one follows the sum
     few: bool = False  # pixels, whose sums are float64's
 
     def __str__(self) -> str:
@@ -50,6 +52,8 @@ CASES = [
     Case("NCHW", (2, 2, 5, 4), [*ALL, *ONE], layout=FIRST, dtype=torch.float16, level=(30.0, 1.0)),
     Case("stride", (2, 2, 5, 6), [*ALL, 1, 0, 1, 3, 1, 1], {"stride": 2}, 2, dtype=torch.bfloat16),
     Case("sum", (1, 3, 4, 3), [*ALL, *ONE, *IDENTITY], summed=True),
+    Case("repvit", (2, 3, 4, 5), [*ALL, *ONE, *IDENTITY], nested=(True, False, False)),
+    Case("nested", (2, 2, 5, 4), [*ONE, *ALL, *ALL], {"stride": 2}, 2, FIRST, nested=(True, False, True)),
     Case("one pixel", (3, 3, 1, 1), [*ALL, *ONE], few=True),
     Case("5×5", (9, 3, 1, 1), [0, 0, 5, 5, 1, 1, 0, 0, 3, 3, 2, 1], {"kernel_size": 5, "padding": 2}, few=True),
     Case("valid", (2, 3, 3, 4), [*ALL, *ONE], {"padding": 0}, level=(1e3, 0.1)),
@@ -80,11 +84,12 @@ def arguments(case: Case, device: torch.device) -> list[Any]:
     K, mean, std = C * case.multiplier, *case.level
     geometry = Geometry.make(**{"kernel_size": 3, "padding": 1, "groups": C} | case.geometry)
     x = (torch.randn(N, C, H, W) * std + mean).to(device, case.dtype).contiguous(memory_format=case.layout)
-    branches, normed = packed.unpack_taps(case.taps), [not case.summed] * (len(case.taps) // packed.NUMBERS)
+    branches = packed.unpack_taps(case.taps)
+    normed = case.nested or [not case.summed] * len(branches)
     weights = [
         torch.randn(K, 1, own.rows, own.columns).to(device, case.dtype) for own, convolved in branches if convolved
     ]
-    norms = 1 if case.summed else len(branches)
+    norms = sum(normed) + (case.summed or bool(case.nested))
     gammas, betas = ([torch.rand(K).to(device) + 0.5 for _ in range(norms)] for _ in range(2))
     return [
         x,
@@ -112,9 +117,9 @@ def definition(name: str, args: list[Any]) -> Any:
 def backward_of(
     args: list[Any], kept: tuple[Tensor, ...], grad: Tensor, averages: Tensor | None, *needs: Any
 ) -> list:
-    x, weights, gammas, _, _, taps, geometry, _ = args
+    x, weights, gammas, betas, _, taps, geometry, *_ = args
     means, _, rstds, pivot, sums, centred = kept
-    return [grad, x, weights, gammas, [], means, rstds, pivot, sums, centred, averages, taps, geometry, *needs]
+    return [grad, x, weights, gammas, betas, means, rstds, pivot, sums, centred, averages, taps, geometry, *needs]
 
 
 def assert_gradients(got: Any, want: Any, floor: float) -> None:
@@ -128,6 +133,44 @@ def assert_gradients(got: Any, want: Any, floor: float) -> None:
         assert (dw - true).norm() < floor * scale
     for found, true in ((dgammas, true_dgammas), (dbeta, true_dbeta)):
         assert rel(found, true) < 1e-5
+
+
+FOLLOWS = [("", True), ("relu", False), ("relu6", True), ("hardswish", False), ("silu", True)]
+
+
+@pytest.mark.parametrize(
+    ("case", "activation", "adds"),
+    [(case, *follows) for case in CASES if case.name in ("NCHW", "stride") for follows in FOLLOWS]
+    + [(case, "silu", True) for case in CASES if case.name in ("repvit", "nested")],
+    ids=str,
+)
+def test_what_follows(
+    case: Case, activation: str, adds: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_depthwise, "FEW_PIXELS", 0)
+    args, number = arguments(case, device), epilogue.ACTIVATIONS.index(activation)
+    shape = depthwise_plain.step(*args)[0].shape
+    residual = torch.randn(shape).to(device, case.dtype).contiguous(memory_format=case.layout) if adds else None
+    args += [residual, number]
+    out, *kept = depthwise.on_cuda["depthwise_step"](*args)
+    true_out, *_ = definition("step", args)
+    assert (out.dtype, out.stride()) == (case.dtype, true_out.stride())
+    assert rel(out, true_out) < FLOORS[case.dtype]
+    if not activation:
+        return
+    grad = torch.randn(out.shape).to(device, case.dtype).contiguous(memory_format=case.layout)
+    told = out if epilogue.is_clamp(activation) else residual
+    for need_x, need_residual in ((True, True), (True, False), (False, False)):
+        needs = need_x, [True] * len(args[1]), True, told, number, need_residual
+        backward = backward_of(args, tuple(kept), grad, None, *needs)
+        got = depthwise.on_cuda["depthwise_step_backward"](*backward)
+        want = definition("step_backward", backward)
+        if need_residual:
+            assert got[-1].stride() == grad.stride()
+            assert rel(got[-1], want[-1]) < FLOORS[case.dtype]
+        if not need_x:
+            got, want = (grad, *got[1:]), (grad, *want[1:])
+        assert_gradients(got, want, FLOORS[case.dtype])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
