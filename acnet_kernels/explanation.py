@@ -190,7 +190,7 @@ def _path(block: Block, x: Tensor) -> tuple[str, str, tuple[int | None, int | No
     if plan.backend in (branches, moments, recompute) and problem.device == "cpu" and node.NODE is None:
         reason += f"; in Python's autograd node: {_extension.WHY_NODE_MISSING}"
     if activation := block.finishing():
-        reason += f"; {activation} {planner.where_finished(problem, plan)}"
+        reason += f"; {activation} {planner.where_finished(problem, plan, activation)}"
     memory = plan.backend.saved_bytes(problem), plan.backend.transient_bytes(problem)
     return plan.backend.NAME, reason, memory, times
 

@@ -33,6 +33,7 @@ from acnet_kernels.kernels import (
     depthwise_algebra,
     depthwise_moments,
     dgrad,
+    epilogue,
     rounding,
     wgrad,
 )
@@ -59,10 +60,12 @@ PASSES = (
 ALGEBRA = (depthwise_algebra.prepare, depthwise_algebra.differentiate, depthwise_algebra.correct)
 STREAMING = (bn_sum.statistics, bn_sum.apply, bn_sum.reduce_grad, bn_sum.apply_grad)
 MERGING = (bn_sum.merge_statistics, bn_sum.merge_grad, wgrad.sum_splits, rounding.round_to_tf32)
+FOLLOWING = ("", "relu", "relu6", "hardswish", "silu")  # activations; with one, a residual too
 # Of a multiprocessor: registers, threads, programs, bytes of shared memory (a KB a program is the system's).
 REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 STREAMED = (4, 3, None)  # Triton's own warps and stages
+REDUCED = (*STREAMED[:2], configs.ALL_REGISTERS)
 
 
 def window_of(kernel: int) -> Window:
@@ -211,12 +214,21 @@ def bn_cases(arch: int, count: int = 3) -> Iterator[Case]:
     common = {**scalars, **vectors, **tuples}
     for dtype in ("bf16", "fp16", "fp32"):
         maps = dict.fromkeys(("ys", "dys", "dws"), (f"*{dtype}",) * count)
-        maps |= dict.fromkeys(("g_ptr", "out_ptr"), f"*{dtype}")
+        maps |= dict.fromkeys(("g_ptr", "out_ptr", "residual_ptr", "kept_ptr", "dresidual_ptr"), f"*{dtype}")
         for kernel in STREAMING:
-            for K in (16, 32, 64, 128) if dtype == "bf16" else (128,):
-                tile = configs.streaming_tile(K)
-                sizes = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
-                yield Case(kernel.__name__, arch, dtype, "", (*tile, *STREAMED), "", {**common, **maps, **sizes})
+            for activation in FOLLOWING if "ACTIVATION" in kernel.arg_names else ("",):
+                smooth = epilogue.is_smooth(activation)
+                if smooth and count > configs.MOST_TOGETHER:
+                    continue
+                missing = {} if activation else dict.fromkeys(("residual_ptr", "kept_ptr", "dresidual_ptr"))
+                for K in (16, 32, 64, 128) if dtype == "bf16" else (128,):
+                    name = kernel.__name__
+                    is_sum = name != "statistics"
+                    tile = configs.sum_tile(name, K, count, smooth) if is_sum else configs.streaming_tile(K)
+                    sizes = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "ACTIVATION": activation}
+                    arguments = {**common, **maps, **sizes, **missing}
+                    options = REDUCED if kernel is bn_sum.reduce_grad else STREAMED
+                    yield Case(name, arch, dtype, "", (*tile, *options), activation, arguments)
     for kernel in MERGING:
         sizes = {"BLOCK_T": 256, "BLOCK": 1024}
         dws = {"dws": ("*bf16",) * count}
@@ -268,9 +280,6 @@ PASS_VARIATIONS: dict[str, dict[str, Any]] = {
 SUMS = {"autocorrelate": lambda side: (2 * side - 1) ** 2 // 2 + 2, "correlate": lambda side: side**2 + 1}
 
 
-PASS_OPTIONS = (*STREAMED[:2], configs.ALL_REGISTERS)
-
-
 def pass_case(kernel: Any, arch: int, dtype: str, channels: int, variation: str = "") -> Case:
     """A pass over a depthwise block's maps; `variation` is one of PASS_VARIATIONS."""
     name, changes = kernel.__name__, PASS_VARIATIONS[variation]
@@ -314,7 +323,7 @@ def pass_case(kernel: Any, arch: int, dtype: str, channels: int, variation: str 
         "BLOCK_K": tile.block_k,
         **changes,
     }
-    return Case(name, arch, dtype, "", (*tile, *PASS_OPTIONS), variation, arguments)
+    return Case(name, arch, dtype, "", (*tile, *REDUCED), variation, arguments)
 
 
 def pass_cases(arch: int) -> Iterator[Case]:

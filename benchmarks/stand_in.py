@@ -168,7 +168,7 @@ def _uncomputed(operator: Any) -> Callable[..., Any]:
 def _paths() -> None:
     """This package's CUDA paths for tensors of the CPU."""
     from acnet_kernels.backends import node, timer
-    from acnet_kernels.ops import autocorrelation, bn_sum, triton_block, triton_step
+    from acnet_kernels.ops import autocorrelation, bn_sum, epilogue, triton_block, triton_step
     from acnet_kernels.steps import assignment, convolution, recompute
 
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the CPU's says nothing of CUDA's
@@ -178,7 +178,11 @@ def _paths() -> None:
     convolution._SLOW_HALF_TYPES = frozenset()
     recompute._has_triton = lambda x: x.dtype != torch.float64
     ours = torch.library.Library("acnet_kernels", "FRAGMENT")
-    for name, kernel in {**bn_sum.on_cuda, "cross_correlation": autocorrelation.on_cuda}.items():
+    for name, kernel in {
+        **bn_sum.on_cuda,
+        **epilogue.on_cuda,
+        "cross_correlation": autocorrelation.on_cuda,
+    }.items():
         ours.impl(name, kernel, "CPU", allow_override=True)
     ours.impl("triton_forward", triton_block._forward, "CPU")
     ours.impl("triton_input_grad", triton_block._input_grad, "CPU")

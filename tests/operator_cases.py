@@ -644,22 +644,28 @@ def running_of(r: random.Random, norms: int, k: int) -> list[list[Any]]:
 def triton_step_(r: random.Random) -> list[Any]:
     x, weights, gammas, betas, eps, window = triton_forward(r)
     running = running_of(r, len(weights), weights[0].shape[0])
-    return to_meta([x, weights, gammas, betas, *running, eps, window])
+    residual = triton_map(x, weights, window) if r.random() < 0.5 else None
+    return to_meta([x, weights, gammas, betas, *running, eps, window, residual, r.randrange(5)])
 
 
 def triton_step_backward_(r: random.Random) -> list[Any]:
-    x, weights, gammas, _, eps, window = triton_forward(r)
-    grad, *ys = (triton_map(x, weights, window) for _ in range(len(weights) + 1))
+    x, weights, gammas, betas, eps, window = triton_forward(r)
+    grad, kept, *ys = (triton_map(x, weights, window) for _ in range(len(weights) + 2))
     statistics = (x.new_empty(len(eps), weights[0].shape[0], dtype=torch.float64) for _ in range(2))
     needs = [r.random() < 0.5 for _ in weights]
-    return [grad, x, weights, gammas, *statistics, ys, window, r.random() < 0.5, needs, r.random() < 0.5]
+    activation = r.randrange(5)
+    flags = r.random() < 0.5, needs, r.random() < 0.5
+    following = kept if activation in (1, 2) or r.random() < 0.5 else None, activation, activation > 0
+    return [grad, x, weights, gammas, betas, *statistics, ys, window, *flags, *following]
 
 
 def triton_bn_sum_(r: random.Random) -> list[Any]:
     ys, gammas, betas, eps, _ = bn_sum_forward(r)
     ys = [last(y.to(torch.float32 if y.dtype == torch.float64 else y.dtype)) for y in ys]
     dtype = r.choice([None, torch.bfloat16]) if ys[0].dtype == torch.float32 else None
-    return to_meta([ys, gammas, betas, *running_of(r, len(ys), ys[0].shape[1]), eps, dtype])
+    residual = torch.empty_like(ys[0], dtype=dtype) if r.random() < 0.5 else None
+    running = running_of(r, len(ys), ys[0].shape[1])
+    return to_meta([ys, gammas, betas, *running, eps, dtype, residual, r.randrange(5)])
 
 
 def replay(r: random.Random) -> list[Any]:

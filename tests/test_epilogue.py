@@ -1,6 +1,7 @@
 """act(Σ BN_b(W_b * x) + residual): every activation, residual, backend, dtype and layout against float64."""
 
 import copy
+import dataclasses
 import io
 import itertools
 import os
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from acnet_kernels import ACBlock, MobileOneBlock, RepVGGBlock, acblock, explain, fuse, lanes, reference
-from acnet_kernels.backends import node
+from acnet_kernels.backends import branches, node, planner, recompute
 from acnet_kernels.ops import _extension, bn_sum, epilogue
 
 ACTIVATIONS = (None, "relu", "relu6", "hardswish", "silu")
@@ -63,7 +64,7 @@ def judge(b, x, residual, forward=block_of):
     sum_alone = copy.deepcopy(doubled)
     sum_alone.activation = None
     z = oracle.reference_block(sum_alone, x.double(), wide).detach()
-    grad = torch.randn(z.shape) * away_from_kinks(z, b.activation).float()
+    grad = torch.randn(z.shape, device=z.device) * away_from_kinks(z, b.activation).float()
     got, eager = run(b, x, residual, grad, forward), run(b, x, residual, grad, modules_of)
     true = run(doubled, x.double(), wide, grad.double(), oracle.reference_block)
     oracle.assert_as_good_as(got, eager, true)
@@ -534,6 +535,22 @@ def test_explain_says_where_the_activation_is_computed():
     first, second = explain(net, (2, 4, 8, 8)).blocks
     assert first.reason.endswith("; relu in the sum's own passes") == (first.backend == "branches")
     assert second.reason.endswith("; relu after it, by PyTorch")
+
+
+@pytest.mark.skipif(not _extension.TRITON, reason="Triton is not installed")
+def test_where_cuda_computes_it():
+    problem = dataclasses.replace(ACBlock(4, 4, 3, padding=1).plan(torch.randn(2, 4, 8, 8))[0], device="cuda")
+
+    def where(activation, backend=branches, **changes):
+        own = dataclasses.replace(problem, channels_last=True, **changes) if backend is branches else problem
+        return planner.where_finished(own, planner.Choice(backend, ""), activation)
+
+    within, after = "in the sum's own passes", "after it, by PyTorch"
+    assert [where("relu"), where("silu")] == [within] * 2
+    many = {"batch_stats": (True,) * 4}
+    assert [where("relu", **many), where("silu", **many)] == [within, after]
+    assert where("relu", dtype=torch.float64) == where("relu", recompute) == after
+    assert planner.where_finished(problem, planner.Choice(branches, ""), "relu") == after  # NCHW
 
 
 @pytest.mark.skipif(not _extension.LOADED, reason=f"needs the C++ kernels: {_extension.WHY_MISSING}")

@@ -260,16 +260,17 @@ def run(x: Tensor, step: Step, phases: Phases, epilogue: Epilogue = NOTHING) -> 
     tensors = (x, *inputs.weights, *inputs.gammas, *inputs.betas)
     if not torch.compiler.is_compiling():
         update = Update(inputs.norms, count, inputs.biases)
+        within, after = (epilogue, NOTHING) if config.finishes(epilogue, x.device.type) else (NOTHING, epilogue)
+        given = (config, update, within, within.residual, *tensors)
         if phases == ALL_TRITON:
             from .triton_node import TritonStep  # Triton is slow to import
 
-            return finish(TritonStep.apply(config, update, *tensors), epilogue)
-        if not x.is_cpu:
-            return finish(_Step.apply(config, update, NOTHING, None, *tensors)[0], epilogue)
-        keep_freed_memory()
-        if node.suits(config, x, inputs):
-            return node.run(node.number(config, len(inputs.betas), True), x, inputs, epilogue)
-        return _Step.apply(config, update, epilogue, epilogue.residual, *tensors)[0]
+            return finish(TritonStep.apply(*given), after)
+        if x.is_cpu:
+            keep_freed_memory()
+            if node.suits(config, x, inputs):
+                return node.run(node.number(config, len(inputs.betas), True), x, inputs, within)
+        return finish(_Step.apply(*given)[0], after)
     out, means, variances = _composed(config, *tensors)
     with torch.no_grad():  # not by Update: Dynamo of torch 2.10 calls no instance of a named tuple
         update_running(inputs.norms, means, variances, count, inputs.biases)

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 
 from .._torch_compat import graph_task_id
+from ..kernels.configs import MOST_TOGETHER
 from ..ops import _extension
+from ..ops.epilogue import is_clamp
 from ..spec import MIXED, SUM, Problem
 from . import (
     branches,
@@ -119,14 +121,17 @@ def choose(problem: Problem, requested: str = "auto") -> Choice:
     return Choice(BACKENDS[name], refused + why)
 
 
-def where_finished(problem: Problem, choice: Choice) -> str:
+def where_finished(problem: Problem, choice: Choice, activation: str) -> str:
     """Where the activation after a step is computed, in words."""
     if choice.backend is moments and moments_depthwise.finishes(problem):
         return "in the convolution's own passes"
-    fuses = problem.norm != MIXED and problem.device == "cpu" and choice.backend in (branches, recompute)
-    if fuses and not (choice.backend is recompute and (node.NODE is None or problem.norm == SUM)):
-        return "in the sum's own passes"
-    return "after it, by PyTorch"
+    fuses = problem.norm != MIXED and choice.backend in (branches, recompute)
+    if problem.device == "cpu":
+        fuses = fuses and not (choice.backend is recompute and (node.NODE is None or problem.norm == SUM))
+    else:
+        few = is_clamp(activation) or len(problem.batch_stats) <= MOST_TOGETHER
+        fuses = fuses and choice.backend is branches and branches.unfused(problem) is None and few
+    return "in the sum's own passes" if fuses else "after it, by PyTorch"
 
 
 # Medians of interleaved runs differ by this much from one run to the next.

@@ -1,4 +1,4 @@
-"""Batch norm of up to eight maps and their sum, out = Σ_b (s_b·(y_b − μ_b) + β_b) + Σ_a z_a, forward and backward.
+"""Batch norm of up to eight maps, their sum and what follows it, act(Σ_b (s_b·(y_b − μ_b) + β_b) + r), both ways.
 
 Every map is channels_last, that is an M×K matrix with M = N·H·W. Reductions over M are written out as one partial
 result a tile, with a channel's tiles adjacent, and merged by one program a channel in a fixed order: no atomics, so
@@ -10,6 +10,12 @@ Tuples hold one entry a map.
 
 import triton
 import triton.language as tl
+
+from .configs import MOST_TOGETHER
+from .epilogue import activated, before_activation, is_smooth
+from .taps import replaced
+
+_MOST_TOGETHER = tl.constexpr(MOST_TOGETHER)
 
 
 @triton.jit
@@ -155,14 +161,16 @@ def apply(
     scale_ptr,
     bias_ptr,
     counters,
+    residual_ptr,
     out_ptr,
     M,
     K,
     B: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out = Σ_b s_b·(y_b − μ_b) + bias; every counter that is not None grows by one.
+    """out = act(Σ_b s_b·(y_b − μ_b) + bias + residual); every counter that is not None grows by one.
 
     Grid: (row blocks, channel blocks).
     Not s_b·y_b + shift: that cancels where |μ| ≫ σ.
@@ -182,7 +190,50 @@ def apply(
         mean, rest = mean_of(mean_ptr, b * K + k, mask_k)
         y = tl.load(ys[b] + at, mask=mask, other=0.0).to(tl.float32)
         out += (y - mean[None, :] - rest[None, :]) * scale[None, :]
+    if residual_ptr is not None:
+        out += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    out = activated(out, ACTIVATION)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.constexpr_function
+def group_size(maps, first):
+    """How many maps from `first` on reduce_grad reads together."""
+    return min(MOST_TOGETHER, maps - first)
+
+
+@triton.jit
+def _means(mean_ptr, k, mask_k, K, first: tl.constexpr, COUNT: tl.constexpr):
+    """Of COUNT maps from `first` on, the means as mean_of gives them: a tuple of each number."""
+    mean, rest = mean_of(mean_ptr, first * K + k, mask_k)
+    means, rests = (mean,), (rest,)
+    for b in tl.static_range(1, COUNT):
+        mean, rest = mean_of(mean_ptr, (first + b) * K + k, mask_k)
+        means, rests = means + (mean,), rests + (rest,)  # noqa: RUF005
+    return means, rests
+
+
+@triton.jit
+def _affine(rests, rstd_ptr, gammas, betas, k, mask_k, K, B: tl.constexpr, ACTIVATION: tl.constexpr):
+    """(scales, bias) as before_activation takes them, of smooth activations."""
+    scales, bias = rests, tl.zeros_like(rests[0])
+    if is_smooth(ACTIVATION):
+        for b in tl.static_range(B):
+            scale = tl.load(rstd_ptr + b * K + k, mask=mask_k, other=0.0).to(tl.float32)
+            if gammas[b] is not None:
+                scale *= tl.load(gammas[b] + k, mask=mask_k, other=0.0).to(tl.float32)
+            if betas[b] is not None:
+                bias += tl.load(betas[b] + k, mask=mask_k, other=0.0).to(tl.float32)
+            bias -= scale * rests[b]
+            scales = replaced(scales, b, scale)
+    return scales, bias
+
+
+@triton.jit
+def _folded(values, FOLD: tl.constexpr):
+    """Sums of FOLD rows of a tile each, all of which one thread holds: no warp waits for another."""
+    rows: tl.constexpr = values.shape[0] // FOLD
+    return tl.sum(tl.reshape(values, (FOLD, rows, values.shape[1])), 0)
 
 
 @triton.jit(do_not_specialize=["M", "TILES", "ROWS"])
@@ -190,37 +241,85 @@ def reduce_grad(
     g_ptr,
     ys,
     mean_ptr,
+    rstd_ptr,
+    gammas,
+    betas,
+    kept_ptr,
+    dresidual_ptr,
     partial_ptr,
     M,
     K,
     TILES,
     ROWS,
     B: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Σ g and Σ g·(y_b − μ_b) over ROWS rows → partial ((1+B)×K×TILES). Grid: (TILES, channel blocks)."""
+    """Σ g' and Σ g'·(y_b − μ_b) over ROWS rows → partial ((1+B)×K×TILES), of g' = g·act'(z).
+
+    g' itself → dresidual_ptr unless None. For kept_ptr see before_activation. A smooth activation follows
+    MOST_TOGETHER maps at most, and reads rstd_ptr, gammas and betas. Grid: (TILES, channel blocks).
+    """
     tile = tl.program_id(0)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = k < K
     start = tile.to(tl.int64) * ROWS
     stop = tl.minimum(start + ROWS, M)
-    g_sum = tl.zeros((BLOCK_K,), tl.float32)
-    # A loop a map reads g again, but from L2, and keeps one accumulator alive.
-    for b in tl.static_range(B):
-        mean, rest = mean_of(mean_ptr, b * K + k, mask_k)
-        product = tl.zeros((BLOCK_K,), tl.float32)
-        for row in range(start, stop, BLOCK_M):
-            m = row + tl.arange(0, BLOCK_M).to(tl.int64)
-            mask = (m < stop)[:, None] & mask_k[None, :]
-            at = m[:, None] * K + k[None, :]
-            g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            y = tl.load(ys[b] + at, mask=mask, other=0.0).to(tl.float32)
-            product += tl.sum(g * (y - mean[None, :] - rest[None, :]), 0)
-            if b == 0:
-                g_sum += tl.sum(g, 0)
-        tl.store(partial_ptr + ((1 + b) * K + k).to(tl.int64) * TILES + tile, product, mask=mask_k)
-    tl.store(partial_ptr + k.to(tl.int64) * TILES + tile, g_sum, mask=mask_k)
+    g_total = tl.zeros((BLOCK_K,), tl.float32)
+    for first in tl.static_range(0, B, _MOST_TOGETHER):
+        # Each group of maps reads g again.
+        g_total, products = _sums(
+            g_ptr, ys, mean_ptr, rstd_ptr, gammas, betas, kept_ptr, dresidual_ptr, g_total,
+            start, stop, k, mask_k, K, first, group_size(B, first), ACTIVATION, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+        for b in tl.static_range(group_size(B, first)):
+            tl.store(partial_ptr + ((1 + first + b) * K + k).to(tl.int64) * TILES + tile, products[b], mask=mask_k)
+    tl.store(partial_ptr + k.to(tl.int64) * TILES + tile, g_total, mask=mask_k)
+
+
+@triton.jit
+def _sums(
+    g_ptr, ys, mean_ptr, rstd_ptr, gammas, betas, kept_ptr, dresidual_ptr, g_total,
+    start, stop, k, mask_k, K,
+    FIRST: tl.constexpr, COUNT: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(Σ g', Σ g'·(y_b − μ_b) of COUNT maps from FIRST on) over rows start to stop, as reduce_grad has them.
+
+    g_total: the former, where FIRST is not 0.
+    """
+    FOLD: tl.constexpr = ys[0].dtype.element_ty.primitive_bitwidth // 8
+    means, rests = _means(mean_ptr, k, mask_k, K, FIRST, COUNT)
+    scales, bias = _affine(rests, rstd_ptr, gammas, betas, k, mask_k, K, COUNT, ACTIVATION)
+    g_sum = tl.zeros((BLOCK_M // FOLD, BLOCK_K), tl.float32)
+    products = (g_sum,)
+    for _ in tl.static_range(1, COUNT):
+        products = products + (g_sum,)  # noqa: RUF005
+    for row in range(start, stop, BLOCK_M):
+        m = row + tl.arange(0, BLOCK_M).to(tl.int64)
+        mask = (m < stop)[:, None] & mask_k[None, :]
+        at = m[:, None] * K + k[None, :]
+        g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        g = before_activation(g, ys, kept_ptr, means, scales, bias, at, mask, COUNT, ACTIVATION)
+        if dresidual_ptr is not None:
+            rounded = g.to(dresidual_ptr.dtype.element_ty)
+            if FIRST == 0:
+                tl.store(dresidual_ptr + at, rounded, mask=mask)
+            g = rounded.to(tl.float32)  # as the second pass will read it
+        if FIRST == 0:
+            g_sum += _folded(g, FOLD)
+        for b in tl.static_range(COUNT):
+            y = tl.load(ys[FIRST + b] + at, mask=mask, other=0.0).to(tl.float32)
+            products = replaced(products, b, products[b] + _folded(g * (y - means[b][None, :]), FOLD))
+    if FIRST == 0:
+        g_total = tl.sum(g_sum, 0)
+    found = (g_total,)
+    for b in tl.static_range(COUNT):
+        # Not kept over the loop, whose registers it would take.
+        _, rest = mean_of(mean_ptr, (FIRST + b) * K + k, mask_k)
+        found = found + (tl.sum(products[b], 0) - rest * g_total,)  # noqa: RUF005
+    return g_total, found[1:]
 
 
 @triton.jit(do_not_specialize=["M", "TILES"])
@@ -275,25 +374,35 @@ def apply_grad(
     dys,
     mean_ptr,
     coefficient_ptr,
+    rstd_ptr,
+    gammas,
+    betas,
+    kept_ptr,
     M,
     K,
     B: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dy_b = s_b·(g − ḡ) + e_b·(y_b − μ_b) where dys[b] is not None; it may be ys[b]. Grid as apply's."""
+    """dy_b = s_b·(g' − ḡ) + e_b·(y_b − μ_b) where dys[b] is not None; it may be ys[b]. Grid as apply's.
+
+    g' = g·act'(z), as reduce_grad has it.
+    """
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = k < K
     mask = (m < M)[:, None] & mask_k[None, :]
     at = m[:, None] * K + k[None, :]
     g_mean = tl.load(coefficient_ptr + k, mask=mask_k, other=0.0)
-    g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32) - g_mean[None, :]
+    g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    means, rests = _means(mean_ptr, k, mask_k, K, 0, B)
+    scales, bias = _affine(rests, rstd_ptr, gammas, betas, k, mask_k, K, B, ACTIVATION)
+    g = before_activation(g, ys, kept_ptr, means, scales, bias, at, mask, B, ACTIVATION) - g_mean[None, :]
     for b in tl.static_range(B):
         if dys[b] is not None:
             scale = tl.load(coefficient_ptr + K + 2 * b * K + k, mask=mask_k, other=0.0)
             y_factor = tl.load(coefficient_ptr + K + (2 * b + 1) * K + k, mask=mask_k, other=0.0)
-            mean, rest = mean_of(mean_ptr, b * K + k, mask_k)
             y = tl.load(ys[b] + at, mask=mask, other=0.0).to(tl.float32)
-            dy = scale[None, :] * g + y_factor[None, :] * (y - mean[None, :] - rest[None, :])
+            dy = scale[None, :] * g + y_factor[None, :] * (y - means[b][None, :] - rests[b][None, :])
             tl.store(dys[b] + at, dy.to(dys[b].dtype.element_ty), mask=mask)

@@ -182,6 +182,20 @@ def streaming_tile(K: int) -> Tile:
     return Tile(4096 // block_k, block_k)
 
 
+MOST_TOGETHER = 3  # maps whose sums, or whose share in an activation's slope, a program's registers hold
+
+
+@lru_cache(4096)
+def sum_tile(kernel: str, K: int, maps: int, smooth: bool) -> Tile:
+    """Tile of the pass of this name over so many M×K maps, whose registers hold several of them.
+
+    smooth: the activation's slope is computed from all of them.
+    """
+    tile = streaming_tile(K)
+    parts = {"apply": 1 if maps <= MOST_TOGETHER else 4, "reduce_grad": 2, "apply_grad": 2 if smooth else 1}[kernel]
+    return Tile(tile.block_m // parts, tile.block_k)
+
+
 @lru_cache(4096)
 def row_split(M: int, K: int, tile: Tile) -> tuple[int, int]:
     """(tiles, rows of each): how a reduction over M rows is split so that about 1024 programs share it."""

@@ -11,18 +11,21 @@ an index of ACTIVATIONS, 0 in forward alone. `kept`: of relu and relu6 out, whic
 hardswish and silu the residual, or None: z is computed again from the ys and betas. `dresidual` is a map like grad
 that shares no memory with anything else. The gradient of the residual without an activation is grad.
 
-The CPU kernels are C++ (csrc/bn_sum.cpp) where the extension is built; those in PyTorch serve the rest.
+The CPU kernels are C++ (csrc/bn_sum.cpp) where the extension is built. On CUDA, maps that Triton's passes take go
+through ops/triton_bn_sum.py; of more than MOST_TOGETHER before hardswish or silu only forward. Implementations in
+PyTorch serve the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.configs import MOST_TOGETHER
 from . import bn_sum, check
 from ._extension import LOADED
 
@@ -71,6 +74,13 @@ def where_steep(grad: Tensor, out: Tensor, activation: str) -> Tensor:
     return grad.masked_fill(flat, 0)
 
 
+def by_triton(ys: Sequence[Tensor], others: Sequence[Tensor | None], activation: str) -> bool:
+    """Whether CUDA maps go through Triton's passes, both ways: `others` are maps besides the ys."""
+    smooth = activation != "" and not is_clamp(activation)
+    given = [t for t in others if t is not None]
+    return bn_sum.triton_takes([*ys, *given]) and not (smooth and len(ys) > MOST_TOGETHER)
+
+
 def sloped(grad: Tensor, z: Tensor, activation: str) -> Tensor:
     """grad times the slope of an activation that is no clamp, at z."""
     if activation == "silu":
@@ -83,6 +93,12 @@ def check_activation(activation: int, least: int) -> None:
     """ValueError unless the number is one of ACTIVATIONS from `least` on."""
     if not least <= activation < len(ACTIVATIONS):
         raise ValueError(f"activation must be a number from {least} to {len(ACTIVATIONS) - 1}, got {activation}")
+
+
+def check_kept(activation: int, kept: Tensor | None) -> None:
+    """ValueError where a gradient cannot do without what the activation gave."""
+    if kept is None and is_clamp(ACTIVATIONS[activation]):
+        raise ValueError("kept must be out, which tells where a clamp is flat, got None")
 
 
 def _check_outer_map(like: Tensor, dtype: torch.dtype, **given: Tensor | None) -> None:
@@ -123,8 +139,7 @@ def _check_backward(
     bn_sum.check_affine(ys, betas=betas)
     _check_outer_map(ys[0], grad.dtype, kept=kept, dresidual=dresidual)
     check_activation(activation, 1)
-    if kept is None and is_clamp(ACTIVATIONS[activation]):
-        raise ValueError("kept must be out, which tells where a clamp is flat, got None")
+    check_kept(activation, kept)
 
 
 def _check_written(
@@ -255,8 +270,32 @@ def _autograd(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("acnet_kernels::bn_sum_epilogue_forward", _autograd, setup_context=_setup_context)
-for _device in ("CPU", "CUDA"):
-    if _device == "CUDA" or not LOADED:
-        _LIBRARY.impl("bn_sum_epilogue_forward", _forward, _device)
-        _LIBRARY.impl("bn_sum_epilogue_backward_", _backward_, _device)
+
+
+@check.checked(_check_forward)
+def _forward_on_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ys, _, _, _, _, residual, _ = args
+    if not bn_sum.triton_takes(ys if residual is None else [*ys, residual]):
+        return _forward(*args)
+    from . import triton_step  # Triton is slow to import, and only CUDA needs it
+
+    return triton_step.bn_sum_epilogue_forward(*args)
+
+
+@check.checked(_check_written)
+def _backward_on_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    grad, ys, _, _, _, _, _, kept, activation, dys, dresidual = args
+    if not by_triton(ys, (grad, kept, *dys, dresidual), ACTIVATIONS[activation]):
+        return _backward_(*args)
+    from . import triton_step
+
+    return triton_step.bn_sum_epilogue_backward_(*args)
+
+
+on_cuda = {"bn_sum_epilogue_forward": _forward_on_cuda, "bn_sum_epilogue_backward_": _backward_on_cuda}
+for _name, _kernel in on_cuda.items():
+    _LIBRARY.impl(_name, _kernel, "CUDA")
+if not LOADED:
+    _LIBRARY.impl("bn_sum_epilogue_forward", _forward, "CPU")
+    _LIBRARY.impl("bn_sum_epilogue_backward_", _backward_, "CPU")
 check.refuse_leaves(_LIBRARY, bn_sum_epilogue_backward_)

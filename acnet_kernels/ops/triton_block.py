@@ -45,13 +45,17 @@ def forward_routine(
     running: Running,
     eps: Sequence[float],
     window: Sequence[int],
+    residual: Tensor | None = None,
+    activation: str = "",
 ) -> tuple[Any, ...]:
     """launch.run's arguments, for [out, means, variances, rstds, *ys]; running statistics are moved."""
     means, variances, counters, shifts, momenta = running
     tensors = [x, *weights, *gammas, *betas, *means, *variances, *counters, *shifts]
     counts = (len(weights), len(gammas), len(betas), len(means), len(shifts))
+    if residual is not None:
+        tensors.append(residual)
     precision = triton_conv.precision_of(x.dtype)
-    return _forward_routine, tensors, counts, tuple(momenta), tuple(eps), tuple(window), precision
+    return _forward_routine, tensors, counts, tuple(momenta), tuple(eps), tuple(window), activation, precision
 
 
 def _forward_routine(
@@ -60,15 +64,18 @@ def _forward_routine(
     momenta: tuple[float | None, ...],
     eps: tuple[float, ...],
     window: tuple[int, ...],
+    activation: str,
     precision: str,
 ) -> list[Tensor]:
     branches, gammas, betas, norms, shifts = counts
-    (x,), weights, scales, offsets, means, variances, counters, moved = launch.split(
-        tensors, (1, branches, gammas, betas, norms, norms, norms, shifts)
+    counts = (1, branches, gammas, betas, norms, norms, norms, shifts)
+    (x,), weights, scales, offsets, means, variances, counters, moved, rest = launch.split(
+        tensors, (*counts, len(tensors) - sum(counts))
     )
     running = Running(means, variances, counters, moved, momenta)
-    own = Window.unflatten(window)
-    out, ys, found = triton_conv.block_forward(x, weights, scales, offsets, eps, own, running)
+    own, residual = Window.unflatten(window), rest[0] if rest else None
+    args = (x, weights, scales, offsets, eps, own, running, residual, activation)
+    out, ys, found = triton_conv.block_forward(*args)
     return [out, found.means, found.variances, found.rstds, *ys]
 
 

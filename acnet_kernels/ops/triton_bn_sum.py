@@ -1,8 +1,9 @@
-"""Fused batch norm and sum of up to eight maps on CUDA by Triton: launches of kernels/bn_sum.py, no maths.
+"""Fused batch norm and sum of up to eight maps, and what follows, on CUDA by Triton: launches of kernels/bn_sum.py.
 
 All maps are N×K×H×W in channels_last and of one shape; fp32, fp16 or bf16. Arithmetic is fp32, the merge of
 the statistics fp64. Results are the same bits in every run. bn_sum_forward, bn_sum_backward and bn_sum_backward_
-compute what the operators of these names promise (ops/bn_sum.py).
+compute what the operators of these names promise (ops/bn_sum.py), with a residual and an activation what those of
+ops/epilogue.py do; a smooth activation, hardswish or silu, follows MOST_TOGETHER maps at most (kernels/configs.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import bn_sum as kernels
-from ..kernels.configs import cdiv, row_split, streaming_tile
+from ..kernels.configs import ALL_REGISTERS, cdiv, row_split, streaming_tile, sum_tile
+from ..kernels.epilogue import is_smooth
 from .launch import empty, empty_like, launch
 from .running import NONE, Running
 
@@ -136,19 +138,27 @@ def _vectors(parameters: Sequence[Tensor], B: int) -> tuple[Tensor | None, ...]:
     return tuple(t.contiguous() for t in parameters) or (None,) * B
 
 
-def apply(ys: Sequence[Tensor], norms: Norms, dtype: torch.dtype | None = None, running: Running = NONE) -> Tensor:
-    """Σ_b scale_b·(y_b − mean_b) + bias, in the maps' strides and `dtype` (None: theirs): one launch.
+def apply(
+    ys: Sequence[Tensor],
+    norms: Norms,
+    dtype: torch.dtype | None = None,
+    running: Running = NONE,
+    residual: Tensor | None = None,
+    activation: str = "",
+) -> Tensor:
+    """act(Σ_b scale_b·(y_b − mean_b) + bias + residual), in the maps' strides and `dtype` (None: theirs): a launch.
 
     The counters of `running` grow by one.
     """
-    check_maps(**_named(ys=ys))
+    check_maps(**_named(ys=ys, residual=[] if residual is None else [residual]))
     out = empty_like(ys[0], dtype)
     M, K = pixels(out), out.shape[1]
-    tile = streaming_tile(K)
+    tile = sum_tile("apply", K, len(ys), False)
     grid = (cdiv(M, tile.block_m), cdiv(K, tile.block_k))
-    sizes = {"B": len(ys), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    sizes = {"B": len(ys), "ACTIVATION": activation, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
     counters = tuple(running.counters) or (None,) * len(ys)
-    launch(kernels.apply, grid, tuple(ys), norms.means, norms.scale, norms.bias, counters, out, M, K, **sizes)
+    vectors = (norms.means, norms.scale, norms.bias, counters)
+    launch(kernels.apply, grid, tuple(ys), *vectors, residual, out, M, K, **sizes)
     return out
 
 
@@ -159,14 +169,32 @@ def bn_sum_forward(
     eps: Sequence[float],
     dtype: torch.dtype | None,
     running: Running = NONE,
+    residual: Tensor | None = None,
+    activation: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, means, variances, rstds) of out = Σ_b BN_b(y_b) by the batch's statistics: three launches.
+    """(out, means, variances, rstds) of act(Σ_b BN_b(y_b) + residual) by the batch's statistics: three launches.
 
     gammas, betas: one (K,) a map, or [] for γ = 1 and β = 0. dtype: out's, None for the maps'. The statistics: B×K,
     fp64. Running statistics and their counters are moved.
     """
     norms = merge_statistics(statistics(ys), gammas, betas, eps, running)
-    return apply(ys, norms, dtype, running), norms.means, norms.variances, norms.rstds
+    out = apply(ys, norms, dtype, running, residual, activation)
+    return out, norms.means, norms.variances, norms.rstds
+
+
+class Following(NamedTuple):
+    """What a gradient takes of an activation, '' for none: see kernels/epilogue.py for `kept`.
+
+    g·act'(z) is written to `dresidual` unless that is None.
+    """
+
+    activation: str = ""
+    betas: Sequence[Tensor] = ()
+    kept: Tensor | None = None
+    dresidual: Tensor | None = None
+
+
+ALONE = Following()
 
 
 def bn_sum_backward(
@@ -193,24 +221,37 @@ def bn_sum_backward_(
     gammas: Sequence[Tensor],
     needs_dy: Sequence[bool],
     dys: Sequence[Tensor],
+    following: Following = ALONE,
 ) -> tuple[Tensor, Tensor]:
-    """bn_sum_backward with dy_b written into dys, one where needs_dy[b]: y_b itself, or a map apart."""
-    check_maps(grad=grad, **_named(ys=ys, dys=dys))
+    """bn_sum_backward with dy_b written into dys, one where needs_dy[b]: y_b itself, or a map apart.
+
+    Of grad·act'(z) where an activation follows.
+    """
+    activation, betas, kept, dresidual = following
+    others = [t for t in (kept, dresidual) if t is not None]
+    check_maps(grad=grad, **_named(ys=ys, dys=dys, following=others))
     given = iter(dys)
     targets = tuple(next(given) if need else None for need in needs_dy)
-    B, (M, K) = len(ys), (pixels(grad), grad.shape[1])
-    tile = streaming_tile(K)
+    B, (M, K), smooth = len(ys), (pixels(grad), grad.shape[1]), is_smooth(activation)
+    tile = sum_tile("reduce_grad", K, B, smooth)
     tiles, rows = row_split(M, K, tile)
-    blocks = cdiv(K, tile.block_k)
     partial = empty((1 + B, K, tiles), torch.float32, grad.device)
-    sizes = {"B": B, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
-    launch(kernels.reduce_grad, (tiles, blocks), grad, tuple(ys), means, partial, M, K, tiles, rows, **sizes)
+    sizes = {"B": B, "ACTIVATION": activation, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    vectors = (rstds, _vectors(gammas, B), _vectors(betas, B)) if smooth else (None, None, None)
+    maps = (grad, tuple(ys), means, *vectors, kept, dresidual, partial)
+    grid = (tiles, cdiv(K, tile.block_k))
+    launch(kernels.reduce_grad, grid, *maps, M, K, tiles, rows, **sizes, maxnreg=ALL_REGISTERS)
     dgammas = empty((B, K), torch.float32, grad.device)
     dbeta = empty((K,), torch.float32, grad.device)
     coefficients = empty((1 + 2 * B, K), torch.float32, grad.device)
     merged = (partial, _vectors(gammas, B), rstds, dgammas, dbeta, coefficients)
     launch(kernels.merge_grad, (K,), *merged, M, K, tiles, B=B, BLOCK_T=BLOCK_T)
     if dys:
-        grid = (cdiv(M, tile.block_m), blocks)
-        launch(kernels.apply_grad, grid, grad, tuple(ys), targets, means, coefficients, M, K, **sizes)
+        if dresidual is not None:  # the first pass wrote there what this one takes
+            grad, activation, smooth, kept, vectors = dresidual, "", False, None, (None, None, None)
+        tile = sum_tile("apply_grad", K, B, smooth)
+        grid = (cdiv(M, tile.block_m), cdiv(K, tile.block_k))
+        sizes = {"B": B, "ACTIVATION": activation, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+        maps = (grad, tuple(ys), targets, means, coefficients, *vectors, kept)
+        launch(kernels.apply_grad, grid, *maps, M, K, **sizes)
     return dgammas, dbeta

@@ -205,15 +205,17 @@ def block_forward(
     eps: Sequence[float],
     window: Window,
     running: Running = NONE,
+    residual: Tensor | None = None,
+    activation: str = "",
 ) -> tuple[Tensor, list[Tensor], Norms]:
-    """(out, y_b, statistics) of Σ_b BN_b(W_b * x) by the batch's statistics: three launches.
+    """(out, y_b, statistics) of act(Σ_b BN_b(W_b * x) + residual) by the batch's statistics: three launches.
 
     gammas, betas, eps: one entry a branch; gammas, betas may be empty for γ = 1, β = 0. Running statistics and
     their counters are moved.
     """
     ys, moments = conv_forward(x, weights, window)
     norms = merge_statistics(moments, gammas, betas, eps, running)
-    return apply(ys, norms, running=running), ys, norms
+    return apply(ys, norms, None, running, residual, activation), ys, norms
 
 
 def input_grad(

@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import Geometry, Placement
+from ..kernels.configs import MOST_TOGETHER
 from ..kernels.window import MOST_BRANCHES, Window
 from ..ops import bn_sum
-from ..ops.epilogue import ACTIVATIONS, bn_sum_epilogue_backward_, bn_sum_epilogue_forward
+from ..ops import epilogue as following
+from ..ops.epilogue import ACTIVATIONS, is_clamp
 from ..ops.running import NONE
 from ..spec import NOTHING, Epilogue, Norm
+from . import assignment
 from .assignment import ALL_LIBRARY, TRITON, Phases, on_device
 from .batchnorm import Update, batch_norm
 from .convolution import (
@@ -127,10 +130,7 @@ class StepConfig(NamedTuple):
         update: Update,
         epilogue: Epilogue = NOTHING,
     ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
-        """forward(), not differentiable, and the update; Triton's passes move the running statistics themselves.
-
-        `epilogue`, which Triton's passes do not take, is applied to out.
-        """
+        """forward() and what follows, not differentiable, and the update, which Triton's passes make themselves."""
         by_triton = self.phases.forward == TRITON
         ys = [] if by_triton else self.maps(x, weights)
         running = update.running() if by_triton or (on_device(x) and bn_sum.triton_takes(ys)) else None
@@ -138,18 +138,19 @@ class StepConfig(NamedTuple):
             from . import triton_phases  # Triton is slow to import
 
             x, cast = x.to(self.conv_dtype), [weight.to(self.conv_dtype) for weight in weights]
-            found = triton_phases.step(x, cast, gammas, betas, running or NONE, self.eps, self.window)
+            found = triton_phases.step(x, cast, gammas, betas, running or NONE, self.eps, self.window, epilogue)
             out, ys, means, variances, rstds = found
         elif running is not None:
             from . import triton_phases
 
             dtype = self._out_dtype(ys)
-            out, means, variances, rstds = triton_phases.bn_sum(ys, gammas, betas, running, self.eps, dtype)
+            of_sum = (ys, gammas, betas, running, self.eps, dtype)
+            out, means, variances, rstds = triton_phases.bn_sum(*of_sum, epilogue)
         elif not epilogue.is_nothing():
             residual = None if epilogue.residual is None else bn_sum.like(epilogue.residual, ys[0])
-            of_sum = (ys, gammas, betas, self.eps, self._out_dtype(ys))
-            found = bn_sum_epilogue_forward(*of_sum, residual, ACTIVATIONS.index(epilogue.activation))
-            out, means, variances, rstds = found
+            given = (ys, gammas, betas, self.eps, self._out_dtype(ys))
+            done = following.bn_sum_epilogue_forward(*given, residual, ACTIVATIONS.index(epilogue.activation))
+            out, means, variances, rstds = done
         else:
             out, means, variances, rstds = bn_sum.bn_sum_forward(ys, gammas, betas, self.eps, self._out_dtype(ys))
         if running is None:
@@ -221,7 +222,7 @@ class StepConfig(NamedTuple):
         ys = self._every_map(x, kept)
         dys = self._targets(ys, needs_dy, owns)
         told = None if finished.kept is None else bn_sum.like(finished.kept, ys[0])
-        dgammas, dbeta = bn_sum_epilogue_backward_(
+        dgammas, dbeta = following.bn_sum_epilogue_backward_(
             grad,
             ys,
             means,
@@ -250,6 +251,11 @@ class StepConfig(NamedTuple):
         own = [owns and (self.is_summed() or convolved) for _, convolved in self.branches]
         parts = zip(ys, needs_dy, own, strict=False)
         return [y if overwritten else torch.empty_like(y) for y, need, overwritten in parts if need]
+
+    def finishes(self, epilogue: Epilogue, device: str) -> bool:
+        """Whether what follows the sum is computed in its own passes, both ways."""
+        smooth = epilogue.activation != "" and not is_clamp(epilogue.activation)
+        return device != assignment.DEVICE or not smooth or len(self.eps) <= MOST_TOGETHER
 
     def needs_dy(self, needs_x: bool, needs_w: Sequence[bool]) -> list[bool]:
         """Which of the maps have a gradient that something needs."""

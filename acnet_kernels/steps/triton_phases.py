@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels.window import Window
 from ..ops import triton_block, triton_step
 from ..ops.running import Running
+from ..spec import Epilogue
 
 Numbers = Sequence[int]  # what Window.flatten gives
 
@@ -34,9 +35,11 @@ def step(
     running: Running,
     eps: Sequence[float],
     window: Numbers,
+    epilogue: Epilogue,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
-    """forward(), not differentiable, which moves running statistics too."""
-    return triton_step.forward(last(x), alike(weights), gammas, betas, running, eps, window)
+    """forward() and what follows it, not differentiable, which moves running statistics too."""
+    given = (last(x), alike(weights), gammas, betas, running, eps, window)
+    return triton_step.forward(*given, *_following(epilogue))
 
 
 def bn_sum(
@@ -46,9 +49,15 @@ def bn_sum(
     running: Running,
     eps: Sequence[float],
     dtype: torch.dtype | None,
+    epilogue: Epilogue,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, means, variances, rstds) of maps that `triton_takes`, not differentiable; running statistics move."""
-    return triton_step.bn_sum(ys, gammas, betas, running, eps, dtype)
+    return triton_step.bn_sum(ys, gammas, betas, running, eps, dtype, *_following(epilogue))
+
+
+def _following(epilogue: Epilogue) -> tuple[Tensor | None, str]:
+    """(residual, activation) of what follows."""
+    return None if epilogue.residual is None else last(epilogue.residual), epilogue.activation
 
 
 def input_grad(dys: Sequence[Tensor], weights: Sequence[Tensor], window: Numbers, size: Sequence[int]) -> Tensor:

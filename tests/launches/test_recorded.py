@@ -15,7 +15,9 @@ from torch import Tensor
 
 from acnet_kernels.kernels import bn_sum as kernels
 from acnet_kernels.ops import launch, triton_autocorrelation, triton_block, triton_bn_sum, triton_step
+from acnet_kernels.ops.epilogue import ACTIVATIONS
 from acnet_kernels.ops.running import NONE, Running
+from acnet_kernels.ops.triton_bn_sum import Following
 from acnet_kernels.steps import triton_depthwise
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -59,7 +61,7 @@ def test_a_step(problem: Problem, dtype: torch.dtype, driver: Driver) -> None:
     assert_same(first, second)
     _, means, _, rstds, *ys = launch.run(*forward)
     needs = [True, *(b != 1 for b in range(B))]
-    args = (t.grad, t.x, t.weights, t.gammas, means, rstds, ys, window, needs[0], needs[1:])
+    args = (t.grad, t.x, t.weights, t.gammas, t.betas, means, rstds, ys, window, needs[0], needs[1:])
     for overwrite in (True, False):
         first, second = both(driver, *triton_step.backward_routine(*args, overwrite))
         assert 5 <= len(second.launches) <= 6
@@ -78,10 +80,33 @@ def test_without_what_may_be_missing(driver: Driver) -> None:
         (True, [False] * 3, 4),
         (False, [False, True, False], 5),
     ):
-        args = (t.grad, t.x, t.weights, [], means, rstds, ys, window, needs_x, needs_w, False)
+        args = (t.grad, t.x, t.weights, [], [], means, rstds, ys, window, needs_x, needs_w, False)
         first, second = both(driver, *triton_step.backward_routine(*args))
         assert launches - 1 <= len(second.launches) <= launches
         assert_same(first, second)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["", *ACTIVATIONS[1:]])
+def test_what_follows_a_step(activation: str, dtype: torch.dtype, driver: Driver) -> None:
+    t = Tensors(WIDE, dtype, DEVICE)
+    window, residual = t.window.flatten(), torch.randn_like(t.grad)
+    common = (t.x, t.weights, t.gammas, t.betas)
+    forward = triton_block.forward_routine(*common, NONE, t.eps, window, residual, activation)
+    assert_same(*both(driver, *forward))
+    out, means, _, rstds, *ys = launch.run(*forward)
+    kept = out if activation.startswith("relu") else residual
+    for needs in (False, True) if activation else (False,):
+        args = (t.grad, *common, means, rstds, ys, window, True, [True] * 3, False, kept, activation, needs)
+        first, second = both(driver, *triton_step.backward_routine(*args))
+        assert 5 <= len(second.launches) <= 6
+        assert_same(first, second)
+    of_sum = (ys, t.gammas, t.betas)
+    assert_same(*both(driver, *triton_step.sum_routine(*of_sum, NONE, t.eps, None, residual, activation)))
+    if activation:
+        following = Following(activation, t.betas, kept, torch.empty_like(residual))
+        args = (t.grad, ys, means, rstds, t.gammas, [True] * 3, [torch.empty_like(y) for y in ys])
+        assert_same(*both(driver, *triton_step.sum_backward_routine(*args, following)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,7 +11,7 @@ from acnet_kernels import ACBlock
 from acnet_kernels.backends import branches, node
 from acnet_kernels.block import BRANCHES
 from acnet_kernels.geometry import Taps
-from acnet_kernels.ops import bn_sum
+from acnet_kernels.ops import bn_sum, epilogue
 from acnet_kernels.ops.triton_conv import INTERPRETED
 from acnet_kernels.steps import assignment, convolution
 from acnet_kernels.steps.assignment import Phases
@@ -23,8 +23,9 @@ def on_device_path(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(convolution, "_SLOW_HALF_TYPES", frozenset())
         monkeypatch.setattr(assignment, "DEVICE", "cpu")
         monkeypatch.setattr(node, "NODE", None)  # which is for what the CPU does for itself
-        for name, kernel in bn_sum.on_cuda.items():
-            monkeypatch.setattr(bn_sum, name, kernel)
+        for module in (bn_sum, epilogue):
+            for name, kernel in module.on_cuda.items():
+                monkeypatch.setattr(module, name, kernel)
 
 
 def assign(monkeypatch: pytest.MonkeyPatch, assigned: Phases) -> None:

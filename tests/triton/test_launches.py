@@ -140,6 +140,30 @@ def test_running_statistics_cost_no_launch(
             torch.testing.assert_close(a, e)
 
 
+@pytest.mark.parametrize("assigned", [ALL_LIBRARY, ALL_TRITON], ids=phases.label)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_what_follows_the_sum_costs_no_launch(
+    activation: str,
+    assigned: Phases,
+    launches: list[str],
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_device_path(monkeypatch)
+    assign(monkeypatch, assigned)
+    block, x = block_of(PROBLEMS[0], device)
+    block.activation, residual = activation, torch.ones_like(block(x), requires_grad=True)
+    launches.clear()
+    out = block(x, residual=residual)
+    first = "conv_branches" if assigned.forward == TRITON else "statistics"
+    assert launches == [first, "merge_statistics", "apply"]
+    launches.clear()
+    out.sum().backward()
+    assert launches[:3] == ["reduce_grad", "merge_grad", "apply_grad"]
+    assert len(launches) <= 6
+    assert residual.grad is not None
+
+
 # What a step works out from shapes alone.
 ONCE = [
     (configs, "choose"),

@@ -142,7 +142,7 @@ def test_running_statistics_are_batchnorm2d_s(
     for batch in range(1, 4):
         ys = maps(2, shape, torch.float32, device)
         running = Running(means, variances, counters, shifts, momenta)
-        _, mean, variance, _ = triton_step.triton_bn_sum_(ys, [], [], *running.lists(), [1e-5] * 2, None)
+        _, mean, variance, _ = triton_step.triton_bn_sum_(ys, [], [], *running.lists(), [1e-5] * 2, None, None, 0)
         for b, module in enumerate(modules):
             shift = shifts[b].double() if shifted else torch.zeros(K, dtype=torch.float64, device=device)
             module(ys[b].double() + shift[:, None, None])
@@ -169,7 +169,7 @@ def test_counters_of_other_dtypes(counter: torch.dtype, device: torch.device) ->
         torch.tensor(1, dtype=counter),
     )
     running = Running([mean], [variance], [count.to(device)], [], [None])
-    triton_step.triton_bn_sum_([y], [], [], *running.lists(), [1e-5], None)
+    triton_step.triton_bn_sum_([y], [], [], *running.lists(), [1e-5], None, None, 0)
     assert running.counters[0] == 2
     assert running.counters[0].dtype == counter
     torch.testing.assert_close(mean, y.mean((0, 2, 3)) / 2)
@@ -183,7 +183,7 @@ def test_running_statistics_that_do_not_fit_are_named(device: torch.device) -> N
         vectors = [[torch.ones(4, device=device) for _ in ys] for _ in range(2)]
         counters = [torch.tensor(0, device=device) for _ in ys]
         running = Running(*vectors, counters, [], [0.1] * 2)._replace(**changes)
-        triton_step.triton_bn_sum_(ys, [], [], *running.lists(), [1e-5] * 2, None)
+        triton_step.triton_bn_sum_(ys, [], [], *running.lists(), [1e-5] * 2, None, None, 0)
 
     shared = torch.ones(4, device=device)
     for changes, message in (
