@@ -230,7 +230,7 @@ def bn_cases(arch: int, count: int = 3) -> Iterator[Case]:
                     options = REDUCED if kernel is bn_sum.reduce_grad else STREAMED
                     yield Case(name, arch, dtype, "", (*tile, *options), activation, arguments)
     for kernel in MERGING:
-        sizes = {"BLOCK_T": 256, "BLOCK": 1024}
+        sizes = {"BLOCK_T": 1024, "BLOCK": 1024, **(configs.SPLIT_BLOCKS if kernel is wgrad.sum_splits else {})}
         dws = {"dws": ("*bf16",) * count}
         yield Case(kernel.__name__, arch, "fp32", "", STREAMED, "", {**common, **dws, **sizes})
 

@@ -95,7 +95,7 @@ def merge_statistics(
     B: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Merges the tiles' moments (B×2×K×TILES) in a fixed order. Grid: (K,).
+    """Merges the tiles' moments (B×2×K×TILES) in a fixed order. Grid: (K, B).
 
     Writes mean, biased variance and rstd (fp64, B×K each), scale s_b = γ_b·rstd_b (fp32, B×K) and bias = Σ_b β_b
     (fp32, K). rstd is 0 where that is 1/0.
@@ -106,45 +106,50 @@ def merge_statistics(
     """
     k = tl.program_id(0)
     lane = tl.arange(0, BLOCK_T)
+    row = tl.program_id(1) * K + k
+    means = partial_ptr + (row + tl.program_id(1) * K).to(tl.int64) * TILES
+    m2s = partial_ptr + (row + (tl.program_id(1) + 1) * K).to(tl.int64) * TILES
+    # From the first tile's mean, so that one pass has the squares too; in fp64 they cancel harmlessly.
+    pivot = tl.load(means).to(tl.float64)
+    pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
+    total = tl.zeros((BLOCK_T,), tl.float64)
+    squares = tl.zeros((BLOCK_T,), tl.float64)
+    for start in range(0, TILES, BLOCK_T):
+        tile = start + lane
+        count = tl.maximum(tl.minimum(M - tile.to(tl.int64) * ROWS, ROWS), 0).to(tl.float32)
+        delta = tl.load(means + tile, mask=tile < TILES, other=0.0).to(tl.float64) - pivot
+        total += count * delta
+        squares += tl.load(m2s + tile, mask=tile < TILES, other=0.0) + count * delta * delta
+    shift = tl.sum(total, 0) / M
+    mean = pivot + shift
+    var = tl.sum(squares, 0) / M - shift * shift
+    var = tl.where(var < 0.0, 0.0, var)
     bias = 0.0
     for b in tl.static_range(B):
-        row = b * K + k
-        means = partial_ptr + (b * 2 * K + k).to(tl.int64) * TILES
-        m2s = partial_ptr + (b * 2 * K + K + k).to(tl.int64) * TILES
-        total = tl.zeros((BLOCK_T,), tl.float64)
-        for start in range(0, TILES, BLOCK_T):
-            tile = start + lane
-            count = tl.maximum(tl.minimum(M - tile.to(tl.int64) * ROWS, ROWS), 0).to(tl.float32)
-            total += count * tl.load(means + tile, mask=tile < TILES, other=0.0).to(tl.float64)
-        mean = tl.sum(total, 0) / M
-        total = tl.zeros((BLOCK_T,), tl.float64)
-        for start in range(0, TILES, BLOCK_T):
-            tile = start + lane
-            count = tl.maximum(tl.minimum(M - tile.to(tl.int64) * ROWS, ROWS), 0).to(tl.float32)
-            delta = tl.load(means + tile, mask=tile < TILES, other=0.0).to(tl.float64) - mean
-            total += tl.load(m2s + tile, mask=tile < TILES, other=0.0) + count * delta * delta
-        var = tl.sum(total, 0) / M
-        spread = var + eps[b]
-        rstd = tl.where(spread == 0.0, 0.0, 1.0 / tl.sqrt(spread))
-        scale = rstd.to(tl.float32)
-        if gammas[b] is not None:
-            scale *= tl.load(gammas[b] + k).to(tl.float32)
         if betas[b] is not None:
             bias += tl.load(betas[b] + k).to(tl.float32)
-        tl.store(mean_ptr + row, mean)
-        tl.store(var_ptr + row, var)
-        tl.store(rstd_ptr + row, rstd)
-        tl.store(scale_ptr + row, scale)
-        if running_means[b] is not None:
-            if momenta[b] is None:
-                factor = 1.0 / (tl.load(counters[b]) + 1).to(tl.float64)
-            else:  # two fp32 numbers, as one would round it
-                factor = tl.full([], 0.0, tl.float64) + momenta[b] + momenta_rest[b]
-            if shifts[b] is not None:
-                mean += tl.load(shifts[b] + k).to(tl.float64)
-            _move(running_means[b] + k, mean, factor)
-            _move(running_vars[b] + k, var * M / (M - 1), factor)
-    tl.store(bias_ptr + k, bias)
+        if tl.program_id(1) == b:
+            spread = var + eps[b]
+            rstd = tl.where(spread == 0.0, 0.0, 1.0 / tl.sqrt(spread))
+            scale = rstd.to(tl.float32)
+            if gammas[b] is not None:
+                scale *= tl.load(gammas[b] + k).to(tl.float32)
+            tl.store(mean_ptr + row, mean)
+            tl.store(var_ptr + row, var)
+            tl.store(rstd_ptr + row, rstd)
+            tl.store(scale_ptr + row, scale)
+            if running_means[b] is not None:
+                if momenta[b] is None:
+                    factor = 1.0 / (tl.load(counters[b]) + 1).to(tl.float64)
+                else:  # two fp32 numbers, as one would round it
+                    factor = tl.full([], 0.0, tl.float64) + momenta[b] + momenta_rest[b]
+                moved = mean
+                if shifts[b] is not None:
+                    moved += tl.load(shifts[b] + k).to(tl.float64)
+                _move(running_means[b] + k, moved, factor)
+                _move(running_vars[b] + k, var * M / (M - 1), factor)
+    if tl.program_id(1) == 0:
+        tl.store(bias_ptr + k, bias)
 
 
 @triton.jit
@@ -336,35 +341,32 @@ def merge_grad(
     B: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Merges reduce_grad's partials in a fixed order. Grid: (K,).
+    """Merges reduce_grad's partials in a fixed order. Grid: (K, 1 + B).
 
     Writes dγ_b = rstd_b·Σ g(y_b − μ_b), B×K, dβ = Σ g, K, and what `apply_grad` needs, (1+2B)×K:
     ḡ = Σg/M, then s_b = γ_b·rstd_b and e_b = −s_b·rstd_b·dγ_b/M of every map.
     """
     k = tl.program_id(0)
+    part = tl.program_id(1)
     lane = tl.arange(0, BLOCK_T)
-    total = tl.zeros((BLOCK_T,), tl.float32)
+    totals = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(0, TILES, BLOCK_T):
         tile = start + lane
-        total += tl.load(partial_ptr + k.to(tl.int64) * TILES + tile, mask=tile < TILES, other=0.0)
-    g_sum = tl.sum(total, 0)
-    tl.store(dbeta_ptr + k, g_sum)
-    tl.store(coefficient_ptr + k, g_sum / M)
+        totals += tl.load(partial_ptr + (part * K + k).to(tl.int64) * TILES + tile, mask=tile < TILES, other=0.0)
+    total = tl.sum(totals, 0)
+    if part == 0:
+        tl.store(dbeta_ptr + k, total)
+        tl.store(coefficient_ptr + k, total / M)
     for b in tl.static_range(B):
-        row = b * K + k
-        products = partial_ptr + (row + K).to(tl.int64) * TILES
-        total = tl.zeros((BLOCK_T,), tl.float32)
-        for start in range(0, TILES, BLOCK_T):
-            tile = start + lane
-            total += tl.load(products + tile, mask=tile < TILES, other=0.0)
-        rstd = tl.load(rstd_ptr + row).to(tl.float32)
-        dgamma = rstd * tl.sum(total, 0)
-        scale = rstd
-        if gammas[b] is not None:
-            scale *= tl.load(gammas[b] + k).to(tl.float32)
-        tl.store(dgamma_ptr + row, dgamma)
-        tl.store(coefficient_ptr + K + 2 * b * K + k, scale)
-        tl.store(coefficient_ptr + K + (2 * b + 1) * K + k, -scale * rstd * dgamma / M)
+        if part == 1 + b:
+            rstd = tl.load(rstd_ptr + b * K + k).to(tl.float32)
+            dgamma = rstd * total
+            scale = rstd
+            if gammas[b] is not None:
+                scale *= tl.load(gammas[b] + k).to(tl.float32)
+            tl.store(dgamma_ptr + b * K + k, dgamma)
+            tl.store(coefficient_ptr + K + 2 * b * K + k, scale)
+            tl.store(coefficient_ptr + K + (2 * b + 1) * K + k, -scale * rstd * dgamma / M)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -175,6 +175,11 @@ def pixel_split(M: int, programs: int, block_m: int) -> tuple[int, int]:
     return max(1, cdiv(M, rows)), rows
 
 
+# A program of wgrad.sum_splits adds so many splits' shares of so many numbers at once.
+SPLIT_BLOCK = 128
+SPLIT_BLOCKS = {"BLOCK_S": 16, "BLOCK": SPLIT_BLOCK}
+
+
 @lru_cache(4096)
 def streaming_tile(K: int) -> Tile:
     """Tile of a pass over an M×K map: a channel block that wastes few lanes yet reads long rows; 4096 elements."""

@@ -103,16 +103,20 @@ def conv_wgrad(
 
 
 @triton.jit(do_not_specialize=["SPLITS", "STRIDE"])
-def sum_splits(partials, dws, sizes, SPLITS, STRIDE, BLOCK: tl.constexpr):
-    """dws[b] = Σ_s of sizes[b] numbers at partials[b] + s·STRIDE, s ascending. Grid: (most blocks, tensors)."""
+def sum_splits(partials, dws, sizes, SPLITS, STRIDE, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    """dws[b] = Σ_s of sizes[b] numbers at partials[b] + s·STRIDE, BLOCK_S of them read at once, in a fixed order.
+
+    Grid: (most blocks, tensors).
+    """
     TENSORS: tl.constexpr = len(dws)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     for b in tl.static_range(TENSORS):
         if tl.program_id(1) == b:
             mask = at < sizes[b]
-            total = tl.zeros((BLOCK,), tl.float32)
-            source = partials[b] + at
-            for _ in range(SPLITS):
-                total += tl.load(source, mask=mask, other=0.0)
-                source += STRIDE
-            tl.store(dws[b] + at, total.to(dws[b].dtype.element_ty), mask=mask)
+            totals = tl.zeros((BLOCK_S, BLOCK), tl.float32)
+            split = tl.arange(0, BLOCK_S)
+            source = partials[b] + split.to(tl.int64)[:, None] * STRIDE + at[None, :]
+            for first in range(0, SPLITS, BLOCK_S):
+                totals += tl.load(source, mask=(first + split < SPLITS)[:, None] & mask[None, :], other=0.0)
+                source += STRIDE.to(tl.int64) * BLOCK_S
+            tl.store(dws[b] + at, tl.sum(totals, 0).to(dws[b].dtype.element_ty), mask=mask)

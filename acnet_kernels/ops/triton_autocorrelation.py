@@ -111,8 +111,8 @@ def routine(tensors: Sequence[Tensor], count: int, shifts: Raster, groups: int) 
         **config.options,
     )
     if splits > 1:
-        grid = (cdiv(size, _BLOCK), 1, 1)
-        launch.launch(sum_splits, grid, (target,), (products,), (size,), splits, size, BLOCK=_BLOCK)
+        grid = (cdiv(size, configs.SPLIT_BLOCK), 1, 1)
+        launch.launch(sum_splits, grid, (target,), (products,), (size,), splits, size, **configs.SPLIT_BLOCKS)
     total = launch.empty((H, W, K), torch.float32, x.device)
     launch.launch(centred_total, (cdiv(total.numel(), _BLOCK),), y, y_pivot, total, N, H * W, K, BLOCK=_BLOCK)
     return [products, total]

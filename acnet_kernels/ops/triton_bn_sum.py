@@ -21,7 +21,7 @@ from ..kernels.epilogue import is_smooth
 from .launch import empty, empty_like, launch
 from .running import NONE, Running
 
-BLOCK_T = 256  # partial results that a merging program reads at once
+BLOCK_T = 1024  # partial results that a merging program reads at once
 
 
 class Moments(NamedTuple):
@@ -97,7 +97,7 @@ def merge_statistics(
     bias = empty((K,), torch.float32, partial.device)
     launch(
         kernels.merge_statistics,
-        (K,),
+        (K, B),
         partial,
         _vectors(gammas, B),
         _vectors(betas, B),
@@ -245,7 +245,7 @@ def bn_sum_backward_(
     dbeta = empty((K,), torch.float32, grad.device)
     coefficients = empty((1 + 2 * B, K), torch.float32, grad.device)
     merged = (partial, _vectors(gammas, B), rstds, dgammas, dbeta, coefficients)
-    launch(kernels.merge_grad, (K,), *merged, M, K, tiles, B=B, BLOCK_T=BLOCK_T)
+    launch(kernels.merge_grad, (K, 1 + B), *merged, M, K, tiles, B=B, BLOCK_T=BLOCK_T)
     if dys:
         if dresidual is not None:  # the first pass wrote there what this one takes
             grad, activation, smooth, kept, vectors = dresidual, "", False, None, (None, None, None)

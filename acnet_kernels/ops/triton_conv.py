@@ -32,7 +32,7 @@ from .running import NONE, Running
 from .triton_bn_sum import Moments, Norms, apply, check_maps, merge_statistics
 
 INTERPRETED = triton.knobs.runtime.interpret
-_SUM_BLOCK = 1024
+_ROUND_BLOCK = 1024
 _KERNELS = {"conv": conv_branches, "dgrad": conv_dgrad, "wgrad": conv_wgrad}
 _DEPTHWISE = {"conv": depthwise_branches, "dgrad": depthwise_dgrad, "wgrad": depthwise_wgrad}
 
@@ -162,8 +162,8 @@ def _as_multiplied(weights: Sequence[Tensor], prepared: _Prepared) -> tuple[Tens
         return tuple(weights)
     rounded = tuple(empty_like(w) for w in weights)
     sizes = tuple(w.numel() for w in weights)
-    grid = (cdiv(max(sizes), _SUM_BLOCK), len(sizes), 1)
-    launch(round_to_tf32, grid, tuple(weights), rounded, sizes, BLOCK=_SUM_BLOCK)
+    grid = (cdiv(max(sizes), _ROUND_BLOCK), len(sizes), 1)
+    launch(round_to_tf32, grid, tuple(weights), rounded, sizes, BLOCK=_ROUND_BLOCK)
     return rounded
 
 
@@ -278,8 +278,8 @@ def weight_grads(
     split = (prepared.rows, rows, stride)
     launch(prepared.kernel, grid, x, tuple(dys), targets, *split, *prepared.scalars, **prepared.options)
     if splits > 1:
-        grid = (cdiv(max(sizes), _SUM_BLOCK), len(sizes), 1)
-        launch(sum_splits, grid, targets, tuple(dws), sizes, splits, stride, BLOCK=_SUM_BLOCK)
+        grid = (cdiv(max(sizes), configs.SPLIT_BLOCK), len(sizes), 1)
+        launch(sum_splits, grid, targets, tuple(dws), sizes, splits, stride, **configs.SPLIT_BLOCKS)
     return dws
 
 
