@@ -149,6 +149,26 @@ struct Told {
   A flat = 0;
 };
 
+// Into the cache. (GCC takes a loop of __builtin_prefetch for one that does nothing, and leaves it out.)
+inline void fetch(const void* p) {
+#if defined(__x86_64__)
+  __asm__ volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p);
+#endif
+}
+
+template <class T, class M>
+void fetch_row(const M& map, const T* p, int64_t columns) {
+  constexpr int64_t line = 64 / sizeof(T);
+  if (map.channel == 1) {
+    for (int64_t j = 0; j < columns; ++j) fetch(p + j * map.column);
+  } else if (map.column == 1) {
+    for (int l = 0; l < map.lanes; ++l)
+      for (int64_t j = 0; j < columns; j += line) fetch(p + l * map.channel + j);
+  }
+}
+
 template <class T, class A>
 void pack_row(const Map<const T>& map, const T* p, int64_t columns, Vec<A> pivot, const Told<T, A>& told, A* to) {
   constexpr int lanes = kLanes<A>;
@@ -205,6 +225,10 @@ void unpack_row(const A* from, int64_t columns, const Map<T>& map, const After<T
   constexpr int lanes = kLanes<A>;
   const T* added = after.residual.data;
   const int64_t apart = added - map.data;
+  if (p + map.row < limit) {
+    fetch_row<T>(map, p + map.row, columns);
+    if (added != nullptr) fetch_row<T>(map, p + map.row + apart, columns);
+  }
   if (map.channel == 1 && map.lanes == lanes) {
     for (int64_t j = 0; j < columns; ++j) {
       Vec<A> v = load<A>(from + j * lanes);
@@ -290,11 +314,13 @@ struct Window {
     __builtin_memset(zero, 0, pitch * sizeof(A));
   }
 
-  // Of channels_last, a row's vectors lie far apart: what the processor expects next is other channels.
+  // A row's vectors lie far apart: where the processor would go on are other channels, or it is as many streams as
+  // there are planes.
   void prefetch(int64_t n, int64_t q) const {
-    if (map->channel != 1 || q >= rows) return;
+    if (q >= rows) return;
     const T* from = map->data + n * map->image + q * map->row;
-    for (int64_t j = 0; j < columns; ++j) __builtin_prefetch(from + j * map->column);
+    fetch_row<T>(*map, from, columns);
+    if (told.out != nullptr) fetch_row<T>(*map, from + (told.out - map->data), columns);
   }
 
   // Row q of image n from its first column on.
