@@ -393,7 +393,10 @@ def test_on_cuda_it_is_what_auto_takes_where_triton_has_kernels(monkeypatch):
     for name in ("mobileone", "mobileone of stride 2", "5×5", "sum", "repvit", "dilated", "padded far"):
         assert chosen(name) == chosen(name, torch.bfloat16) == "moments"
         problem = replace(describe(x, Depthwise(name, 8).step()), device="cuda")
-        assert planner.where_finished(problem, planner.Choice(moments, "")) == "in the convolution's own passes"
+        assert (
+            planner.where_finished(problem, planner.Choice(moments, ""), "silu")
+            == "in the convolution's own passes"
+        )
         assert chosen(name, torch.float64) == "eager"
     synchronised = replace(describe(x, Depthwise("mobileone", 8).step()), device="cuda", synced=True)
     assert planner.choose(synchronised).backend is synced_depthwise

@@ -357,7 +357,7 @@ def test_where_the_passes_do_not_finish_it_says_so():
     block = ACBlock(6, 6, 3, padding=1, groups=6, activation="relu", backend="eager")
     assert "; relu after it, by PyTorch" in explain(block, (2, 6, 8, 8)).blocks[0].reason
     dense = ACBlock(6, 6, 3, padding=1, activation="relu", backend="moments")
-    assert planner.where_finished(*dense.plan(torch.randn(2, 6, 8, 8))) == "after it, by PyTorch"
+    assert planner.where_finished(*dense.plan(torch.randn(2, 6, 8, 8)), "relu") == "after it, by PyTorch"
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
