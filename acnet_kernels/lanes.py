@@ -20,6 +20,7 @@ from .functional import describe
 from .ops.fuse_blocks import Arguments
 from .ops.fusion import FoldEntry, append_branches, fold_arguments_as_it_is
 from .spec import BRANCH, Problem, Step
+from .steps.assignment import on_device
 from .steps.epilogue import NUMBERS
 from .submodules import Submodules, is_frozen, kernel_of
 
@@ -47,24 +48,24 @@ def take(
 
 
 def learn(block: nn.Module, given: Submodules, step: Step, x: Tensor, backend: str) -> None:
-    """Keeps a lane for steps like this one, if the C++ node is what runs it, else that there is none."""
-    if node.NODE is None or not x.is_cpu:
+    """Keeps a lane for steps like this one, if the C++ node or CUDA runs it, else that there is none."""
+    if node.NODE is None or not (x.is_cpu or on_device(x)):
         return
     lanes, state = block.__dict__.get(_KEPT) or ({}, None)
     now = (backend, planner.state())
     if state != now or len(lanes) >= MOST:
         lanes = {}
     # Looking again and again would cost what a lane saves.
-    about = (x.shape, x.dtype, x.requires_grad, block.training, *_surroundings())
+    about = (x.shape, x.dtype, x.requires_grad, block.training, *_surroundings(x.device.type))
     if about in lanes:
         return
     lane = _lane(given, step, x, backend)
     block.__dict__[_KEPT] = ({**lanes, **({about: None} if lane is None else {x.shape: lane})}, now)
 
 
-def _surroundings() -> tuple[bool, bool, bool]:
+def _surroundings(device: str) -> tuple[bool, bool, bool]:
     """What else most often decides whether there can be a lane."""
-    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), dispatch_modes() == 0
+    return torch.is_grad_enabled(), torch.is_autocast_enabled(device), dispatch_modes() == 0
 
 
 def append_fold(block: nn.Module, a: Arguments) -> bool:
@@ -111,7 +112,12 @@ def _lane(given: Submodules, step: Step, x: Tensor, backend: str) -> Any:
         return None
     chosen = planner.choose(problem, backend).backend
     train = chosen is not folded
-    run = _number(step, x, chosen) if train else None if problem.grad else _fold(step, problem)
+    run: Any
+    if on_device(x):
+        untimed = backend == "auto" and not planner.measured(problem)
+        run = branches.again(x, step, untimed) if chosen is branches else None
+    else:
+        run = _number(step, x, chosen) if train else None if problem.grad else _fold(step, problem)
     read = None if run is None else _read(given, _NORM_SETTINGS, counts=train)
     if read is None:
         return None

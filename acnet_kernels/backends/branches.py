@@ -19,6 +19,7 @@ recomputes it by eager formulas, as does one for a batch of gradients at once.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +28,11 @@ from torch import Tensor
 from .._torch_compat import below_autograd, keeps_graph, top_saved_tensors_hooks
 from ..geometry import Geometry
 from ..ops import _extension, bn_sum
-from ..ops.epilogue import is_clamp
+from ..ops.epilogue import ACTIVATIONS, is_clamp
+from ..ops.running import Running
 from ..spec import NOTHING, Epilogue, Norm, Problem, Step, autocast_dtype
 from ..steps.assignment import ALL_LIBRARY, ALL_TRITON, Phases
-from ..steps.batchnorm import Update, update_running
+from ..steps.batchnorm import Tracked, Update, update_running
 from ..steps.convolution import convolution_dtype, gradient_bytes
 from ..steps.epilogue import finish
 from ..steps.maps import Finished, StepConfig, config_of, convolution_gradients
@@ -122,7 +124,7 @@ class _Step(torch.autograd.Function):
     def forward(
         ctx: Any,
         config: StepConfig,
-        update: Update,
+        update: Update | Tracked,
         epilogue: Epilogue,
         residual: Tensor | None,
         x: Tensor,
@@ -259,22 +261,68 @@ def run(x: Tensor, step: Step, phases: Phases, epilogue: Epilogue = NOTHING) -> 
     config = inputs.config(geometry, x.device.type, phases)
     tensors = (x, *inputs.weights, *inputs.gammas, *inputs.betas)
     if not torch.compiler.is_compiling():
-        update = Update(inputs.norms, count, inputs.biases)
-        within, after = (epilogue, NOTHING) if config.finishes(epilogue, x.device.type) else (NOTHING, epilogue)
-        given = (config, update, within, within.residual, *tensors)
-        if phases == ALL_TRITON:
-            from .triton_node import TritonStep  # Triton is slow to import
-
-            return finish(TritonStep.apply(*given), after)
         if x.is_cpu:
             keep_freed_memory()
             if node.suits(config, x, inputs):
-                return node.run(node.number(config, len(inputs.betas), True), x, inputs, within)
-        return finish(_Step.apply(*given)[0], after)
+                return node.run(node.number(config, len(inputs.betas), True), x, inputs, epilogue)
+        return _apply(config, Update(inputs.norms, count, inputs.biases), epilogue, tensors)
     out, means, variances = _composed(config, *tensors)
     with torch.no_grad():  # not by Update: Dynamo of torch 2.10 calls no instance of a named tuple
         update_running(inputs.norms, means, variances, count, inputs.biases)
     return finish(out, epilogue)
+
+
+def _apply(config: StepConfig, update: Update | Tracked, epilogue: Epilogue, tensors: Sequence[Tensor]) -> Tensor:
+    """The step on x, the weights, the γs and the βs by a node of Python's."""
+    within, after = (
+        (epilogue, NOTHING) if config.finishes(epilogue, tensors[0].device.type) else (NOTHING, epilogue)
+    )
+    given = (config, update, within, within.residual, *tensors)
+    if config.phases == ALL_TRITON:
+        from .triton_node import TritonStep  # Triton is slow to import
+
+        return finish(TritonStep.apply(*given), after)
+    return finish(_Step.apply(*given)[0], after)
+
+
+class Again(NamedTuple):
+    """A training step on CUDA again, of the tensors that its block has now: what a lane calls (lanes.py)."""
+
+    config: StepConfig
+    momenta: tuple[float, ...]
+    elements: int  # a channel, of the output
+    untimed: bool  # cudnn.benchmark, once it is on, has the planner time it first
+
+    def __call__(
+        self,
+        x: Tensor,
+        weights: list[Tensor],
+        gammas: list[Tensor],
+        betas: list[Tensor],
+        means: list[Tensor],
+        variances: list[Tensor],
+        counters: list[Tensor],
+        activation: int,
+        residual: Tensor | None,
+    ) -> Tensor | None:
+        if self.untimed and torch.backends.cudnn.benchmark:
+            return None
+        tracked = Tracked(Running(means, variances, counters, (), self.momenta), self.elements)
+        epilogue = Epilogue(ACTIVATIONS[activation], residual)
+        return _apply(self.config, tracked, epilogue, (x, *weights, *gammas, *betas))
+
+
+def again(x: Tensor, step: Step, untimed: bool) -> Again | None:
+    """The step, which has a batch norm a branch, to be taken again; None where some may be taken in another way."""
+    inputs = inputs_of(x, step)
+    momenta = tuple([norm.momentum for norm in inputs.norms if norm.momentum is not None])
+    if len(momenta) < len(inputs.norms) or any(bias is not None for bias in inputs.biases):
+        return None
+    if any(norm.running_mean is None or norm.num_batches_tracked is None for norm in inputs.norms):
+        return None
+    rows, columns = step.geometry.output_size(x.shape[2], x.shape[3])
+    config = inputs.config(step.geometry, x.device.type, phases_of(step, x))
+    return Again(config, momenta, x.shape[0] * rows * columns, untimed)
 
 
 class Variant(NamedTuple):

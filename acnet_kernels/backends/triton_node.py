@@ -15,7 +15,7 @@ from .._torch_compat import below_autograd, keeps_graph, top_saved_tensors_hooks
 from ..ops import bn_sum, triton_step
 from ..ops.epilogue import is_clamp
 from ..ops.running import NONE
-from ..steps.batchnorm import Update
+from ..steps.batchnorm import Tracked, Update
 from ..steps.triton_phases import alike, last
 from . import nodes
 
@@ -31,7 +31,7 @@ class TritonStep(torch.autograd.Function):
     def forward(
         ctx: Any,
         config: StepConfig,
-        update: Update,
+        update: Update | Tracked,
         epilogue: Epilogue,
         residual: Tensor | None,
         x: Tensor,

@@ -82,6 +82,19 @@ def update_running(
     if any(shift is not None for shift in shifts):
         moved = [mean if shift is None else mean + shift for mean, shift in zip(means, shifts, strict=True)]
         means = torch.stack(moved)
+    _move_all(running_means, running_vars, counters, means, variances, momenta, count)
+
+
+def _move_all(
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    counters: list[Tensor],
+    means: Tensor,
+    variances: Tensor,
+    momenta: list[float | None],
+    count: int,
+) -> None:
+    """ops/running.py's operator, with None for NaN, or the same in PyTorch."""
     if LOADED and means.is_cpu and not torch.compiler.is_compiling():
         factors = [math.nan if momentum is None else momentum for momentum in momenta]
         with below_autograd():  # nothing here is differentiated
@@ -113,11 +126,34 @@ class Update(NamedTuple):
         shifts = [bias for bias in self.biases if bias is not None]
         if shifts and len(shifts) < len(means):
             return None
-        vectors = (*means, *variances, *shifts)
-        shared = len({t.data_ptr() for t in (*means, *variances, *counters)}) < 3 * len(means)  # one norm twice
-        if shared or not all(t.is_contiguous() for t in vectors):
-            return None
-        return Running(means, variances, counters, shifts, [norm.momentum for norm in self.norms])
+        running = Running(means, variances, counters, shifts, [norm.momentum for norm in self.norms])
+        return running if _is_for_kernels(running) else None
+
+
+class Tracked(NamedTuple):
+    """An Update of given buffers, without shifts or cumulative averages; `elements` is its count."""
+
+    buffers: Running
+    elements: int
+
+    def __call__(self, means: Tensor, variances: Tensor) -> None:
+        own_means, own_vars, counters, _, momenta = self.buffers
+        moved = (list(own_means), list(own_vars), list(counters), means, variances, list(momenta))
+        _move_all(*moved, self.elements)
+
+    def running(self) -> Running | None:
+        """As Update's."""
+        return self.buffers if _is_for_kernels(self.buffers) else None
+
+
+def _is_for_kernels(running: Running) -> bool:
+    """Whether Triton's kernels can move these buffers."""
+    means, variances, counters, shifts, _ = running
+    if not all(counter.numel() == 1 for counter in counters):
+        return False
+    if len({t.data_ptr() for t in (*means, *variances, *counters)}) < 3 * len(means):  # one norm twice
+        return False
+    return all(t.is_contiguous() for t in (*means, *variances, *shifts))
 
 
 def _update_running(

@@ -27,7 +27,7 @@ from ..ops.running import NONE
 from ..spec import NOTHING, Epilogue, Norm
 from . import assignment
 from .assignment import ALL_LIBRARY, TRITON, Phases, on_device
-from .batchnorm import Update, batch_norm
+from .batchnorm import Tracked, Update, batch_norm
 from .convolution import (
     add_input_gradient,
     column_weight_gradient,
@@ -127,7 +127,7 @@ class StepConfig(NamedTuple):
         weights: tuple[Tensor, ...],
         gammas: list[Tensor],
         betas: list[Tensor],
-        update: Update,
+        update: Update | Tracked,
         epilogue: Epilogue = NOTHING,
     ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
         """forward() and what follows, not differentiable, and the update, which Triton's passes make themselves."""

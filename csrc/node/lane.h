@@ -22,9 +22,9 @@ struct Surroundings {
   at::ScalarType autocast_dtype;
   int threads;
 
-  static Surroundings now() {
-    return {at::GradMode::is_enabled(), c10::InferenceMode::is_enabled(), at::autocast::is_autocast_enabled(at::kCPU),
-            at::autocast::get_autocast_dtype(at::kCPU), at::get_num_threads()};
+  static Surroundings now(c10::DeviceType device) {
+    return {at::GradMode::is_enabled(), c10::InferenceMode::is_enabled(), at::autocast::is_autocast_enabled(device),
+            at::autocast::get_autocast_dtype(device), at::get_num_threads()};
   }
   bool operator==(const Surroundings& other) const {
     return grad == other.grad && inference == other.inference && autocast == other.autocast && (!autocast || autocast_dtype == other.autocast_dtype) &&
@@ -58,8 +58,9 @@ struct Fold {
 
 class Lane {
  public:
-  // What it runs, by its number or as a fold; what it ran on and gave, and from which tensors of which modules.
-  Lane(std::variant<int64_t, Fold> step, const Tensor& x, std::vector<int64_t> out_sizes, at::ScalarType out_dtype,
+  // What it runs, by its number, as a fold or as Python's function of x, a list of each kind of tensors, and what follows;
+  // what it ran on and gave, and from which tensors of which modules.
+  Lane(std::variant<int64_t, Fold, py::object> step, const Tensor& x, std::vector<int64_t> out_sizes, at::ScalarType out_dtype,
        Reading reading, std::vector<double> momenta)
       : step_(std::move(step)),
         out_sizes_(std::move(out_sizes)),
@@ -68,30 +69,36 @@ class Lane {
         strides_(x.strides().vec()),
         dtype_(x.scalar_type()),
         requires_grad_(x.requires_grad()),
-        surroundings_(Surroundings::now()),
+        device_(x.device()),
+        surroundings_(Surroundings::now(x.device().type())),
         reading_(std::move(reading)),
         momenta_(std::move(momenta)) {}
 
   // The step on x by the block that has these modules, and what follows it; None where anything is not as it was, or the
   // residual, None for none, is no map like the sum.
   py::object operator()(py::handle x, py::dict children, int64_t activation, py::handle residual) const {
-    if (!THPVariable_CheckExact(x.ptr()) || Surroundings::are_special() || !(Surroundings::now() == surroundings_))
+    if (!THPVariable_CheckExact(x.ptr()) || Surroundings::are_special() || !(Surroundings::now(device_.type()) == surroundings_))
       return py::none();
     const Tensor& input = THPVariable_Unpack(x.ptr());
-    if (!fits(input, dtype_, at::kCPU, sizes_) || input.strides() != strides_ || input.requires_grad() != requires_grad_)
+    if (!fits(input, dtype_, device_, sizes_) || input.strides() != strides_ || input.requires_grad() != requires_grad_)
       return py::none();
     Reading::Objects objects;
     if (!reading_.read(children.ptr(), objects)) return py::none();
+    if (!residual.is_none() && !THPVariable_CheckExact(residual.ptr())) return py::none();
+    if (!residual.is_none() && !fits(THPVariable_Unpack(residual.ptr()), out_dtype_, device_, out_sizes_)) return py::none();
+    if (const py::object* step = std::get_if<py::object>(&step_)) {
+      std::array<py::list, Reading::KINDS> lists;
+      for (size_t kind = 0; kind < lists.size(); ++kind)
+        for (PyObject* t : objects[kind]) lists[kind].append(py::handle(t));
+      const auto& [weights, gammas, betas, means, vars, counters] = lists;
+      return (*step)(x, weights, gammas, betas, means, vars, counters, activation, residual);
+    }
     std::array<variable_list, Reading::KINDS> tensors;
     for (size_t kind = 0; kind < tensors.size(); ++kind)
       for (PyObject* t : objects[kind]) tensors[kind].push_back(THPVariable_Unpack(t));
     const auto& [weights, gammas, betas, means, vars, counters] = tensors;
     Epilogue epilogue{activation, {}};
-    if (!residual.is_none()) {
-      if (!THPVariable_CheckExact(residual.ptr())) return py::none();
-      epilogue.residual = THPVariable_Unpack(residual.ptr());
-      if (!fits(epilogue.residual, out_dtype_, at::kCPU, out_sizes_)) return py::none();
-    }
+    if (!residual.is_none()) epilogue.residual = THPVariable_Unpack(residual.ptr());
     Tensor out;
     {
       const py::gil_scoped_release release;
@@ -106,12 +113,13 @@ class Lane {
   }
 
  private:
-  std::variant<int64_t, Fold> step_;
+  std::variant<int64_t, Fold, py::object> step_;
   std::vector<int64_t> out_sizes_;
   at::ScalarType out_dtype_;
   std::vector<int64_t> sizes_, strides_;
   at::ScalarType dtype_;
   bool requires_grad_;
+  c10::Device device_;
   Surroundings surroundings_;
   Reading reading_;
   std::vector<double> momenta_;

@@ -47,7 +47,7 @@ std::array<std::vector<Source>, Reading::KINDS> sources_of(const std::vector<std
     for (const py::tuple& entry : given.at(kind)) {
       const auto t = py::cast<Tensor>(entry[3]);
       sources[kind].push_back(
-          {py::cast<size_t>(entry[0]), py::cast<bool>(entry[1]), py::cast<py::str>(entry[2]), t.sizes().vec(), t.scalar_type(), t.device().type()});
+          {py::cast<size_t>(entry[0]), py::cast<bool>(entry[1]), py::cast<py::str>(entry[2]), t.sizes().vec(), t.scalar_type(), t.device()});
     }
   return sources;
 }
@@ -67,7 +67,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       }))
       .def("append", &Reading::append);
   py::class_<Lane>(m, "Lane")
-      .def(py::init<std::variant<int64_t, Fold>, const Tensor&, std::vector<int64_t>, at::ScalarType, Reading, std::vector<double>>())
+      .def(py::init<std::variant<int64_t, Fold, py::object>, const Tensor&, std::vector<int64_t>, at::ScalarType, Reading, std::vector<double>>())
       .def("__call__", &Lane::operator());
 }
 

@@ -28,7 +28,7 @@ struct Source {
   py::str name;
   std::vector<int64_t> sizes;
   at::ScalarType dtype;
-  c10::DeviceType device;
+  c10::Device device;
 };
 
 inline PyObject* item(PyObject* dict, const py::str& name) {  // borrowed; null where there is none
@@ -37,8 +37,8 @@ inline PyObject* item(PyObject* dict, const py::str& name) {  // borrowed; null 
 
 inline py::str interned(const char* name) { return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name)); }
 
-inline bool fits(const Tensor& t, at::ScalarType dtype, c10::DeviceType device, const std::vector<int64_t>& sizes) {
-  return t.scalar_type() == dtype && t.device().type() == device && t.layout() == at::kStrided && t.sizes() == sizes &&
+inline bool fits(const Tensor& t, at::ScalarType dtype, c10::Device device, const std::vector<int64_t>& sizes) {
+  return t.scalar_type() == dtype && t.device() == device && t.layout() == at::kStrided && t.sizes() == sizes &&
          !t.key_set().has(c10::DispatchKey::Python);
 }
 
