@@ -12,8 +12,9 @@ from steps import saved_by
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from acnet_kernels import ACBlock
+from acnet_kernels import ACBlock, MobileOneBlock
 from acnet_kernels.backends import branches, device_info, planner, timer, timing_cache
+from acnet_kernels.ops import _extension
 from acnet_kernels.spec import problem_of
 
 
@@ -203,6 +204,17 @@ def test_memory_is_saved_by_what_a_network_would_hold(shape, options, name):
         least = min(planner.network_bytes(module, p) for module in planner.SAVERS)
         assert least >= 0.8 * planner.network_bytes(plan.backend, p)
     assert planner.choose(replace(p, grad=False), "memory_saver") == planner.choose(replace(p, grad=False))
+
+
+@pytest.mark.skipif(not _extension.LOADED, reason=f"only the C++ kernels are as fast: {_extension.WHY_MISSING}")
+def test_pointwise_blocks_of_many_branches_and_few_channels_go_by_moments():
+    def chosen(channels, branches, kernel=1, side=32):
+        block = MobileOneBlock(channels, 64, kernel, padding=kernel // 2, num_conv_branches=branches)
+        return planner.decide(problem(4, channels, side, side, block=block), {})
+
+    assert chosen(48, 4) == ("moments", planner.REASONS["pointwise"])
+    others = (48, 3), (49, 4), (48, 4, 3), (48, 4, 1, 31)
+    assert [chosen(*given)[0] for given in others] == ["branches"] * 4
 
 
 @pytest.mark.parametrize("half", [False, True])

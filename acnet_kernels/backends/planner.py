@@ -203,8 +203,8 @@ def decide(problem: Problem, known: Mapping[str, float]) -> tuple[str, str]:
         name = fastest(known)
         rest = "".join(f", {other} {ms:.3g}" for other, ms in known.items() if other != name)
         return name, f"{REASONS[name]}: measured {known[name]:.3g} ms{rest}"
-    if moments_depthwise.is_fastest(problem) and moments.declines(problem) is None:
-        return moments.NAME, REASONS["depthwise"]
+    if moments.is_fastest(problem) and moments.declines(problem) is None:
+        return moments.NAME, REASONS["depthwise" if moments_depthwise.takes(problem) else "pointwise"]
     why = branches.declines(problem) or branches.unfused(problem)
     if why is None:
         return branches.NAME, REASONS[branches.NAME]
@@ -287,5 +287,6 @@ REASONS = {
     "eager": "no other backend gains on the definition",
     "moments": "one convolution, with statistics from the input's autocorrelation",
     "depthwise": "one pass over depthwise maps, whatever the number of branches",
+    "pointwise": "one 1×1 convolution of few channels, whatever the number of branches",
     "recompute": "every branch's map computed twice, none kept",
 }
