@@ -173,11 +173,28 @@ def test_depthwise_moments_write_and_read_where_they_should(last: Last) -> None:
     ):
         last.found.clear()
         last.index = (tiles - 1, 0, 0)
-        depthwise_moments.convolve[(1,)](one, small, small, one, M, *passed, *size, *strides, **options)
+        depthwise_moments.convolve[(1,)](
+            one, small, small, one, one, M, *passed, *size, *strides, ACTIVATION="relu", **options
+        )
         assert last.found == found
         last.found.clear()
         last.index = (1, 0, 0)
-        depthwise_moments.correlate[(1,)](one, small, one, small, M, share, *passed, *size, *strides, **options)
+        depthwise_moments.correlate[(1,)](
+            one,
+            small,
+            one,
+            one,
+            small,
+            one,
+            small,
+            M,
+            share,
+            *passed,
+            *size,
+            *strides,
+            ACTIVATION="relu",
+            **options,
+        )
         assert last.found == found
     every = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]
     for passed, strides, found in (
@@ -212,13 +229,18 @@ def test_second_moments_read_where_they_should(last: Last) -> None:
 def _bn_pass(name: str, one: torch.Tensor, tiles: int) -> None:
     vector, sizes = torch.zeros(1), {"B": 2, "BLOCK_M": BLOCK, "BLOCK_K": 16}
     double = torch.zeros(1, dtype=torch.float64)
+    affine, relu = (vector, (vector,) * 2, (vector,) * 2), {"ACTIVATION": "relu", **sizes}
     runs: dict[str, Callable[[], None]] = {
         "statistics": lambda: bn_sum.statistics[(1,)]((one,) * 2, vector, M, C, tiles, BLOCK, **sizes),
-        "apply": lambda: bn_sum.apply[(1,)]((one,) * 2, double, vector, vector, (None,) * 2, one, M, C, **sizes),
-        "reduce_grad": lambda: bn_sum.reduce_grad[(1,)](
-            one, (one,) * 2, double, vector, M, C, tiles, BLOCK, **sizes
+        "apply": lambda: bn_sum.apply[(1,)](
+            (one,) * 2, double, vector, vector, (None,) * 2, one, one, M, C, **relu
         ),
-        "apply_grad": lambda: bn_sum.apply_grad[(1,)](one, (one,) * 2, (one,) * 2, double, vector, M, C, **sizes),
+        "reduce_grad": lambda: bn_sum.reduce_grad[(1,)](
+            one, (one,) * 2, double, *affine, one, one, vector, M, C, tiles, BLOCK, **relu
+        ),
+        "apply_grad": lambda: bn_sum.apply_grad[(1,)](
+            one, (one,) * 2, (one,) * 2, double, vector, *affine, one, M, C, **relu
+        ),
     }
     runs[name]()
 
