@@ -169,11 +169,11 @@ void fetch_row(const M& map, const T* p, int64_t columns) {
   }
 }
 
-template <class T, class A>
-void pack_row(const Map<const T>& map, const T* p, int64_t columns, Vec<A> pivot, const Told<T, A>& told, A* to) {
+// Compiled with and without a clamp: a choice within the loops keeps the planes' vectors out of registers.
+template <bool clamps, class T, class A>
+void pack_row_of(const Map<const T>& map, const T* p, int64_t columns, Vec<A> pivot, const Told<T, A>& told, A* to) {
   constexpr int lanes = kLanes<A>;
-  const int64_t apart = told.out - map.data;
-  const bool clamps = told.out != nullptr;
+  const int64_t apart = clamps ? told.out - map.data : 0;
   if (map.channel == 1 && map.lanes == lanes) {
     for (int64_t j = 0; j < columns; ++j) {
       const T* from = p + j * map.column;
@@ -188,11 +188,11 @@ void pack_row(const Map<const T>& map, const T* p, int64_t columns, Vec<A> pivot
       Vec<A> v[lanes];
       for (int l = 0; l < lanes; ++l) {
         const T* from = p + l * map.channel + j;
-        v[l] = Vec<A>{};
-        if (l >= map.lanes) continue;
         const bool whole = n == lanes || from + lanes <= map.limit;
-        v[l] = whole ? load<A>(from) : load_part<A>(from, n);
-        if (clamps) v[l] = where_steep<A>(v[l], whole ? load<A>(from + apart) : load_part<A>(from + apart, n), told.flat);
+        if (l >= map.lanes) v[l] = Vec<A>{};
+        else v[l] = whole ? load<A>(from) : load_part<A>(from, n);
+        if (clamps && l < map.lanes)
+          v[l] = where_steep<A>(v[l], whole ? load<A>(from + apart) : load_part<A>(from + apart, n), told.flat);
       }
       transpose<A>(v);
       for (int64_t i = 0; i < n; ++i) store(to + (j + i) * lanes, v[i] - pivot);
@@ -213,6 +213,12 @@ void pack_row(const Map<const T>& map, const T* p, int64_t columns, Vec<A> pivot
   }
 }
 
+template <class T, class A>
+void pack_row(const Map<const T>& map, const T* p, int64_t columns, Vec<A> pivot, const Told<T, A>& told, A* to) {
+  if (told.out != nullptr) pack_row_of<true, T, A>(map, p, columns, pivot, told, to);
+  else pack_row_of<false, T, A>(map, p, columns, pivot, told, to);
+}
+
 template <class A>
 inline __attribute__((always_inline)) Vec<A> finished(Vec<A> v, Activation activation) {
   return activation == Activation::none ? v : activated<A>(v, activation);
@@ -220,11 +226,12 @@ inline __attribute__((always_inline)) Vec<A> finished(Vec<A> v, Activation activ
 
 // `from` may be read up to a vector's pixels beyond the row. Up to `limit`, of the first plane, what follows the row is
 // written later.
-template <class T, class A>
-void unpack_row(const A* from, int64_t columns, const Map<T>& map, const After<T>& after, T* p, const T* limit) {
+template <bool follows, class T, class A>
+void unpack_row_of(const A* from, int64_t columns, const Map<T>& map, const After<T>& after, T* p, const T* limit) {
   constexpr int lanes = kLanes<A>;
-  const T* added = after.residual.data;
-  const int64_t apart = added - map.data;
+  const T* added = follows ? after.residual.data : nullptr;
+  const Activation activation = follows ? after.activation : Activation::none;
+  const int64_t apart = added != nullptr ? added - map.data : 0;
   if (p + map.row < limit) {
     fetch_row<T>(map, p + map.row, columns);
     if (added != nullptr) fetch_row<T>(map, p + map.row + apart, columns);
@@ -233,7 +240,7 @@ void unpack_row(const A* from, int64_t columns, const Map<T>& map, const After<T
     for (int64_t j = 0; j < columns; ++j) {
       Vec<A> v = load<A>(from + j * lanes);
       if (added != nullptr) v += load<A>(static_cast<const T*>(p) + apart + j * map.column);
-      store(p + j * map.column, finished<A>(v, after.activation));
+      store(p + j * map.column, finished<A>(v, activation));
     }
   } else if (map.column == 1) {
     for (int64_t j = 0; j < columns; j += lanes) {
@@ -250,7 +257,7 @@ void unpack_row(const A* from, int64_t columns, const Map<T>& map, const After<T
           const T* more = to + apart;
           v[l] += n == lanes || more + lanes <= after.residual.limit ? load<A>(more) : load_part<A>(more, n);
         }
-        v[l] = finished<A>(v[l], after.activation);
+        v[l] = finished<A>(v[l], activation);
         if (whole) store(to, v[l]);
         else store_part<T, A>(to, v[l], n);
       }
@@ -264,10 +271,18 @@ void unpack_row(const A* from, int64_t columns, const Map<T>& map, const After<T
         for (int l = 0; l < map.lanes; ++l) pixel[l] = p[apart + j * map.column + l * map.channel];
         v += load<A>(pixel);
       }
-      store(pixel, finished<A>(v, after.activation));
+      store(pixel, finished<A>(v, activation));
       for (int l = 0; l < map.lanes; ++l) p[j * map.column + l * map.channel] = pixel[l];
     }
   }
+}
+
+template <class T, class A>
+void unpack_row(const A* from, int64_t columns, const Map<T>& map, const After<T>& after, T* p, const T* limit) {
+  if (after.activation != Activation::none || after.residual.data != nullptr)
+    unpack_row_of<true, T, A>(from, columns, map, after, p, limit);
+  else
+    unpack_row_of<false, T, A>(from, columns, map, after, p, limit);
 }
 
 // ---- scratch ----
