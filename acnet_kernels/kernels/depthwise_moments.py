@@ -18,7 +18,7 @@ second: that would read a clamp's output once a tap, and compute the others' z a
 import triton
 import triton.language as tl
 
-from .epilogue import activated, is_smooth, smooth_slope
+from .epilogue import activated, is_smooth, smooth_slope, where_steep
 from .rectangles import FIELDS as _FIELDS
 from .taps import index, replaced, split_pixel
 
@@ -309,11 +309,7 @@ def correlate(
         at, there = _offsets(n, oh, ow, k, GN, GC, GH, GW, INT64_OFFSETS), live[:, None] & live_k[None, :]
         g = tl.load(grad_ptr + at, mask=there, other=0.0).to(tl.float32)
         if ACTIVATION == "relu" or ACTIVATION == "relu6":
-            out = tl.load(kept_ptr + at, mask=there, other=0.0).to(tl.float32)
-            flat = out <= 0.0
-            if ACTIVATION == "relu6":
-                flat = flat | (out >= 6.0)
-            g = tl.where(flat, 0.0, g)
+            g = where_steep(g, kept_ptr, at, there, ACTIVATION)
         elif is_smooth(ACTIVATION):
             z = _sum(
                 pixel, live, h0, w0, k, live_k, pivot, folded_ptr, K, H, W, SH, SW, WINDOW, INT64_OFFSETS, BLOCK_M

@@ -52,6 +52,16 @@ def smooth_slope(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def where_steep(g, kept_ptr, at, mask, ACTIVATION: tl.constexpr):
+    """g at offsets `at` where relu or relu6, which gave what kept_ptr has there, is steep; else 0."""
+    out = tl.load(kept_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    flat = out <= 0.0
+    if ACTIVATION == "relu6":
+        flat = flat | (out >= 6.0)
+    return tl.where(flat, 0.0, g)
+
+
+@triton.jit
 def before_activation(g, ys, kept_ptr, means, scales, bias, at, mask, B: tl.constexpr, ACTIVATION: tl.constexpr):
     """g·act'(z) of a tile at offsets `at`, 0 where not mask: relu and relu6 are flat where what they gave says so.
 
@@ -59,11 +69,7 @@ def before_activation(g, ys, kept_ptr, means, scales, bias, at, mask, B: tl.cons
     Σ_b scales[b]·(y_b − means[b]).
     """
     if ACTIVATION == "relu" or ACTIVATION == "relu6":
-        out = tl.load(kept_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        flat = out <= 0.0
-        if ACTIVATION == "relu6":
-            flat = flat | (out >= 6.0)
-        g = tl.where(flat, 0.0, g)
+        g = where_steep(g, kept_ptr, at, mask, ACTIVATION)
     elif is_smooth(ACTIVATION):
         z = tl.zeros_like(g) + bias[None, :]
         for b in tl.static_range(B):
