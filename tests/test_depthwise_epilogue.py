@@ -95,6 +95,7 @@ def test_exact_in_float64(activation, adds, name, layout):
         judge(block, x, residual_of(block, x, x.dtype, other).double() if adds else None, activation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["mobileone", "mobileone of stride 2", "repvit", "5×5", "padded far", "dilated"])
 @pytest.mark.parametrize(("activation", "adds"), FOLLOWS)
