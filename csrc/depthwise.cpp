@@ -858,9 +858,10 @@ std::tuple<Tensor, Tensors, Tensor, Tensor, Tensor> step_backward(Tensor grad, T
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
+  // Without defaults: PyTorch of torch 2.10 hides an argument at its default from an operator's autograd.
   m.def(
       "depthwise_step(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, int[] taps,"
-      " int[] geometry, bool channels_last, Tensor? residual=None, int activation=0)"
+      " int[] geometry, bool channels_last, Tensor? residual, int activation)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "depthwise_statistics(Tensor x, Tensor[] weights, float[] eps, int[] taps, int[] geometry)"

@@ -209,7 +209,7 @@ def test_random_lists_by_the_operators(seed):
     args = arguments_of(r, torch.float64)
     x, weights, gammas, _, _, taps, geometry, _ = args
     true = depthwise_plain.step(*args)
-    got = ops.depthwise_step(*args)
+    got = ops.depthwise_step(*args, None, 0)
     for a, b in zip((*got[:4], got[5]), (*true[:4], true[5]), strict=True):
         assert rel(a, b) < 1e-9
         assert a.stride() == b.stride()
@@ -250,10 +250,11 @@ def test_opcheck(dtype, seed):
     args = arguments_of(r, dtype)
     args[0].requires_grad_()
     args[1] = [weight.requires_grad_() for weight in args[1]]
+    args += [None, 0]
     torch.library.opcheck(ops.depthwise_step, args)
     with torch.no_grad():
         _, means, _, rstds, pivot, sums, centred = ops.depthwise_step(*args)
-    x, weights, gammas, _, _, taps, geometry, _ = args
+    x, weights, gammas, _, _, taps, geometry, *_ = args
     x, weights = x.detach(), [weight.detach() for weight in weights]
     shape = packed.unpack(geometry).output_size(*x.shape[2:])
     grad = torch.randn(len(x), len(weights[0]), *shape).to(dtype)
@@ -280,7 +281,7 @@ def test_opcheck(dtype, seed):
 
 def test_the_operators_gradient_says_that_it_has_no_derivative():
     x, weight, gamma = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(4, 1, 3, 3), torch.ones(4)
-    constants = [1e-5], [0, 0, 3, 3, 1, 1], packed.pack(Geometry.make(3, padding=1, groups=4)), False
+    constants = [1e-5], [0, 0, 3, 3, 1, 1], packed.pack(Geometry.make(3, padding=1, groups=4)), False, None, 0
     out, *_ = ops.depthwise_step(x, [weight], [gamma], [gamma], *constants)
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"depthwise_step_backward has no derivative; acblock\(\) has one"):

@@ -59,7 +59,7 @@ LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 if not LOADED:
     LIBRARY.define(
         "depthwise_step(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, int[] taps,"
-        " int[] geometry, bool channels_last, Tensor? residual=None, int activation=0)"
+        " int[] geometry, bool channels_last, Tensor? residual, int activation)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     LIBRARY.define(

@@ -110,7 +110,7 @@ def test_hundred_runs_of_a_depthwise_step_by_moments_give_the_same_bits() -> Non
 
         def run(x: Tensor = x) -> list[Tensor]:
             step = depthwise.depthwise_step(
-                x, weights, vectors, vectors, [1e-5] * 2, *numbers, x.dtype != torch.float32
+                x, weights, vectors, vectors, [1e-5] * 2, *numbers, x.dtype != torch.float32, None, 0
             )
             out, means, _, *kept = step
             needs = True, [True] * 2, True
