@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "acnet_kernels"
@@ -35,7 +36,9 @@ def test_neither_the_package_nor_a_step_imports_what_is_slow(code):
     code = IMPORTED.format(code=code, slow=SLOW)
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == []
+    # convert() makes blocks on the meta device, for which torch 2.10 itself needs sympy.
+    own = {"sympy"} if "convert" in code and torch.__version__ < "2.11" else set()
+    assert set(result.stdout.split()) <= own
 
 
 @pytest.mark.parametrize("code", [STEP, "from acnet_kernels import cli; cli.main(['doctor'])"])

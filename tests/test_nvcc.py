@@ -13,10 +13,18 @@ import torch
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc")
 SITE = Path(torch.__file__).parents[1]
+# CUDA's headers are torch's, which those of another major version do not take.
+OTHER = (
+    torch.version.cuda is not None
+    and NVCC is not None
+    and f"release {torch.version.cuda.split('.')[0]}."
+    not in (subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=False).stdout)
+)
 INCLUDES = [SITE / "torch" / "include", *(SITE / "nvidia").glob("cu*/include")]
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc: the CUDA source cannot be compiled here")
+@pytest.mark.skipif(OTHER, reason=f"nvcc is of another CUDA than torch, which is built with {torch.version.cuda}")
 @pytest.mark.parametrize("architecture", [80, 90, 100, 120])
 def test_compiles_without_spills(architecture, tmp_path):
     assert NVCC is not None
