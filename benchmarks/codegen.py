@@ -59,7 +59,7 @@ PASSES = (
 )
 ALGEBRA = (depthwise_algebra.prepare, depthwise_algebra.differentiate, depthwise_algebra.correct)
 STREAMING = (bn_sum.statistics, bn_sum.apply, bn_sum.reduce_grad, bn_sum.apply_grad)
-MERGING = (bn_sum.merge_statistics, bn_sum.merge_grad, wgrad.sum_splits, rounding.round_to_tf32)
+MERGING = (bn_sum.merge_statistics, bn_sum.merge_grad, wgrad.sum_splits)
 FOLLOWING = ("", "relu", "relu6", "hardswish", "silu")  # activations; with one, a residual too
 # Of a multiprocessor: registers, threads, programs, bytes of shared memory (a KB a program is the system's).
 REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
@@ -167,6 +167,7 @@ def conv_case(kind: str, arch: int, dtype: str, mode: str, config: Config, varia
         **scalars,
         "WINDOW": WINDOW,
         "CHANNELS_LAST": True,
+        "REDUCE_K": mode == "tf32",
         "STORE": True,
         "INT64_OFFSETS": False,
         "PRECISION": "tf32x3" if mode == "tf32x3" else "tf32",
@@ -201,13 +202,13 @@ def conv_cases(arch: int) -> Iterator[Case]:
 
 
 def bn_cases(arch: int, count: int = 3) -> Iterator[Case]:
-    """The batch-norm passes over `count` maps: every channel block in every dtype; merges, and weights rounded."""
+    """The batch-norm passes over `count` maps: every channel block in every dtype; merges."""
     scalars = dict.fromkeys(("M", "TILES", "ROWS", "SPLITS", "STRIDE"), "i32")
     scalars |= {"K": "i32:16", "B": count}
     names = ("partial", "scale", "bias", "coefficient", "dgamma", "dbeta")
     vectors = dict.fromkeys((f"{name}_ptr" for name in names), "*fp32")
     vectors |= dict.fromkeys(("mean_ptr", "var_ptr", "rstd_ptr"), "*fp64")
-    tuples = dict.fromkeys(("gammas", "betas", "partials", "weights", "rounded"), ("*fp32",) * count)
+    tuples = dict.fromkeys(("gammas", "betas", "partials"), ("*fp32",) * count)
     tuples |= dict.fromkeys(("running_means", "running_vars"), ("*fp32",) * count)
     tuples |= dict.fromkeys(("eps", "momenta", "momenta_rest"), ("fp32",) * count)
     tuples |= {"counters": ("*i64",) * count, "shifts": (None,) * count, "sizes": ("i32",) * count}
@@ -233,6 +234,20 @@ def bn_cases(arch: int, count: int = 3) -> Iterator[Case]:
         sizes = {"BLOCK_T": 1024, "BLOCK": 1024, **(configs.SPLIT_BLOCKS if kernel is wgrad.sum_splits else {})}
         dws = {"dws": ("*bf16",) * count}
         yield Case(kernel.__name__, arch, "fp32", "", STREAMED, "", {**common, **dws, **sizes})
+
+
+def rounding_cases(arch: int) -> Iterator[Case]:
+    """Weights rounded for each kernel that takes them so, in both memory formats; then with odd channels."""
+    tensors, numbers = dict.fromkeys(("weights", "rounded"), ("*fp32",) * 3), dict.fromkeys(("CG", "KG"), "i32:16")
+    common = {**tensors, **numbers, "WINDOW": WINDOW, "CHANNELS_LAST": True, "BLOCK": configs.ROUND_BLOCK}
+    for variation, changes in {
+        "conv": {"REDUCE_K": False},
+        "conv, contiguous weights": {"REDUCE_K": False, "CHANNELS_LAST": False},
+        "dgrad": {"REDUCE_K": True},
+        "dgrad, contiguous weights": {"REDUCE_K": True, "CHANNELS_LAST": False},
+        "dgrad, any channels": {"REDUCE_K": True, **ANY},
+    }.items():
+        yield Case("round_to_tf32", arch, "fp32", "", STREAMED, variation, {**common, **changes})
 
 
 def depthwise_case(kind: str, arch: int, dtype: str, channels: int, variation: str = "") -> Case:
@@ -412,6 +427,7 @@ def cases(arch: int) -> list[Case]:
     """Everything compiled for an architecture."""
     return [
         *conv_cases(arch),
+        *rounding_cases(arch),
         *depthwise_cases(arch),
         *moments_cases(arch),
         *pass_cases(arch),
@@ -422,7 +438,7 @@ def cases(arch: int) -> list[Case]:
 
 def kernel_of(case: Case) -> Any:
     """The case's kernel."""
-    small = (depthwise_moments.channel_pivots, depthwise_algebra.merge)
+    small = (depthwise_moments.channel_pivots, depthwise_algebra.merge, rounding.round_to_tf32)
     kernels = (*KERNELS.values(), *DEPTHWISE.values(), *MOMENTS, *PASSES, *ALGEBRA, *small, *STREAMING, *MERGING)
     return next(f for f in kernels if f.__name__ == case.kernel)
 

@@ -29,7 +29,12 @@ def representatives() -> list[codegen.Case]:
     found += [codegen.pass_case(kernel, next(chosen), "bf16", 64, "5x5") for kernel in codegen.PASSES]
     names = {c.kernel for c in found}
     for arch in configs.FAMILIES:
-        small = (*codegen.moments_cases(arch), *codegen.algebra_cases(arch), *codegen.bn_cases(arch))
+        small = (
+            *codegen.rounding_cases(arch),
+            *codegen.moments_cases(arch),
+            *codegen.algebra_cases(arch),
+            *codegen.bn_cases(arch),
+        )
         for case in small:
             if case.kernel not in names:
                 names.add(case.kernel)
@@ -86,5 +91,5 @@ def test_numbers_of_one_compile(case: codegen.Case) -> None:
     """A launch makes a number of 1 a constant, whose type the kernel's expressions must take too."""
     specialised = [p.name for p in codegen.kernel_of(case).params if not (p.is_constexpr or p.do_not_specialize)]
     ones = {name: 1 for name in specialised if str(case.arguments[name]).startswith("i32")}
-    assert ones or case.kernel in ("sum_splits", "round_to_tf32")
+    assert ones or case.kernel == "sum_splits"
     assert codegen.compile_case(replace(case, arguments={**case.arguments, **ones})).stack == 0

@@ -79,7 +79,11 @@ TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
         90: (_DGRAD_WIDEST, *_DGRAD),
         100: (_DGRAD_WIDEST, Config(128, 64, 64, 8, 3, _ALL), *_DGRAD[1:]),
     },
-    ("dgrad", "tf32"): {80: _DGRAD_TF32, 90: _DGRAD_TF32, 100: _DGRAD_TF32},
+    ("dgrad", "tf32"): {
+        80: _DGRAD_TF32,
+        90: _DGRAD_TF32,
+        100: (_DGRAD_TF32[0], Config(128, 32, 32, 4, 3), _NARROW),
+    },
     ("dgrad", "tf32x3"): {
         80: (Config(128, 32, 32, 8, 3),),
         90: (Config(128, 32, 32, 8, 3), Config(64, 16, 16, 4, 3)),
@@ -174,6 +178,9 @@ def pixel_split(M: int, programs: int, block_m: int) -> tuple[int, int]:
     rows = cdiv(rows, block_m) * block_m
     return max(1, cdiv(M, rows)), rows
 
+
+# Channels, in and out, of a tap of the weights that a program of round_to_tf32 takes.
+ROUND_BLOCK = 32
 
 # A program of wgrad.sum_splits adds so many splits' shares of so many numbers at once.
 SPLIT_BLOCK = 128

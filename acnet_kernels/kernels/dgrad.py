@@ -58,6 +58,7 @@ def conv_dgrad(
     OW,
     WINDOW: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    REDUCE_K: tl.constexpr,
     INT64_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETER_FP32: tl.constexpr,
@@ -67,7 +68,8 @@ def conv_dgrad(
 ):
     """dx = Σ_b the transposed convolution of dy_b with W_b.
 
-    Arguments as conv_branches takes them; dys in the place of ys. TILES: row blocks of the largest phase,
+    Arguments as conv_branches takes them; dys in the place of ys. REDUCE_K: the weights are as round_to_tf32 writes
+    them, output channels adjacent. TILES: row blocks of the largest phase,
     ⌈N·⌈H/stride_h⌉·⌈W/stride_w⌉ / BLOCK_M⌉. Grid: stride_h·stride_w × TILES × groups·⌈CG / BLOCK_C⌉, flat, channel
     blocks fastest.
     """
@@ -105,9 +107,13 @@ def conv_dgrad(
             inside = mask_m & (h + down >= 0) & (h + down < OH) & (w + right >= 0) & (w + right < OW)
             at = (pixel + down * OW + right) * K + group * KG
             dy = tl.load(dys[b] + at[:, None] + k[None, :], mask=inside[:, None] & mask_k[None, :], other=0.0)
-            place = ((group * KG + k)[:, None], c[None, :], mask_k[:, None], mask_c[None, :])
             tap = row * WINDOW.branches[b].columns + col
-            weight = weight_tile(weights[b], place, tap, CG, size_of(WINDOW, b), CHANNELS_LAST)
+            if REDUCE_K:
+                place = ((group * CG + c)[None, :], k[:, None], mask_c[None, :], mask_k[:, None])
+                weight = weight_tile(weights[b], place, tap, KG, size_of(WINDOW, b), True)
+            else:
+                place = ((group * KG + k)[:, None], c[None, :], mask_k[:, None], mask_c[None, :])
+                weight = weight_tile(weights[b], place, tap, CG, size_of(WINDOW, b), CHANNELS_LAST)
             acc = dot(dy, weight, acc, PRECISION, INTERPRETER_FP32)
     out = ((n * H + h * WINDOW.stride_h + phase_h) * W + w * WINDOW.stride_w + phase_w) * C + group * CG
     tl.store(

@@ -2,9 +2,9 @@
 
 Maps are channels_last; weights K×C/groups×rows×columns, all in one memory format, in the input's dtype (fp32, fp16,
 bf16). `weights`, `ys` and their gradients have one entry for each of the window's branches, in its order.
-fp32 is computed in TF32 where torch.backends.cudnn.conv.fp32_precision says "tf32", with weights rounded to it by a
-launch more, maps and their gradients cut; else by three TF32 products; with one input channel a group, where there
-are no matrix products, always in fp32.
+fp32 is computed in TF32 where torch.backends.cudnn.conv.fp32_precision says "tf32", with weights rounded to it, and
+ordered as the products read them, by a launch more, maps and their gradients cut; else by three TF32 products; with
+one input channel a group, where there are no matrix products, always in fp32.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from .running import NONE, Running
 from .triton_bn_sum import Moments, Norms, apply, check_maps, merge_statistics
 
 INTERPRETED = triton.knobs.runtime.interpret
-_ROUND_BLOCK = 1024
 _KERNELS = {"conv": conv_branches, "dgrad": conv_dgrad, "wgrad": conv_wgrad}
 _DEPTHWISE = {"conv": depthwise_branches, "dgrad": depthwise_dgrad, "wgrad": depthwise_wgrad}
 
@@ -42,7 +41,7 @@ class _Prepared(NamedTuple):
 
     kernel: Any
     depthwise: bool
-    rounds: bool  # the weights to TF32
+    rounding: dict[str, Any] | None  # round_to_tf32's options, where the kernel takes weights rounded
     size: tuple[int, int]  # OH, OW
     rows: int  # N·OH·OW
     scalars: tuple[int, ...]  # those of C, K, CG, KG, H, W, OH, OW that the kernel takes
@@ -98,9 +97,13 @@ def _prepare(
         config = configs.choose(
             kind, family, mode, int64_offsets, rows, K // window.groups, C // window.groups, window.groups
         )
+    rounds = kind != "wgrad" and dtype == torch.float32 and precision == "tf32" and not depthwise
+    by_k = rounds and kind == "dgrad"
+    weights = {"WINDOW": window.constant, "CHANNELS_LAST": last}
     options = {
-        "WINDOW": window.constant,
-        "CHANNELS_LAST": last,
+        **weights,
+        "CHANNELS_LAST": last or rounds,
+        "REDUCE_K": by_k,
         "INT64_OFFSETS": int64_offsets,
         "PRECISION": precision,
         "INTERPRETER_FP32": INTERPRETED and dtype == torch.bfloat16,
@@ -114,8 +117,8 @@ def _prepare(
     scalars |= {"OH": size[0], "OW": size[1]}
     numbers = tuple(value for name, value in scalars.items() if name in kernel.arg_names)
     taps = end_row(window) - first_row(window) if depthwise else taps_above(window, 0)
-    rounds = dtype == torch.float32 and precision == "tf32" and not depthwise
-    return _Prepared(kernel, depthwise, rounds, size, rows, numbers, taken, config, taps)
+    rounding = {**weights, "REDUCE_K": by_k, "BLOCK": configs.ROUND_BLOCK} if rounds else None
+    return _Prepared(kernel, depthwise, rounding, size, rows, numbers, taken, config, taps)
 
 
 def _prepared(
@@ -156,14 +159,15 @@ def _empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return empty(shape, like.dtype, like.device, torch.channels_last)
 
 
-def _as_multiplied(weights: Sequence[Tensor], prepared: _Prepared) -> tuple[Tensor, ...]:
+def _as_multiplied(weights: Sequence[Tensor], window: Window, prepared: _Prepared) -> tuple[Tensor, ...]:
     """The weights as the products take them."""
-    if not prepared.rounds:
+    if prepared.rounding is None:
         return tuple(weights)
-    rounded = tuple(empty_like(w) for w in weights)
-    sizes = tuple(w.numel() for w in weights)
-    grid = (cdiv(max(sizes), _ROUND_BLOCK), len(sizes), 1)
-    launch(round_to_tf32, grid, tuple(weights), rounded, sizes, BLOCK=_ROUND_BLOCK)
+    rounded = tuple(empty((w.numel(),), w.dtype, w.device) for w in weights)
+    CG, KG = weights[0].shape[1], weights[0].shape[0] // window.groups
+    blocks = window.groups * cdiv(KG, configs.ROUND_BLOCK) * cdiv(CG, configs.ROUND_BLOCK)
+    grid = (blocks, max(taps.rows * taps.columns for taps in window.branches), len(weights))
+    launch(round_to_tf32, grid, tuple(weights), rounded, CG, KG, **prepared.rounding)
     return rounded
 
 
@@ -192,7 +196,7 @@ def conv_forward(
     partial = empty((len(weights), 2, K, tiles), torch.float32, x.device)
     targets = tuple(ys) or (None,) * len(weights)
     sizes = (*split, *prepared.scalars)
-    weights = _as_multiplied(weights, prepared)
+    weights = _as_multiplied(weights, window, prepared)
     launch(prepared.kernel, grid, x, weights, targets, partial, *sizes, STORE=store, **prepared.options)
     return ys, Moments(partial, rows, M)
 
@@ -244,7 +248,8 @@ def input_grad(
         split = (shape[0], tiles)
         grid = (window.stride_h * window.stride_w * tiles * blocks,)
     sizes = (*split, *prepared.scalars)
-    launch(prepared.kernel, grid, tuple(dys), _as_multiplied(weights, prepared), dx, *sizes, **prepared.options)
+    multiplied = _as_multiplied(weights, window, prepared)
+    launch(prepared.kernel, grid, tuple(dys), multiplied, dx, *sizes, **prepared.options)
     return dx
 
 

@@ -104,10 +104,14 @@ def test_convolution_writes_and_reads_where_it_should(last: Last) -> None:
 def test_input_gradient_writes_and_reads_where_it_should(last: Last) -> None:
     one, tiles = last.base, -(-M // BLOCK)
     last.index = (tiles - 1, 0, 0)
-    dgrad.conv_dgrad[(1,)]((one,) * 3, (one,) * 3, one, 1, tiles, C, 1, C, 1, H, W, H, W, **WINDOW, **OPTIONS)
+    dgrad.conv_dgrad[(1,)](
+        (one,) * 3, (one,) * 3, one, 1, tiles, C, 1, C, 1, H, W, H, W, REDUCE_K=False, **WINDOW, **OPTIONS
+    )
     assert last.found == elements(LAST_TILE)
     last.found.clear()
-    dgrad.conv_dgrad[(1,)]((one,) * 3, (one,) * 3, one, 1, tiles, 1, C, 1, C, H, W, H, W, **WINDOW, **OPTIONS)
+    dgrad.conv_dgrad[(1,)](
+        (one,) * 3, (one,) * 3, one, 1, tiles, 1, C, 1, C, H, W, H, W, REDUCE_K=True, **WINDOW, **OPTIONS
+    )
     assert last.found == elements(neighbours(LAST_TILE))
 
 

@@ -117,21 +117,38 @@ def test_tf32s_weights_are_rounded(device: torch.device, monkeypatch: pytest.Mon
     assert max(rel(dx, true["x"]), *(rel(y, true[f"y{b}"]) for b, y in enumerate(ys))) < 0.3 * 2.0**-10
 
 
-def test_rounding_to_tf32_takes_the_nearest(device: torch.device) -> None:
-    w = torch.cat([torch.randn(1000) * 10.0 ** torch.randint(-40, 38, (1000,)), torch.tensor([0.0, -0.0])])
-    special = torch.tensor([torch.inf, -torch.inf, torch.nan, torch.finfo(torch.float32).max])
+@pytest.mark.parametrize(("reduce_k", "last"), [(False, False), (True, False), (True, True)])
+def test_rounding_to_tf32_takes_the_nearest_and_orders_them(
+    reduce_k: bool, last: bool, device: torch.device
+) -> None:
+    branches = (Taps(0, 0, 3, 2), Taps(1, 0, 1, 2))
+    window = Window(3, 2, 1, 1, 0, 0, 1, 1, 2, branches)
+    layout = torch.channels_last if last else torch.contiguous_format
+    groups, KG, CG = 2, 37, 5
+    weights = [torch.randn(groups * KG, CG, taps.rows, taps.columns) for taps in branches]
+    weights[0] *= 10.0 ** torch.randint(-40, 38, weights[0].shape)
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, torch.finfo(torch.float32).max, 0.0, -0.0])
     # As a GPU's arithmetic makes it: all bits set, one more would be −0.
     special = torch.cat([special, torch.tensor([2**31 - 1], dtype=torch.int32).view(torch.float32)])
-    given = w.to(device), special.to(device)
-    rounded = [torch.empty_like(t) for t in given]
-    rounding.round_to_tf32[(1, 2)](given, tuple(rounded), (len(w), len(special)), BLOCK=1024)
-    near, others = (t.cpu() for t in rounded)
-    assert not torch.any(near.view(torch.int32) & 0x1FFF)
-    last = torch.ldexp(torch.ones_like(w), torch.frexp(w).exponent - 11).clamp_min(2.0**-136)
-    assert torch.all((near.double() - w.double()).abs() <= last.double() / 2)
-    torch.testing.assert_close(
-        others, torch.tensor([torch.inf, -torch.inf, torch.nan, torch.inf, torch.nan]), equal_nan=True
-    )
+    weights[1].view(-1)[: len(special)] = special
+    given = [w.to(device, memory_format=layout) for w in weights]
+    rounded = [torch.empty(w.numel(), device=device) for w in given]
+    options = {"WINDOW": window.constant, "CHANNELS_LAST": last, "REDUCE_K": reduce_k, "BLOCK": 32}
+    rounding.round_to_tf32[(groups * 2, 6, 2)](tuple(given), tuple(rounded), CG, KG, **options)
+    found = []
+    for w, r in zip(weights, rounded, strict=True):
+        taps = w.shape[2:].numel()
+        ordered = r.cpu().view(groups, CG, taps, KG).permute(0, 3, 1, 2) if reduce_k else None
+        ordered = r.cpu().view(-1, taps, CG).transpose(1, 2) if ordered is None else ordered
+        found.append(ordered.reshape(w.shape))
+    for near, w in zip(found, weights, strict=True):
+        finite = w.abs() < torch.finfo(torch.float32).max
+        near, w = near[finite], w[finite]
+        assert not torch.any(near.view(torch.int32) & 0x1FFF)
+        last_bit = torch.ldexp(torch.ones_like(w), torch.frexp(w).exponent - 11).clamp_min(2.0**-136)
+        assert torch.all((near.double() - w.double()).abs() <= last_bit.double() / 2)
+    expected = torch.tensor([torch.inf, -torch.inf, torch.nan, torch.inf, 0.0, -0.0, torch.nan])
+    torch.testing.assert_close(found[1].reshape(-1)[: len(special)], expected, equal_nan=True)
 
 
 @BOTH_KINDS
