@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ def window_of(kernel: int) -> Window:
 
 WINDOW = window_of(3)
 ANY = dict.fromkeys(("C", "K", "CG", "KG"), "i32")
+WHOLE_VECTORS = "channels in multiples of 16 bytes"
+EVEN = {**ANY, "VECTOR_C": 2, "VECTOR_K": 2}
 # Ways a problem may differ from the plain one (3×3, stride 1, channels in multiples of 16, channels_last weights),
 # and the kernels that it makes different.
 VARIATIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -84,6 +86,7 @@ VARIATIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "5x5": ({"WINDOW": window_of(5)}, ("conv",)),
     "contiguous weights": ({"CHANNELS_LAST": False}, ("conv", "dgrad")),
     "statistics alone": ({"STORE": False}, ("conv",)),
+    "even channels": (EVEN, configs.KINDS),
     "any channels": (ANY, configs.KINDS),
     "64-bit": ({"INT64_OFFSETS": True}, configs.KINDS),
     "64-bit, any channels": ({"INT64_OFFSETS": True, **ANY}, configs.KINDS),
@@ -154,7 +157,7 @@ class Report:
 
 def conv_case(kind: str, arch: int, dtype: str, mode: str, config: Config, variation: str = "") -> Case:
     """A convolution kernel's compilation; pointers are aligned as the allocator aligns them."""
-    maps, scalars = (f"*{dtype}",) * 3, dict.fromkeys(("C", "K", "CG", "KG"), "i32:16")
+    maps = (f"*{dtype}",) * 3
     arguments = {
         "x_ptr": f"*{dtype}",
         "dx_ptr": f"*{dtype}",
@@ -164,11 +167,13 @@ def conv_case(kind: str, arch: int, dtype: str, mode: str, config: Config, varia
         "dys": maps,
         "dws": ("*fp32",) * 3,
         **dict.fromkeys(("N", "M", "TILES", "ROWS", "STRIDE", "H", "W", "OH", "OW"), "i32"),
-        **scalars,
+        **dict.fromkeys(ANY, "i32:16"),
         "WINDOW": WINDOW,
         "CHANNELS_LAST": True,
         "REDUCE_K": mode == "tf32",
         "STORE": True,
+        "VECTOR_C": 1,
+        "VECTOR_K": 1,
         "INT64_OFFSETS": False,
         "PRECISION": "tf32x3" if mode == "tf32x3" else "tf32",
         "INTERPRETER_FP32": False,
@@ -192,11 +197,14 @@ def conv_cases(arch: int) -> Iterator[Case]:
         dtype, *others = DTYPES[mode]
         for config in configs.variants(kind, arch, mode):
             yield conv_case(kind, arch, dtype, mode, config)
+        vectors = {**ANY, **dict.fromkeys(("VECTOR_C", "VECTOR_K"), configs.VECTORS[mode][0])}
+        widest = conv_case(kind, arch, dtype, mode, table[arch][0])
+        yield replace(widest, variation=WHOLE_VECTORS, arguments={**widest.arguments, **vectors})
         for other in others:
             yield conv_case(kind, arch, other, mode, table[arch][0])
         for variation, (changes, kinds) in VARIATIONS.items():
             spare = "INT64_OFFSETS" in changes or "C" in changes
-            if kind in kinds and (mode == "half" or spare):
+            if kind in kinds and (mode == "half" or (spare and changes is not EVEN)):
                 config = configs.SPARE[kind, mode] if spare else table[arch][0]
                 yield conv_case(kind, arch, dtype, mode, config, variation)
 

@@ -82,7 +82,7 @@ TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
     ("dgrad", "tf32"): {
         80: _DGRAD_TF32,
         90: _DGRAD_TF32,
-        100: (_DGRAD_TF32[0], Config(128, 32, 32, 4, 3), _NARROW),
+        100: (_DGRAD_TF32[0], Config(128, 32, 32, 4, 3), Config(128, 16, 16, 4, 4, _ALL)),
     },
     ("dgrad", "tf32x3"): {
         80: (Config(128, 32, 32, 8, 3),),
@@ -106,10 +106,10 @@ FEW = {
     ("dgrad", "tf32"): Config(64, 32, 64, 4, 3),
 }
 
-# 64-bit offsets (maps of 2³¹ elements and more), and channels in other multiples than of 16, which cannot be read
-# by whole vectors, leave registers for these.
+# 64-bit offsets (maps of 2³¹ elements and more), and channels that are not read 16 bytes at a time, leave registers
+# for these.
 SPARE = {
-    ("conv", "half"): Config(64, 16, 16, 4, 3),
+    ("conv", "half"): Config(64, 16, 16, 4, 3, _ALL),
     ("conv", "tf32"): Config(64, 16, 16, 4, 3, _ALL),
     ("conv", "tf32x3"): Config(64, 16, 16, 8, 3, _ALL),
     ("dgrad", "half"): Config(64, 32, 32, 8, 3),
@@ -141,12 +141,26 @@ def block_of(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
+# Numbers in the 16 and in the 4 bytes that are copied at once, which asynchronous copies take; fewer they do not.
+VECTORS = {"half": (8, 2), "tf32": (4, 1), "tf32x3": (4, 1)}
+
+
+def vector(mode: str, channels: int) -> int:
+    """How many of so many adjacent channels are copied at once."""
+    return next((v for v in VECTORS[mode] if channels % v == 0), 1)
+
+
+def told(mode: str, channels: int) -> int:
+    """The multiple that a kernel is told of so many channels: none where Triton sees one, at fewer registers."""
+    return 1 if channels % 16 == 0 else vector(mode, channels)
+
+
 def choose(kind: str, family: int, mode: str, int64_offsets: bool, M: int, KG: int, CG: int, groups: int) -> Config:
     """The configuration for M output pixels and `groups` groups of KG output and CG input channels.
 
     int64_offsets: a map has 2³¹ elements or more.
     """
-    if int64_offsets or KG % 16 or CG % 16:
+    if int64_offsets or min(vector(mode, KG), vector(mode, CG)) < VECTORS[mode][0]:
         return SPARE[kind, mode]
     channels = {"conv": KG, "dgrad": CG, "wgrad": min(KG, CG)}[kind]
     options = TABLE[kind, mode][family]

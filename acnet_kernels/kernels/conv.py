@@ -14,6 +14,7 @@ from .taps import (
     branch_count,
     dot,
     index,
+    multiple,
     replaced,
     size_of,
     split_pixel,
@@ -24,7 +25,7 @@ from .taps import (
 )
 
 
-@triton.jit(do_not_specialize=["M", "TILES"])
+@triton.jit(do_not_specialize=["M", "TILES", "H", "W", "OH", "OW"])
 def conv_branches(
     x_ptr,
     weights,
@@ -43,6 +44,8 @@ def conv_branches(
     WINDOW: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     STORE: tl.constexpr,
+    VECTOR_C: tl.constexpr,
+    VECTOR_K: tl.constexpr,
     INT64_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETER_FP32: tl.constexpr,
@@ -54,9 +57,12 @@ def conv_branches(
 
     weights, ys: one entry for each of the window's B branches; partial: B×2×K×TILES, TILES = ⌈M / BLOCK_M⌉. CG, KG:
     a group's channels, in and out. CHANNELS_LAST: the weights are.
+    VECTOR_C, VECTOR_K: C, CG and K, KG are multiples of these, where not of 16, which Triton sees.
     STORE = False leaves the statistics alone (the recompute variant). INT64_OFFSETS: see taps.index.
     Grid: TILES × groups·⌈KG / BLOCK_K⌉, flat, channel blocks fastest: programs sharing an x tile run together.
     """
+    C, CG = multiple(C, VECTOR_C), multiple(CG, VECTOR_C)
+    K, KG = multiple(K, VECTOR_K), multiple(KG, VECTOR_K)
     BRANCHES: tl.constexpr = branch_count(WINDOW)
     blocks = tl.cdiv(KG, BLOCK_K)
     per_tile = (K // KG) * blocks

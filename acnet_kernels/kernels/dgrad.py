@@ -12,7 +12,7 @@ import math
 import triton
 import triton.language as tl
 
-from .taps import branch_count, dot, index, size_of, split_pixel, weight_tile
+from .taps import branch_count, dot, index, multiple, size_of, split_pixel, weight_tile
 
 
 @triton.constexpr_function
@@ -41,7 +41,7 @@ def _met(phase, WINDOW: tl.constexpr, BRANCH: tl.constexpr, AXIS: tl.constexpr):
     return first, tl.cdiv(TAPS - first, steps(WINDOW, BRANCH, AXIS)[0]), (at - first * DIL) // STRIDE
 
 
-@triton.jit(do_not_specialize=["N", "TILES"])
+@triton.jit(do_not_specialize=["N", "TILES", "H", "W", "OH", "OW"])
 def conv_dgrad(
     dys,
     weights,
@@ -59,6 +59,8 @@ def conv_dgrad(
     WINDOW: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     REDUCE_K: tl.constexpr,
+    VECTOR_C: tl.constexpr,
+    VECTOR_K: tl.constexpr,
     INT64_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETER_FP32: tl.constexpr,
@@ -73,6 +75,8 @@ def conv_dgrad(
     ⌈N·⌈H/stride_h⌉·⌈W/stride_w⌉ / BLOCK_M⌉. Grid: stride_h·stride_w × TILES × groups·⌈CG / BLOCK_C⌉, flat, channel
     blocks fastest.
     """
+    C, CG = multiple(C, VECTOR_C), multiple(CG, VECTOR_C)
+    K, KG = multiple(K, VECTOR_K), multiple(KG, VECTOR_K)
     blocks = tl.cdiv(CG, BLOCK_C)
     per_tile = (C // CG) * blocks
     rest = tl.program_id(0) // per_tile

@@ -158,6 +158,12 @@ def replaced(items, i: tl.constexpr, item):
 
 
 @triton.jit
+def multiple(number, OF: tl.constexpr):
+    """number, which is a multiple of OF: so that the compiler sees it."""
+    return number // OF * OF
+
+
+@triton.jit
 def index(value, INT64_OFFSETS: tl.constexpr):
     """value in the type that offsets into a map are computed in: int32 unless a map has 2³¹ elements or more.
 

@@ -13,6 +13,7 @@ from .taps import (
     branch_count,
     dot,
     index,
+    multiple,
     replaced,
     size_of,
     split_pixel,
@@ -35,7 +36,7 @@ def _store(dw_ptr, acc, place, tap, CG, TAPS: tl.constexpr, CHANNELS_LAST: tl.co
     tl.store(dw_ptr + at, acc.to(dw_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_c[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "ROWS", "STRIDE"])
+@triton.jit(do_not_specialize=["M", "ROWS", "STRIDE", "H", "W", "OH", "OW"])
 def conv_wgrad(
     x_ptr,
     dys,
@@ -53,6 +54,8 @@ def conv_wgrad(
     OW,
     WINDOW: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    VECTOR_C: tl.constexpr,
+    VECTOR_K: tl.constexpr,
     INT64_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETER_FP32: tl.constexpr,
@@ -66,6 +69,8 @@ def conv_wgrad(
     as conv_branches takes it. Grid: (groups·⌈KG / BLOCK_K⌉·⌈CG / BLOCK_C⌉, taps that a branch wants, splits); taps
     that all want come first, as their programs take longest.
     """
+    C, CG = multiple(C, VECTOR_C), multiple(CG, VECTOR_C)
+    K, KG = multiple(K, VECTOR_K), multiple(KG, VECTOR_K)
     BRANCHES: tl.constexpr = branch_count(WINDOW)
     group, in_group, c = weight_block(tl.program_id(0), KG, CG, BLOCK_K, BLOCK_C)
     k = group * KG + in_group

@@ -85,7 +85,8 @@ def _prepare(
 ) -> _Prepared:
     N, C, H, W = shape
     size = checked_size(window, shape)
-    rows = N * size[0] * size[1]
+    rows, KG, CG = N * size[0] * size[1], K // window.groups, C // window.groups
+    mode = "half" if dtype != torch.float32 else precision
     int64_offsets = max(N * C * H * W, rows * K) >= 2**31
     depthwise = window.groups == C
     kernel = (_DEPTHWISE if depthwise else _KERNELS)[kind]
@@ -93,10 +94,7 @@ def _prepare(
         config = configs.depthwise(kind, C if kind == "dgrad" else K, max(taps.columns for taps in window.branches))
     elif config is None:
         family = 90 if INTERPRETED else configs.family(torch.cuda.get_device_capability(device))
-        mode = "half" if dtype != torch.float32 else precision
-        config = configs.choose(
-            kind, family, mode, int64_offsets, rows, K // window.groups, C // window.groups, window.groups
-        )
+        config = configs.choose(kind, family, mode, int64_offsets, rows, KG, CG, window.groups)
     rounds = kind != "wgrad" and dtype == torch.float32 and precision == "tf32" and not depthwise
     by_k = rounds and kind == "dgrad"
     weights = {"WINDOW": window.constant, "CHANNELS_LAST": last}
@@ -104,6 +102,8 @@ def _prepare(
         **weights,
         "CHANNELS_LAST": last or rounds,
         "REDUCE_K": by_k,
+        "VECTOR_C": configs.told(mode, CG),
+        "VECTOR_K": configs.told(mode, KG),
         "INT64_OFFSETS": int64_offsets,
         "PRECISION": precision,
         "INTERPRETER_FP32": INTERPRETED and dtype == torch.bfloat16,
@@ -113,7 +113,7 @@ def _prepare(
     }
     taken = {name: value for name, value in options.items() if name in kernel.arg_names}
     taken |= config.options
-    scalars = {"C": C, "K": K, "CG": C // window.groups, "KG": K // window.groups, "H": H, "W": W}
+    scalars = {"C": C, "K": K, "CG": CG, "KG": KG, "H": H, "W": W}
     scalars |= {"OH": size[0], "OW": size[1]}
     numbers = tuple(value for name, value in scalars.items() if name in kernel.arg_names)
     taps = end_row(window) - first_row(window) if depthwise else taps_above(window, 0)

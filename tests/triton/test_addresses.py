@@ -22,7 +22,7 @@ FAR = 3 * 2**30  # bytes; every other map of these cases is smaller
 BLOCK = 64
 WINDOW = {"WINDOW": PROBLEMS[0].window}
 OPTIONS = {"CHANNELS_LAST": True, "INT64_OFFSETS": True, "PRECISION": "tf32", "INTERPRETER_FP32": False}
-OPTIONS |= {"BLOCK_M": BLOCK, "BLOCK_K": 16, "BLOCK_C": 16}
+OPTIONS |= {"BLOCK_M": BLOCK, "BLOCK_K": 16, "BLOCK_C": 16, "VECTOR_C": 1, "VECTOR_K": 1}
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="addresses are recorded by Triton's interpreter alone")
 

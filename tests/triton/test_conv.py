@@ -151,6 +151,14 @@ def test_rounding_to_tf32_takes_the_nearest_and_orders_them(
     torch.testing.assert_close(found[1].reshape(-1)[: len(special)], expected, equal_nan=True)
 
 
+@pytest.mark.parametrize(("C", "K", "groups"), [(24, 8, 1), (20, 12, 2), (6, 40, 1)])
+def test_channels_of_every_vector(C: int, K: int, groups: int, device: torch.device) -> None:
+    """In multiples of 16 bytes but not of 16, of 4 bytes, and odd: the table's tile for each."""
+    problem = Problem("vectors", (1, C, 5, 4), K, conv={"padding": 1, "groups": groups})
+    t = Tensors(problem, torch.float16, device)
+    assert_as_good_as(step(t, config=None), t.eager(), t.truth())
+
+
 @BOTH_KINDS
 def test_table_configuration_and_pixel_splits(
     problem: Problem, device: torch.device, monkeypatch: pytest.MonkeyPatch
