@@ -412,7 +412,7 @@ class Suite:
 
     def configurations(self) -> None:
         """Every configuration of the table on every shape; the contender that `choose` takes is marked."""
-        family = configs.family(torch.cuda.get_device_capability())
+        family, processors = triton_conv.device_family(torch.device(self.device))
         for shape, kind, dtype, sets in self.problems(self.shapes):
             mode = "half" if dtype != torch.float32 else {"tf32": "tf32", "fp32": "tf32x3"}[kind]
             inputs = [Inputs(shape.batch, shape.channels, shape.height, dtype, self.device) for _ in range(sets)]
@@ -420,7 +420,7 @@ class Suite:
                 if self.late(f"configurations from {shape} {kind} {phase}"):
                     return
                 C, M = shape.channels, shape.batch * shape.height * shape.width
-                chosen = configs.choose(phase, family, mode, False, M, C, C, 1)
+                chosen = configs.choose(phase, family, mode, False, M, C, C, 1, processors)
                 calls = {
                     f"{tuple(config)}{' chosen' * (config == chosen)}": [
                         functools.partial(call, i, config) for i in inputs

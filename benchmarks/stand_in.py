@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 MODES = ("compile", "launch")
 CAPABILITY = (9, 0)
+PROCESSORS = 132
 HERE = Path(__file__).parent
 
 
@@ -142,6 +144,8 @@ def _streams() -> None:
     """torch.cuda's events, streams and graphs, as far as the suite uses them."""
     cuda: Any = torch.cuda
     cuda.get_device_capability = lambda *_: CAPABILITY
+    told = SimpleNamespace(major=CAPABILITY[0], minor=CAPABILITY[1], multi_processor_count=PROCESSORS)
+    cuda.get_device_properties = lambda *_: told
     cuda.synchronize = lambda *_: None
     cuda.current_device = lambda: 0
     cuda.Event, cuda.Stream, cuda.CUDAGraph, cuda.current_stream = _Event, _Stream, _Graph, _Stream

@@ -52,7 +52,7 @@ def test_whatever_is_chosen_is_compiled(arch: int) -> None:
                 (1, 1568, 25088, 401408), (1, 8, 16, 48, 64, 512), (3, 16, 40, 96, 256)
             ):
                 for int64_offsets in (False, True):
-                    config = configs.choose(kind, arch, mode, int64_offsets, M, KG, CG, 1)
+                    config = configs.choose(kind, arch, mode, int64_offsets, M, KG, CG, 1, 132)
                     assert (codegen.KERNELS[kind].__name__, mode, tuple(config)) in compiled
                     odd = any(configs.vector(mode, n) < configs.VECTORS[mode][0] for n in (KG, CG))
                     assert config == configs.SPARE[kind, mode] or not (int64_offsets or odd)
@@ -82,6 +82,24 @@ def test_family_of_a_device(capability: tuple[int, int], family: int) -> None:
 @pytest.mark.parametrize("case", representatives(), ids=lambda c: f"{c.kernel}-{c.arch}-{c.dtype}")
 def test_compiles_to_what_can_be_launched(case: codegen.Case) -> None:
     assert codegen.compile_case(case).faults(case.dot) == []
+
+
+@pytest.mark.parametrize("arch", configs.FAMILIES)
+def test_a_multiprocessor_holds_as_many_programs_of_wgrad_as_pixels_are_split_for(arch: int) -> None:
+    for mode in ("half", "tf32x3"):
+        config = configs.TABLE["wgrad", mode][arch][0]
+        report = codegen.compile_case(codegen.conv_case("wgrad", arch, codegen.DTYPES[mode][0], mode, config))
+        assert report.programs_per_sm * config.warps >= configs.WARPS[mode]
+
+
+def test_pixels_are_split_into_whole_waves() -> None:
+    """Of programs of equal work, as many at a time as the device holds, or almost."""
+    for programs, slots in itertools.product((15, 30, 60, 135, 240, 600, 960), (264, 432, 528)):
+        splits, rows = configs.pixel_split(2**20, programs, 64, slots)
+        waves = configs.cdiv(programs * splits, slots)
+        assert splits * rows >= 2**20 > (splits - 1) * rows
+        assert programs * splits / (waves * slots) > 0.75, (programs, slots)
+    assert configs.pixel_split(100, 15, 64, 528) == (1, 128)  # four blocks of pixels a program, at least
 
 
 @pytest.mark.parametrize("case", [c for c in codegen.bn_cases(80, 8) if c.dtype == "fp32"], ids=lambda c: c.kernel)

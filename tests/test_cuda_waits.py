@@ -52,7 +52,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA device, as far as fake tensors and this package ask for one."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    told = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: told)
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch._C, "_cuda_maybeExchangeDevice", lambda *_: 0, raising=False)
     if TRITON:

@@ -1,7 +1,7 @@
 """Launch configurations: a small table per architecture, each entry checked ahead of time by benchmarks/codegen.py.
 
-The rule needs no warm-up and sees shapes alone: the same problem takes the same configuration, and gives the same
-bits, in every run on one architecture.
+The rule needs no warm-up and sees shapes and the number of multiprocessors alone: the same problem takes the same
+configuration, and gives the same bits, in every run on one model of device.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ _NARROW = Config(128, 16, 16, 4, 4)
 _DGRAD = (Config(128, 64, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW)
 _DGRAD_WIDEST = Config(128, 64, 128, 8, 3)
 _DGRAD_TF32 = (Config(128, 32, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW)
+# Warps of wgrad that every multiprocessor holds at once, of its tiles below.
+WARPS = {"half": 16, "tf32": 16, "tf32x3": 12}
 _WGRAD = (Config(64, 64, 64, 4, 3), Config(64, 32, 32, 4, 3), Config(64, 16, 16, 4, 4))
 _WGRAD_TF32 = (Config(32, 64, 64, 4, 3), Config(64, 32, 32, 4, 3), Config(32, 16, 16, 4, 3))
-_WGRAD_THIRD = (Config(16, 16, 16, 4, 2),)
+_WGRAD_THIRD = (Config(32, 32, 32, 4, 3), Config(32, 16, 16, 4, 3))
 
 # (kind, mode) → family → configurations, the widest block of output channels first.
 TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
@@ -90,16 +92,23 @@ TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
         100: (Config(128, 32, 32, 8, 3), Config(64, 16, 16, 4, 3, _ALL)),
     },
     ("wgrad", "half"): {
-        80: (Config(32, 64, 64, 8, 3), Config(64, 16, 16, 4, 4)),
-        90: _WGRAD,
-        100: _WGRAD,
+        80: (Config(32, 128, 64, 8, 3), *_WGRAD),
+        90: (Config(64, 128, 128, 8, 3), *_WGRAD),
+        100: (Config(64, 128, 128, 8, 3), *_WGRAD),
     },
-    ("wgrad", "tf32"): {80: _WGRAD_TF32[1:], 90: _WGRAD_TF32, 100: _WGRAD_TF32},
-    ("wgrad", "tf32x3"): {80: _WGRAD_THIRD, 90: _WGRAD_THIRD, 100: _WGRAD_THIRD},
+    ("wgrad", "tf32"): {
+        80: _WGRAD_TF32,
+        90: _WGRAD_TF32,
+        100: (Config(32, 128, 128, 8, 3), *_WGRAD_TF32),
+    },
+    ("wgrad", "tf32x3"): {
+        80: _WGRAD_THIRD,
+        90: (Config(32, 64, 64, 4, 3), *_WGRAD_THIRD),
+        100: (Config(32, 64, 64, 4, 3), _WGRAD_THIRD[1]),
+    },
 }
 
-# Where a tile would give fewer programs than this, a smaller one shares the work better.
-FEW_PROGRAMS = 128
+# Smaller tiles, which leave fewer processors idle where there is little to do.
 FEW = {
     ("conv", "half"): Config(64, 32, 64, 4, 3),
     ("dgrad", "half"): Config(64, 32, 64, 4, 3),
@@ -155,28 +164,32 @@ def told(mode: str, channels: int) -> int:
     return 1 if channels % 16 == 0 else vector(mode, channels)
 
 
-def choose(kind: str, family: int, mode: str, int64_offsets: bool, M: int, KG: int, CG: int, groups: int) -> Config:
+def choose(
+    kind: str, family: int, mode: str, int64_offsets: bool, M: int, KG: int, CG: int, groups: int, processors: int
+) -> Config:
     """The configuration for M output pixels and `groups` groups of KG output and CG input channels.
 
-    int64_offsets: a map has 2³¹ elements or more.
+    int64_offsets: a map has 2³¹ elements or more. processors: the device's multiprocessors. Of the tiles that fit
+    it is the one whose busiest processor loads least: so many tiles, each of nine taps of x or fifteen of dy, and
+    fifteen of the weights, as in ACNet's block.
     """
     if int64_offsets or min(vector(mode, KG), vector(mode, CG)) < VECTORS[mode][0]:
         return SPARE[kind, mode]
     channels = {"conv": KG, "dgrad": CG, "wgrad": min(KG, CG)}[kind]
     options = TABLE[kind, mode][family]
 
-    def programs(config: Config) -> int:
-        return groups * cdiv(M, config.block_m) * cdiv(channels, width(kind, config))
+    def loaded(config: Config) -> int:
+        programs = groups * cdiv(M, config.block_m) * cdiv(channels, width(kind, config))
+        taps = 9 if kind == "conv" else 15
+        return cdiv(programs, processors) * (taps * config.block_m + 15 * width(kind, config))
 
     fitting = [c for c in options if width(kind, c) <= block_of(channels)] or list(options[-1:])
     few = (
         [FEW[kind, mode]] if (kind, mode) in FEW and width(kind, fitting[0]) >= width(kind, FEW[kind, mode]) else []
     )
-    fitting = sorted(few + fitting, key=lambda c: -c.block_m * width(kind, c))
     if kind == "wgrad":  # its pixels are split as far as it takes
         return fitting[0]
-    enough = (c for c in fitting if programs(c) >= FEW_PROGRAMS)
-    return next(enough, max(fitting, key=programs))
+    return min(few + fitting, key=lambda c: (loaded(c), c.block_m * width(kind, c)))
 
 
 def variants(kind: str, family: int, mode: str) -> list[Config]:
@@ -185,9 +198,14 @@ def variants(kind: str, family: int, mode: str) -> list[Config]:
 
 
 @lru_cache(4096)
-def pixel_split(M: int, programs: int, block_m: int) -> tuple[int, int]:
-    """(splits, pixels of each) of wgrad: about 256 programs in all, and at least 4 blocks of pixels in each."""
-    wanted = max(1, min(256 // programs, cdiv(M, 4 * block_m)))
+def pixel_split(M: int, programs: int, block_m: int, slots: int = 256) -> tuple[int, int]:
+    """(splits, pixels of each): the fewest whose programs of equal work, `slots` at a time, end almost soonest.
+
+    Splits are as many as fit in one wave, or 4, and of at least 4 blocks of pixels: all write their share apart.
+    """
+    most = max(1, min(max(slots // programs, 4), cdiv(M, 4 * block_m)))
+    waves = [cdiv(programs * splits, slots) / splits for splits in range(1, most + 1)]
+    wanted = next(i for i, time in enumerate(waves, 1) if time <= 1.1 * min(waves))
     rows = cdiv(max(M, 1), wanted)
     rows = cdiv(rows, block_m) * block_m
     return max(1, cdiv(M, rows)), rows

@@ -92,9 +92,9 @@ def tap_count(window, mask, piece=None):
 
 
 @triton.constexpr_function
-def taps_above(window, mask):
-    """Number of taps of the masks above this one; above 0, of all."""
-    return sum(tap_count(window, above) for above in range(mask + 1, 2 ** len(window[-1])))
+def taps_before(window, branch=None):
+    """Number of taps of the branches before this one, or of all."""
+    return sum(t[2] * t[3] for t in window[-1][:branch])
 
 
 @triton.constexpr_function
@@ -149,6 +149,14 @@ def tap_number(row, col, WINDOW: tl.constexpr, BRANCH: tl.constexpr):
     """Which of the branch's own taps the window's (row, col) is, which it must want."""
     TAPS: tl.constexpr = WINDOW.branches[BRANCH]
     return (row - TAPS.row) // TAPS.step * TAPS.columns + (col - TAPS.column) // TAPS.step
+
+
+@triton.jit
+def own_tap(tap, WINDOW: tl.constexpr, BRANCH: tl.constexpr):
+    """(row, column) in the window of a branch's own tap, and how many it has."""
+    TAPS: tl.constexpr = WINDOW.branches[BRANCH]
+    row = TAPS.row + tap // TAPS.columns * TAPS.step
+    return row, TAPS.column + tap % TAPS.columns * TAPS.step, TAPS.rows * TAPS.columns
 
 
 @triton.jit

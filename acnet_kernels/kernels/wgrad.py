@@ -1,7 +1,7 @@
-"""The weights' gradients: a program takes one tap of the window, one block of channels and one share of the pixels.
+"""The weights' gradients: a program takes one tap of one branch, one block of channels and one share of the pixels.
 
-dW_b[:, :, tap] = dy_bᵀ · x at that tap; an x tile is loaded once for every branch that wants its tap. Shares of the
-pixels are written apart and added in a fixed order by `sum_splits`.
+dW_b[:, :, tap] = dy_bᵀ · x at that tap. Programs of a tap's all branches would load its x once for them, and most
+would wait for the centre's. Shares of the pixels are written apart and added in a fixed order by `sum_splits`.
 """
 # Triton's language, not Python's types.
 # mypy: ignore-errors
@@ -9,31 +9,7 @@ pixels are written apart and added in a fixed order by `sum_splits`.
 import triton
 import triton.language as tl
 
-from .taps import (
-    branch_count,
-    dot,
-    index,
-    multiple,
-    replaced,
-    size_of,
-    split_pixel,
-    tap_at,
-    tap_count,
-    tap_number,
-    taps_above,
-    weight_block,
-)
-
-
-@triton.jit
-def _store(dw_ptr, acc, place, tap, CG, TAPS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """dW[k, c, tap] = acc at place, (k, c, mask_k, mask_c)."""
-    k, c, mask_k, mask_c = place
-    if CHANNELS_LAST:
-        at = (k[:, None] * TAPS + tap) * CG + c[None, :]
-    else:
-        at = (k[:, None] * CG + c[None, :]) * TAPS + tap
-    tl.store(dw_ptr + at, acc.to(dw_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_c[None, :])
+from .taps import branch_count, dot, index, multiple, own_tap, split_pixel, taps_before, weight_block
 
 
 @triton.jit(do_not_specialize=["M", "ROWS", "STRIDE", "H", "W", "OH", "OW"])
@@ -66,45 +42,44 @@ def conv_wgrad(
     """dW_b over pixels split·ROWS … of every split.
 
     dws: a pointer a branch, in the weights' memory format; split s writes STRIDE·s elements behind it. The rest is
-    as conv_branches takes it. Grid: (groups·⌈KG / BLOCK_K⌉·⌈CG / BLOCK_C⌉, taps that a branch wants, splits); taps
-    that all want come first, as their programs take longest.
+    as conv_branches takes it. Grid: (groups·⌈KG / BLOCK_K⌉·⌈CG / BLOCK_C⌉, taps of every branch, splits).
     """
     C, CG = multiple(C, VECTOR_C), multiple(CG, VECTOR_C)
     K, KG = multiple(K, VECTOR_K), multiple(KG, VECTOR_K)
-    BRANCHES: tl.constexpr = branch_count(WINDOW)
     group, in_group, c = weight_block(tl.program_id(0), KG, CG, BLOCK_K, BLOCK_C)
     k = group * KG + in_group
     mask_k = in_group < KG
     mask_c = c < CG
+    # The branch's tap, its place in the window, and the branch's pointers and number of taps.
     tap = tl.program_id(1)
+    row, col, taps = own_tap(tap, WINDOW, 0)
+    dy_ptr, dw_ptr = dys[0], dws[0]
+    for b in tl.static_range(1, branch_count(WINDOW)):
+        if tl.program_id(1) >= taps_before(WINDOW, b):
+            tap = tl.program_id(1) - taps_before(WINDOW, b)
+            row, col, taps = own_tap(tap, WINDOW, b)
+            dy_ptr, dw_ptr = dys[b], dws[b]
     split = tl.program_id(2)
     start = index(split, INT64_OFFSETS) * ROWS
     stop = tl.minimum(start + ROWS, M)
-    into = split.to(tl.int64) * STRIDE
-    for mask in tl.static_range(2**BRANCHES - 1, 0, -1):
-        i = tap - taps_above(WINDOW, mask)
-        if tap_count(WINDOW, mask) > 0 and i >= 0 and i < tap_count(WINDOW, mask):
-            row, col = tap_at(i, WINDOW, mask)
-            zeros = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-            accs = (zeros, zeros, zeros)
-            for first in range(start, stop, BLOCK_M):
-                m = first + index(tl.arange(0, BLOCK_M), INT64_OFFSETS)
-                n, oh, ow = split_pixel(m, OH, OW)
-                h = oh * WINDOW.stride_h - WINDOW.pad_h + row * WINDOW.dil_h
-                w = ow * WINDOW.stride_w - WINDOW.pad_w + col * WINDOW.dil_w
-                inside = (m < stop) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                at = ((n * H + h) * W + w) * C + group * CG
-                x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & mask_c[None, :], other=0.0)
-                at = m[:, None] * K + k[None, :]
-                mask_dy = (m < stop)[:, None] & mask_k[None, :]
-                for b in tl.static_range(BRANCHES):
-                    if mask >> b & 1:
-                        dy = tl.trans(tl.load(dys[b] + at, mask=mask_dy, other=0.0))
-                        accs = replaced(accs, b, dot(dy, x, accs[b], PRECISION, INTERPRETER_FP32))
-            for b in tl.static_range(BRANCHES):
-                if mask >> b & 1:
-                    place, own = (k, c, mask_k, mask_c), tap_number(row, col, WINDOW, b)
-                    _store(dws[b] + into, accs[b], place, own, CG, size_of(WINDOW, b), CHANNELS_LAST)
+    acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    for first in range(start, stop, BLOCK_M):
+        m = first + index(tl.arange(0, BLOCK_M), INT64_OFFSETS)
+        n, oh, ow = split_pixel(m, OH, OW)
+        h = oh * WINDOW.stride_h - WINDOW.pad_h + row * WINDOW.dil_h
+        w = ow * WINDOW.stride_w - WINDOW.pad_w + col * WINDOW.dil_w
+        inside = (m < stop) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        at = ((n * H + h) * W + w) * C + group * CG
+        x = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & mask_c[None, :], other=0.0)
+        mask_dy = (m < stop)[:, None] & mask_k[None, :]
+        dy = tl.load(dy_ptr + m[:, None] * K + k[None, :], mask=mask_dy, other=0.0)
+        acc = dot(tl.trans(dy), x, acc, PRECISION, INTERPRETER_FP32)
+    if CHANNELS_LAST:
+        at = (k[:, None] * taps + tap) * CG + c[None, :]
+    else:
+        at = (k[:, None] * CG + c[None, :]) * taps + tap
+    into = dw_ptr + split.to(tl.int64) * STRIDE + at
+    tl.store(into, acc.to(dw_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_c[None, :])
 
 
 @triton.jit(do_not_specialize=["SPLITS", "STRIDE"])

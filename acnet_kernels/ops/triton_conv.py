@@ -23,7 +23,7 @@ from ..kernels.conv import conv_branches
 from ..kernels.depthwise import depthwise_branches, depthwise_dgrad, depthwise_wgrad
 from ..kernels.dgrad import conv_dgrad
 from ..kernels.rounding import round_to_tf32
-from ..kernels.taps import end_row, first_row, taps_above
+from ..kernels.taps import end_row, first_row, taps_before
 from ..kernels.wgrad import conv_wgrad, sum_splits
 from ..kernels.window import MOST_BRANCHES, Window
 from .check import MOST_TAPS, addressable
@@ -41,13 +41,14 @@ class _Prepared(NamedTuple):
 
     kernel: Any
     depthwise: bool
+    mode: str  # one of configs.MODES
     rounding: dict[str, Any] | None  # round_to_tf32's options, where the kernel takes weights rounded
     size: tuple[int, int]  # OH, OW
     rows: int  # N·OH·OW
     scalars: tuple[int, ...]  # those of C, K, CG, KG, H, W, OH, OW that the kernel takes
     options: dict[str, Any]
     config: Config
-    taps: int  # programs that share a block of the weights: one a tap, or a row of taps where depthwise
+    taps: int  # programs that share a block of the weights: one a branch's tap; a row of the window where depthwise
 
 
 def checked_size(window: Window, shape: Sequence[int]) -> tuple[int, int]:
@@ -69,6 +70,15 @@ def checked_size(window: Window, shape: Sequence[int]) -> tuple[int, int]:
     if min(*shape[1:], *size) < 1:
         raise ValueError(f"an input of shape {tuple(shape)} has no output by {window}")
     return size
+
+
+@lru_cache(maxsize=64)
+def device_family(device: torch.device) -> tuple[int, int]:
+    """(the configurations' column for a device, its multiprocessors); under the interpreter an H100's."""
+    if INTERPRETED:
+        return 90, 132
+    told = torch.cuda.get_device_properties(device)
+    return configs.family((told.major, told.minor)), told.multi_processor_count
 
 
 @lru_cache(maxsize=4096)
@@ -93,8 +103,8 @@ def _prepare(
     if config is None and depthwise:
         config = configs.depthwise(kind, C if kind == "dgrad" else K, max(taps.columns for taps in window.branches))
     elif config is None:
-        family = 90 if INTERPRETED else configs.family(torch.cuda.get_device_capability(device))
-        config = configs.choose(kind, family, mode, int64_offsets, rows, KG, CG, window.groups)
+        family, processors = device_family(device)
+        config = configs.choose(kind, family, mode, int64_offsets, rows, KG, CG, window.groups, processors)
     rounds = kind != "wgrad" and dtype == torch.float32 and precision == "tf32" and not depthwise
     by_k = rounds and kind == "dgrad"
     weights = {"WINDOW": window.constant, "CHANNELS_LAST": last}
@@ -116,9 +126,9 @@ def _prepare(
     scalars = {"C": C, "K": K, "CG": CG, "KG": KG, "H": H, "W": W}
     scalars |= {"OH": size[0], "OW": size[1]}
     numbers = tuple(value for name, value in scalars.items() if name in kernel.arg_names)
-    taps = end_row(window) - first_row(window) if depthwise else taps_above(window, 0)
+    taps = end_row(window) - first_row(window) if depthwise else taps_before(window)
     rounding = {**weights, "REDUCE_K": by_k, "BLOCK": configs.ROUND_BLOCK} if rounds else None
-    return _Prepared(kernel, depthwise, rounding, size, rows, numbers, taken, config, taps)
+    return _Prepared(kernel, depthwise, mode, rounding, size, rows, numbers, taken, config, taps)
 
 
 def _prepared(
@@ -268,12 +278,15 @@ def weight_grads(
     _check_size(dy, prepared.scalars[1], prepared.size)
     dws = [empty_like(w) for w in weights]
     K = dy.shape[1]
+    config = prepared.config
     if prepared.depthwise:
-        blocks = cdiv(K, prepared.config.block_k)
+        blocks = cdiv(K, config.block_k)
+        splits, rows = configs.pixel_split(prepared.rows, blocks * prepared.taps, config.block_m)
     else:
         KG, CG = K // window.groups, x.shape[1] // window.groups
-        blocks = window.groups * cdiv(KG, prepared.config.block_k) * cdiv(CG, prepared.config.block_c)
-    splits, rows = configs.pixel_split(prepared.rows, blocks * prepared.taps, prepared.config.block_m)
+        blocks = window.groups * cdiv(KG, config.block_k) * cdiv(CG, config.block_c)
+        slots = device_family(x.device)[1] * configs.WARPS[prepared.mode] // config.warps
+        splits, rows = configs.pixel_split(prepared.rows, blocks * prepared.taps, config.block_m, slots)
     sizes = tuple(w.numel() for w in weights)
     targets, stride = tuple(dws), sum(sizes)
     if splits > 1:

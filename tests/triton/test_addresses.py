@@ -118,12 +118,12 @@ def test_input_gradient_writes_and_reads_where_it_should(last: Last) -> None:
 def test_weight_gradient_reads_where_it_should(last: Last) -> None:
     one, splits = last.base, -(-M // BLOCK)
     last.index = (0, 0, splits - 1)
-    wgrad.conv_wgrad[(1, 9, 1)](
+    wgrad.conv_wgrad[(1, 15, 1)](
         one, (one,) * 3, (torch.zeros(1),) * 3, M, BLOCK, 0, C, 1, C, 1, H, W, H, W, **WINDOW, **OPTIONS
     )
     assert last.found == elements(neighbours(LAST_TILE))
     last.found.clear()
-    wgrad.conv_wgrad[(1, 9, 1)](
+    wgrad.conv_wgrad[(1, 15, 1)](
         one, (one,) * 3, (torch.zeros(1),) * 3, M, BLOCK, 0, 1, C, 1, C, H, W, H, W, **WINDOW, **OPTIONS
     )
     assert last.found == elements(LAST_TILE)
