@@ -63,7 +63,7 @@ _WGRAD_THIRD = (Config(32, 32, 32, 4, 3), Config(32, 16, 16, 4, 3))
 TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
     ("conv", "half"): {
         80: (Config(64, 64, 32, 8, 3), Config(64, 32, 64, 4, 3), _NARROW),
-        90: (Config(128, 64, 64, 8, 3), Config(128, 32, 32, 4, 4), _NARROW),
+        90: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 3), Config(128, 32, 32, 4, 4), _NARROW),
         100: (Config(128, 64, 64, 8, 3, _ALL), Config(64, 32, 64, 4, 3), Config(64, 16, 16, 4, 3)),
     },
     ("conv", "tf32"): {
