@@ -185,6 +185,12 @@ void patch_gradient(const Plan& plan, const double* products, const double* sums
   }
 }
 
+template <class Body>
+inline void for_each(const Runs& runs, const Body& body) {
+  for (int i = 0; i < runs.count; ++i)
+    for (int j = 0; j < runs.data[i].count; ++j) body(Shift{runs.data[i].row, runs.data[i].first + j * runs.data[i].step});
+}
+
 template <class A>
 void correct(const Plan& plan, const double* squares, const double* levels, const double* pivot, double* scratch,
              A* correction, A* init) {
@@ -197,15 +203,16 @@ void correct(const Plan& plan, const double* squares, const double* levels, cons
     for (int j = 0; j < columns.coarse_kinds; ++j) {
       const Terms& own = plan.terms[i * columns.coarse_kinds + j];
       A* to = correction + own.first * lanes;
-      for (int s = 0; s < own.shift_count; ++s, to += lanes) {
+      for_each(own.shifts, [&](const Shift& shift) {
         double sum[lanes] = {};
-        for (int t = 0; t < own.tap_count; ++t) {
-          const int row = own.taps[t].row + own.shifts[s].row, column = own.taps[t].column + own.shifts[s].column;
-          if (row < 0 || row >= rows.taps || column < 0 || column >= wide) continue;
-          add<lanes>(sum, q[(own.taps[t].row * wide + own.taps[t].column) * taps + row * wide + column]);
-        }
+        for_each(own.taps, [&](const Shift& tap) {
+          const int row = tap.row + shift.row, column = tap.column + shift.column;
+          if (row < 0 || row >= rows.taps || column < 0 || column >= wide) return;
+          add<lanes>(sum, q[(tap.row * wide + tap.column) * taps + row * wide + column]);
+        });
         for (int l = 0; l < lanes; ++l) to[l] = A(-sum[l]);
-      }
+        to += lanes;
+      });
     }
   // Σ q over the columns that meet in a kind of column, by pair of rows.
   auto* of_columns = rows_of<lanes>(scratch);

@@ -149,12 +149,13 @@ struct Told {
   A flat = 0;
 };
 
-// Into the cache. (GCC takes a loop of __builtin_prefetch for one that does nothing, and leaves it out.)
+// Into the second cache: a channels_last row's lines share few sets of the first, where they would drive each other out.
+// (GCC takes a loop of __builtin_prefetch for one that does nothing, and leaves it out.)
 inline void fetch(const void* p) {
 #if defined(__x86_64__)
-  __asm__ volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p)));
+  __asm__ volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p)));
 #else
-  __builtin_prefetch(p);
+  __builtin_prefetch(p, 0, 2);
 #endif
 }
 
@@ -167,6 +168,12 @@ void fetch_row(const M& map, const T* p, int64_t columns) {
     for (int l = 0; l < map.lanes; ++l)
       for (int64_t j = 0; j < columns; j += line) fetch(p + l * map.channel + j);
   }
+}
+
+// The row after the one at p, if there is one before `limit`.
+template <class T, class M>
+void fetch_next(const M& map, const T* p, const T* limit, int64_t columns) {
+  if (p + map.row < limit) fetch_row<T>(map, p + map.row, columns);
 }
 
 // Compiled with and without a clamp: a choice within the loops keeps the planes' vectors out of registers.
@@ -232,10 +239,8 @@ void unpack_row_of(const A* from, int64_t columns, const Map<T>& map, const Afte
   const T* added = follows ? after.residual.data : nullptr;
   const Activation activation = follows ? after.activation : Activation::none;
   const int64_t apart = added != nullptr ? added - map.data : 0;
-  if (p + map.row < limit) {
-    fetch_row<T>(map, p + map.row, columns);
-    if (added != nullptr) fetch_row<T>(map, p + map.row + apart, columns);
-  }
+  fetch_next<T>(map, p, limit, columns);
+  if (added != nullptr) fetch_next<T>(map, p + apart, limit + apart, columns);
   if (map.channel == 1 && map.lanes == lanes) {
     for (int64_t j = 0; j < columns; ++j) {
       Vec<A> v = load<A>(from + j * lanes);
@@ -522,9 +527,12 @@ void moments(const Plan& plan, const Map<const T>& x, const A* pivot, int64_t be
 
 // ---- sums of terms: out[c] = init[kind[c]] + Σ_i weight_i·from_i[c] ----
 
+// A run of terms: each has its pixels and its weight so far behind the one before.
 template <class A>
 struct Term {
   const A *from, *weight;
+  int64_t from_step, weight_step;
+  int count;
 };
 
 // Terms whose pixels follow each other, then terms whose pixels are Step apart.
@@ -535,6 +543,17 @@ struct TermList {
 };
 
 template <int Pixels, int Step, class A>
+inline __attribute__((always_inline)) void add_run(const Term<A>& run, int64_t first, Vec<A> (&acc)[Pixels]) {
+  constexpr int lanes = kLanes<A>;
+  const A *from = run.from + first * Step * lanes, *weights = run.weight;
+  for (int i = 0; i < run.count; ++i, from += run.from_step, weights += run.weight_step) {
+    const Vec<A> weight = load<A>(weights);
+#pragma GCC unroll 16
+    for (int u = 0; u < Pixels; ++u) acc[u] = multiply_add(weight, load<A>(from + u * Step * lanes), acc[u]);
+  }
+}
+
+template <int Pixels, int Step, class A>
 void add_terms(const TermList<A>& terms, const A* init, const int* kinds, int64_t kind_step, int64_t first, int64_t blocks,
                A* to, int64_t to_step) {
   constexpr int lanes = kLanes<A>;
@@ -542,18 +561,8 @@ void add_terms(const TermList<A>& terms, const A* init, const int* kinds, int64_
     Vec<A> acc[Pixels];
 #pragma GCC unroll 16
     for (int u = 0; u < Pixels; ++u) acc[u] = load<A>(init + kinds[(c + u) * kind_step] * int64_t(lanes));
-    for (int i = 0; i < terms.near; ++i) {
-      const Vec<A> weight = load<A>(terms.data[i].weight);
-      const A* from = terms.data[i].from + c * lanes;
-#pragma GCC unroll 16
-      for (int u = 0; u < Pixels; ++u) acc[u] = multiply_add(weight, load<A>(from + u * lanes), acc[u]);
-    }
-    for (int i = terms.near; i < terms.all; ++i) {
-      const Vec<A> weight = load<A>(terms.data[i].weight);
-      const A* from = terms.data[i].from + c * Step * lanes;
-#pragma GCC unroll 16
-      for (int u = 0; u < Pixels; ++u) acc[u] = multiply_add(weight, load<A>(from + u * Step * lanes), acc[u]);
-    }
+    for (int i = 0; i < terms.near; ++i) add_run<Pixels, 1, A>(terms.data[i], c, acc);
+    for (int i = terms.near; i < terms.all; ++i) add_run<Pixels, Step, A>(terms.data[i], c, acc);
     A* target = to + c * to_step;
 #pragma GCC unroll 16
     for (int u = 0; u < Pixels; ++u) store(target + u * to_step, acc[u]);
@@ -578,10 +587,12 @@ template <class A>
 void add_all_terms(const TermList<A>& terms, int64_t step, const A* init, const int* kinds, int64_t kind_step, int64_t n,
                    A* to, int64_t to_step) {
   if (step > 2 && terms.all > terms.near) {
-    Term<A> moved[(kMostMultiplier + 4) * kMostTaps * kMostTaps];
+    Term<A> moved[(kMostMultiplier + 2) * kMostTaps];
     for (int64_t c = 0; c < n; ++c) {
-      for (int i = 0; i < terms.all; ++i)
-        moved[i] = {terms.data[i].from + (i < terms.near ? c : c * step) * kLanes<A>, terms.data[i].weight};
+      for (int i = 0; i < terms.all; ++i) {
+        moved[i] = terms.data[i];
+        moved[i].from += (i < terms.near ? c : c * step) * kLanes<A>;
+      }
       const TermList<A> one = {moved, terms.near, terms.all};
       add_terms<1, 1, A>(one, init, kinds + c * kind_step, kind_step, 0, 1, to + c * to_step, to_step);
     }
@@ -614,8 +625,7 @@ void convolve_row(const Plan& plan, Window<T, A>& window, int64_t n, int64_t p, 
     const int64_t q = p * rows.stride - rows.padding + r * rows.dilation;
     if (q < 0 || q >= rows.size) continue;
     const A* from = window.row(n, q) - columns.padding * lanes;
-    for (int b = 0; b < columns.taps; ++b)
-      terms[count++] = {from + b * columns.dilation * lanes, weights + (r * columns.taps + b) * lanes};
+    terms[count++] = {from, weights + int64_t(r) * columns.taps * lanes, columns.dilation * lanes, lanes, columns.taps};
   }
   const TermList<A> list = {terms, 0, count};
   add_all_terms<A>(list, columns.stride, init + int64_t(rows.out_of[p]) * columns.out_kinds * lanes, columns.out_of, 1,
@@ -630,19 +640,19 @@ void convolve(const Plan& plan, const Map<const T>& x, const A* pivot, const A* 
   Memory<A> memory{scratch};
   Window<T, A> window;
   window.open(x, load<A>(pivot), rows.size, columns.size, columns.padding, columns.after, rows.reach + 1, memory);
-  Term<A>* terms = memory.template take<Term<A>>(plan.taps);
+  Term<A>* terms = memory.template take<Term<A>>(rows.taps);
   A* packed = memory.take((columns.out + lanes) * lanes);
   const bool follows = after.activation != Activation::none || after.residual.data != nullptr;
   const bool in_place = !follows && writes_in_place<T, A>(out);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = i / rows.out, p = i % rows.out;
+    const int64_t last = (n + 1) * rows.out < end ? rows.out : end - n * rows.out;
     T* to = out.data + n * out.image + p * out.row;
+    const T* limit = out.data + n * out.image + last * out.row;
+    if (in_place) fetch_next<T>(out, to, limit, columns.out);
     convolve_row<T, A>(plan, window, n, p, weights, init, terms, in_place ? reinterpret_cast<A*>(to) : packed,
                        in_place ? out.column : lanes);
-    if (!in_place) {
-      const int64_t last = (n + 1) * rows.out < end ? rows.out : end - n * rows.out;
-      unpack_row<T, A>(packed, columns.out, out, after, to, out.data + n * out.image + last * out.row);
-    }
+    if (!in_place) unpack_row<T, A>(packed, columns.out, out, after, to, limit);
   }
 }
 
@@ -659,7 +669,7 @@ void correlate(const Plan& plan, const Map<const T>& x, const A* pivot, const Ma
   gradient.open(grad, Vec<A>{}, rows.out, columns.out, 0, lanes, 1, memory);
   const bool again = slope.activation != Activation::none && !is_clamp(slope.activation);
   if (is_clamp(slope.activation)) gradient.told = {slope.kept, flat_from<A>(slope.activation)};
-  Term<A>* terms = memory.template take<Term<A>>(plan.taps);
+  Term<A>* terms = memory.template take<Term<A>>(rows.taps);
   A *z = memory.take((columns.out + lanes) * lanes), *added = memory.take(columns.out * lanes);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = i / rows.out, p = i % rows.out, top = p * rows.stride - rows.padding;
@@ -722,7 +732,7 @@ void gradient(const Plan& plan, const Map<const T>& x, const A* pivot, const Map
     gradients[j].open(grads[j], Vec<A>{}, rows.out, columns.out, 0, 0, rows.reach / rows.stride + 2, memory);
     if (is_clamp(clamp)) gradients[j].told = {kept[j], flat_from<A>(clamp)};
   }
-  Term<A>* terms = memory.template take<Term<A>>(plan.multiplier * plan.taps + 4 * plan.taps);
+  Term<A>* terms = memory.template take<Term<A>>((plan.multiplier + 2) * rows.taps);
   A* packed = memory.take((columns.size + lanes) * lanes);
   const bool in_place = writes_in_place<T, A>(dx);
   const A* near[kMostMultiplier][kMostTaps];
@@ -736,7 +746,10 @@ void gradient(const Plan& plan, const Map<const T>& x, const A* pivot, const Map
       for (int j = 0; j < plan.multiplier; ++j) near[j][r] = gradients[j].row(n, p);
     }
     for (int r = 1 - rows.taps; r < rows.taps; ++r) far[r + rows.taps - 1] = window.row(n, q + r * rows.dilation);
+    const int64_t last = (n + 1) * rows.size < end ? rows.size : end - n * rows.size;
     T* to = dx.data + n * dx.image + q * dx.row;
+    const T* limit = dx.data + n * dx.image + last * dx.row;
+    if (in_place) fetch_next<T>(dx, to, limit, columns.size);
     A* target = in_place ? reinterpret_cast<A*>(to) : packed;
     const int64_t to_step = in_place ? dx.column : lanes;
     for (int s = 0; s < columns.coarse.count; ++s) {
@@ -744,28 +757,28 @@ void gradient(const Plan& plan, const Map<const T>& x, const A* pivot, const Map
       const Terms& own = plan.terms[kind * columns.coarse_kinds + seg.kind];
       int count = 0;
       for (int j = 0; j < plan.multiplier; ++j)
-        for (int t = 0; t < own.tap_count; ++t) {
-          const Shift& tap = own.taps[t];
-          const int64_t far = seg.first + columns.padding - tap.column * columns.dilation;
+        for (int t = 0; t < own.taps.count; ++t) {
+          const Run& run = own.taps.data[t];
+          const int64_t far = seg.first + columns.padding - run.first * columns.dilation, back = run.step * columns.dilation;
           const int64_t p = columns.stride == 1 ? far : far / columns.stride;
-          terms[count++] = {near[j][tap.row] + p * lanes,
-                            weights + (int64_t(j) * plan.taps + tap.row * columns.taps + tap.column) * lanes};
+          terms[count++] = {near[j][run.row] + p * lanes,
+                            weights + (int64_t(j) * plan.taps + run.row * columns.taps + run.first) * lanes,
+                            -(columns.stride == 1 ? back : back / columns.stride) * lanes, int64_t(run.step) * lanes, run.count};
         }
       const int near_count = count;
-      for (int t = 0; t < own.shift_count; ++t) {
-        const Shift& shift = own.shifts[t];
-        terms[count++] = {far[shift.row + rows.taps - 1] + (seg.first + shift.column * columns.dilation) * lanes,
-                          correction + (own.first + t) * lanes};
+      const A* shifted = correction + own.first * lanes;
+      for (int t = 0; t < own.shifts.count; ++t) {
+        const Run& run = own.shifts.data[t];
+        terms[count++] = {far[run.row + rows.taps - 1] + (seg.first + run.first * columns.dilation) * lanes, shifted,
+                          run.step * columns.dilation * lanes, lanes, run.count};
+        shifted += run.count * lanes;
       }
       const TermList<A> list = {terms, near_count, count};
       add_all_terms<A>(list, seg.step, init + int64_t(rows.fine_of[q]) * columns.fine_kinds * lanes,
                        columns.fine_of + seg.first, seg.step, seg.count, target + seg.first * to_step,
                        seg.step * to_step);
     }
-    if (!in_place) {
-      const int64_t last = (n + 1) * rows.size < end ? rows.size : end - n * rows.size;
-      unpack_row<T, A>(packed, columns.size, dx, {}, to, dx.data + n * dx.image + last * dx.row);
-    }
+    if (!in_place) unpack_row<T, A>(packed, columns.size, dx, {}, to, limit);
   }
 }
 

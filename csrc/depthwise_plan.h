@@ -46,10 +46,19 @@ struct Shift {
   int row, column;
 };
 
+// Taps or shifts of one row, in columns first, first + step, …
+struct Run {
+  int row, first, step, count;
+};
+
+struct Runs {
+  const Run* data;
+  int count;
+};
+
 // What adds to dx in one kind of pixels: taps of g, then shifts of x.
 struct Terms {
-  const Shift *taps, *shifts;
-  int tap_count, shift_count;
+  Runs taps, shifts;
   int64_t first;  // vector of the correction that the shifts begin with
 };
 

@@ -131,10 +131,10 @@ class PlanTables {
     const int64_t kinds = int64_t(rows.coarse_kinds) * columns.coarse_kinds;
     plan.products = plan.by_kind ? kinds * plan.shift_count : int64_t(plan.taps) * (plan.taps + 1) / 2;
     plan.sums = int64_t(rows.fine_kinds) * columns.fine_kinds;
-    lists_.resize(2 * kinds);
+    runs_.resize(2 * kinds);
     for (int i = 0; i < rows.coarse_kinds; ++i)
       for (int j = 0; j < columns.coarse_kinds; ++j) {
-        std::vector<Shift>&taps = lists_[2 * terms_.size()], &shifts = lists_[2 * terms_.size() + 1];
+        std::vector<Shift> taps, shifts;
         for (int t = 0; t < plan.taps; ++t)
           if (rows.reads[i * rows.taps + t / columns.taps] && columns.reads[j * columns.taps + t % columns.taps])
             taps.push_back({t / columns.taps, t % columns.taps});
@@ -145,9 +145,13 @@ class PlanTables {
             };
             if (std::any_of(taps.begin(), taps.end(), leads_to_one)) shifts.push_back({a, b});
           }
-        terms_.push_back({taps.data(), shifts.data(), static_cast<int>(taps.size()), static_cast<int>(shifts.size()),
+        std::vector<Run>&of_taps = runs_[2 * terms_.size()], &of_shifts = runs_[2 * terms_.size() + 1];
+        of_taps = runs_of(taps);
+        of_shifts = runs_of(shifts);
+        terms_.push_back({{of_taps.data(), static_cast<int>(of_taps.size())},
+                          {of_shifts.data(), static_cast<int>(of_shifts.size())},
                           plan.correction});
-        plan.correction += terms_.back().shift_count;
+        plan.correction += static_cast<int64_t>(shifts.size());
       }
     plan.terms = terms_.data();
     const auto window = [](int64_t held, int64_t width) {
@@ -158,7 +162,8 @@ class PlanTables {
     const int64_t padded = columns.padding + columns.size + columns.after, spread = columns.size + 2 * columns.reach;
     const int64_t row = std::max(columns.size, columns.out) + 64;  // unpacked by whole vectors of pixels
     const int64_t sums = plan.products + plan.sums + plan.taps + int64_t(rows.out_kinds) * columns.out_kinds;
-    const int64_t terms = (plan.multiplier + 4) * int64_t(plan.taps);
+    // Terms in vectors of 16 bytes: a row has one run of them, of each output channel's taps and of shifts.
+    const int64_t terms = 3 * (plan.multiplier + 2) * int64_t(rows.taps);
     plan.algebra = std::max(int64_t(rows.fine_kinds) * columns.taps * columns.taps, int64_t(columns.fine_kinds) * rows.taps * rows.taps);
     plan.scratch = sums + terms + 3 * row + window(2 * rows.reach + 1, std::max(padded, spread)) + window(1, columns.out + 64) +
                    plan.multiplier * window(rows.reach / rows.stride + 2, columns.out) + 8;
@@ -169,9 +174,21 @@ class PlanTables {
   Plan plan{};
 
  private:
+  // Of a list in raster order: one of each row, as what reads a position, and what that leads to, are evenly spaced.
+  static std::vector<Run> runs_of(const std::vector<Shift>& list) {
+    std::vector<Run> runs;
+    for (const Shift& next : list) {
+      Run* last = runs.empty() || runs.back().row != next.row ? nullptr : &runs.back();
+      if (last != nullptr && last->count == 1) last->step = next.column - last->first;
+      if (last != nullptr && next.column == last->first + last->count * last->step) ++last->count;
+      else runs.push_back({next.row, next.column, 1, 1});
+    }
+    return runs;
+  }
+
   AxisTables rows_, columns_;
   std::vector<Shift> shifts_;
-  std::vector<std::vector<Shift>> lists_;
+  std::vector<std::vector<Run>> runs_;
   std::vector<Terms> terms_;
 };
 
