@@ -1,5 +1,6 @@
 """Every test starts from the same random state, without the user's tuned times, and with float32 in full."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -28,6 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.stem.removeprefix("test_") in SLOW_FILES or any(name in item.name for name in SLOW_NAMES):
             item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What imports and thousands of tests have made stays: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
