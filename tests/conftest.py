@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What imports and thousands of tests have made stays: the collector need not look through it again and again."""
+    """What imports and thousands of tests have made stays: the collector need not look through it every time."""
     gc.collect()
     gc.freeze()
 
