@@ -56,8 +56,10 @@ NETWORKS = {
 # A whole network compiles for a minute on two cores: on a CPU, unless it is asked for, this one alone.
 COMPILED_NETWORKS = ("resnet18",)
 OURS = ("auto", "recompute", "memory_saver")
-TIMED = ("plain", "eager", *COMPILED, "auto", "memory_saver")
-OF_LIBRARIES = ("eager", *COMPILED, "auto", "memory_saver")  # eager: the library's own
+OURS_COMPILED = {"auto-compile": "auto"}  # contender → the backend of what torch.compile gets
+COMPILING = (*COMPILED, *OURS_COMPILED)
+TIMED = ("plain", "eager", *COMPILED, "auto", *OURS_COMPILED, "memory_saver")
+OF_LIBRARIES = ("eager", *COMPILED, "auto", *OURS_COMPILED, "memory_saver")  # eager: the library's own
 MEASURED = ("plain", "eager", "compile", "checkpoint", *OURS)  # in bytes
 
 
@@ -74,22 +76,23 @@ def build(network: str, contender: str, device: torch.device) -> nn.Module:
     """The contender's network in training mode and its layout, from the same seed as all others."""
     torch.manual_seed(0)
     found = libraries.parse(network)
+    backend = OURS_COMPILED.get(contender, contender)
     if found is not None:
         model = libraries.build(found, CLASSES)
-        if contender in OURS:
-            accelerate(model, backend=contender)
+        if backend in OURS:
+            accelerate(model, backend=backend)
     elif contender == "plain":
         model = models.build(network, CLASSES, block="plain")
     else:
-        model = models.build(network, CLASSES, backend=contender if contender in OURS else "eager")
+        model = models.build(network, CLASSES, backend=backend if backend in OURS else "eager")
     model = model.to(device, memory_format=layout_of(network))
     if contender == "eager":
         return with_blocks(model, Modules)  # a library's network has none
     if contender == "checkpoint":
         return with_blocks(model, lambda block: Checkpointed(Modules(block)))
-    if contender in COMPILED:
+    if contender in COMPILING:
         torch.compiler.reset()
-        model.compile(mode=COMPILED[contender])
+        model.compile(mode=COMPILED.get(contender, "default"))
     return model
 
 
@@ -127,8 +130,9 @@ def names_for(network: Network, options: argparse.Namespace, among: tuple[str, .
     if options.contenders:
         return [name for name in among if name in options.contenders]
     cuda = options.device.type == "cuda"
-    compiled = [] if options.quick or not (cuda or network.name in COMPILED_NETWORKS) else [*COMPILED]
-    return [name for name in among if name not in COMPILED or (name in compiled and (cuda or name == "compile"))]
+    compiles = not options.quick and (cuda or network.name in COMPILED_NETWORKS)
+    chosen = set(COMPILING if cuda else ("compile", *OURS_COMPILED)) if compiles else set()
+    return [name for name in among if name not in COMPILING or name in chosen]
 
 
 def find(name: str) -> Network | None:
@@ -139,8 +143,8 @@ def find(name: str) -> Network | None:
 
 # What the contenders of a file's networks are.
 LEGEND = {
-    "network": "plain: no ACNet blocks; eager: with them, as PyTorch modules; auto, memory_saver: by this package",
-    "accelerated": "eager: the library's own; auto, memory_saver: accelerated by this package",
+    "network": "plain: no ACNet blocks; eager: with them, as PyTorch modules; auto…, memory_saver: by this package",
+    "accelerated": "eager: the library's own; auto…, memory_saver: accelerated by this package",
 }
 
 
