@@ -187,7 +187,8 @@ def _path(block: Block, x: Tensor) -> tuple[str, str, tuple[int | None, int | No
     reason = plan.reason
     if plan.backend is branches and problem.device == assignment.DEVICE:
         reason += f"; {phases.chosen(problem.explicit())}"
-    if plan.backend in (branches, moments, recompute) and problem.device == "cpu" and node.NODE is None:
+    by_node = {"cpu": (branches, moments, recompute), assignment.DEVICE: (branches,)}.get(problem.device, ())
+    if plan.backend in by_node and node.NODE is None:
         reason += f"; in Python's autograd node: {_extension.WHY_NODE_MISSING}"
     if activation := block.finishing():
         reason += f"; {activation} {planner.where_finished(problem, plan, activation)}"

@@ -114,8 +114,9 @@ def _lane(given: Submodules, step: Step, x: Tensor, backend: str) -> Any:
     train = chosen is not folded
     run: Any
     if on_device(x):
+        # What is not measured cudnn.benchmark, once it is on, has the planner time first.
         untimed = backend == "auto" and not planner.measured(problem)
-        run = branches.again(x, step, untimed) if chosen is branches else None
+        run = _on_device(step, x, problem, untimed) if chosen is branches else None
     else:
         run = _number(step, x, chosen) if train else None if problem.grad else _fold(step, problem)
     read = None if run is None else _read(given, _NORM_SETTINGS, counts=train)
@@ -136,6 +137,19 @@ def _number(step: Step, x: Tensor, chosen: Any) -> int | None:
     config = inputs.config(step.geometry, x.device.type)
     suits = node.suits(config, x, inputs)
     return node.number(config, len(inputs.betas), chosen is branches) if suits else None
+
+
+def _on_device(step: Step, x: Tensor, problem: Problem, untimed: bool) -> Any:
+    """The training step, by Python's function where the node does not take it."""
+    from .backends import device_node  # Triton is slow to import
+
+    again = branches.again(x, step)
+    if again is None:
+        return None
+    betas = sum(norm.beta is not None for norm in step.norms)
+    suits = device_node.suits(again.config, problem)
+    number = device_node.number(again.config, again.momenta, betas) if suits else None
+    return node.NODE.OnDevice(again, number, untimed)
 
 
 def _fold(step: Step, problem: Problem) -> Any:

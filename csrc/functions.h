@@ -79,6 +79,13 @@ std::tuple<Tensor, Tensors, Tensor, Tensor, Tensor> step_backward(Tensor grad, T
 
 }  // namespace depthwise
 
+namespace launch {
+
+// What a routine returns for the tensors; nothing where it is not recorded for such. ops/launch.py documents it.
+Tensors replay(int64_t routine, int64_t stream, Tensors tensors);
+
+}  // namespace launch
+
 // (weights, biases) of the convolutions that the blocks fold into; ops/fuse_blocks.py says what the numbers are.
 std::tuple<Tensors, Tensors> fuse_blocks(const Tensors& weight, const Tensors& gamma, const Tensors& beta,
                                          const Tensors& mean, const Tensors& var, const Tensors& conv_bias,
@@ -97,6 +104,7 @@ struct Functions {
   decltype(&moments::step_backward) moments_backward;
   decltype(&depthwise::step) depthwise;
   decltype(&depthwise::step_backward) depthwise_backward;
+  decltype(&launch::replay) replay;
 };
 
 // What the node's library looks up.

@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "check.h"
+#include "functions.h"
 
 namespace acnet::launch {
 namespace {
@@ -205,11 +205,15 @@ std::vector<View> views_of(const Check& check, const Tensors& tensors, const cha
   return views;
 }
 
+}  // namespace
+
 Tensors replay(int64_t routine, int64_t stream, Tensors tensors) {
   std::vector<View> const views = views_of(check_replay, tensors, "tensors");
   std::shared_ptr<const Program> const program = programs().find(key_of(routine, views));
   return program == nullptr ? Tensors{} : program->run(reinterpret_cast<void*>(stream), views);
 }
+
+namespace {
 
 // Takes a program's numbers one after another.
 class Reader {

@@ -10,6 +10,7 @@ import acnet_kernels as ak
 from acnet_kernels import ACBlock
 from acnet_kernels.backends import node, planner
 from acnet_kernels.ops import _extension
+from acnet_kernels.steps import assignment
 
 
 def network():
@@ -52,6 +53,10 @@ def test_it_says_that_the_node_is_missing_and_why(monkeypatch):
     monkeypatch.setattr(_extension, "WHY_NODE_MISSING", "it is not built")
     said = [ak.explain(block, x).blocks[0].reason for block in blocks]
     assert said == ["requested; in Python's autograd node: it is not built", "requested"]
+    monkeypatch.setattr(assignment, "DEVICE", "cpu")  # on CUDA it is for `branches` alone
+    on_device = [ACBlock(4, 4, 3, padding=1, backend=name) for name in ("branches", "moments")]
+    said = [ak.explain(block, x).blocks[0].reason for block in on_device]
+    assert [why.endswith("; in Python's autograd node: it is not built") for why in said] == [True, False]
 
 
 def test_the_plan_is_the_one_the_model_will_run():

@@ -117,7 +117,7 @@ def keep_freed_memory() -> None:
     torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
 
 
-class _Step(torch.autograd.Function):
+class MapsStep(torch.autograd.Function):
     """The same in one node, which knows that nobody else needs the y_b."""
 
     @staticmethod
@@ -282,7 +282,7 @@ def _apply(config: StepConfig, update: Update | Tracked, epilogue: Epilogue, ten
         from .triton_node import TritonStep  # Triton is slow to import
 
         return finish(TritonStep.apply(*given), after)
-    return finish(_Step.apply(*given)[0], after)
+    return finish(MapsStep.apply(*given)[0], after)
 
 
 class Again(NamedTuple):
@@ -291,7 +291,6 @@ class Again(NamedTuple):
     config: StepConfig
     momenta: tuple[float, ...]
     elements: int  # a channel, of the output
-    untimed: bool  # cudnn.benchmark, once it is on, has the planner time it first
 
     def __call__(
         self,
@@ -304,15 +303,13 @@ class Again(NamedTuple):
         counters: list[Tensor],
         activation: int,
         residual: Tensor | None,
-    ) -> Tensor | None:
-        if self.untimed and torch.backends.cudnn.benchmark:
-            return None
+    ) -> Tensor:
         tracked = Tracked(Running(means, variances, counters, (), self.momenta), self.elements)
         epilogue = Epilogue(ACTIVATIONS[activation], residual)
         return _apply(self.config, tracked, epilogue, (x, *weights, *gammas, *betas))
 
 
-def again(x: Tensor, step: Step, untimed: bool) -> Again | None:
+def again(x: Tensor, step: Step) -> Again | None:
     """The step, which has a batch norm a branch, to be taken again; None where some may be taken in another way."""
     inputs = inputs_of(x, step)
     momenta = tuple([norm.momentum for norm in inputs.norms if norm.momentum is not None])
@@ -322,7 +319,7 @@ def again(x: Tensor, step: Step, untimed: bool) -> Again | None:
         return None
     rows, columns = step.geometry.output_size(x.shape[2], x.shape[3])
     config = inputs.config(step.geometry, x.device.type, phases_of(step, x))
-    return Again(config, momenta, x.shape[0] * rows * columns, untimed)
+    return Again(config, momenta, x.shape[0] * rows * columns)
 
 
 class Variant(NamedTuple):

@@ -9,7 +9,7 @@ pay.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .branches import Inputs
 
 NODE = _extension.NODE
-_configs: list[StepConfig] = []
+_configs: dict[int, StepConfig] = {}
 
 
 def takes(x: Tensor, inputs: Inputs) -> bool:
@@ -80,22 +80,24 @@ def number(config: StepConfig, betas: int, keeps_maps: bool) -> int:
 
     Numbers are kept for good, as a graph may be.
     """
+    return _add(config, NODE.add(as_given(config, betas, keeps_maps)))
+
+
+def as_given(config: StepConfig, betas: int, keeps_maps: bool) -> Any:
+    """The config as the node has it, of a step with so many βs."""
     places = []
     for place, (_, convolved) in zip(config.places, config.branches, strict=True):
         places.append((int(convolved), *place.padding, *place.dilation, *place.edges))
-    return _add(
-        config,
-        NODE.configure(
-            config.geometry.stride,
-            config.geometry.groups,
-            places,
-            config.eps,
-            config.affine,
-            betas,
-            config.conv_dtype,
-            config.dtype,
-            keeps_maps,
-        ),
+    return NODE.Config(
+        config.geometry.stride,
+        config.geometry.groups,
+        places,
+        config.eps,
+        config.affine,
+        betas,
+        config.conv_dtype,
+        config.dtype,
+        keeps_maps,
     )
 
 
@@ -119,8 +121,7 @@ def whole_number(config: StepConfig, betas: int, is_depthwise: bool) -> int:
 
 
 def _add(config: StepConfig, number: int) -> int:
-    _configs.append(config)
-    assert number == len(_configs) - 1
+    _configs[number] = config
     return number
 
 

@@ -53,7 +53,7 @@ class TritonStep(torch.autograd.Function):
         ctx.owns_maps = top_saved_tensors_hooks(True) is None
         # What comes after the sum needs: the activation's output, or what it is computed from again.
         after = [*betas, out if is_clamp(epilogue.activation) else residual] if epilogue.activation else []
-        ctx.save_for_backward(x, *weights, *gammas, means, rstds, *ys, *after)
+        ctx.save_for_backward(x, *weights, *gammas, means, rstds, *after, *ys)
         ctx.set_materialize_grads(False)
         return out
 
@@ -66,7 +66,7 @@ class TritonStep(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         branches = len(config.branches)
         inputs, (means, rstds, *rest) = saved[: branches + config.affine], saved[branches + config.affine :]
-        ys, after, activation = rest[:branches], rest[branches:], ctx.activation
+        after, ys, activation = rest[:-branches], rest[-branches:], ctx.activation
         needs_residual, needs_x, needs_w = needs[3], needs[4], needs[5 : 5 + branches]
         # Autograd casts what is returned to the inputs' dtypes.
         if nodes.wants_definition(grad):

@@ -91,14 +91,21 @@ class _UnknownLaunchError(Exception):
     """A launch that replay cannot make."""
 
 
-def replay(routine: Routine, tensors: Sequence[Tensor], *constants: Any) -> list[Tensor]:
-    """What routine(tensors, *constants) returns, where it was recorded for such tensors; else []."""
+def known(routine: Routine, constants: tuple[Any, ...], device: int) -> tuple[int, int] | None:
+    """(the routine's number, the device's current stream) for replay's operator; None where it is not to run."""
     number = _routines.get((routine, constants))
     if number is None or WHY_TRITONS or _hooked():
+        return None
+    return number, _triton().runtime.driver.active.get_current_stream(device)
+
+
+def replay(routine: Routine, tensors: Sequence[Tensor], *constants: Any) -> list[Tensor]:
+    """What routine(tensors, *constants) returns, where it was recorded for such tensors; else []."""
+    found = known(routine, constants, tensors[0].get_device())
+    if found is None:
         return []
-    stream = _triton().runtime.driver.active.get_current_stream(tensors[0].get_device())
     with below_autograd():
-        return _replay(number, stream, tensors)
+        return _replay(*found, tensors)
 
 
 def run(routine: Routine, tensors: Sequence[Tensor], *constants: Any) -> list[Tensor]:

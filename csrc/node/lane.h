@@ -12,6 +12,7 @@
 #include <utility>
 #include <variant>
 
+#include "device.h"
 #include "reading.h"
 
 namespace acnet::node {
@@ -58,9 +59,8 @@ struct Fold {
 
 class Lane {
  public:
-  // What it runs, by its number, as a fold or as Python's function of x, a list of each kind of tensors, and what follows;
-  // what it ran on and gave, and from which tensors of which modules.
-  Lane(std::variant<int64_t, Fold, py::object> step, const Tensor& x, std::vector<int64_t> out_sizes, at::ScalarType out_dtype,
+  // What it runs, by its number on the CPU; what it ran on and gave, and from which tensors of which modules.
+  Lane(std::variant<int64_t, Fold, OnDevice> step, const Tensor& x, std::vector<int64_t> out_sizes, at::ScalarType out_dtype,
        Reading reading, std::vector<double> momenta)
       : step_(std::move(step)),
         out_sizes_(std::move(out_sizes)),
@@ -86,26 +86,25 @@ class Lane {
     if (!reading_.read(children.ptr(), objects)) return py::none();
     if (!residual.is_none() && !THPVariable_CheckExact(residual.ptr())) return py::none();
     if (!residual.is_none() && !fits(THPVariable_Unpack(residual.ptr()), out_dtype_, device_, out_sizes_)) return py::none();
-    if (const py::object* step = std::get_if<py::object>(&step_)) {
-      std::array<py::list, Reading::KINDS> lists;
-      for (size_t kind = 0; kind < lists.size(); ++kind)
-        for (PyObject* t : objects[kind]) lists[kind].append(py::handle(t));
-      const auto& [weights, gammas, betas, means, vars, counters] = lists;
-      return (*step)(x, weights, gammas, betas, means, vars, counters, activation, residual);
-    }
+    const OnDevice* on_device = std::get_if<OnDevice>(&step_);
+    if (on_device != nullptr && on_device->untimed && at::globalContext().benchmarkCuDNN()) return py::none();
     std::array<variable_list, Reading::KINDS> tensors;
     for (size_t kind = 0; kind < tensors.size(); ++kind)
       for (PyObject* t : objects[kind]) tensors[kind].push_back(THPVariable_Unpack(t));
     const auto& [weights, gammas, betas, means, vars, counters] = tensors;
+    const Running running{means, vars, counters, momenta_};
     Epilogue epilogue{activation, {}};
     if (!residual.is_none()) epilogue.residual = THPVariable_Unpack(residual.ptr());
+    if (on_device != nullptr) {
+      const Tensor out = on_device->run(running, input, weights, gammas, betas, epilogue);
+      return out.defined() ? py::cast(out) : on_device->again(x, weights, gammas, betas, means, vars, counters, activation, residual);
+    }
     Tensor out;
     {
       const py::gil_scoped_release release;
       if (const Fold* fold = std::get_if<Fold>(&step_)) {
         out = epilogue.finish(fold->run(input, weights, gammas, betas, means, vars), true);
       } else {
-        const Running running{means, vars, counters, momenta_};
         out = run_step(std::get<int64_t>(step_), running, input, weights, gammas, betas, epilogue);
       }
     }
@@ -113,7 +112,7 @@ class Lane {
   }
 
  private:
-  std::variant<int64_t, Fold, py::object> step_;
+  std::variant<int64_t, Fold, OnDevice> step_;
   std::vector<int64_t> out_sizes_;
   at::ScalarType out_dtype_;
   std::vector<int64_t> sizes_, strides_;

@@ -5,7 +5,6 @@
 #include <string>
 
 #include "lane.h"
-#include "whole.h"
 
 namespace acnet::node {
 namespace {
@@ -56,18 +55,23 @@ std::array<std::vector<Source>, Reading::KINDS> sources_of(const std::vector<std
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attach", &attach);
-  m.def("configure", &configure);
+  py::class_<Config>(m, "Config").def(py::init(&make_config));
+  m.def("add", [](const Config& config) { return add_config(config); });
+  m.def("add_on_device", [](const Config& config, bool by_triton, py::object launches) {
+    return add_config(DeviceConfig{config, by_triton, launches.release().ptr()});
+  });
   m.def("configure_whole", &configure_whole);
   m.def("run", &run, py::call_guard<py::gil_scoped_release>());
   py::class_<Fold>(m, "Fold")
       .def(py::init<Pair, Pair, Pair, int64_t, std::vector<int64_t>, std::vector<int64_t>, std::vector<double>, bool>());
+  py::class_<OnDevice>(m, "OnDevice").def(py::init<py::object, std::optional<int64_t>, bool>());
   py::class_<Reading>(m, "Reading")
       .def(py::init([](const py::list& modules, const std::vector<std::vector<py::tuple>>& sources) {
         return Reading(modules_of(modules), sources_of(sources));
       }))
       .def("append", &Reading::append);
   py::class_<Lane>(m, "Lane")
-      .def(py::init<std::variant<int64_t, Fold, py::object>, const Tensor&, std::vector<int64_t>, at::ScalarType, Reading, std::vector<double>>())
+      .def(py::init<std::variant<int64_t, Fold, OnDevice>, const Tensor&, std::vector<int64_t>, at::ScalarType, Reading, std::vector<double>>())
       .def("__call__", &Lane::operator());
 }
 

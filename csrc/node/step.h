@@ -107,8 +107,15 @@ struct Whole {
   bool accumulates;  // the library's convolutions can add to what is there
 };
 
+// A step of `branches` on CUDA (device.h).
+struct DeviceConfig {
+  Config step;
+  bool by_triton;      // the convolutions are Triton's; else the library's
+  PyObject* launches;  // backends/device_node.py's, which knows the routines
+};
+
 // Configurations are kept for good, as Python keeps their like: a graph may outlive whoever made it.
-using AnyConfig = std::variant<Config, Whole>;
+using AnyConfig = std::variant<Config, Whole, DeviceConfig>;
 inline std::deque<AnyConfig> configs;
 inline std::mutex configs_lock;
 
@@ -186,6 +193,48 @@ inline variable_list from_kept(const Config& config, const Tensor& x, TensorList
 inline const Tensor& first_map(const Config& config, const variable_list& ys) {
   const auto at = std::find_if(config.places.begin(), config.places.end(), [](const Place& p) { return p.convolved; });
   return ys[static_cast<size_t>(at - config.places.begin())];
+}
+
+// Which of the maps have a gradient that something needs: x, or the branch's own weight.
+inline std::vector<bool> needs_dy_of(const Config& config, const std::vector<bool>& needs) {
+  std::vector<bool> needs_dy;
+  size_t w = 0;
+  for (const Place& place : config.places) {
+    needs_dy.push_back(needs[0] || (place.convolved && needs[1 + w]));
+    w += place.convolved;
+  }
+  return needs_dy;
+}
+
+// Where each of these goes: over its map where that is ours. The identity's map is x, never overwritten.
+inline variable_list targets_of(const Config& config, const variable_list& ys, const std::vector<bool>& needs_dy, bool owns) {
+  variable_list targets;
+  for (size_t b = 0; b < ys.size(); ++b)
+    if (needs_dy[b]) targets.push_back(owns && config.places[b].convolved ? ys[b] : at::empty_like(ys[b]));
+  return targets;
+}
+
+// dx and the weights' gradients, as far as they are needed, of the maps' that are: into found[0], and from found[1] on.
+inline void convolution_gradients(const Config& config, const variable_list& dys, const std::vector<bool>& needs_dy, const Tensor& x,
+                                  TensorList weights, const std::vector<bool>& needs, Tensor* found) {
+  Tensor dx;
+  const auto add = [&](const Tensor& more) { dx.defined() ? void(dx.add_(more)) : void(dx = more); };
+  for (size_t b = 0, t = 0; b < needs_dy.size(); t += needs_dy[b++])  // the identity's is the first summand
+    if (needs_dy[b] && !config.places[b].convolved) add(config.places[b].adjoint(dys[t]));
+  size_t w = 0;
+  for (size_t b = 0, t = 0; b < needs_dy.size(); t += needs_dy[b++]) {
+    const Place& place = config.places[b];
+    if (!place.convolved) continue;
+    if (needs_dy[b]) {
+      auto [seen, dw, _] = at::convolution_backward(dys[t], place.apply(x), weights[w].to(config.convolution_dtype), {},
+                                                    config.stride, place.padding, place.dilation, false, {0, 0},
+                                                    config.groups, {needs[0], needs[1 + w], false});
+      if (seen.defined()) add(place.adjoint(seen));
+      found[1 + w] = dw;
+    }
+    ++w;
+  }
+  found[0] = dx;
 }
 
 // A map that may be undefined, in y's memory layout, for the operators.
@@ -295,21 +344,12 @@ struct Step : torch::autograd::Function<Step> {
     const WithoutAutogradAndAutocast guard;
     const Tensor x = saved[0].to(config.convolution_dtype);
     const TensorList weights(saved.data() + 1, convolved);
-    // The maps in order, which of them have a gradient that something needs, and where it goes.
-    variable_list ys = config.keeps_maps ? from_kept(config, x, TensorList(saved.data() + inputs + 2, convolved))
-                                         : maps_of(config, x, weights);
+    const variable_list ys = config.keeps_maps ? from_kept(config, x, TensorList(saved.data() + inputs + 2, convolved))
+                                               : maps_of(config, x, weights);
     const Tensor& first = first_map(config, ys);
+    const std::vector<bool> needs_dy = needs_dy_of(config, needs);
     variable_list targets;
-    std::vector<bool> needs_dy;
-    size_t w = 0;
-    for (size_t b = 0; b < ys.size(); ++b) {
-      const bool convolved_map = config.places[b].convolved;
-      needs_dy.push_back(needs[0] || (convolved_map && needs[1 + w]));
-      w += convolved_map;
-      // The identity's map is x, never overwritten.
-      if (needs_dy.back() && (owns || activation != 0))
-        targets.push_back(owns && convolved_map ? ys[b] : at::empty_like(ys[b]));
-    }
+    if (owns || activation != 0) targets = targets_of(config, ys, needs_dy, owns);
     torch::stable::Tensor dgammas, dbeta;
     const Tensors scales = stable(TensorList(saved.data() + 1 + convolved, config.gammas));
     grad = like(grad, first);
@@ -328,24 +368,7 @@ struct Step : torch::autograd::Function<Step> {
       std::tie(dys, dgammas, dbeta) = functions->backward(upstream, stable(ys), means, rstds, scales, needs_dy);
       for (const auto& dy : dys) targets.push_back(unstable(dy));
     }
-    Tensor dx;
-    const auto add = [&](const Tensor& more) { dx.defined() ? void(dx.add_(more)) : void(dx = more); };
-    for (size_t b = 0, t = 0; b < ys.size(); t += needs_dy[b++])  // the identity's is the first summand
-      if (needs_dy[b] && !config.places[b].convolved) add(config.places[b].adjoint(targets[t]));
-    w = 0;
-    for (size_t b = 0, t = 0; b < ys.size(); t += needs_dy[b++]) {
-      const Place& place = config.places[b];
-      if (!place.convolved) continue;
-      if (needs_dy[b]) {
-        auto [seen, dw, _] = at::convolution_backward(targets[t], place.apply(x), weights[w].to(config.convolution_dtype), {},
-                                                      config.stride, place.padding, place.dilation, false, {0, 0},
-                                                      config.groups, {needs[0], needs[1 + w], false});
-        if (seen.defined()) add(place.adjoint(seen));
-        found[kFirst + 1 + w] = dw;
-      }
-      ++w;
-    }
-    found[kFirst] = dx;
+    convolution_gradients(config, targets, needs_dy, x, weights, needs, &found[kFirst]);
     const Tensor rows = unstable(dgammas), row = unstable(dbeta);
     for (size_t i = 0; i < config.gammas; ++i)
       if (needs[1 + convolved + i]) found[kFirst + 1 + convolved + i] = row_of(rows, row.numel(), i);
@@ -355,15 +378,15 @@ struct Step : torch::autograd::Function<Step> {
   }
 };
 
-inline int64_t configure(Pair stride, int64_t groups, const std::vector<std::array<int64_t, 9>>& places,
-                  const std::vector<double>& eps, size_t gammas, size_t betas, at::ScalarType convolution_dtype,
-                  at::ScalarType dtype, bool keeps_maps) {
+inline Config make_config(Pair stride, int64_t groups, const std::vector<std::array<int64_t, 9>>& places,
+                          const std::vector<double>& eps, size_t gammas, size_t betas, at::ScalarType convolution_dtype,
+                          at::ScalarType dtype, bool keeps_maps) {
   Config config{stride, groups, {}, eps, gammas, betas, 0, convolution_dtype, dtype, keeps_maps};
   for (const auto& n : places) {
     config.places.push_back({n[0] != 0, {n[1], n[2]}, {n[3], n[4]}, {n[5], n[6], n[7], n[8]}});
     config.convolutions += n[0] != 0;
   }
-  return add_config(std::move(config));
+  return config;
 }
 
 }  // namespace acnet::node

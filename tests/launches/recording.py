@@ -55,7 +55,7 @@ class Driver:
     """Takes the place of libcuda, and the CPU's memory that of the device."""
 
     def __init__(self) -> None:
-        self._library: Any = stand_in.install("compile", Path(__file__).with_name("recording_driver.c"))
+        self._library: Any = stand_in.install_kernels("compile", Path(__file__).with_name("recording_driver.c"))
         self._kernels: dict[int, tuple[str, list[int]]] = {}
         triton.knobs.runtime.kernel_load_end_hook.add(self._loaded)
 
