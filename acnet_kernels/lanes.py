@@ -48,7 +48,7 @@ def take(
 
 
 def learn(block: nn.Module, given: Submodules, step: Step, x: Tensor, backend: str) -> None:
-    """Keeps a lane for steps like this one, if the C++ node or CUDA runs it, else that there is none."""
+    """Keeps a lane for steps like this one, if the C++ node can run it or it is CUDA's, else that there is none."""
     if node.NODE is None or not (x.is_cpu or on_device(x)):
         return
     lanes, state = block.__dict__.get(_KEPT) or ({}, None)

@@ -3,7 +3,8 @@
 Maps are so small that what the CPU computes, convolutions and plain modules, takes no time beside the calls. So
 these are microseconds of PyTorch, Python and the launcher, beside those of plain modules on the CPU. What the
 library's convolutions cost the host on CUDA is not among them, nor what a driver takes for a launch; no device has
-confirmed any of it. Beside each: how many kernels a step launches, and operators the dispatcher calls.
+confirmed any of it. Beside each: how many kernels a step launches, and operators the dispatcher calls for it: by a
+hook and a mode, under which Python's node runs.
 
     python -m benchmarks.host_cuda [--seconds 4] [--csv FILE]
 

@@ -62,7 +62,7 @@ def _load_node() -> tuple[Any, str]:
         return None, f"the C++ autograd node is not built for this Python and torch {torch.__version__} ({error})"
 
 
-# The module that runs a step on the CPU in one call, or None, and why: Python's own node serves then.
+# The module that runs a step in one call, or None, and why: Python's own node serves then.
 NODE, WHY_NODE_MISSING = _load_node()
 
 # Why the CUDA kernels are missing; empty when they are there. Without them CUDA tensors go through PyTorch.
