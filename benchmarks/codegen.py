@@ -236,7 +236,8 @@ def bn_cases(arch: int, count: int = 3) -> Iterator[Case]:
                     tile = configs.sum_tile(name, K, count, smooth) if is_sum else configs.streaming_tile(K)
                     sizes = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "ACTIVATION": activation}
                     arguments = {**common, **maps, **sizes, **missing}
-                    options = REDUCED if kernel is bn_sum.reduce_grad else STREAMED
+                    reduced = kernel is bn_sum.reduce_grad or (kernel is bn_sum.apply_grad and smooth)
+                    options = REDUCED if reduced else STREAMED
                     yield Case(name, arch, dtype, "", (*tile, *options), activation, arguments)
     for kernel in MERGING:
         sizes = {"BLOCK_T": 1024, "BLOCK": 1024, **(configs.SPLIT_BLOCKS if kernel is wgrad.sum_splits else {})}

@@ -69,7 +69,7 @@ TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
     ("conv", "tf32"): {
         80: (Config(64, 32, 32, 4, 3), _NARROW),
         90: (Config(128, 64, 32, 8, 3), Config(64, 32, 32, 4, 3), _NARROW),
-        100: (Config(64, 64, 32, 8, 3), Config(64, 32, 32, 4, 3, _ALL), Config(128, 16, 16, 4, 4, _ALL)),
+        100: (Config(64, 64, 32, 8, 3, _ALL), Config(64, 32, 32, 4, 3, _ALL), Config(128, 16, 16, 4, 4, _ALL)),
     },
     ("conv", "tf32x3"): {
         80: (Config(64, 32, 16, 4, 3),),
@@ -124,7 +124,7 @@ SPARE = {
     ("dgrad", "half"): Config(64, 32, 32, 8, 3),
     ("dgrad", "tf32"): Config(32, 16, 16, 4, 3, _ALL),
     ("dgrad", "tf32x3"): Config(64, 16, 16, 8, 3, _ALL),
-    ("wgrad", "half"): Config(64, 16, 16, 4, 4),
+    ("wgrad", "half"): Config(64, 16, 16, 4, 4, _ALL),
     ("wgrad", "tf32"): Config(32, 16, 16, 4, 2),
     ("wgrad", "tf32x3"): Config(16, 16, 16, 4, 2),
 }

@@ -253,5 +253,6 @@ def bn_sum_backward_(
         grid = (cdiv(M, tile.block_m), cdiv(K, tile.block_k))
         sizes = {"B": B, "ACTIVATION": activation, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
         maps = (grad, tuple(ys), targets, means, coefficients, *vectors, kept)
-        launch(kernels.apply_grad, grid, *maps, M, K, **sizes)
+        registers = ALL_REGISTERS if smooth else None
+        launch(kernels.apply_grad, grid, *maps, M, K, **sizes, maxnreg=registers)
     return dgammas, dbeta
