@@ -274,13 +274,9 @@ def refresh(module: nn.Module) -> None:
 
 
 def _is_altered(module: nn.Module, usual: frozenset[str], compiling: bool) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or ((compiling or len(module.__dict__) != len(usual)) and _shadows(module, usual))
-    )
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return (compiling or len(module.__dict__) != len(usual)) and bool(_shadows(module, usual))
 
 
 def _is_known_norm(norm: nn.Module) -> bool:
