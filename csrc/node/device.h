@@ -88,13 +88,7 @@ struct DeviceStep : torch::autograd::Function<DeviceStep> {
     }
     for (size_t b = 0; b < launched.ys.size(); ++b)
       if (config.places[b].convolved) saved.push_back(launched.ys[b]);
-    ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["config"] = number;
-    ctx->saved_data["activation"] = activation;
-    ctx->saved_data["residual"] = added.has_value();
-    // A hook on saved tensors may keep what it was given.
-    ctx->saved_data["owns"] = !at::SavedTensorDefaultHooks::get_hooks(true).has_value();
-    ctx->set_materialize_grads(false);
+    keep(ctx, number, activation, added.has_value(), std::move(saved));
     return launched.out;
   }
 

@@ -276,6 +276,17 @@ inline Tensor row_of(const Tensor& rows, int64_t channels, size_t i) {
   return to;
 }
 
+// What a step's backward needs, into its node.
+inline void keep(AutogradContext* ctx, int64_t number, int64_t activation, bool has_residual, variable_list saved) {
+  ctx->save_for_backward(std::move(saved));
+  ctx->saved_data["config"] = number;
+  ctx->saved_data["activation"] = activation;
+  ctx->saved_data["residual"] = has_residual;
+  // A hook on saved tensors may keep what it was given.
+  ctx->saved_data["owns"] = !at::SavedTensorDefaultHooks::get_hooks(true).has_value();
+  ctx->set_materialize_grads(false);
+}
+
 struct Step : torch::autograd::Function<Step> {
   static constexpr size_t kFirst = 3;  // of what backward returns, x's: the configuration's, the statistics' and the activation's come before
 
@@ -305,13 +316,7 @@ struct Step : torch::autograd::Function<Step> {
       saved.insert(saved.end(), betas.begin(), betas.end());
       saved.push_back(epilogue.is_clamp() ? out : residual);
     }
-    ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["config"] = number;
-    ctx->saved_data["activation"] = activation;
-    ctx->saved_data["residual"] = added.has_value();
-    // A hook on saved tensors may keep what it was given.
-    ctx->saved_data["owns"] = !at::SavedTensorDefaultHooks::get_hooks(true).has_value();
-    ctx->set_materialize_grads(false);
+    keep(ctx, number, activation, added.has_value(), std::move(saved));
     return out;
   }
 
