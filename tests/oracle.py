@@ -96,6 +96,34 @@ def truth(block: ACBlock, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     return run(copy.deepcopy(block).double(), x.double(), grad.double(), reference_block)
 
 
+def judge_on_its_terms(
+    name: str,
+    weight: Tensor,
+    dgamma: Tensor,
+    got: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    true: dict[str, Tensor],
+) -> None:
+    """Takes a gradient that vanishes out of all three, once it is as good as eager's on the scale of its terms.
+
+    A batch norm of W·x, W one number a channel, does not depend on W but for ε: the terms of W's gradient, each of
+    the size of dγ/W, cancel, and what is left of their rounding is chance.
+    """
+    judge_on((dgamma / weight.flatten()).double().norm(), name, got, eager, true)
+
+
+def judge_on(
+    scale: Tensor, name: str, got: dict[str, Tensor], eager: dict[str, Tensor], true: dict[str, Tensor]
+) -> None:
+    """Takes a tensor out of all three, once its error is eager's twice, or the floor on this scale."""
+    t = true.pop(name)
+    error, its = ((found.pop(name).double() - t).norm() for found in (got, eager))
+    floor = FLOORS[got["out"].dtype]
+    assert error <= max(2 * its, floor * scale), (
+        f"{name}: error {error:.2e}, eager's {its:.2e}, on a scale of {scale:.2e}"
+    )
+
+
 def assert_as_good_as(got: dict[str, Tensor], eager: dict[str, Tensor], true: dict[str, Tensor]) -> None:
     """Every tensor of got is within max(2 × eager's error, the floor) of true; maps on their border too."""
     assert got.keys() == true.keys()
