@@ -15,6 +15,7 @@ from .backends import branches, eager, folded, moments, node, phases, planner, r
 from .conversion import RECORD, Block, Conversion, blocks_of
 from .observing import as_input, in_modes, undisturbed
 from .ops import _extension
+from .spec import BRANCH
 from .steps import assignment
 
 HOST = "host"  # the backend of an accelerated block that must run its own library's forward
@@ -190,6 +191,11 @@ def _path(block: Block, x: Tensor) -> tuple[str, str, tuple[int | None, int | No
     by_node = {"cpu": (branches, moments, recompute), assignment.DEVICE: (branches,)}.get(problem.device, ())
     if plan.backend in by_node and node.NODE is None:
         reason += f"; in Python's autograd node: {_extension.WHY_NODE_MISSING}"
+    elif plan.backend in (branches, recompute) and problem.norm == BRANCH and problem.device == "cpu":
+        step = block.step()
+        inputs = branches.inputs_of(x, step)
+        if node.takes(x, inputs) and node.computes_directly(x, inputs, inputs.config(step.geometry, "cpu")):
+            reason += "; all branches' convolutions at once, by the package's own"
     if activation := block.finishing():
         reason += f"; {activation} {planner.where_finished(problem, plan, activation)}"
     memory = plan.backend.saved_bytes(problem), plan.backend.transient_bytes(problem)

@@ -135,8 +135,7 @@ def _number(step: Step, x: Tensor, chosen: Any) -> int | None:
         return None
     inputs = branches.inputs_of(x, step)
     config = inputs.config(step.geometry, x.device.type)
-    suits = node.suits(config, x, inputs)
-    return node.number(config, len(inputs.betas), chosen is branches) if suits else None
+    return node.number_of(config, x, inputs, chosen is branches)
 
 
 def _on_device(step: Step, x: Tensor, problem: Problem, untimed: bool) -> Any:

@@ -569,6 +569,6 @@ STABLE_TORCH_LIBRARY_IMPL(acnet_kernels, CPU, m) {
 extern "C" const acnet::Functions* acnet::acnet_functions() {
   static constexpr Functions functions{&bn_sum::forward, &bn_sum::backward, &bn_sum::backward_,
                                        &bn_sum::epilogue_forward, &bn_sum::epilogue_backward_, &running::update_running_, &fuse_blocks, &moments::step, &moments::step_backward,
-                                       &depthwise::step, &depthwise::step_backward, &launch::replay};
+                                       &depthwise::step, &depthwise::step_backward, &direct::maps, &direct::gradients, &launch::replay};
   return &functions;
 }

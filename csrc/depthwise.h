@@ -11,29 +11,11 @@
 
 #include "activation.h"
 #include "depthwise_plan.h"
+#include "rows.h"
 
 namespace acnet::depthwise {
 
-// Some channels of a map, `lanes` of them from `data` on. Strides are in elements.
-template <class T>
-struct Map {
-  T* data;
-  // Read: one past the map's last element. Written: one past the last element of the plane of the first channel that
-  // the rows at hand may cover, counted from `data`; what they write beyond a row is written again by the next one.
-  const T* limit;
-  int64_t image, channel, row, column;
-  int lanes;
-};
-
-// What follows the convolution: a residual, added, then the activation. A residual of null is none; else it is a map
-// like the output.
-template <class T>
-struct After {
-  Activation activation = Activation::none;
-  Map<const T> residual{};
-};
-
-// What the gradient takes from that activation: g·act'(z). A clamp's slope is told by its output; of the others z is
+// What the gradient takes from the activation after the convolution: g·act'(z). A clamp's slope is told by its output; of the others z is
 // computed again, from what `convolve` took, and the residual.
 template <class T, class A>
 struct Slope {

@@ -79,6 +79,20 @@ std::tuple<Tensor, Tensors, Tensor, Tensor, Tensor> step_backward(Tensor grad, T
 
 }  // namespace depthwise
 
+// Several branches' convolutions at once, at stride 1 and of one group. Taps and geometry are those of the operators
+// above (steps/packed.py); branches without a weight and batch norms are passed over. Maps are float32, bfloat16 or
+// float16, and results of the same type.
+namespace direct {
+
+// The maps of the branches with a weight.
+Tensors maps(Tensor x, Tensors weights, std::vector<int64_t> taps, std::vector<int64_t> geometry, bool channels_last);
+// (dx, dws), of the maps' gradients, those that something needs: dx empty and no dw where not needed.
+std::tuple<Tensor, Tensors> gradients(Tensors dys, Tensor x, Tensors weights, std::vector<int64_t> taps,
+                                      std::vector<int64_t> geometry, bool need_x, std::vector<bool> need_weights,
+                                      bool channels_last);
+
+}  // namespace direct
+
 namespace launch {
 
 // What a routine returns for the tensors; nothing where it is not recorded for such. ops/launch.py documents it.
@@ -104,6 +118,8 @@ struct Functions {
   decltype(&moments::step_backward) moments_backward;
   decltype(&depthwise::step) depthwise;
   decltype(&depthwise::step_backward) depthwise_backward;
+  decltype(&direct::maps) direct_maps;
+  decltype(&direct::gradients) direct_gradients;
   decltype(&launch::replay) replay;
 };
 

@@ -263,8 +263,9 @@ def run(x: Tensor, step: Step, phases: Phases, epilogue: Epilogue = NOTHING) -> 
     if not torch.compiler.is_compiling():
         if x.is_cpu:
             keep_freed_memory()
-            if node.suits(config, x, inputs):
-                return node.run(node.number(config, len(inputs.betas), True), x, inputs, epilogue)
+            number = node.number_of(config, x, inputs, True)
+            if number is not None:
+                return node.run(number, x, inputs, epilogue)
         return _apply(config, Update(inputs.norms, count, inputs.biases), epilogue, tensors)
     out, means, variances = _composed(config, *tensors)
     with torch.no_grad():  # not by Update: Dynamo of torch 2.10 calls no instance of a named tuple

@@ -16,9 +16,9 @@ from torch import Tensor
 from .._torch_compat import dispatch_modes
 from ..ops import _extension
 from ..ops.epilogue import ACTIVATIONS
-from ..spec import NOTHING, Epilogue
+from ..spec import NOTHING, Epilogue, prefers_channels_last
 from ..steps.assignment import ALL_LIBRARY
-from ..steps.convolution import accumulates, adding_pays
+from ..steps.convolution import accumulates, adding_pays, direct_pays
 from ..steps.epilogue import NUMBERS
 from ..steps.packed import pack, pack_taps
 from . import nodes
@@ -45,15 +45,16 @@ def takes(x: Tensor, inputs: Inputs) -> bool:
     )
 
 
-def suits(config: StepConfig, x: Tensor, inputs: Inputs) -> bool:
-    """Whether the node computes this step of `branches` or `recompute`, and is the faster way."""
-    return (
-        config.phases == ALL_LIBRARY
-        and not config.is_summed()
-        # Where convolution.add_input_gradient pays it is Python's step that knows how.
-        and not adding_pays(x.numel(), x.shape[1], config.conv_dtype, config.geometry)
-        and takes(x, inputs)
-    )
+def number_of(config: StepConfig, x: Tensor, inputs: Inputs, keeps_maps: bool) -> int | None:
+    """The number of this step of `branches`, or without maps kept `recompute`, if the node is the faster way."""
+    if config.phases != ALL_LIBRARY or config.is_summed() or not takes(x, inputs):
+        return None
+    channels_last = prefers_channels_last(x, inputs.weights[0])
+    is_direct = computes_directly(x, inputs, config)
+    # Where convolution.add_input_gradient pays it is Python's step that knows how.
+    if not is_direct and adding_pays(x.numel(), x.shape[1], config.conv_dtype, config.geometry):
+        return None
+    return _number(config, len(inputs.betas), keeps_maps, is_direct, channels_last)
 
 
 def run(number: int, x: Tensor, inputs: Inputs, epilogue: Epilogue = NOTHING) -> Tensor:
@@ -74,17 +75,27 @@ def run(number: int, x: Tensor, inputs: Inputs, epilogue: Epilogue = NOTHING) ->
     )
 
 
+def computes_directly(x: Tensor, inputs: Inputs, config: StepConfig) -> bool:
+    """Whether a step that the node takes is computed by convolutions of our own (csrc/direct.h)."""
+    weight = inputs.weights[0]
+    channels = x.shape[1], weight.shape[0]
+    layout = prefers_channels_last(x, weight)
+    return direct_pays(channels, x.numel() // x.shape[1], config.dtype, config.geometry, layout)
+
+
 @functools.cache
-def number(config: StepConfig, betas: int, keeps_maps: bool) -> int:
-    """The number of a step of `branches`, or where it keeps no maps `recompute`, with so many βs.
+def _number(config: StepConfig, betas: int, keeps_maps: bool, is_direct: bool, channels_last: bool) -> int:
+    # Numbers are kept for good, as a graph may be.
+    return _add(config, NODE.add(as_given(config, betas, keeps_maps, is_direct, channels_last)))
 
-    Numbers are kept for good, as a graph may be.
+
+def as_given(
+    config: StepConfig, betas: int, keeps_maps: bool, is_direct: bool = False, channels_last: bool = False
+) -> Any:
+    """The config as the node has it, of a step with so many βs.
+
+    `is_direct`: by convolutions of our own, which return maps in channels_last where that is said.
     """
-    return _add(config, NODE.add(as_given(config, betas, keeps_maps)))
-
-
-def as_given(config: StepConfig, betas: int, keeps_maps: bool) -> Any:
-    """The config as the node has it, of a step with so many βs."""
     places = []
     for place, (_, convolved) in zip(config.places, config.branches, strict=True):
         places.append((int(convolved), *place.padding, *place.dilation, *place.edges))
@@ -95,9 +106,12 @@ def as_given(config: StepConfig, betas: int, keeps_maps: bool) -> Any:
         config.eps,
         config.affine,
         betas,
-        config.conv_dtype,
+        config.dtype if is_direct else config.conv_dtype,
         config.dtype,
         keeps_maps,
+        pack_taps(config.branches, config.normed) if is_direct else [],
+        pack(config.geometry) if is_direct else [],
+        channels_last,
     )
 
 

@@ -58,8 +58,9 @@ def _forward(x: Tensor, step: Step, epilogue: Epilogue) -> Tensor:
     inputs = branches.inputs_of(x, step)
     if not torch.compiler.is_compiling():
         config = inputs.config(step.geometry, x.device.type)
-        if node.suits(config, x, inputs):
-            return node.run(node.number(config, len(inputs.betas), False), x, inputs, epilogue)
+        number = node.number_of(config, x, inputs, False)
+        if number is not None:
+            return node.run(number, x, inputs, epilogue)
     if torch.compiler.is_exporting():  # so that the operator is given no dtype, as in branches._composed
         x = x.to(inputs.dtype)
     arguments = (

@@ -20,6 +20,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_MAP, LEAST_MAPS_OF_KERNEL = 2**20, 4
 # Channels a group below which oneDNN's float32 convolutions take up to 3 times as long as its input gradients.
 LEAST_OF_GROUP = 16
+# Our own convolutions: taps of a kernel's side, and channels beyond which the library's are as fast; of float32 in
+# channels_last, which is the library's own order, half of them. And the least channels, and pixels for each, since
+# kernels are packed in every step.
+MOST_DIRECT_TAPS, MOST_DIRECT, LEAST_DIRECT, LEAST_OF_CHANNEL = 15, 128, 4, 8
+DIRECT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where a tap's matrix product pays: pixels of an image, and elements of the result.
 LEAST_PIXELS, LEAST_PRODUCT = 128, 2048
 _SLOW_HALF_TYPES = slow_half_types()
@@ -90,6 +95,28 @@ def adding_pays(elements: int, channels: int, dtype: torch.dtype, geometry: Geom
     """
     few = geometry.groups > 1 and channels // geometry.groups < LEAST_OF_GROUP and dtype == torch.float32
     return elements >= LEAST_MAP and geometry.stride == (1, 1) and not few
+
+
+def direct_pays(channels: Pair, pixels: int, dtype: torch.dtype, geometry: Geometry, channels_last: bool) -> bool:
+    """Whether csrc/direct.h's convolutions are faster than the library's, and take the step.
+
+    Args:
+        channels: of x and of the output; pixels: of all images of x; dtype: of the step's maps.
+    """
+    fits = geometry.stride == (1, 1) and geometry.groups == 1 and max(geometry.kernel) <= MOST_DIRECT_TAPS
+    if not fits or dtype not in DIRECT_TYPES or _vectors() < 16:
+        return False
+    if dtype != torch.float32 and convolution_dtype(dtype, "cpu") == dtype:
+        return False  # the library has instructions for it
+    if min(channels) < LEAST_DIRECT or pixels < LEAST_OF_CHANNEL * max(channels):
+        return False
+    return max(channels) <= (MOST_DIRECT // 2 if channels_last and dtype == torch.float32 else MOST_DIRECT)
+
+
+@functools.cache
+def _vectors() -> int:
+    # Numbers of float32 in a register.
+    return {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
 
 
 def _in_one_pass(out: Tensor) -> bool:

@@ -89,7 +89,11 @@ struct Config {
   size_t gammas, betas, convolutions;
   at::ScalarType convolution_dtype, dtype;
   bool keeps_maps;  // for backward; where not, it computes them anew
+  // For convolutions of our own, all at once; else these are empty, and the library's are called.
+  std::vector<int64_t> taps, geometry;
+  bool channels_last;  // what those return
 
+  bool is_direct() const { return !taps.empty(); }
   Tensor convolve(const Tensor& x, const Tensor& weight, const Place& place) const {
     return at::convolution(x, weight, {}, stride, place.padding, place.dilation, false, {0, 0}, groups);
   }
@@ -168,10 +172,13 @@ inline variable_list maps_of(const Config& config, const Tensor& x, TensorList w
   variable_list ys(config.places.size());
   const Tensor* first = nullptr;
   size_t w = 0;
+  Tensors direct;
+  if (config.is_direct()) direct = functions->direct_maps(stable(x), stable(weights), config.taps, config.geometry, config.channels_last);
   for (size_t b = 0; b < ys.size(); ++b) {
     const Place& place = config.places[b];
     if (!place.convolved) continue;
-    ys[b] = config.convolve(place.apply(x), weights[w++].to(config.convolution_dtype), place);
+    if (config.is_direct()) ys[b] = unstable(direct[w++]);
+    else ys[b] = config.convolve(place.apply(x), weights[w++].to(config.convolution_dtype), place);
     if (first == nullptr) first = &ys[b];
     else ys[b] = like(ys[b], *first);
   }
@@ -222,6 +229,20 @@ inline void convolution_gradients(const Config& config, const variable_list& dys
   for (size_t b = 0, t = 0; b < needs_dy.size(); t += needs_dy[b++])  // the identity's is the first summand
     if (needs_dy[b] && !config.places[b].convolved) add(config.places[b].adjoint(dys[t]));
   size_t w = 0;
+  if (config.is_direct()) {
+    Tensors direct;
+    for (size_t b = 0, t = 0; b < needs_dy.size(); t += needs_dy[b++])
+      if (needs_dy[b] && config.places[b].convolved) direct.push_back(stable(dys[t]));
+    const std::vector<bool> needs_weights(needs.begin() + 1, needs.begin() + 1 + static_cast<int64_t>(config.convolutions));
+    const auto [seen, dws] =
+        functions->direct_gradients(direct, stable(x), stable(weights), config.taps, config.geometry, needs[0], needs_weights,
+                                    config.channels_last);
+    if (needs[0]) add(unstable(seen));
+    for (size_t i = 0, at = 0; i < needs_weights.size(); ++i)
+      if (needs_weights[i]) found[1 + i] = unstable(dws[at++]);
+    found[0] = dx;
+    return;
+  }
   for (size_t b = 0, t = 0; b < needs_dy.size(); t += needs_dy[b++]) {
     const Place& place = config.places[b];
     if (!place.convolved) continue;
@@ -385,8 +406,9 @@ struct Step : torch::autograd::Function<Step> {
 
 inline Config make_config(Pair stride, int64_t groups, const std::vector<std::array<int64_t, 9>>& places,
                           const std::vector<double>& eps, size_t gammas, size_t betas, at::ScalarType convolution_dtype,
-                          at::ScalarType dtype, bool keeps_maps) {
-  Config config{stride, groups, {}, eps, gammas, betas, 0, convolution_dtype, dtype, keeps_maps};
+                          at::ScalarType dtype, bool keeps_maps, std::vector<int64_t> taps, std::vector<int64_t> geometry,
+                          bool channels_last) {
+  Config config{stride, groups, {}, eps, gammas, betas, 0, convolution_dtype, dtype, keeps_maps, std::move(taps), std::move(geometry), channels_last};
   for (const auto& n : places) {
     config.places.push_back({n[0] != 0, {n[1], n[2]}, {n[3], n[4]}, {n[5], n[6], n[7], n[8]}});
     config.convolutions += n[0] != 0;

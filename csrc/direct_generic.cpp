@@ -1,0 +1,6 @@
+// direct's passes for the compiler's default instruction set (SSE2 on x86-64, NEON on aarch64).
+#include "direct.h"
+
+#include "rows_generic.h"
+// Then what is compiled for it.
+#include "direct_kernels.h"
