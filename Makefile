@@ -66,7 +66,7 @@ sanitize: $(STAMP)
 	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
 		$(PY) setup.py -q build --debug --build-base build/sanitize --build-lib build/sanitize/lib
 	$(SANITIZED) "$(CURDIR)/$(VENV)/bin/pytest" -n auto $(addprefix "$(CURDIR)"/tests/test_,hostile.py bn_sum.py \
-		autocorrelation.py fusion.py recompute.py moments.py branches.py depthwise.py epilogue.py)
+		autocorrelation.py fusion.py recompute.py moments.py branches.py direct.py depthwise.py epilogue.py)
 	$(SANITIZED) "$(CURDIR)/$(PY)" "$(CURDIR)/tests/hostile.py" random --calls 5000
 
 # Blocks, networks, folding and memory, with a report: about ten minutes on two cores.

@@ -33,7 +33,7 @@ from ..ops.running import Running
 from ..spec import NOTHING, Epilogue, Norm, Problem, Step, autocast_dtype
 from ..steps.assignment import ALL_LIBRARY, ALL_TRITON, Phases
 from ..steps.batchnorm import Tracked, Update, update_running
-from ..steps.convolution import convolution_dtype, gradient_bytes
+from ..steps.convolution import computed_directly, convolution_dtype, direct_bytes, gradient_bytes
 from ..steps.epilogue import finish
 from ..steps.maps import Finished, StepConfig, config_of, convolution_gradients
 from ..steps.open_sum import open_sum
@@ -82,6 +82,9 @@ def saved_bytes(problem: Problem) -> int:
 def transient_bytes(problem: Problem) -> int:
     """Bytes of maps that a step holds at most besides what it keeps, its output and its gradients among them."""
     nested, problem = mixed.transient_bytes(problem), mixed.inner(problem)
+    if computed_directly(problem):
+        forward, backward = direct_bytes(problem)
+        return nested + max(forward + problem.output_bytes, backward if problem.grad else 0)
     dtype = convolution_dtype(problem.dtype, problem.device)
     forward = problem.output_bytes
     if len(problem.branches) > len(problem.batch_stats):  # a branch's map on its way into their sum

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..spec import NOTHING, Epilogue, Problem, Step, prefers_channels_last
 from ..steps import recompute as ops
 from ..steps.batchnorm import update_running
-from ..steps.convolution import convolution_dtype
+from ..steps.convolution import computed_directly, convolution_dtype
 from ..steps.epilogue import finish
 from ..steps.packed import pack, pack_taps
 from . import branches, mixed, node, nodes
@@ -41,7 +41,8 @@ def saved_bytes(problem: Problem) -> int:
 
 def transient_bytes(problem: Problem) -> int:
     """Bytes of maps that a step holds at most besides what it keeps, its output and its gradients among them."""
-    dtype = convolution_dtype(problem.dtype, problem.device)
+    directly = computed_directly(mixed.inner(problem))
+    dtype = problem.dtype if directly else convolution_dtype(problem.dtype, problem.device)
     if problem.grad and dtype != problem.dtype:  # the maps are counted there: it widens what it keeps
         return branches.transient_bytes(problem)
     maps = mixed.inner(problem).normalised_maps * problem.map_bytes(dtype)[1]

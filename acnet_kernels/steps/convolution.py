@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .._torch_compat import mkldnn_accumulates, mkldnn_add_convolution, mkldnn_enabled, mkldnn_has_float16
 from ..geometry import Geometry, Pair, Placement, Taps, slices_of
-from ..spec import Problem
+from ..ops._extension import NODE
+from ..spec import BRANCH, Problem
 from .cpuinfo import slow_half_types
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,6 +112,26 @@ def direct_pays(channels: Pair, pixels: int, dtype: torch.dtype, geometry: Geome
     if min(channels) < LEAST_DIRECT or pixels < LEAST_OF_CHANNEL * max(channels):
         return False
     return max(channels) <= (MOST_DIRECT // 2 if channels_last and dtype == torch.float32 else MOST_DIRECT)
+
+
+def computed_directly(problem: Problem) -> bool:
+    """Whether a step of this problem, each branch with a batch norm, is computed by our own convolutions."""
+    channels = problem.shape[1], problem.out_channels
+    pixels = problem.shape[0] * problem.shape[2] * problem.shape[3]
+    is_ours = problem.device == "cpu" and problem.norm == BRANCH and NODE is not None
+    return is_ours and direct_pays(channels, pixels, problem.dtype, problem.geometry, problem.channels_last)
+
+
+def direct_bytes(problem: Problem) -> tuple[int, int]:
+    """Bytes that our own convolutions take at most, forward and for their gradients, besides the y_b.
+
+    Kernels packed in blocks of 16 channels; for the gradients dx, dW, and sums of products in several parts.
+    """
+    padded = [-(-channels // 16) * 16 for channels in (problem.shape[1], problem.out_channels)]
+    packed = problem.weights * padded[0] * padded[1] // (problem.shape[1] * problem.out_channels)
+    rows, columns = problem.output_size
+    parts = max(1, min(problem.shape[0] * rows * columns // 512, 64, (1 << 21) // packed))
+    return 4 * packed, problem.input_bytes + problem.weights * problem.dtype.itemsize + 4 * packed * (1 + parts)
 
 
 @functools.cache
