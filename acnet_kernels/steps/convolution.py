@@ -21,10 +21,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_MAP, LEAST_MAPS_OF_KERNEL = 2**20, 4
 # Channels a group below which oneDNN's float32 convolutions take up to 3 times as long as its input gradients.
 LEAST_OF_GROUP = 16
-# Our own convolutions: taps of a kernel's side, and channels beyond which the library's are as fast; of float32 in
-# channels_last, which is the library's own order, half of them. And the least channels, and pixels for each, since
-# kernels are packed in every step.
-MOST_DIRECT_TAPS, MOST_DIRECT, LEAST_DIRECT, LEAST_OF_CHANNEL = 15, 128, 4, 8
+# Our own convolutions: taps of a kernel's side, least channels, and channels of x times those of the output beyond
+# which the library's are as fast; of float32 in channels_last, which is the library's own order, a half. And how often
+# such a matrix goes into the pixels' square at least, as kernels are packed in every step.
+MOST_DIRECT_TAPS, LEAST_DIRECT, MOST_DIRECT, LEAST_PIXELS_SQUARED = 15, 4, 128 * 128, 64
 DIRECT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where a tap's matrix product pays: pixels of an image, and elements of the result.
 LEAST_PIXELS, LEAST_PRODUCT = 128, 2048
@@ -109,9 +109,10 @@ def direct_pays(channels: Pair, pixels: int, dtype: torch.dtype, geometry: Geome
         return False
     if dtype != torch.float32 and convolution_dtype(dtype, "cpu") == dtype:
         return False  # the library has instructions for it
-    if min(channels) < LEAST_DIRECT or pixels < LEAST_OF_CHANNEL * max(channels):
+    matrix = channels[0] * channels[1]
+    if min(channels) < LEAST_DIRECT or pixels**2 < LEAST_PIXELS_SQUARED * matrix:
         return False
-    return max(channels) <= (MOST_DIRECT // 2 if channels_last and dtype == torch.float32 else MOST_DIRECT)
+    return matrix <= (MOST_DIRECT // 2 if channels_last and dtype == torch.float32 else MOST_DIRECT)
 
 
 def computed_directly(problem: Problem) -> bool:
