@@ -22,8 +22,8 @@ LEAST_MAP, LEAST_MAPS_OF_KERNEL = 2**20, 4
 # Channels a group below which oneDNN's float32 convolutions take up to 3 times as long as its input gradients.
 LEAST_OF_GROUP = 16
 # Our own convolutions: taps of a kernel's side, least channels, and channels of x times those of the output beyond
-# which the library's are as fast; of float32 in channels_last, which is the library's own order, a half. And how often
-# such a matrix goes into the pixels' square at least, as kernels are packed in every step.
+# which the library's are as fast; of float32 in channels_last, which is the library's own order, a half. And how
+# often such a matrix goes into the pixels' square at least, as kernels are packed in every step.
 MOST_DIRECT_TAPS, LEAST_DIRECT, MOST_DIRECT, LEAST_PIXELS_SQUARED = 15, 4, 128 * 128, 64
 DIRECT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where a tap's matrix product pays: pixels of an image, and elements of the result.
