@@ -24,10 +24,10 @@ namespace acnet::direct {
 namespace {
 
 constexpr int64_t kMostPadding = 1024;
-constexpr int64_t kFirstCache = 24 << 10;        // bytes that a block's rows may take
-constexpr int64_t kChunkPixels = 512;            // whose products are added up in float32
+constexpr int64_t kFirstCache = 24 << 10;                          // bytes that a block's rows may take
+constexpr int64_t kChunkPixels = 512;                              // whose products are added up in float32
 constexpr int64_t kMostChunks = 64, kMostSums = int64_t(1) << 21;  // of chunks, and numbers of them all
-constexpr int64_t kSerialProducts = int64_t(1) << 20;    // a thread's share is worth its start from here on
+constexpr int64_t kSerialProducts = int64_t(1) << 20;              // a thread's share is worth its start from here on
 
 template <class T>
 const Passes<T>& kernels() {
@@ -63,7 +63,9 @@ struct Convolution {
   Taps taps;
 
   // Of the gradient: the kernel turned round.
-  Taps turned() const { return {taps.rows, taps.columns, -taps.last_row(), -taps.last_column(), taps.row_step, taps.column_step}; }
+  Taps turned() const {
+    return {taps.rows, taps.columns, -taps.last_row(), -taps.last_column(), taps.row_step, taps.column_step};
+  }
 };
 
 // What both operators are given, checked.
@@ -84,7 +86,8 @@ struct Problem {
     const int64_t kernel[] = {geometry[0], geometry[1]};
     check(std::min(kernel[0], kernel[1]) >= 1 && std::max(kernel[0], kernel[1]) <= kMostRows,
           "geometry must have a kernel of 1 to ", kMostRows, " taps a side, got ", kernel[0], " and ", kernel[1]);
-    check(geometry[2] == 1 && geometry[3] == 1, "geometry must have strides of 1, got ", geometry[2], " and ", geometry[3]);
+    check(geometry[2] == 1 && geometry[3] == 1, "geometry must have strides of 1, got ", geometry[2], " and ",
+          geometry[3]);
     check(std::max(geometry[4], geometry[5]) <= kMostPadding, "geometry must have a padding of at most ", kMostPadding);
     check(std::min(geometry[6], geometry[7]) >= 1 && std::max(geometry[6], geometry[7]) <= kMostPadding,
           "geometry must have dilations of 1 to ", kMostPadding);
@@ -94,7 +97,8 @@ struct Problem {
     height = x.sizes[2];
     width = x.sizes[3];
     const std::vector<View> weights(weights_.begin(), weights_.end());
-    check(!weights.empty() && weights[0].dim == 4 && weights[0].sizes[0] >= 1, "weights must hold kernels of K×C×rows×columns");
+    check(!weights.empty() && weights[0].dim == 4 && weights[0].sizes[0] >= 1,
+          "weights must hold kernels of K×C×rows×columns");
     outputs = weights[0].sizes[0];
     out_height = height + 2 * geometry[4] - geometry[6] * (kernel[0] - 1);
     out_width = width + 2 * geometry[5] - geometry[7] * (kernel[1] - 1);
@@ -106,8 +110,8 @@ struct Problem {
       if (b.weight < 0) continue;
       const int64_t down = geometry[6], right = geometry[7];
       convolutions.push_back({weights[b.weight],
-                              {b.rows, b.columns, b.row * down - geometry[4], b.column * right - geometry[5], b.step * down,
-                               b.step * right}});
+                              {b.rows, b.columns, b.row * down - geometry[4], b.column * right - geometry[5],
+                               b.step * down, b.step * right}});
     }
   }
 
@@ -123,7 +127,11 @@ Maps<Data> maps_of(const View& v) {
   int64_t last = 0;
   for (int i = 0; i < 4; ++i) last += (v.sizes[i] - 1) * v.strides[i];
   Data* data = static_cast<Data*>(v.data);
-  return {data, v.empty() ? data : data + last + 1, v.strides[0], v.strides[1], v.strides[2], v.strides[3], v.sizes[1], v.sizes[2], v.sizes[3]};
+  return {data,         v.empty() ? data : data + last + 1,
+          v.strides[0], v.strides[1],
+          v.strides[2], v.strides[3],
+          v.sizes[1],   v.sizes[2],
+          v.sizes[3]};
 }
 
 int64_t blocks_of(int64_t channels, int64_t lanes) { return (channels + lanes - 1) / lanes; }
@@ -162,7 +170,8 @@ struct Panels {
 
   static std::vector<int64_t> begins_of(const Problem& p, int64_t lanes) {
     std::vector<int64_t> begins{0};
-    for (const Convolution& c : p.convolutions) begins.push_back(begins.back() + panel(c.taps, p.channels, p.outputs, lanes));
+    for (const Convolution& c : p.convolutions)
+      begins.push_back(begins.back() + panel(c.taps, p.channels, p.outputs, lanes));
     return begins;
   }
 
@@ -174,7 +183,8 @@ struct Panels {
       float* own = all.data() + begins[i];
       const int64_t of_block = (begins[i + 1] - begins[i]) / blocks;
       torch::stable::parallel_for(0, blocks, at_once, [&](int64_t first, int64_t last) {
-        if (p.channels % lanes != 0 || p.outputs % lanes != 0) std::fill(own + first * of_block, own + last * of_block, 0.0f);
+        if (p.channels % lanes != 0 || p.outputs % lanes != 0)
+          std::fill(own + first * of_block, own + last * of_block, 0.0f);
         dispatch_any(c.weight.type(), [&](auto element) {
           const auto* from = static_cast<const decltype(element)*>(c.weight.data);
           for (int64_t block = first; block < last; ++block)
@@ -190,7 +200,8 @@ struct Panels {
 
 // The rows and columns of a map that results by these taps read.
 struct Halo {
-  int64_t up = 0, down = 0, left = 0, right = 0;  // before the first result, and after the last, where negative and positive
+  int64_t up = 0, down = 0, left = 0,
+          right = 0;  // before the first result, and after the last, where negative and positive
 
   void add(const Taps& taps) {
     up = std::min(up, taps.row);
@@ -235,14 +246,16 @@ void convolve_all(const Problem& p, Tensors& ys) {
     outs.push_back(maps_of<T, T>(View(ys[i])));
   }
   const Maps<const T> x = maps_of<T>(p.x);
-  const Tasks tasks(p.images, p.out_height, halo.pitch(p.out_width) * pass.lanes * int64_t(sizeof(float)), halo.down - halo.up);
+  const Tasks tasks(p.images, p.out_height, halo.pitch(p.out_width) * pass.lanes * int64_t(sizeof(float)),
+                    halo.down - halo.up);
   const int64_t packed = halo.numbers(tasks.rows(), p.out_width, p.channels, pass.lanes);
   const int64_t sums = (2 * tasks.rows() * p.out_width + pass.lanes) * pass.lanes;
   const int64_t at_once = std::max<int64_t>(1, kSerialProducts * tasks.count() / std::max<int64_t>(1, p.products()));
   torch::stable::parallel_for(0, tasks.count(), at_once, [&](int64_t first, int64_t last) {
     Buffer<float> scratch(packed + sums);
     for (int64_t task = first; task < last; ++task) {
-      const int64_t image = task / tasks.tiles, begin = tasks.begin(task % tasks.tiles), end = tasks.begin(task % tasks.tiles + 1);
+      const int64_t image = task / tasks.tiles, begin = tasks.begin(task % tasks.tiles),
+                    end = tasks.begin(task % tasks.tiles + 1);
       const Packed source = halo.rows(begin, end, p.out_width, p.height, p.channels, scratch.data());
       pass.pack(x, image, source);
       for (size_t i = 0; i < outs.size(); ++i)
@@ -281,11 +294,13 @@ void differentiate(const Problem& p, const std::vector<std::optional<View>>& gra
   const int64_t reach = std::max(of_grad.down - of_grad.up, of_x.down - of_x.up);
   const int64_t pitch = std::max(of_grad.pitch(width), of_x.pitch(width));
   const Tasks tasks(p.images, height, pitch * lanes * int64_t(sizeof(float)), reach);
-  const int64_t per_grad = of_grad.numbers(tasks.rows(), width, p.outputs, lanes), per_x = of_x.numbers(tasks.rows(), width, p.channels, lanes);
+  const int64_t per_grad = of_grad.numbers(tasks.rows(), width, p.outputs, lanes),
+                per_x = of_x.numbers(tasks.rows(), width, p.channels, lanes);
   const int64_t per_sum = (2 * tasks.rows() * width + lanes) * lanes, count = static_cast<int64_t>(grads.size());
   const bool adds = wanted.any_weight();
   const int64_t most = std::clamp<int64_t>(kMostSums / std::max<int64_t>(1, sums.back()), 1, kMostChunks);
-  const int64_t chunks = adds ? std::clamp<int64_t>(p.images * p.out_height * p.out_width / kChunkPixels, 1, std::min(most, std::max<int64_t>(1, tasks.count())))
+  const int64_t chunks = adds ? std::clamp<int64_t>(p.images * p.out_height * p.out_width / kChunkPixels, 1,
+                                                    std::min(most, std::max<int64_t>(1, tasks.count())))
                               : tasks.count();
   Buffer<float> products(adds ? chunks * sums.back() : 0);
   const Maps<const T> x = maps_of<T>(p.x);
@@ -302,15 +317,17 @@ void differentiate(const Problem& p, const std::vector<std::optional<View>>& gra
       float* own = products.data() + chunk * sums.back();
       if (adds) std::fill_n(own, sums.back(), 0.0f);
       for (int64_t task = chunk * tasks.count() / chunks; task < (chunk + 1) * tasks.count() / chunks; ++task) {
-        const int64_t image = task / tasks.tiles, begin = tasks.begin(task % tasks.tiles), end = tasks.begin(task % tasks.tiles + 1);
+        const int64_t image = task / tasks.tiles, begin = tasks.begin(task % tasks.tiles),
+                      end = tasks.begin(task % tasks.tiles + 1);
         for (size_t i = 0; i < grads.size(); ++i) {
           if (!grads[i]) continue;
-          sources[i] = of_grad.rows(begin, end, width, p.out_height, p.outputs, scratch.data() + static_cast<int64_t>(i) * per_grad);
+          sources[i] = of_grad.rows(begin, end, width, p.out_height, p.outputs,
+                                    scratch.data() + static_cast<int64_t>(i) * per_grad);
           pass.pack(dys[i], image, sources[i]);
         }
         if (dx && begin < p.height)
-          pass.convolve(sources.data(), links.data(), static_cast<int>(links.size()), 0, *dx, image, begin, std::min(end, p.height),
-                        scratch.data() + count * per_grad + per_x);
+          pass.convolve(sources.data(), links.data(), static_cast<int>(links.size()), 0, *dx, image, begin,
+                        std::min(end, p.height), scratch.data() + count * per_grad + per_x);
         const int64_t last = std::min(end, p.out_height);
         if (!adds || begin >= last) continue;
         const Packed source = of_x.rows(begin, last, width, p.height, p.channels, scratch.data() + count * per_grad);
@@ -323,30 +340,34 @@ void differentiate(const Problem& p, const std::vector<std::optional<View>>& gra
   });
   if (!adds) return;
   const int64_t blocks = blocks_of(p.outputs, lanes);
-  torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, blocks * (kSerialProducts >> 5) / (sums.back() * chunks)), [&](int64_t first, int64_t last) {
-    for (size_t i = 0; i < grads.size(); ++i) {
-      if (wanted.dws[i] == nullptr) continue;
-      const Convolution& c = p.convolutions[i];
-      const int64_t of_block = (sums[i + 1] - sums[i]) / blocks;
-      Buffer<double> total(of_block);
-      Convolution target{View(*wanted.dws[i]), c.taps};
-      for (int64_t block = first; block < last; ++block) {
-        std::fill_n(total.data(), of_block, 0.0);
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          const float* from = products.data() + chunk * sums.back() + sums[i] + block * of_block;
-          for (int64_t n = 0; n < of_block; ++n) total[n] += from[n];
-        }
-        dispatch_any(target.weight.type(), [&](auto element) {
-          using E = decltype(element);
-          E* to = static_cast<E*>(target.weight.data);
-          const double* from = total.data() - block * of_block;
-          each_weight(target, false, block, lanes, [to, from](int64_t at, int64_t own, int64_t count, int64_t step) {
-            for (int64_t n = 0; n < count; ++n) to[own + n * step] = static_cast<E>(from[at + n]);
-          });
-        });
-      }
-    }
-  });
+  torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, blocks * (kSerialProducts >> 5) / (sums.back() * chunks)),
+                              [&](int64_t first, int64_t last) {
+                                for (size_t i = 0; i < grads.size(); ++i) {
+                                  if (wanted.dws[i] == nullptr) continue;
+                                  const Convolution& c = p.convolutions[i];
+                                  const int64_t of_block = (sums[i + 1] - sums[i]) / blocks;
+                                  Buffer<double> total(of_block);
+                                  Convolution target{View(*wanted.dws[i]), c.taps};
+                                  for (int64_t block = first; block < last; ++block) {
+                                    std::fill_n(total.data(), of_block, 0.0);
+                                    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+                                      const float* from =
+                                          products.data() + chunk * sums.back() + sums[i] + block * of_block;
+                                      for (int64_t n = 0; n < of_block; ++n) total[n] += from[n];
+                                    }
+                                    dispatch_any(target.weight.type(), [&](auto element) {
+                                      using E = decltype(element);
+                                      E* to = static_cast<E*>(target.weight.data);
+                                      const double* from = total.data() - block * of_block;
+                                      each_weight(target, false, block, lanes,
+                                                  [to, from](int64_t at, int64_t own, int64_t count, int64_t step) {
+                                                    for (int64_t n = 0; n < count; ++n)
+                                                      to[own + n * step] = static_cast<E>(from[at + n]);
+                                                  });
+                                    });
+                                  }
+                                }
+                              });
 }
 
 }  // namespace
@@ -354,7 +375,8 @@ void differentiate(const Problem& p, const std::vector<std::optional<View>>& gra
 Tensors maps(Tensor x, Tensors weights, std::vector<int64_t> taps, std::vector<int64_t> geometry, bool channels_last) {
   const Problem p("direct_maps", x, weights, taps, geometry);
   Tensors ys;
-  for (size_t i = 0; i < p.convolutions.size(); ++i) ys.push_back(library::empty_map(p.x.type(), p.images, p.outputs, p.out_height, p.out_width, channels_last));
+  for (size_t i = 0; i < p.convolutions.size(); ++i)
+    ys.push_back(library::empty_map(p.x.type(), p.images, p.outputs, p.out_height, p.out_width, channels_last));
   dispatch(p.x.type(), [&](auto element) { convolve_all<decltype(element)>(p, ys); });
   return ys;
 }
@@ -364,7 +386,8 @@ std::tuple<Tensor, Tensors> gradients(Tensors dys, Tensor x, Tensors weights, st
                                       bool channels_last) {
   const Problem p("direct_gradients", x, weights, taps, geometry);
   const size_t count = p.convolutions.size();
-  p.check(need_weights.size() == count, "need_weights must have one entry a convolution, ", count, " here, got ", need_weights.size());
+  p.check(need_weights.size() == count, "need_weights must have one entry a convolution, ", count, " here, got ",
+          need_weights.size());
   std::vector<std::optional<View>> grads(count);
   size_t used = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -377,7 +400,8 @@ std::tuple<Tensor, Tensors> gradients(Tensors dys, Tensor x, Tensors weights, st
     p.check.type(grad, name, p.x.type(), "the dtype of x");
     grads[i] = grad;
   }
-  p.check(used == dys.size(), "dys must have ", used, " entries, one for each convolution that something needs, got ", dys.size());
+  p.check(used == dys.size(), "dys must have ", used, " entries, one for each convolution that something needs, got ",
+          dys.size());
   Tensor dx = need_x ? library::empty_map(p.x.type(), p.images, p.channels, p.height, p.width, channels_last)
                      : torch::stable::new_empty(x, {0});
   Tensors dws;

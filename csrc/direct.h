@@ -4,11 +4,12 @@
 // direct_kernels.h holds the passes, compiled for several instruction sets (direct_{generic,avx2,avx512}.cpp). A map's
 // rows are packed by blocks of channels, a vector's lanes: [block][row][pixel][lane]. So are kernels: [block out]
 // [block in][row][column][lane in][lane out], zeros where a block is not full. direct.cpp holds
-// checks, tasks, threads and merging. What is summed together depends on the shapes alone: results are the same bits for every
-// number of threads.
+// checks, tasks, threads and merging. What is summed together depends on the shapes alone: results are the same bits
+// for every number of threads.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "rows.h"
 
@@ -20,7 +21,7 @@ constexpr int kMostRows = 15;  // of a kernel's taps
 template <class T>
 struct Maps {
   T* data;
-  const T* limit;  // one past the last element
+  const T* limit;                       // one past the last element
   int64_t image, channel, row, column;  // strides
   int64_t channels, height, width;
 };
@@ -53,13 +54,14 @@ struct Passes {
   int lanes;
   // The rows, columns and channels of `to` from this image, zeros beyond its sides.
   void (*pack)(const Maps<const T>& from, int64_t image, const Packed& to);
-  // The target's rows [begin, end) of an image, the sum over all links to it. Scratch is of scratch_of() numbers.
+  // The target's rows [begin, end) of an image, the sum over all links to it. Scratch is
+  // of two blocks of these rows, and a vector's pixels more.
   void (*convolve)(const Packed* sources, const Link* links, int count, int target, const Maps<T>& out, int64_t image,
                    int64_t begin, int64_t end, float* scratch);
   // Adds to the kernel of a link, packed, what rows [begin, end) of the gradient of its result make of it; the source's
   // last block may be read to its full lanes. `grad` begins at column 0.
-  void (*correlate)(const Packed& source, const Packed& grad, const Taps& taps, int64_t begin, int64_t end, int64_t columns,
-                    float* weights);
+  void (*correlate)(const Packed& source, const Packed& grad, const Taps& taps, int64_t begin, int64_t end,
+                    int64_t columns, float* weights);
 };
 
 #define ACNET_DIRECT_DECLARE(isa) \

@@ -8,7 +8,8 @@ namespace {
 using namespace rows::ACNET_ISA;
 
 constexpr int64_t kL = kLanes<float>;
-// Pixels whose sums, of two vectors each, fill the registers but for the kernel's two and one more; of one, twice as many.
+// Pixels whose sums, of two vectors each, fill the registers but for the kernel's two and one more; of one, twice as
+// many.
 constexpr int kPixels = ACNET_BYTES == 64 ? 14 : 6;
 
 // A row of a kernel's taps, for one block of a source: a pixel and kL·kL weights after another.
@@ -18,8 +19,8 @@ struct Run {
 
 // Pixels of Vectors blocks of a target: to, or 0, plus the runs, of `taps` taps, `step` numbers apart.
 template <int Vectors, int Pixels>
-void add_runs(const Run* runs, int count, int64_t taps, int64_t step, int64_t channels, int64_t block, bool begun, float* to,
-              int64_t to_block) {
+void add_runs(const Run* runs, int count, int64_t taps, int64_t step, int64_t channels, int64_t block, bool begun,
+              float* to, int64_t to_block) {
   Vec<float> sums[Vectors][Pixels];
 #pragma GCC unroll 2
   for (int k = 0; k < Vectors; ++k)
@@ -63,13 +64,14 @@ AddRuns adder_of(int64_t pixels) {
 
 // A row of a target, all of its columns, in as few parts of about one size as there can be.
 template <int Vectors>
-void add_row(Run* runs, int count, const Taps& taps, int64_t channels, int64_t block, bool begun, int64_t columns, float* to,
-             int64_t to_block) {
+void add_row(Run* runs, int count, const Taps& taps, int64_t channels, int64_t block, bool begun, int64_t columns,
+             float* to, int64_t to_block) {
   constexpr int64_t most = 2 * kPixels / Vectors;
   const int64_t parts = (columns + most - 1) / most, size = columns / parts, larger = columns - size * parts;
   for (int64_t part = 0, at = 0; part < parts; ++part) {
     const int64_t pixels = part < larger ? size + 1 : size;
-    adder_of<Vectors>(pixels)(runs, count, taps.columns, taps.column_step * kL, channels, block, begun, to + at * kL, to_block);
+    adder_of<Vectors>(pixels)(runs, count, taps.columns, taps.column_step * kL, channels, block, begun, to + at * kL,
+                              to_block);
     for (int i = 0; i < count; ++i) runs[i].pixels += pixels * kL;
     at += pixels;
   }
@@ -89,13 +91,15 @@ void pack_pixels(const Maps<const T>& from, int64_t image, const Packed& to, int
     }
     const T* p = from.data + image * from.image + (to.first + r) * from.row + to.left * from.column;
     for (int64_t j = first; j < end; ++j)
-      for (int64_t b = 0; b < blocks; ++b) store(row + b * of_block + j * kL, load<float>(p + j * from.column + b * kL));
+      for (int64_t b = 0; b < blocks; ++b)
+        store(row + b * of_block + j * kL, load<float>(p + j * from.column + b * kL));
   }
 }
 
 template <class T>
 void pack(const Maps<const T>& from, int64_t image, const Packed& to) {
-  const int64_t first = to.left < 0 ? -to.left : 0, end = from.width - to.left < to.pitch ? from.width - to.left : to.pitch;
+  const int64_t first = to.left < 0 ? -to.left : 0,
+                end = from.width - to.left < to.pitch ? from.width - to.left : to.pitch;
   if (from.channel == 1 && from.channels % kL == 0 && end > first) return pack_pixels<T>(from, image, to, first, end);
   float* row = to.data;
   for (int64_t c = 0; c < from.channels; c += kL) {
@@ -133,8 +137,8 @@ void convolve_blocks(const Packed* sources, const Link* links, int count, int ta
           const int64_t q = h + taps.row + r * taps.row_step - source.first;
           if (q >= 0 && q < source.rows) runs[used++] = {pixels + q * source.pitch * kL, weights + r * of_row};
         }
-        add_row<Vectors>(runs, used, taps, channels, blocks * of_block, begun, columns, sums + (h - begin) * columns * kL,
-                         to_block);
+        add_row<Vectors>(runs, used, taps, channels, blocks * of_block, begun, columns,
+                         sums + (h - begin) * columns * kL, to_block);
       }
       begun = true;
     }
@@ -153,7 +157,8 @@ void convolve(const Packed* sources, const Link* links, int count, int target, c
       convolve_blocks<1>(sources, links, count, target, block, begin, end, out.width, scratch, size);
     for (int64_t k = 0; k < vectors; ++k) {
       const int64_t c = (block + k) * kL, lanes = out.channels - c < kL ? out.channels - c : kL;
-      const Map<T> map{out.data + c * out.channel, nullptr, out.image, out.channel, out.row, out.column, static_cast<int>(lanes)};
+      const Map<T> map{out.data + c * out.channel, nullptr, out.image, out.channel, out.row, out.column,
+                       static_cast<int>(lanes)};
       T* first = map.data + image * map.image;
       for (int64_t h = begin; h < end; ++h)
         unpack_row<T, float>(scratch + k * size + (h - begin) * out.width * kL, out.width, map, {}, first + h * map.row,
@@ -164,8 +169,8 @@ void convolve(const Packed* sources, const Link* links, int count, int target, c
 
 // Rows × columns pixels: for Taps taps, a pixel apart, and Channels lanes of a source.
 template <int Taps_, int Channels>
-void add_products(const float* pixels, int64_t pitch, const float* grad, int64_t grad_pitch, int64_t rows, int64_t columns,
-                  float* to) {
+void add_products(const float* pixels, int64_t pitch, const float* grad, int64_t grad_pitch, int64_t rows,
+                  int64_t columns, float* to) {
   Vec<float> sums[Taps_][Channels];
 #pragma GCC unroll 4
   for (int t = 0; t < Taps_; ++t)
@@ -207,13 +212,17 @@ void correlate(const Packed& source, const Packed& grad, const Taps& taps, int64
         float* to = weights + (((k * blocks + b) * taps.rows + r) * taps.columns) * kL * kL;
         // The rows whose tap is in the image.
         const int64_t away = taps.row + r * taps.row_step - source.first;
-        const int64_t first = begin + away < 0 ? -away : begin, last = end + away > source.rows ? source.rows - away : end;
+        const int64_t first = begin + away < 0 ? -away : begin,
+                      last = end + away > source.rows ? source.rows - away : end;
         if (first >= last) continue;
         const float* g = grad.data + ((k * grad.rows + first - grad.first) * grad.pitch - grad.left) * kL;
-        const float* x = source.data + ((b * source.rows + first + away) * source.pitch + taps.column - source.left) * kL;
+        const float* x =
+            source.data + ((b * source.rows + first + away) * source.pitch + taps.column - source.left) * kL;
         const int64_t pitch = source.pitch * kL, grad_pitch = grad.pitch * kL, together = taps.column_step == 1 ? 3 : 1;
         for (int64_t t = 0; t < taps.columns;) {
-          const int64_t left = taps.columns - t, taken = left < together ? left : together == 3 && left == 4 ? 2 : together;
+          const int64_t left = taps.columns - t, taken = left < together              ? left
+                                                         : together == 3 && left == 4 ? 2
+                                                                                      : together;
           const auto add = taken == 3 ? add_all_products<3> : taken == 2 ? add_all_products<2> : add_all_products<1>;
           add(x + t * taps.column_step * kL, pitch, g, grad_pitch, last - first, columns, channels, to + t * kL * kL);
           t += taken;
