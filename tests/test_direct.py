@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 from oracle import scramble
-from steps import as_eager
+from steps import as_eager, saved_by
 from test_branch_lists import SHAPES, Block, modules, truth
 
 import acnet_kernels as ak
@@ -98,6 +98,21 @@ def test_gradients_of_some(wanted):
     assert sum(g is not None for g in found[0]) == len(wanted)
     for mine, true in zip(*found, strict=True):
         assert mine is None or oracle.rel(mine, true) < 1e-5
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_map_is_not_kept(dtype, activation):
+    block, x = scramble(ACBlock(4, 6, 3, padding=1, activation=activation)), torch.randn(3, 4, 9, 7)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        out, kept = saved_by(block, x)
+    maps = 2 + (activation is not None)
+    assert sum(size == out.numel() * out.element_size() for size in kept.values()) == maps
+    # Nothing that a second backward needs is overwritten.
+    grad, inputs = torch.randn_like(out), list(block.parameters())
+    first = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    for again, once in zip(torch.autograd.grad(out, inputs, grad), first, strict=True):
+        assert torch.equal(again, once)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

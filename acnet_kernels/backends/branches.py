@@ -71,12 +71,17 @@ def unfused(problem: Problem) -> str | None:
 
 
 def saved_bytes(problem: Problem) -> int:
-    """Bytes of maps kept for backward: x as it came, and every y_b."""
+    """Bytes of maps kept for backward: x as it came, and every y_b but one that is cheaply computed again."""
     if not problem.grad:
         return 0
     nested, problem = mixed.saved_bytes(problem), mixed.inner(problem)
     inputs = problem.input_bytes // problem.dtype.itemsize * problem.input_dtype.itemsize
-    return nested + inputs + problem.normalised_maps * problem.output_bytes
+    return nested + inputs + (problem.normalised_maps - maps_again(problem)) * problem.output_bytes
+
+
+def maps_again(problem: Problem) -> int:
+    """How many of the y_b are not kept, but computed again for backward: that of the fewest taps, by the node."""
+    return int(computed_directly(problem) and sum(problem.convolved) > 1)
 
 
 def transient_bytes(problem: Problem) -> int:
@@ -84,6 +89,7 @@ def transient_bytes(problem: Problem) -> int:
     nested, problem = mixed.transient_bytes(problem), mixed.inner(problem)
     if computed_directly(problem):
         forward, backward = direct_bytes(problem)
+        backward += maps_again(problem) * problem.output_bytes
         return nested + max(forward + problem.output_bytes, backward if problem.grad else 0)
     dtype = convolution_dtype(problem.dtype, problem.device)
     forward = problem.output_bytes

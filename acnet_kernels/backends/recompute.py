@@ -45,7 +45,8 @@ def transient_bytes(problem: Problem) -> int:
     dtype = problem.dtype if directly else convolution_dtype(problem.dtype, problem.device)
     if problem.grad and dtype != problem.dtype:  # the maps are counted there: it widens what it keeps
         return branches.transient_bytes(problem)
-    maps = mixed.inner(problem).normalised_maps * problem.map_bytes(dtype)[1]
+    inner = mixed.inner(problem)
+    maps = (inner.normalised_maps - branches.maps_again(inner)) * problem.map_bytes(dtype)[1]
     return maps + branches.transient_bytes(problem)
 
 

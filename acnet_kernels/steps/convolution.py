@@ -116,7 +116,10 @@ def direct_pays(channels: Pair, pixels: int, dtype: torch.dtype, geometry: Geome
 
 
 def computed_directly(problem: Problem) -> bool:
-    """Whether a step of this problem, each branch with a batch norm, is computed by our own convolutions."""
+    """Whether a step of this problem is computed by our own convolutions, as far as a problem says.
+
+    Conv biases, and batch norms without or with cumulative running statistics, are left to the library's.
+    """
     channels = problem.shape[1], problem.out_channels
     pixels = problem.shape[0] * problem.shape[2] * problem.shape[3]
     is_ours = problem.device == "cpu" and problem.norm == BRANCH and NODE is not None

@@ -128,7 +128,7 @@ struct DeviceStep : torch::autograd::Function<DeviceStep> {
       if (!routine) return false;
       const WithoutAutogradAndAutocast guard;
       const Tensor x = saved[0].to(step.convolution_dtype);
-      const variable_list ys = config.by_triton ? kept.vec() : from_kept(step, x, kept);
+      const variable_list ys = config.by_triton ? kept.vec() : from_kept(step, x, weights, kept);
       const Tensor upstream = like(grad, first_map(step, ys)), told = is_told ? last(after.back()) : Tensor();
       const std::vector<bool> needs_dy = needs_dy_of(step, needs);
       const bool writes_residual = activation != 0 && needs_residual;

@@ -37,6 +37,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Pair = std::array<int64_t, 2>;
 
+constexpr int64_t kNumbers = 6;  // of a branch's taps (branch_list.h)
 inline const Functions* functions = nullptr;  // of the operators' library
 inline PyObject* definition = nullptr;  // Python's gradients by the definition, where this node's will not do
 
@@ -92,8 +93,16 @@ struct Config {
   // For convolutions of our own, all at once; else these are empty, and the library's are called.
   std::vector<int64_t> taps, geometry;
   bool channels_last;  // what those return
+  // A branch whose map they compute again for backward, cheaper than it is to keep; −1: none.
+  int64_t again = -1;
 
   bool is_direct() const { return !taps.empty(); }
+  bool keeps(size_t branch) const { return keeps_maps && places[branch].convolved && static_cast<int64_t>(branch) != again; }
+  // Of these maps' branch alone.
+  std::vector<int64_t> taps_of(size_t branch) const {
+    const auto first = taps.begin() + static_cast<int64_t>(branch) * kNumbers;
+    return {first, first + kNumbers};
+  }
   Tensor convolve(const Tensor& x, const Tensor& weight, const Place& place) const {
     return at::convolution(x, weight, {}, stride, place.padding, place.dilation, false, {0, 0}, groups);
   }
@@ -188,11 +197,17 @@ inline variable_list maps_of(const Config& config, const Tensor& x, TensorList w
 }
 
 // The same of the convolutions' maps, kept in the output's dtype.
-inline variable_list from_kept(const Config& config, const Tensor& x, TensorList kept) {
+inline variable_list from_kept(const Config& config, const Tensor& x, TensorList weights, TensorList kept) {
   variable_list ys;
-  size_t w = 0;
-  for (const Place& place : config.places)
-    ys.push_back(place.convolved ? kept[w++].to(config.convolution_dtype) : like(place.apply(x), kept[0]));
+  size_t k = 0, w = 0;
+  for (size_t b = 0; b < config.places.size(); ++b) {
+    const Place& place = config.places[b];
+    if (config.keeps(b)) ys.push_back(kept[k++].to(config.convolution_dtype));
+    else if (place.convolved)
+      ys.push_back(unstable(functions->direct_maps(stable(x), {stable(weights[w])}, config.taps_of(b), config.geometry, config.channels_last)[0]));
+    else ys.push_back(like(place.apply(x), kept[0]));
+    w += place.convolved;
+  }
   return ys;
 }
 
@@ -331,8 +346,8 @@ struct Step : torch::autograd::Function<Step> {
     saved.insert(saved.end(), gammas.begin(), gammas.end());
     saved.push_back(unstable(means));
     saved.push_back(unstable(rstds));
-    for (size_t b = 0; b < ys.size() && config.keeps_maps; ++b)
-      if (config.places[b].convolved) saved.push_back(ys[b].to(config.dtype));
+    for (size_t b = 0; b < ys.size(); ++b)
+      if (config.keeps(b)) saved.push_back(ys[b].to(config.dtype));
     if (activation != 0) {
       saved.insert(saved.end(), betas.begin(), betas.end());
       saved.push_back(epilogue.is_clamp() ? out : residual);
@@ -370,7 +385,8 @@ struct Step : torch::autograd::Function<Step> {
     const WithoutAutogradAndAutocast guard;
     const Tensor x = saved[0].to(config.convolution_dtype);
     const TensorList weights(saved.data() + 1, convolved);
-    const variable_list ys = config.keeps_maps ? from_kept(config, x, TensorList(saved.data() + inputs + 2, convolved))
+    const size_t kept_maps = convolved - (config.again >= 0);
+    const variable_list ys = config.keeps_maps ? from_kept(config, x, weights, TensorList(saved.data() + inputs + 2, kept_maps))
                                                : maps_of(config, x, weights);
     const Tensor& first = first_map(config, ys);
     const std::vector<bool> needs_dy = needs_dy_of(config, needs);
@@ -412,6 +428,16 @@ inline Config make_config(Pair stride, int64_t groups, const std::vector<std::ar
   for (const auto& n : places) {
     config.places.push_back({n[0] != 0, {n[1], n[2]}, {n[3], n[4]}, {n[5], n[6], n[7], n[8]}});
     config.convolutions += n[0] != 0;
+  }
+  if (config.is_direct() && keeps_maps && config.convolutions > 1) {
+    int64_t least = 0;
+    for (size_t b = 0; b < config.places.size(); ++b) {
+      const int64_t* own = &config.taps[b * kNumbers];
+      if (config.places[b].convolved && (config.again < 0 || own[2] * own[3] < least)) {
+        least = own[2] * own[3];
+        config.again = static_cast<int64_t>(b);
+      }
+    }
   }
   return config;
 }
