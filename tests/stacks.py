@@ -40,12 +40,12 @@ def through_modules(module: nn.Module) -> nn.Module:
 
 
 class Net(nn.Module):
-    """Two blocks, one of stride 2, and a linear head: 4×C×H×W → 4×3."""
+    """Two blocks, one of stride 2, and a linear head: 4×C×H×W → 4×3; second: that block's other options."""
 
-    def __init__(self, backend: str = "auto", **options: object):
+    def __init__(self, backend: str = "auto", second: dict[str, object] | None = None, **options: object):
         super().__init__()
         self.first = ACBlock(4, 6, 3, padding=1, backend=backend, **options)
-        self.second = ACBlock(6, 6, 3, stride=2, padding=1, backend=backend, **options)
+        self.second = ACBlock(6, 6, 3, stride=2, padding=1, backend=backend, **options | (second or {}))
         self.head = nn.Linear(6, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

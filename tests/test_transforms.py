@@ -13,11 +13,6 @@ from torch.autograd.functional import hessian, jacobian
 from acnet_kernels import ACBlock
 
 OPTIONS = [{}, {"norm": "sum"}, {"momentum": None}, {"use_affine": False, "shift": (1, -1)}]
-every_kind = [
-    pytest.param(backend, training, options, id=f"{backend}-{training}-{options}")
-    for backend, training in MODES
-    for options in OPTIONS
-]
 X, TANGENT, GRADS = (3, 4, 5, 4), (3, 4, 5, 4), (2, 3, 6, 5, 4)
 
 
@@ -107,26 +102,33 @@ def double_backward(b):
     return torch.autograd.grad(g, [x, *b.parameters()], tangent, allow_unused=True, materialize_grads=True)
 
 
-@pytest.mark.parametrize(
-    "differentiate",
-    [
-        batched,
-        vmapped_gradients,
-        batched_in_the_parameters_alone,
-        pytest.param(jacobian_by("reverse-mode"), id="jacobian"),
-        pytest.param(jacobian_by("reverse-mode", create_graph=True), id="jacobian with a graph"),
-        pytest.param(jacobian_by("forward-mode"), id="jacobian in forward mode"),
-        pytest.param(hessian_by("reverse-mode"), id="hessian"),
-        pytest.param(hessian_by("forward-mode"), id="hessian in forward mode"),
-        dual_input,
-        dual_parameters,
-        dual_gradient,
-        forward_over_reverse,
-        double_backward,
-    ],
-)
-@pytest.mark.parametrize(("backend", "training", "options"), every_kind)
-def test_derivatives_of_every_kind(backend, training, options, differentiate):
+DERIVATIVES = {
+    "batched": batched,
+    "vmapped gradients": vmapped_gradients,
+    "batched in the parameters alone": batched_in_the_parameters_alone,
+    "jacobian": jacobian_by("reverse-mode"),
+    "jacobian with a graph": jacobian_by("reverse-mode", create_graph=True),
+    "jacobian in forward mode": jacobian_by("forward-mode"),
+    "hessian": hessian_by("reverse-mode"),
+    "hessian in forward mode": hessian_by("forward-mode"),
+    "dual input": dual_input,
+    "dual parameters": dual_parameters,
+    "dual gradient": dual_gradient,
+    "forward over reverse": forward_over_reverse,
+    "double backward": double_backward,
+}
+# Of mode, derivative and options every pair.
+EVERY_KIND = [
+    (backend, training, options, name)
+    for i, (backend, training) in enumerate(MODES)
+    for j, name in enumerate(DERIVATIVES)
+    for options in OPTIONS[(i + j) % 2 :: 2]
+]
+
+
+@pytest.mark.parametrize(("backend", "training", "options", "name"), EVERY_KIND, ids=str)
+def test_derivatives_of_every_kind(backend, training, options, name):
+    differentiate = DERIVATIVES[name]
     b = scramble(ACBlock(4, 6, 3, padding=1, backend=backend, **options)).double().train(training)
     twin = through_modules(b)
     for got, want in zip(differentiate(b), differentiate(twin), strict=True):

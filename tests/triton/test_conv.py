@@ -17,6 +17,8 @@ from acnet_kernels.ops.triton_conv import Window
 
 BOTH_KINDS = pytest.mark.parametrize("problem", [PROBLEMS[0], DEPTHWISE[0]], ids=str)
 EVERY = [*PROBLEMS, *DEPTHWISE]
+# Of SHAPED every one has strides, which kernels without take for 1: of these a few.
+UNSTRIDED = ("two_dilated", "even", "repvgg")
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -33,10 +35,10 @@ def check_medians(problem: Problem, dtype: torch.dtype, device: torch.device) ->
         assert statistics.median(errors) <= max(2 * statistics.median(eagers[name]), FLOORS[dtype]), name
 
 
-# Every problem in float32 and in one half type, whose kernels differ in nothing but how they round.
+# Every problem in float32, every other in a half type too, whose kernels differ in nothing but how they round.
 @pytest.mark.parametrize(
     ("problem", "dtype"),
-    [*((p, torch.float32) for p in EVERY), *((p, HALVES[i % 2]) for i, p in enumerate(EVERY))],
+    [*((p, torch.float32) for p in EVERY), *((p, HALVES[i % 2]) for i, p in enumerate(EVERY[1::2]))],
     ids=str,
 )
 def test_step_is_as_exact_as_eager(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
@@ -53,7 +55,7 @@ def test_step_is_as_exact_as_eager(problem: Problem, dtype: torch.dtype, device:
 @pytest.mark.parametrize(
     ("problem", "dtype"),
     [
-        *((p, torch.float32) for p in SHAPED),
+        *((p, torch.float32) for p in SHAPED if "stride" in p.name or p.name.startswith(UNSTRIDED)),
         *((p, torch.float16) for p in SHAPED if p.name in ("mobileone_groups_stride", "two_dilated_depthwise")),
     ],
     ids=str,

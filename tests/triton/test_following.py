@@ -113,13 +113,14 @@ def test_steps(activation, adds, assigned, device, path):
     following.judge(block, x, residual if adds else None)
 
 
-@pytest.mark.parametrize("assigned", ASSIGNMENTS[:2], ids="-".join)
+BARE, LAST = {"use_affine": False, "momentum": None}, torch.channels_last
+OTHER_BLOCKS = [(BARE, LAST, ALL_TRITON)]  # of the others it computes none
+OTHER_BLOCKS += [(o, la, ALL_LIBRARY) for o in (BARE, {"norm": "sum"}) for la in (torch.contiguous_format, LAST)]
+
+
 @pytest.mark.parametrize("activation", ["relu6", "silu"])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("options", [{"use_affine": False, "momentum": None}, {"norm": "sum"}], ids=str)
+@pytest.mark.parametrize(("options", "layout", "assigned"), OTHER_BLOCKS)
 def test_other_blocks(options, layout, activation, assigned, device, path):
-    if "norm" in options or layout == torch.contiguous_format:
-        assigned = ALL_LIBRARY
     assign(path, assigned)
     following.judge(*block_of(device, layout, activation=activation, **options))
 

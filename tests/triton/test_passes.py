@@ -43,9 +43,15 @@ def by_torch(
     return found | {f"dbeta{i}": t.grad for i, t in enumerate(shifts)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("B", "in_place"), [(1, True), (2, False), (3, True), (8, True)])
+COUNTS = [(1, True), (2, False), (3, True), (8, True)]
+
+
+# Every pair of shape, dtype and number of maps.
+@pytest.mark.parametrize(
+    ("B", "in_place", "shape", "dtype"),
+    [(*own, shape, DTYPES[(i + j) % 3]) for i, own in enumerate(COUNTS) for j, shape in enumerate(SHAPES)],
+    ids=str,
+)
 def test_passes(B: int, shape: tuple[int, ...], dtype: torch.dtype, in_place: bool, device: torch.device) -> None:
     ys, grad = maps(B, shape, dtype, device), maps(1, shape, dtype, device)[0]
     gammas, betas = ([torch.randn(shape[1], device=device) for _ in ys] for _ in range(2))
