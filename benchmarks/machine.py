@@ -31,7 +31,7 @@ def machine_class(device: torch.device | str = "cpu") -> str:
     device = torch.device(device)
     if device.type == "cuda":
         return _slug(torch.cuda.get_device_name(device))
-    return _slug(re.sub(r"\b(Intel|AMD|Processor|CPU)\b|@.*", "", cpu_name())) + f"-{os.cpu_count()}core"
+    return _slug(re.sub(r"\b(Intel|AMD|Processor|CPU)\b|@ *\S+", "", cpu_name())) + f"-{os.cpu_count()}core"
 
 
 def _slug(text: str) -> str:

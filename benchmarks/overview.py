@@ -27,8 +27,8 @@ DTYPES = {"float32": ("#56B4E9", "o"), "bfloat16": ("#0072B2", "s")}
 
 
 def newest(results: Sequence[report.Results], kind: str) -> dict[str, list[Row]]:
-    """By dtype, the rows of this kind of benchmark in the directory that has the newest of them; or {}."""
-    found = [getattr(result, kind) for result in results if getattr(result, kind)]
+    """By dtype, the rows of this kind in the directory that has the newest, of one day the last given; or {}."""
+    found = [getattr(result, kind) for result in reversed(results) if getattr(result, kind)]
     return max(found, key=lambda rows: max(row.date for own in rows.values() for row in own), default={})
 
 
