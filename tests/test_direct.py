@@ -15,6 +15,7 @@ import acnet_kernels as ak
 from acnet_kernels import ACBlock
 from acnet_kernels.backends import node
 from acnet_kernels.ops import _extension
+from acnet_kernels.steps import convolution
 
 pytestmark = pytest.mark.skipif(node.NODE is None, reason=f"needs the C++ node: {_extension.WHY_NODE_MISSING}")
 
@@ -81,6 +82,15 @@ def test_lists_of_branches(shape, layout):
     grad = torch.randn(block(x).shape)
     got, eager = oracle.run(block, x, grad), oracle.run(block, x, grad, modules)
     oracle.assert_as_good_as(got, eager, truth(block, x, grad))
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding": 1025}, {"padding": 1025, "dilation": 1025}, {"kernel_size": 17}], ids=str
+)
+def test_what_it_refuses_is_the_librarys(options, monkeypatch):
+    monkeypatch.setattr(node, "direct_pays", convolution.direct_pays)
+    block = scramble(ACBlock(4, 4, **{"kernel_size": 3, "padding": 8, **options}))
+    judge(block, torch.randn(1, 4, 1, 33))
 
 
 @pytest.mark.parametrize("wanted", [["x"], ["square_conv.weight"], ["hor_conv.weight", "ver_bn.weight"]], ids=str)

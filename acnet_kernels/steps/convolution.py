@@ -25,6 +25,7 @@ LEAST_OF_GROUP = 16
 # which the library's are as fast; of float32 in channels_last, which is the library's own order, a half. And how
 # often such a matrix goes into the pixels' square at least, as kernels are packed in every step.
 MOST_DIRECT_TAPS, LEAST_DIRECT, MOST_DIRECT, LEAST_PIXELS_SQUARED = 15, 4, 128 * 128, 64
+MOST_DIRECT_PADDING = 1024  # and dilation
 DIRECT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where a tap's matrix product pays: pixels of an image, and elements of the result.
 LEAST_PIXELS, LEAST_PRODUCT = 128, 2048
@@ -104,8 +105,9 @@ def direct_pays(channels: Pair, pixels: int, dtype: torch.dtype, geometry: Geome
     Args:
         channels: of x and of the output; pixels: of all images of x; dtype: of the step's maps.
     """
+    near = max(*geometry.padding, *geometry.dilation) <= MOST_DIRECT_PADDING
     fits = geometry.stride == (1, 1) and geometry.groups == 1 and max(geometry.kernel) <= MOST_DIRECT_TAPS
-    if not fits or dtype not in DIRECT_TYPES or _vectors() < 16:
+    if not (fits and near) or dtype not in DIRECT_TYPES or _vectors() < 16:
         return False
     if dtype != torch.float32 and convolution_dtype(dtype, "cpu") == dtype:
         return False  # the library has instructions for it
