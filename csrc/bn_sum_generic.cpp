@@ -1,22 +1,6 @@
 // bn_sum's passes for the compiler's default instruction set (SSE2 on x86-64, NEON on aarch64).
 #include "bn_sum.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#define ACNET_ISA generic
-#define ACNET_BYTES 16
-
-namespace acnet::bn_sum::generic {
-namespace {
-typedef float Four __attribute__((vector_size(16)));
-inline Four load_half(const c10::Half* p) {
-  return Four{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
-}
-inline void store_half(c10::Half* p, Four v) {
-  for (int i = 0; i < 4; ++i) p[i] = c10::Half(v[i]);
-}
-}  // namespace
-}  // namespace acnet::bn_sum::generic
-
+#include "rows_generic.h"
+// Then what is compiled for it.
 #include "bn_sum_kernels.h"

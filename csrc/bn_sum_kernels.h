@@ -1,7 +1,4 @@
-// The four passes of bn_sum.h for one instruction set. Included once by each bn_sum_<isa>.cpp, which defines
-//   ACNET_ISA    the namespace,
-//   ACNET_BYTES  the bytes of a vector register,
-//   load_half / store_half  for c10::Half.
+// The four passes of bn_sum.h for one instruction set. Included once by each bn_sum_<isa>.cpp, behind rows_<isa>.h.
 // Vectors are GCC's and Clang's own vector types, so the same lines compile to SSE2, NEON, AVX2 and AVX-512.
 // Nothing here may call an inline function from elsewhere: compiled for this instruction set, it could be the copy
 // that the linker keeps for everybody.
@@ -12,6 +9,7 @@ namespace acnet::bn_sum::ACNET_ISA {
 namespace {
 
 using namespace activations::ACNET_ISA;
+using namespace rows::ACNET_ISA;
 
 template <class A>
 struct Simd {

@@ -1,5 +1,6 @@
-// What packed_rows.h needs, for AVX-512 (F, BW, DQ, VL). From here to the end of the file that includes this, everything is compiled
-// for it: after all other headers, and with rows_end.h at the end.
+// What packed_rows.h and bn_sum_kernels.h need, for AVX-512 (F, BW, DQ, VL).
+// From here to the end of the file that includes this, everything is compiled for it: it comes after all other
+// headers, and rows_end.h at the end.
 #include <immintrin.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>

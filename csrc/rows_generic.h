@@ -1,4 +1,4 @@
-// What packed_rows.h needs, for the compiler's default instruction set (SSE2 on x86-64, NEON on aarch64).
+// What packed_rows.h and bn_sum_kernels.h need, for the compiler's default instruction set (SSE2 on x86-64, NEON on aarch64).
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
