@@ -194,7 +194,9 @@ def _path(block: Block, x: Tensor) -> tuple[str, str, tuple[int | None, int | No
     elif plan.backend in (branches, recompute) and problem.norm == BRANCH and problem.device == "cpu":
         step = block.step()
         inputs = branches.inputs_of(x, step)
-        if node.takes(x, inputs) and node.computes_directly(x, inputs, inputs.config(step.geometry, "cpu")):
+        if node.takes(x, inputs) and node.computes_directly(
+            x, inputs.weights[0], inputs.config(step.geometry, "cpu")
+        ):
             reason += "; all branches' convolutions at once, by the package's own"
     if activation := block.finishing():
         reason += f"; {activation} {planner.where_finished(problem, plan, activation)}"

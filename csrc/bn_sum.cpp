@@ -254,23 +254,9 @@ void check_eps(const Check& check, const std::vector<double>& eps, const std::ve
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> statistics(Tensors ys, std::vector<double> eps) {
-  constexpr Check check("bn_sum_statistics");
-  const std::vector<View> maps = maps_of(check, ys);
-  const MapLayout layout = layout_of(check, maps);
-  check_eps(check, eps, maps);
-  return dispatch(maps[0].type(), [&](auto element, auto accumulator) {
-    using E = decltype(element);
-    const Statistics found = statistics_of<E>(passes<E, E, decltype(accumulator)>(), ys, maps, layout, eps);
-    const std::vector<int64_t> sizes{layout.maps, layout.channels};
-    return std::make_tuple(make_tensor(ys[0], sizes, found.mean), make_tensor(ys[0], sizes, found.variance),
-                           make_tensor(ys[0], sizes, found.rstd));
-  });
-}
-
 namespace {
 
-// What a map is normalised by, widened: Σ_b scale_b (y_b − center_b) + shift.
+// What a map is normalised by: Σ_b scale_b (y_b − center_b) + shift.
 template <class A>
 struct Affine {
   std::vector<A> center, scale, shift;
@@ -291,9 +277,15 @@ struct Affine {
         sum[k] += beta[k] - scale[c] * (mean[c] - center[c]);
       }
     }
+    shift.assign(sum.begin(), sum.end());
+  }
+
+  // One coefficient a column.
+  Affine widened(const MapLayout& layout) && {
     center = widen(layout, center);
     scale = widen(layout, scale);
-    shift = widen(layout, std::vector<A>(sum.begin(), sum.end()));
+    shift = widen(layout, shift);
+    return std::move(*this);
   }
 };
 
@@ -328,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with(const Check& check, cons
     const Passes<A>& pass = passes<E, decltype(outer), A>();
     Tensor out = empty_map(ys[0], outer_type);
     const Statistics found = statistics_of<E>(pass, ys, maps, layout, eps);
-    const Affine<A> affine(layout, scales, shifts, found.mean.data(), found.rstd.data());
+    const Affine<A> affine = Affine<A>(layout, scales, shifts, found.mean.data(), found.rstd.data()).widened(layout);
     Tensor means = make_tensor(ys[0], {layout.maps, layout.channels}, found.mean);
     Tensor variances = make_tensor(ys[0], {layout.maps, layout.channels}, found.variance);
     Tensor rstds = make_tensor(ys[0], {layout.maps, layout.channels}, found.rstd);
@@ -342,6 +334,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with(const Check& check, cons
 }
 
 }  // namespace
+
+// (means, variances, rstds, centres, scales, shift)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> affine(Tensors ys, Tensors gammas, Tensors betas,
+                                                                  std::vector<double> eps) {
+  constexpr Check check("bn_sum_affine");
+  const std::vector<View> maps = maps_of(check, ys);
+  const MapLayout layout = layout_of(check, maps);
+  const std::vector<View> scales = affine_of(check, "gammas", gammas, layout), shifts = affine_of(check, "betas", betas, layout);
+  check_eps(check, eps, maps);
+  return dispatch(maps[0].type(), [&](auto element, auto accumulator) {
+    using E = decltype(element);
+    using A = decltype(accumulator);
+    const Statistics found = statistics_of<E>(passes<E, E, A>(), ys, maps, layout, eps);
+    const Affine<A> by(layout, scales, shifts, found.mean.data(), found.rstd.data());
+    const auto of_maps = [&](const auto& values) { return make_tensor(ys[0], {layout.maps, layout.channels}, values); };
+    return std::make_tuple(of_maps(found.mean), of_maps(found.variance), of_maps(found.rstd), of_maps(by.center),
+                           of_maps(by.scale), make_tensor(ys[0], {layout.channels}, by.shift));
+  });
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors ys, Tensors gammas, Tensors betas, std::vector<double> eps,
                                                    std::optional<ScalarType> dtype) {
@@ -388,25 +399,18 @@ struct After {
   void* grad = nullptr;
 };
 
-// dγ (maps×K) and dβ (K); dy_b into dys[b] wherever that is not null.
-std::tuple<Tensor, Tensor> backward_into(const Gradient& from, const Tensor& grad, const std::vector<void*>& dys,
-                                         const After& after = {}) {
-  const MapLayout& layout = from.layout;
-  return dispatch(from.maps[0].type(), from.grad.type(), [&](auto element, auto outer, auto accumulator) {
-    using A = decltype(accumulator);
-    const Passes<A>& pass = passes<decltype(element), decltype(outer), A>();
-    const std::vector<const void*> y = pointers(from.maps);
+// dγ (maps×K), dβ (K), and what a gradient is: dy_b = scale_b·g + y_factor_b·(y_b − center_b) + offset_b.
+template <class A>
+struct Slopes {
+  std::vector<A> dgamma, dbeta, scale, y_factor, offset;
+
+  // `rounded`: the centers; `slope`: what turns grad into g.
+  Slopes(const Passes<A>& pass, const Gradient& from, const std::vector<A>& rounded, const Slope<A>& slope)
+      : dgamma(rounded.size()), scale(rounded.size()), y_factor(rounded.size()), offset(rounded.size()) {
+    const MapLayout& layout = from.layout;
     const int64_t channels = layout.channels, per_chunk = (layout.maps + 1) * channels;
-    const double* mean = static_cast<const double*>(from.means.data);
-    const double* rstd = static_cast<const double*>(from.rstds.data);
-    const std::vector<A> rounded(mean, mean + layout.maps * channels), center = widen(layout, rounded);
-    Slope<A> slope{after.activation, after.kept, nullptr, nullptr, after.grad};
-    std::optional<Affine<A>> affine;
-    if (after.activation != Activation::none && !is_clamp(after.activation)) {
-      affine.emplace(layout, from.scales, after.betas, mean, rstd);
-      slope.scale = affine->scale.data();
-      slope.shift = affine->shift.data();
-    }
+    const std::vector<const void*> y = pointers(from.maps);
+    const std::vector<A> center = widen(layout, rounded);
     std::vector<A> chunk_sums(layout.chunks * per_chunk);
     run(layout, [&](int64_t begin, int64_t end) {
       pass.reduce(layout, from.grad.data, y.data(), center.data(), slope, chunk_sums.data(), begin, end);
@@ -414,10 +418,11 @@ std::tuple<Tensor, Tensor> backward_into(const Gradient& from, const Tensor& gra
     std::vector<double> sums(per_chunk);
     for (int64_t i = 0; i < layout.chunks; ++i)
       for (int64_t c = 0; c < per_chunk; ++c) sums[c] += chunk_sums[i * per_chunk + c];
+    const double* mean = static_cast<const double*>(from.means.data);
+    const double* rstd = static_cast<const double*>(from.rstds.data);
     const double count = static_cast<double>(layout.images) * static_cast<double>(layout.pixels);
     const double* total = sums.data() + layout.maps * channels;
-    std::vector<A> dgamma(layout.maps * channels), scale(dgamma.size()), y_factor(dgamma.size()), offset(dgamma.size());
-    const std::vector<A> dbeta(total, total + channels);
+    dbeta.assign(total, total + channels);
     for (int b = 0; b < layout.maps; ++b) {
       const std::vector<A> gamma = channel_values<A>(from.scales, b, channels, 1);
       for (int64_t k = 0; k < channels; ++k) {
@@ -429,12 +434,33 @@ std::tuple<Tensor, Tensor> backward_into(const Gradient& from, const Tensor& gra
         offset[c] = static_cast<A>(-double(scale[c]) * total[k] / count - y_factor[c] * left);
       }
     }
-    Tensor dgammas = make_tensor(grad, {layout.maps, channels}, dgamma);
-    Tensor dbetas = make_tensor(grad, {channels}, dbeta);
+  }
+};
+
+// dγ (maps×K) and dβ (K); dy_b into dys[b] wherever that is not null.
+std::tuple<Tensor, Tensor> backward_into(const Gradient& from, const Tensor& grad, const std::vector<void*>& dys,
+                                         const After& after = {}) {
+  const MapLayout& layout = from.layout;
+  return dispatch(from.maps[0].type(), from.grad.type(), [&](auto element, auto outer, auto accumulator) {
+    using A = decltype(accumulator);
+    const Passes<A>& pass = passes<decltype(element), decltype(outer), A>();
+    const std::vector<const void*> y = pointers(from.maps);
+    const double* mean = static_cast<const double*>(from.means.data);
+    const double* rstd = static_cast<const double*>(from.rstds.data);
+    const std::vector<A> rounded(mean, mean + layout.maps * layout.channels), center = widen(layout, rounded);
+    Slope<A> slope{after.activation, after.kept, nullptr, nullptr, after.grad};
+    std::optional<Affine<A>> affine;
+    if (after.activation != Activation::none && !is_clamp(after.activation)) {
+      affine.emplace(Affine<A>(layout, from.scales, after.betas, mean, rstd).widened(layout));
+      slope.scale = affine->scale.data();
+      slope.shift = affine->shift.data();
+    }
+    const Slopes<A> found(pass, from, rounded, slope);
+    Tensor dgammas = make_tensor(grad, {layout.maps, layout.channels}, found.dgamma);
+    Tensor dbetas = make_tensor(grad, {layout.channels}, found.dbeta);
     if (std::any_of(dys.begin(), dys.end(), [](const void* p) { return p != nullptr; })) {
-      scale = widen(layout, scale);
-      y_factor = widen(layout, y_factor);
-      offset = widen(layout, offset);
+      const std::vector<A> scale = widen(layout, found.scale), y_factor = widen(layout, found.y_factor),
+                           offset = widen(layout, found.offset);
       const void* g = from.grad.data;
       if (after.grad != nullptr) {  // the residual's gradient is what this needs
         g = after.grad;
@@ -463,6 +489,21 @@ std::tuple<Tensors, Tensor, Tensor> backward(Tensor grad, Tensors ys, Tensor mea
     }
   auto [dgammas, dbeta] = backward_into(from, grad, targets);
   return {std::move(dys), std::move(dgammas), std::move(dbeta)};
+}
+
+// (dgammas, dbeta, scales, factors, offsets)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> slopes(Tensor grad, Tensors ys, Tensor means, Tensor rstds, Tensors gammas) {
+  const Gradient from(Check("bn_sum_slopes"), grad, ys, means, rstds, gammas, std::vector<bool>(ys.size(), true));
+  const MapLayout& layout = from.layout;
+  return dispatch(from.maps[0].type(), from.grad.type(), [&](auto element, auto outer, auto accumulator) {
+    using A = decltype(accumulator);
+    const double* mean = static_cast<const double*>(from.means.data);
+    const std::vector<A> rounded(mean, mean + layout.maps * layout.channels);
+    const Slopes<A> found(passes<decltype(element), decltype(outer), A>(), from, rounded, {});
+    const auto of_maps = [&](const std::vector<A>& values) { return make_tensor(grad, {layout.maps, layout.channels}, values); };
+    return std::make_tuple(of_maps(found.dgamma), make_tensor(grad, {layout.channels}, found.dbeta), of_maps(found.scale),
+                           of_maps(found.y_factor), of_maps(found.offset));
+  });
 }
 
 namespace {
@@ -539,7 +580,10 @@ std::tuple<Tensor, Tensor> epilogue_backward_(Tensor grad, Tensors ys, Tensor me
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
-  m.def("bn_sum_statistics(Tensor[] ys, float[] eps) -> (Tensor, Tensor, Tensor)");
+  m.def("bn_sum_affine(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("bn_sum_slopes(Tensor grad, Tensor[] ys, Tensor means, Tensor rstds, Tensor[] gammas)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -556,7 +600,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(acnet_kernels, CPU, m) {
-  m.impl("bn_sum_statistics", TORCH_BOX(&statistics));
+  m.impl("bn_sum_affine", TORCH_BOX(&affine));
+  m.impl("bn_sum_slopes", TORCH_BOX(&slopes));
   m.impl("bn_sum_forward", TORCH_BOX(&forward));
   m.impl("bn_sum_backward", TORCH_BOX(&backward));
   m.impl("bn_sum_backward_", TORCH_BOX(&backward_));

@@ -1,6 +1,7 @@
 // Direct convolutions as functions.h has them: checks, tasks, threads and merging. The passes are in direct_kernels.h.
 #include "direct.h"
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -414,6 +415,17 @@ std::tuple<Tensor, Tensors> gradients(Tensors dys, Tensor x, Tensors weights, st
   }
   dispatch(p.x.type(), [&](auto element) { differentiate<decltype(element)>(p, grads, wanted); });
   return {dx, dws};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(acnet_kernels, m) {
+  m.def("direct_maps(Tensor x, Tensor[] weights, int[] taps, int[] geometry, bool channels_last) -> Tensor[]");
+  m.def("direct_gradients(Tensor[] dys, Tensor x, Tensor[] weights, int[] taps, int[] geometry, bool need_x,"
+        " bool[] need_weights, bool channels_last) -> (Tensor, Tensor[])");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(acnet_kernels, CPU, m) {
+  m.impl("direct_maps", TORCH_BOX(&maps));
+  m.impl("direct_gradients", TORCH_BOX(&gradients));
 }
 
 }  // namespace acnet::direct

@@ -97,13 +97,16 @@ def bn_sum_forward_results(ys: Any, gammas: Any, betas: Any, eps: Any, dtype: An
     return [out, means, variances, rstds]
 
 
-def bn_sum_statistics(r: random.Random) -> list[Any]:
-    ys, _, _, eps, _ = bn_sum_forward(r)
-    return [ys, eps]
+def bn_sum_affine(r: random.Random) -> list[Any]:
+    return bn_sum_forward(r)[:-1]
 
 
-def bn_sum_statistics_results(ys: Any, eps: Any) -> list[Any]:
-    return bn_sum_forward_results(ys, [], [], eps, None)[1:]
+def bn_sum_affine_results(ys: Any, gammas: Any, betas: Any, eps: Any) -> list[Any]:
+    _, means, variances, rstds = bn_sum_forward_results(ys, [], [], eps, None)
+    centres = means.to(sums_dtype(ys[0].dtype))  # rounded, which the shift makes up for
+    scales = rstds * torch.stack([wide(gamma) for gamma in gammas]) if gammas else rstds
+    shift = (scales * (wide(centres) - means)).sum(0) + sum(wide(beta) for beta in betas)
+    return [means, variances, rstds, centres, scales, shift]
 
 
 def bn_sum_backward(r: random.Random) -> list[Any]:
@@ -111,6 +114,18 @@ def bn_sum_backward(r: random.Random) -> list[Any]:
     _, means, _, rstds = bn_sum_forward_results(ys, gammas, [], eps, None)
     grad = torch.randn_like(ys[0]).to(ys[0].dtype if out is None else out)
     return [grad, ys, means, rstds, gammas, [r.random() < 0.7 for _ in ys]]
+
+
+def bn_sum_slopes(r: random.Random) -> list[Any]:
+    return bn_sum_backward(r)[:-1]
+
+
+def bn_sum_slopes_results(grad: Any, ys: Any, means: Any, rstds: Any, gammas: Any) -> list[Any]:
+    _, dgammas, dbeta = bn_sum_backward_results(grad, ys, means, rstds, gammas, [False] * len(ys))
+    count, left = grad.numel() / grad.shape[1], means - wide(means.to(sums_dtype(ys[0].dtype)))
+    scales = rstds * torch.stack([wide(gamma) for gamma in gammas]) if gammas else rstds
+    factors = -scales * rstds * dgammas / count
+    return [dgammas, dbeta, scales, factors, -scales * dbeta / count - factors * left]
 
 
 def bn_sum_backward_(r: random.Random) -> list[Any]:
@@ -531,6 +546,55 @@ def depthwise_step_backward_results(*args: Any) -> list[Any]:
     )
 
 
+# ---- convolutions of all branches at once ----
+
+
+def direct_maps(r: random.Random) -> list[Any]:
+    rows, columns = r.randint(1, 4), r.randint(1, 4)
+    c, dtype = r.choice([1, 3, 17]), r.choice((torch.float32, torch.float16, torch.bfloat16))
+    out = r.choice([c, 2, 18])
+    x = torch.randn(r.randint(0, 2), c, r.randint(6, 9), r.randint(6, 9)).to(dtype)
+    padding, dilation = (r.randint(0, 3), r.randint(0, 3)), (r.randint(1, 2), r.randint(1, 2))
+    geometry = Geometry.make((rows, columns), 1, padding, dilation, 1)
+    branches = [(some_taps(r, rows, columns), True) for _ in range(r.randint(1, 3))]
+    weights = [torch.randn(out, c, taps.rows, taps.columns).to(r.choice(FLOATS)) for taps, _ in branches]
+    if c == out and r.random() < 0.5:
+        branches.append((Taps(0, 0, 1, 1, 1), False))
+    normed = [r.random() < 0.5 for _ in branches]
+    numbers = packed.pack_taps(tuple(branches), normed), packed.pack(geometry)
+    return [layout_of(r, x), weights, *numbers, r.random() < 0.5]
+
+
+def direct_ys(x: Tensor, weights: Any, taps: Any, geometry: Any) -> list[Tensor]:
+    ys = depthwise_maps(x, weights, taps, geometry)
+    return [y for y, (_, convolved) in zip(ys, packed.unpack_taps(taps), strict=True) if convolved]
+
+
+def direct_maps_results(x: Any, weights: Any, taps: Any, geometry: Any, _: Any) -> list[Any]:
+    return [direct_ys(wide(x), [wide(w) for w in weights], taps, geometry)]
+
+
+def direct_gradients(r: random.Random) -> list[Any]:
+    x, weights, taps, geometry, last_ = direct_maps(r)
+    need_x, needs = r.random() < 0.7, [r.random() < 0.7 for _ in weights]
+    ys = direct_ys(x.float(), [w.float() for w in weights], taps, geometry)
+    seen = [y for y, need in zip(ys, needs, strict=True) if need_x or need]
+    dys = [layout_of(r, torch.randn_like(y).to(x.dtype)) for y in seen]
+    return [dys, x, weights, taps, geometry, need_x, needs, last_]
+
+
+def direct_gradients_results(
+    dys: Any, x: Any, weights: Any, taps: Any, geometry: Any, need_x: Any, needs: Any, _: Any
+) -> list[Any]:
+    tensors = [wide(t).detach().requires_grad_() for t in (x, *weights)]
+    with torch.enable_grad():
+        ys = direct_ys(tensors[0], tensors[1:], taps, geometry)
+    seen = [y for y, need in zip(ys, needs, strict=True) if need_x or need]
+    wanted = [t for t, need in zip(tensors, (need_x, *needs), strict=True) if need]
+    found = list(torch.autograd.grad(seen, wanted, [wide(dy) for dy in dys])) if wanted else []
+    return [found.pop(0) if need_x else wide(x).new_empty(0), found]
+
+
 # ---- folding, running statistics ----
 
 
@@ -694,17 +758,20 @@ def nothing(*_: Any) -> list[Any]:
 
 
 CASES = {
+    "bn_sum_affine": Case(bn_sum_affine, bn_sum_affine_results),
     "bn_sum_backward": Case(bn_sum_backward, bn_sum_backward_results),
     "bn_sum_backward_": Case(bn_sum_backward_, bn_sum_write_results),
     "bn_sum_epilogue_backward_": Case(bn_sum_epilogue_backward_, bn_sum_epilogue_write_results),
     "bn_sum_epilogue_forward": Case(bn_sum_epilogue_forward, bn_sum_epilogue_forward_results),
     "bn_sum_forward": Case(bn_sum_forward, bn_sum_forward_results),
-    "bn_sum_statistics": Case(bn_sum_statistics, bn_sum_statistics_results),
+    "bn_sum_slopes": Case(bn_sum_slopes, bn_sum_slopes_results),
     "cross_correlation": Case(cross_correlation, cross_correlation_results),
     "depthwise_apply": Case(depthwise_apply, depthwise_apply_results),
     "depthwise_statistics": Case(depthwise_statistics, depthwise_statistics_results),
     "depthwise_step": Case(depthwise_finished_step, depthwise_finished_step_results),
     "depthwise_step_backward": Case(depthwise_step_backward, depthwise_step_backward_results),
+    "direct_gradients": Case(direct_gradients, direct_gradients_results),
+    "direct_maps": Case(direct_maps, direct_maps_results),
     "fuse_blocks": Case(fuse_blocks, fuse_blocks_results),
     "fuse_blocks_out": Case(fuse_blocks_out, fuse_blocks_out_results),
     "moments_step": Case(moments_step, moments_step_results),

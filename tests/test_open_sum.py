@@ -8,6 +8,7 @@ from test_bn_sum import LAYOUTS, TOLERANCES, definition, make
 from torch._inductor import metrics
 
 from acnet_kernels.ops import bn_sum
+from acnet_kernels.ops.bn_sum_coefficients import bn_sum_affine, bn_sum_slopes
 from acnet_kernels.steps.open_sum import open_sum
 
 
@@ -112,8 +113,12 @@ def test_inductor_computes_what_follows_in_the_same_pass(dtype):
 
 
 def test_opcheck():
-    ys, _, _, eps, _ = make((3, 5, 4, 6))
-    torch.library.opcheck(bn_sum.bn_sum_statistics, (ys, eps))
+    ys, gammas, betas, eps, grad = make((3, 5, 4, 6))
+    torch.library.opcheck(bn_sum_affine, (ys, gammas, betas, eps))
+    means, _, rstds, *_ = bn_sum_affine(ys, gammas, betas, eps)
+    torch.library.opcheck(bn_sum_slopes, (grad, ys, means, rstds, gammas))
     y = ys[0].requires_grad_()
     with pytest.raises(NotImplementedError, match="no derivative"):
-        bn_sum.bn_sum_statistics([y], eps[:1])[0].sum().backward()
+        bn_sum_affine([y], [], [], eps[:1])[0].sum().backward()
+    with pytest.raises(NotImplementedError, match="no derivative"):
+        bn_sum_slopes(grad, [y], means[:1], rstds[:1], [])[0].sum().backward()

@@ -30,7 +30,8 @@ from ..geometry import Geometry
 from ..ops import _extension, bn_sum
 from ..ops.epilogue import ACTIVATIONS, is_clamp
 from ..ops.running import Running
-from ..spec import NOTHING, Epilogue, Norm, Problem, Step, autocast_dtype
+from ..spec import NOTHING, Epilogue, Norm, Problem, Step, autocast_dtype, prefers_channels_last
+from ..steps import direct
 from ..steps.assignment import ALL_LIBRARY, ALL_TRITON, Phases
 from ..steps.batchnorm import Tracked, Update, update_running
 from ..steps.convolution import computed_directly, convolution_dtype, direct_bytes, gradient_bytes
@@ -110,9 +111,17 @@ def _composed(config: StepConfig, x: Tensor, *tensors: Tensor) -> tuple[Tensor, 
     with nodes.without_autocast(x.device.type):
         if config.phases == ALL_LIBRARY and not torch.compiler.is_exporting():
             weights, gammas, betas = config.split(tensors)
-            return open_sum(config.maps(x, weights), gammas, betas, config.eps, config.dtype)
+            return open_sum(_maps(config, x, weights), gammas, betas, config.eps, config.dtype)
         out, _, means, variances, _ = given.forward(x, *config.split(tensors))
     return out.to(config.dtype), means, variances
+
+
+def _maps(config: StepConfig, x: Tensor, weights: tuple[Tensor, ...]) -> list[Tensor]:
+    # What the node would have, for a compiler.
+    is_ours = x.device.type == "cpu" and _extension.LOADED and not config.is_summed()
+    if is_ours and node.computes_directly(x, weights[0], config):
+        return direct.maps(config, x, weights, prefers_channels_last(x, weights[0]))
+    return config.maps(x, weights)
 
 
 @functools.cache

@@ -50,7 +50,7 @@ def number_of(config: StepConfig, x: Tensor, inputs: Inputs, keeps_maps: bool) -
     if config.phases != ALL_LIBRARY or config.is_summed() or not takes(x, inputs):
         return None
     channels_last = prefers_channels_last(x, inputs.weights[0])
-    is_direct = computes_directly(x, inputs, config)
+    is_direct = computes_directly(x, inputs.weights[0], config)
     # Where convolution.add_input_gradient pays it is Python's step that knows how.
     if not is_direct and adding_pays(x.numel(), x.shape[1], config.conv_dtype, config.geometry):
         return None
@@ -75,9 +75,12 @@ def run(number: int, x: Tensor, inputs: Inputs, epilogue: Epilogue = NOTHING) ->
     )
 
 
-def computes_directly(x: Tensor, inputs: Inputs, config: StepConfig) -> bool:
-    """Whether a step that the node takes is computed by convolutions of our own (csrc/direct.h)."""
-    weight = inputs.weights[0]
+def computes_directly(x: Tensor, weight: Tensor, config: StepConfig) -> bool:
+    """Whether a step that the node takes, or a compiled one, is computed by our own convolutions (csrc/direct.h).
+
+    Args:
+        weight: of any of its convolutions.
+    """
     channels = x.shape[1], weight.shape[0]
     layout = prefers_channels_last(x, weight)
     return direct_pays(channels, x.numel() // x.shape[1], config.dtype, config.geometry, layout)

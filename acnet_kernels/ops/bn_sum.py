@@ -2,8 +2,6 @@
 
     bn_sum_forward(ys, gammas, betas, eps, dtype) -> (out, means, variances, rstds)
         out = Σ_b γ_b·(y_b − μ_b)·rstd_b + β_b, in the layout of ys, and in `dtype`: None for theirs.
-    bn_sum_statistics(ys, eps) -> (means, variances, rstds)
-        Its first pass alone. What is left of it are plain tensor expressions (steps/open_sum.py).
     bn_sum_backward(grad, ys, means, rstds, gammas, needs_dy) -> (dys, dgammas, dbeta)
         dys holds dy_b for every b with needs_dy[b], in order, in the dtype and layout of ys. Every branch's dβ is
         the same Σ grad, hence one dbeta.
@@ -40,7 +38,6 @@ from ._extension import LOADED, TRITON
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
 
 if not LOADED:
-    _LIBRARY.define("bn_sum_statistics(Tensor[] ys, float[] eps) -> (Tensor, Tensor, Tensor)")
     _COMMON = "Tensor means, Tensor rstds, Tensor[] gammas, bool[] needs_dy"
     _LIBRARY.define(
         "bn_sum_forward(Tensor[] ys, Tensor[] gammas, Tensor[] betas, float[] eps, ScalarType? dtype)"
@@ -51,7 +48,6 @@ if not LOADED:
 
 MOST_MAPS = 8
 
-bn_sum_statistics = torch.ops.acnet_kernels.bn_sum_statistics.default
 bn_sum_forward = torch.ops.acnet_kernels.bn_sum_forward.default
 bn_sum_backward = torch.ops.acnet_kernels.bn_sum_backward.default
 bn_sum_backward_ = torch.ops.acnet_kernels.bn_sum_backward_.default
@@ -139,9 +135,10 @@ def check_forward(
     check_affine(ys, gammas=gammas, betas=betas)
 
 
-def _check_backward(
+def check_backward(
     grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, gammas: list[Tensor], needs_dy: list[bool]
 ) -> None:
+    """ValueError where bn_sum_backward's arguments do not fit each other; the message names one."""
     check.one_device(ys=ys, grad=grad, means=means, rstds=rstds, gammas=gammas)
     _check(ys)
     if grad.shape != ys[0].shape:
@@ -165,7 +162,7 @@ def check_into(
 ) -> None:
     """ValueError where bn_sum_backward_'s arguments do not fit each other, but for memory."""
     check.one_device(ys=ys, dys=dys)
-    _check_backward(grad, ys, means, rstds, gammas, needs_dy)
+    check_backward(grad, ys, means, rstds, gammas, needs_dy)
     check.length(sum(needs_dy), "one for each true one of needs_dy", dys=dys)
     _check_like(ys[0], dys=dys)
 
@@ -204,7 +201,8 @@ def _per_channel(values: Tensor) -> Tensor:
 
 
 @check.checked(_check_statistics)
-def _statistics(ys: list[Tensor], eps: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+def plain_statistics(ys: list[Tensor], eps: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """(means, variances, rstds) as bn_sum_forward returns them, in PyTorch."""
     found = [mean_and_variance(y.to(accumulation_dtype(y.dtype))) for y in ys]
     means, variances = (torch.stack([t.double() for t in all_of]) for all_of in zip(*found, strict=True))
     return means, variances, rstds_of(variances, eps)
@@ -227,7 +225,7 @@ def plain_sum(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """bn_sum_forward in PyTorch, its out of the dtype that sums are computed in."""
     dtype = accumulation_dtype(ys[0].dtype)
-    means, variances, rstds = _statistics(ys, eps)
+    means, variances, rstds = plain_statistics(ys, eps)
     total = torch.zeros_like(ys[0], dtype=dtype)
     for b, y in enumerate(ys):
         scale = (rstds[b] * gammas[b] if gammas else rstds[b]).to(dtype)
@@ -266,7 +264,7 @@ def _empty_dys(ys: Sequence[Tensor], needs_dy: Sequence[bool]) -> list[Tensor]:
     return [torch.empty_like(y) for y, need in zip(ys, needs_dy, strict=True) if need]
 
 
-@check.checked(_check_backward)
+@check.checked(check_backward)
 def _backward(
     grad: Tensor,
     ys: list[Tensor],
@@ -315,23 +313,21 @@ def _on_cuda(name: str, plain: Callable[..., Any], checks: Callable[..., None]) 
 
 
 on_cuda = {
-    "bn_sum_statistics": _on_cuda("bn_sum_statistics", _statistics, _check_statistics),
+    "bn_sum_statistics": _on_cuda("bn_sum_statistics", plain_statistics, _check_statistics),
     "bn_sum_forward": _on_cuda("bn_sum_forward", _forward, check_forward),
-    "bn_sum_backward": _on_cuda("bn_sum_backward", _backward, _check_backward),
+    "bn_sum_backward": _on_cuda("bn_sum_backward", _backward, check_backward),
     "bn_sum_backward_": _on_cuda("bn_sum_backward_", _backward_, check_written),
 }
-for _name, _kernel in on_cuda.items():
-    _LIBRARY.impl(_name, _kernel, "CUDA")
+for _name in ("bn_sum_forward", "bn_sum_backward", "bn_sum_backward_"):
+    _LIBRARY.impl(_name, on_cuda[_name], "CUDA")
 if not LOADED:
-    _LIBRARY.impl("bn_sum_statistics", _statistics, "CPU")
     _LIBRARY.impl("bn_sum_forward", _forward, "CPU")
     _LIBRARY.impl("bn_sum_backward", _backward, "CPU")
     _LIBRARY.impl("bn_sum_backward_", _backward_, "CPU")
 
 
-@torch.library.register_fake("acnet_kernels::bn_sum_statistics")
-@check.checked(_check_statistics)
-def _empty_statistics(ys: list[Tensor], eps: Any) -> tuple[Tensor, Tensor, Tensor]:
+def empty_statistics(ys: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, variances and rstds as bn_sum_forward returns them, unwritten."""
     shape = len(ys), ys[0].shape[1]
     means, variances, rstds = (ys[0].new_empty(shape, dtype=torch.float64) for _ in range(3))
     return means, variances, rstds
@@ -347,7 +343,7 @@ def _(
 
 def empty_forward(ys: list[Tensor], dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What bn_sum_forward returns, unwritten."""
-    return torch.empty_like(ys[0], dtype=dtype), *_empty_statistics(ys, [0.0] * len(ys))
+    return torch.empty_like(ys[0], dtype=dtype), *empty_statistics(ys)
 
 
 def fake_parameters(grad: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
@@ -357,7 +353,7 @@ def fake_parameters(grad: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("acnet_kernels::bn_sum_backward")
-@check.checked(_check_backward)
+@check.checked(check_backward)
 def _(
     grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, gammas: Any, needs_dy: list[bool]
 ) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -409,10 +405,6 @@ def _autograd(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-def _refuse_statistics(ctx: Any, *grads: Any) -> None:
-    raise NotImplementedError("bn_sum_statistics has no derivative; bn_sum_forward has one")
-
-
 def _refuse(ctx: Any, *grads: Any) -> None:
     raise NotImplementedError(
         "bn_sum_backward has no derivative of its own; for second derivatives use acblock(), whose backward is "
@@ -420,7 +412,6 @@ def _refuse(ctx: Any, *grads: Any) -> None:
     )
 
 
-torch.library.register_autograd("acnet_kernels::bn_sum_statistics", _refuse_statistics)
 torch.library.register_autograd("acnet_kernels::bn_sum_forward", _autograd, setup_context=_setup_context)
 torch.library.register_autograd("acnet_kernels::bn_sum_backward", _refuse)
 check.refuse_leaves(_LIBRARY, bn_sum_backward_)

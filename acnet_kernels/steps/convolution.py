@@ -30,6 +30,7 @@ DIRECT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where a tap's matrix product pays: pixels of an image, and elements of the result.
 LEAST_PIXELS, LEAST_PRODUCT = 128, 2048
 _SLOW_HALF_TYPES = slow_half_types()
+_LANES = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)  # of float32 in a register
 
 
 def convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
@@ -107,7 +108,7 @@ def direct_pays(channels: Pair, pixels: int, dtype: torch.dtype, geometry: Geome
     """
     near = max(*geometry.padding, *geometry.dilation) <= MOST_DIRECT_PADDING
     fits = geometry.stride == (1, 1) and geometry.groups == 1 and max(geometry.kernel) <= MOST_DIRECT_TAPS
-    if not (fits and near) or dtype not in DIRECT_TYPES or _vectors() < 16:
+    if not (fits and near) or dtype not in DIRECT_TYPES or _LANES < 16:
         return False
     if dtype != torch.float32 and convolution_dtype(dtype, "cpu") == dtype:
         return False  # the library has instructions for it
@@ -138,12 +139,6 @@ def direct_bytes(problem: Problem) -> tuple[int, int]:
     rows, columns = problem.output_size
     parts = max(1, min(problem.shape[0] * rows * columns // 512, 64, (1 << 21) // packed))
     return 4 * packed, problem.input_bytes + problem.weights * problem.dtype.itemsize + 4 * packed * (1 + parts)
-
-
-@functools.cache
-def _vectors() -> int:
-    # Numbers of float32 in a register.
-    return {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
 
 
 def _in_one_pass(out: Tensor) -> bool:

@@ -93,12 +93,18 @@ def record(name: str, arguments: Arguments, finishes: bool = False) -> Recorded:
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _setup(ctx, inputs, output, finishes)
 
-    def no_double_backward(ctx: Any, *_: Any) -> NoReturn:
-        raise RuntimeError(f"{name}_backward has no derivative; acblock() has one of every order")
-
     torch.library.register_autograd(f"acnet_kernels::{name}", backward, setup_context=setup)
-    torch.library.register_autograd(f"acnet_kernels::{name}_backward", no_double_backward)
+    refuse_derivative(f"{name}_backward")
     return Recorded(getattr(operators, name).default, setup, backward, _definition, finishes)
+
+
+def refuse_derivative(name: str) -> None:
+    """Has the operator acnet_kernels::name, of gradients, say that nothing differentiates it."""
+
+    def raise_(ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError(f"{name} has no derivative; acblock() has one of every order")
+
+    torch.library.register_autograd(f"acnet_kernels::{name}", raise_)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], finishes: bool) -> None:
