@@ -27,7 +27,8 @@ namespace {
 constexpr int64_t kMostPadding = 1024;
 constexpr int64_t kFirstCache = 24 << 10;                          // bytes that a block's rows may take
 constexpr int64_t kChunkPixels = 512;                              // whose products are added up in float32
-constexpr int64_t kMostChunks = 64, kMostSums = int64_t(1) << 21;  // of chunks, and numbers of them all
+// Chunks, and numbers of all of them unless so few are left that many threads would want.
+constexpr int64_t kFewChunks = 8, kMostChunks = 64, kMostSums = int64_t(1) << 20;
 constexpr int64_t kSerialProducts = int64_t(1) << 20;              // a thread's share is worth its start from here on
 
 template <class T>
@@ -299,7 +300,7 @@ void differentiate(const Problem& p, const std::vector<std::optional<View>>& gra
                 per_x = of_x.numbers(tasks.rows(), width, p.channels, lanes);
   const int64_t per_sum = (2 * tasks.rows() * width + lanes) * lanes, count = static_cast<int64_t>(grads.size());
   const bool adds = wanted.any_weight();
-  const int64_t most = std::clamp<int64_t>(kMostSums / std::max<int64_t>(1, sums.back()), 1, kMostChunks);
+  const int64_t most = std::clamp<int64_t>(kMostSums / std::max<int64_t>(1, sums.back()), kFewChunks, kMostChunks);
   const int64_t chunks = adds ? std::clamp<int64_t>(p.images * p.out_height * p.out_width / kChunkPixels, 1,
                                                     std::min(most, std::max<int64_t>(1, tasks.count())))
                               : tasks.count();

@@ -137,7 +137,8 @@ def direct_bytes(problem: Problem) -> tuple[int, int]:
     padded = [-(-channels // 16) * 16 for channels in (problem.shape[1], problem.out_channels)]
     packed = problem.weights * padded[0] * padded[1] // (problem.shape[1] * problem.out_channels)
     rows, columns = problem.output_size
-    parts = max(1, min(problem.shape[0] * rows * columns // 512, 64, (1 << 21) // packed))
+    most = min(max(8, (1 << 20) // packed), 64)
+    parts = max(1, min(problem.shape[0] * rows * columns // 512, most))
     return 4 * packed, problem.input_bytes + problem.weights * problem.dtype.itemsize + 4 * packed * (1 + parts)
 
 
