@@ -2,9 +2,6 @@
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -120,27 +117,6 @@ def test_as_good_as_eager(activation, adds, name, dtype, either_node):
         block = Depthwise(name, channels).to(dtype).to(memory_format=layout)
         x = torch.randn(6, channels, *size).to(dtype).to(memory_format=layout)
         judge(block, x, residual_of(block, x, dtype, layout) if adds else None, activation)
-
-
-@needs_extension
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_instruction_sets(capability):
-    # The choice is made once a process.
-    code = """
-import itertools
-
-import torch
-from test_depthwise_epilogue import FOLLOWS, LAYOUTS, test_as_good_as_eager, test_exact_in_float64
-torch.manual_seed(0)
-dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float16))
-for (activation, adds), dtype in zip(FOLLOWS, dtypes):
-    test_as_good_as_eager(activation, adds, "mobileone of stride 2", dtype, None)
-    test_exact_in_float64(activation, adds, "mobileone", LAYOUTS[0])
-print("checked")
-"""
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert done.stdout == "checked\n", done.stderr
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
