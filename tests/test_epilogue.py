@@ -67,7 +67,10 @@ def judge(b, x, residual, forward=block_of):
     oracle.assert_as_good_as(got, eager, true)
 
 
-@pytest.fixture(params=["C++ node", "Python's node"])
+NODES = ("C++ node", "Python's node")
+
+
+@pytest.fixture(params=NODES)
 def either_node(request, monkeypatch):
     if request.param == "Python's node":
         monkeypatch.setattr(node, "NODE", None)
@@ -78,14 +81,15 @@ def either_node(request, monkeypatch):
 STEP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-# Of backend, dtype and what follows every pair, by both nodes.
+# Of backend, dtype and what follows every pair, by either node in turn.
 @pytest.mark.parametrize(
-    ("activation", "adds", "backend", "dtype"),
+    ("activation", "adds", "backend", "dtype", "either_node"),
     [
-        (*follows, backend, STEP_DTYPES[(i + j + j // 3) % 3])
+        (*follows, backend, STEP_DTYPES[(i + j + j // 3) % 3], NODES[(i + j) % 2])
         for (i, backend), (j, follows) in itertools.product(enumerate(BACKENDS), enumerate(FOLLOWS))
     ],
     ids=str,
+    indirect=["either_node"],
 )
 def test_every_step(activation, adds, backend, dtype, either_node):
     for layout, frozen in ((LAYOUTS[0], False), (LAYOUTS[1], False), (LAYOUTS[1], True)):
