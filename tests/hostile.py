@@ -341,8 +341,6 @@ def in_child(calls: Callable[[], Iterator[tuple[str, str, list[Any]]]]) -> tuple
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtorch reports what it catches
         with os.fdopen(writing, "w") as out:
             limit_memory()
-            torch.utils.deterministic.fill_uninitialized_memory = True  # by NaN, so that it shows
-            torch.use_deterministic_algorithms(True, warn_only=True)
             for name, operator, args in calls():
                 label[:] = name.encode()[:4095].ljust(4096, b"\0")
                 signal.setitimer(signal.ITIMER_REAL, SECONDS)  # kills: a loop in C++ sees no exception
@@ -385,6 +383,9 @@ def main(argv: list[str]) -> int:
     # As on a processor without fast half precision, wherever this runs: the bounds are for one rounding of the
     # result, not of every product on the way, whose terms may cancel. Native half precision has tests of its own.
     convolution._SLOW_HALF_TYPES = frozenset((torch.bfloat16, torch.float16))
+    # Not in the children: it imports a compiler's settings, which takes each longer than its calls.
+    torch.utils.deterministic.fill_uninitialized_memory = True  # by NaN, so that it shows
+    torch.use_deterministic_algorithms(True, warn_only=True)
     names = operators()
     if names != sorted(CASES):
         print(f"operator_cases.py must have a case for each operator, and no other: {set(names) ^ set(CASES)}")

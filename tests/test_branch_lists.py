@@ -1,6 +1,7 @@
 """Lists of branches beyond ACNet's three, through every backend, against the definition in float64."""
 
 import copy
+import itertools
 import random
 
 import oracle
@@ -113,10 +114,17 @@ def truth(block: Block, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES)
+# Every list by every backend in either dtype, the layouts in turn: of the four any three take every value together.
+@pytest.mark.parametrize(
+    ("shape", "backend", "layout", "dtype"),
+    [
+        (shape, backend, (torch.contiguous_format, torch.channels_last)[(i + j + k) % 2], dtype)
+        for (i, shape), (j, backend), (k, dtype) in itertools.product(
+            *map(enumerate, (SHAPES, BACKENDS, (torch.float32, torch.bfloat16)))
+        )
+    ],
+    ids=str,
+)
 def test_a_training_step(shape, backend, layout, dtype):
     block = oracle.scramble(Block(shape, backend)).to(memory_format=layout).to(dtype)
     x = torch.randn(3, C, 9, 8).to(memory_format=layout).to(dtype)
@@ -224,7 +232,7 @@ def random_list(r: random.Random) -> tuple[dict, list, bool]:
     return arguments, found, normed == "none" or (normed == "some" and r.random() < 0.5)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_random_lists(seed, monkeypatch):
     r = random.Random(seed)
     monkeypatch.setitem(SHAPES, "random", random_list(r))

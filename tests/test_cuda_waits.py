@@ -91,9 +91,20 @@ class Block:
         self.eps, self.numbers = eps, (taps, pack(geometry))
 
 
-@pytest.mark.parametrize(("kernel", "groups"), [(3, 1), (5, 2)])
-@pytest.mark.parametrize("eps", [[1e-5] * 3, [1e-5, 0.0, 1e-3]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+EPS = [[1e-5] * 3, [1e-5, 0.0, 1e-3]]
+
+
+# Of kernel, ε and dtype every pair.
+@pytest.mark.parametrize(
+    ("kernel", "groups", "eps", "dtype"),
+    [
+        (3, 1, EPS[0], torch.float32),
+        (3, 1, EPS[1], torch.bfloat16),
+        (5, 2, EPS[0], torch.bfloat16),
+        (5, 2, EPS[1], torch.float32),
+    ],
+    ids=str,
+)
 def test_moments(dtype: torch.dtype, eps: list[float], kernel: int, groups: int) -> None:
     with FakeTensorMode():
         b = Block(dtype, kernel, groups, eps)

@@ -249,8 +249,9 @@ def test_the_number_of_threads_changes_no_bit(name, layout):
         assert all(torch.equal(t, other[name]) for name, t in results[0].items())
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "seed"), zip((torch.float32, torch.bfloat16, torch.float64, torch.float32), range(4), strict=True)
+)
 def test_opcheck(dtype, seed):
     r = random.Random(seed)
     args = arguments_of(r, dtype)

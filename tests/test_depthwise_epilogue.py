@@ -2,9 +2,6 @@
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -74,7 +71,10 @@ def residual_of(block, x, dtype, layout):
     return torch.randn(shape).to(dtype).to(memory_format=layout)
 
 
-@pytest.fixture(params=["C++ node", "Python's node"])
+NODES = ("C++ node", "Python's node")
+
+
+@pytest.fixture(params=NODES)
 def either_node(request, monkeypatch):
     if request.param == "Python's node":
         monkeypatch.setattr(node, "NODE", None)
@@ -105,42 +105,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 JUDGED = ("mobileone", "mobileone of stride 2", "repvit", "5×5", "padded far", "dilated")
 
 
-# Of list, dtype and what follows every pair, by both nodes.
+# Of list, dtype and what follows every pair, by either node in turn.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("activation", "adds", "name", "dtype"),
+    ("activation", "adds", "name", "dtype", "either_node"),
     [
-        (*follows, name, DTYPES[(i + j + j // 3) % 3])
+        (*follows, name, DTYPES[(i + j + j // 3) % 3], NODES[(i + j) % 2])
         for (i, name), (j, follows) in itertools.product(enumerate(JUDGED), enumerate(FOLLOWS))
     ],
     ids=str,
+    indirect=["either_node"],
 )
 def test_as_good_as_eager(activation, adds, name, dtype, either_node):
     for layout, channels, size in ((LAYOUTS[0], 33, (12, 17)), (LAYOUTS[1], 32, (9, 18)), (LAYOUTS[1], 5, (3, 2))):
         block = Depthwise(name, channels).to(dtype).to(memory_format=layout)
         x = torch.randn(6, channels, *size).to(dtype).to(memory_format=layout)
         judge(block, x, residual_of(block, x, dtype, layout) if adds else None, activation)
-
-
-@needs_extension
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_instruction_sets(capability):
-    # The choice is made once a process.
-    code = """
-import itertools
-
-import torch
-from test_depthwise_epilogue import FOLLOWS, LAYOUTS, test_as_good_as_eager, test_exact_in_float64
-torch.manual_seed(0)
-dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float16))
-for (activation, adds), dtype in zip(FOLLOWS, dtypes):
-    test_as_good_as_eager(activation, adds, "mobileone of stride 2", dtype, None)
-    test_exact_in_float64(activation, adds, "mobileone", LAYOUTS[0])
-print("checked")
-"""
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert done.stdout == "checked\n", done.stderr
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])

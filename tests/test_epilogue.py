@@ -4,10 +4,7 @@ import copy
 import dataclasses
 import io
 import itertools
-import os
 import pickle
-import subprocess
-import sys
 
 import oracle
 import pytest
@@ -70,7 +67,10 @@ def judge(b, x, residual, forward=block_of):
     oracle.assert_as_good_as(got, eager, true)
 
 
-@pytest.fixture(params=["C++ node", "Python's node"])
+NODES = ("C++ node", "Python's node")
+
+
+@pytest.fixture(params=NODES)
 def either_node(request, monkeypatch):
     if request.param == "Python's node":
         monkeypatch.setattr(node, "NODE", None)
@@ -81,14 +81,15 @@ def either_node(request, monkeypatch):
 STEP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-# Of backend, dtype and what follows every pair, by both nodes.
+# Of backend, dtype and what follows every pair, by either node in turn.
 @pytest.mark.parametrize(
-    ("activation", "adds", "backend", "dtype"),
+    ("activation", "adds", "backend", "dtype", "either_node"),
     [
-        (*follows, backend, STEP_DTYPES[(i + j + j // 3) % 3])
+        (*follows, backend, STEP_DTYPES[(i + j + j // 3) % 3], NODES[(i + j) % 2])
         for (i, backend), (j, follows) in itertools.product(enumerate(BACKENDS), enumerate(FOLLOWS))
     ],
     ids=str,
+    indirect=["either_node"],
 )
 def test_every_step(activation, adds, backend, dtype, either_node):
     for layout, frozen in ((LAYOUTS[0], False), (LAYOUTS[1], False), (LAYOUTS[1], True)):
@@ -232,25 +233,6 @@ def test_values_of_every_size():
         (want,) = torch.autograd.grad(getattr(F, activation)(leaf).sum(), leaf)
         smooth = away_from_kinks(y, activation) > 0
         torch.testing.assert_close(slope[smooth], want[smooth], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.skipif(not _extension.LOADED, reason=f"needs the C++ kernels: {_extension.WHY_MISSING}")
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_instruction_sets(capability):
-    # The choice is made once a process.
-    code = """
-import torch
-from test_epilogue import LAYOUTS, test_the_operators, test_values_of_every_size
-torch.manual_seed(0)
-for layout in LAYOUTS:
-    for dtype, narrow in ((torch.float32, torch.bfloat16), (torch.float64, None)):
-        test_the_operators("operators", dtype, narrow, layout)
-test_values_of_every_size()
-print("checked")
-"""
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert done.stdout == "checked\n", done.stderr
 
 
 def test_not_a_number_stays_one():

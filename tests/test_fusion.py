@@ -136,7 +136,7 @@ def test_no_blocks():
     ["cross", "5x5 in groups", "two", "norm of the sum", "RepVGG in groups", "nested", "even", "dilated", "holes"],
 )
 def test_gradients_of_every_tensor(name):
-    config = CONFIGS[name]
+    config = CONFIGS[name]._replace(groups=min(CONFIGS[name].groups, 2))
     out = config.groups * (2 if name != "RepVGG in groups" else 1)
     inputs = out // config.groups if None in config.taps else 1
     args = arguments([random_step(config._replace(out=out, inputs=inputs), torch.float64, conv_bias=True)])

@@ -1,6 +1,6 @@
 """Random blocks, inputs, layouts, dtypes, modes and backends: equivalence or the documented error, nothing else.
 
-2,000 cases of tiny shapes; HYPOTHESIS_CASES=N asks for N, with fresh randomness in every run.
+1,000 cases of tiny shapes; HYPOTHESIS_CASES=N asks for N, with fresh randomness in every run.
 """
 
 import copy
@@ -22,7 +22,7 @@ from acnet_kernels.backends import planner
 from acnet_kernels.spec import prefers_channels_last
 from acnet_kernels.steps import moments_passes as passes
 
-CASES = int(os.environ.get("HYPOTHESIS_CASES", 2000))
+CASES = int(os.environ.get("HYPOTHESIS_CASES", 1000))
 NEIGHBOURS = 16
 MODES = ("train", "eval", "frozen norms", "one frozen norm", "momentum=None")
 USE_MOMENTS = ("moments",)  # drawn twice as often, and as it can compute it: the choosiest backend
@@ -36,7 +36,7 @@ def options(draw):
     """Constructor arguments, most of them valid."""
     backend = draw(st.sampled_from((*planner.CHOICES, *USE_MOMENTS)))
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    k = draw(st.sampled_from([1, 3, 3, 3, 5, 7]))
+    k = draw(st.sampled_from([1, 1, 3, 3, 3, 5, 7]))
     padding = st.one_of(st.integers(0, 4), st.tuples(st.integers(0, 3), st.integers(0, 3)), st.just("same"))
     geometry = {  # what every backend can compute, half of the time
         "stride": 1 if backend in USE_MOMENTS else draw(st.one_of(st.just(1), pair_or_int)),
@@ -74,7 +74,7 @@ def inputs(draw, channels):
     dtype = draw(st.sampled_from([torch.float32] * 4 + [torch.float64, torch.bfloat16, torch.float16]))
     layout = draw(st.sampled_from(["contiguous", "channels_last", "strided", "expanded"]))
     x = torch.randn(n, channels, h, 2 * w)
-    x = x * draw(st.sampled_from([1.0, 0.1, 1e-3, 10.0])) + draw(st.sampled_from([0.0, 0.0, 3.0, -300.0]))
+    x = x * draw(st.sampled_from([1.0, 0.1, 1e-3, 10.0])) + draw(st.sampled_from([0.0, 3.0, -300.0]))
     x = x.to(dtype)
     if layout == "strided":
         return x[..., ::2]
@@ -329,6 +329,7 @@ def fuzz(cases, fresh, phases=tuple(Phase), check=check):
         derandomize=not fresh,
         database=None,
         phases=phases,
+        report_multiple_bugs=False,  # the first ends it
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )
     with warnings.catch_warnings():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from operator_cases import CASES, operators
 
-PARTS = 3  # each a process, which takes seconds to start
+PARTS = 2  # each a process, which takes seconds to start
 HOSTILE = Path(__file__).parent / "hostile.py"
 
 
@@ -26,4 +26,4 @@ def test_every_wrong_argument_is_refused_or_answered(part):
 
 
 def test_random_calls():
-    hostile("random", "--calls", "1000")
+    hostile("random", "--calls", "500")

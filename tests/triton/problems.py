@@ -126,7 +126,7 @@ SHAPED = [
     )
     for name, (kernel, branches, padding) in SHAPES.items()
     for kind, shape, K, groups, stride in (
-        ("dense", (2, 5, 7, 9), 6, 1, 1),
+        ("dense", (1, 5, 7, 9), 6, 1, 1),
         ("groups_stride", (1, 6, 8, 7), 4, 2, 2),
         ("depthwise", (1, 3, 7, 9), 6, 3, 1),
         ("depthwise_stride", (2, 3, 8, 9), 3, 3, 2),

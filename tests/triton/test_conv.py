@@ -25,7 +25,7 @@ HALVES = (torch.float16, torch.bfloat16)
 def check_medians(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
     """The oracle's rule for the medians of fresh draws' errors."""
     mine, eagers = collections.defaultdict(list), collections.defaultdict(list)
-    for _ in range(9):
+    for _ in range(5):
         t = Tensors(problem, dtype, device)
         got, eager, true = step(t), t.eager(), t.truth()
         for name in true:
@@ -35,10 +35,11 @@ def check_medians(problem: Problem, dtype: torch.dtype, device: torch.device) ->
         assert statistics.median(errors) <= max(2 * statistics.median(eagers[name]), FLOORS[dtype]), name
 
 
-# Every problem in float32, every other in a half type too, whose kernels differ in nothing but how they round.
+# Every problem in float32, every fifth in a half type too, whose kernels differ in nothing but how they round: of
+# each kind of kernel one a type at least.
 @pytest.mark.parametrize(
     ("problem", "dtype"),
-    [*((p, torch.float32) for p in EVERY), *((p, HALVES[i % 2]) for i, p in enumerate(EVERY[1::2]))],
+    [*((p, torch.float32) for p in EVERY), *((p, HALVES[i % 2]) for i, p in enumerate(EVERY[::5]))],
     ids=str,
 )
 def test_step_is_as_exact_as_eager(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
@@ -56,7 +57,7 @@ def test_step_is_as_exact_as_eager(problem: Problem, dtype: torch.dtype, device:
     ("problem", "dtype"),
     [
         *((p, torch.float32) for p in SHAPED if "stride" in p.name or p.name.startswith(UNSTRIDED)),
-        *((p, torch.float16) for p in SHAPED if p.name in ("mobileone_groups_stride", "two_dilated_depthwise")),
+        *((p, torch.float16) for p in SHAPED if p.name in ("mobileone_groups_stride", "even_depthwise")),
     ],
     ids=str,
 )
@@ -156,7 +157,7 @@ def test_rounding_to_tf32_takes_the_nearest_and_orders_them(
 @pytest.mark.parametrize(("C", "K", "groups"), [(24, 8, 1), (20, 12, 2), (6, 40, 1)])
 def test_channels_of_every_vector(C: int, K: int, groups: int, device: torch.device) -> None:
     """In multiples of 16 bytes but not of 16, of 4 bytes, and odd: the table's tile for each."""
-    problem = Problem("vectors", (1, C, 5, 4), K, conv={"padding": 1, "groups": groups})
+    problem = Problem("vectors", (1, C, 4, 3), K, conv={"padding": 1, "groups": groups})
     t = Tensors(problem, torch.float16, device)
     assert_as_good_as(step(t, config=None), t.eager(), t.truth())
 

@@ -29,18 +29,20 @@ def definition(
     return torch.einsum("ngkhw,sngchw->sgkc", y.unflatten(1, (groups, -1)), moved), y.sum(0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("centred", [False, True])
+CASES = [
+    ((2, 19, 5, 7), 19, 1, HALF_PLANE),  # two blocks of channels
+    ((1, 5, 3, 2), 37, 1, WINDOW),  # taller than wide; more outputs than inputs
+    ((3, 6, 4, 3), 8, 2, WINDOW),
+    ((2, 4, 1, 9), 4, 4, [(0, j) for j in range(3)]),  # a line, one channel a group
+    ((70, 3, 1, 1), 3, 1, WINDOW),  # one pixel: most shifts find nothing
+    ((0, 4, 3, 3), 4, 1, WINDOW),
+]
+
+
+# Every shape in every dtype; with pivots and without every pair of it and either.
 @pytest.mark.parametrize(
-    ("shape", "K", "groups", "shifts"),
-    [
-        ((2, 19, 5, 7), 19, 1, HALF_PLANE),  # two blocks of channels
-        ((1, 5, 3, 2), 37, 1, WINDOW),  # taller than wide; more outputs than inputs
-        ((3, 6, 4, 3), 8, 2, WINDOW),
-        ((2, 4, 1, 9), 4, 4, [(0, j) for j in range(3)]),  # a line, one channel a group
-        ((70, 3, 1, 1), 3, 1, WINDOW),  # one pixel: most shifts find nothing
-        ((0, 4, 3, 3), 4, 1, WINDOW),
-    ],
+    ("shape", "K", "groups", "shifts", "centred", "dtype"),
+    [(*case, (i + j) % 2 == 1, dtype) for i, case in enumerate(CASES) for j, dtype in enumerate(DTYPES)],
 )
 def test_matches_the_definition(
     shape: tuple[int, ...],

@@ -164,7 +164,7 @@ def test_what_follows(
         return
     grad = torch.randn(out.shape).to(device, case.dtype).contiguous(memory_format=case.layout)
     told = out if epilogue.is_clamp(activation) else residual
-    for need_x, need_residual in ((True, True), (True, False), (False, False)):
+    for need_x, need_residual in ((True, adds), (False, False)):
         needs = need_x, [True] * len(args[1]), True, told, number, need_residual
         backward = backward_of(args, tuple(kept), grad, None, *needs)
         got = depthwise.on_cuda["depthwise_step_backward"](*backward)

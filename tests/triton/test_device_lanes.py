@@ -85,7 +85,16 @@ def other_norm(block: ACBlock) -> None:
     block.square_bn = nn.BatchNorm2d(4, eps=0.5).to(block.square_bn.weight.device)
 
 
-@pytest.mark.parametrize("change", [strided, shared, momentum, hook, frozen, other_norm])
+CHANGES = [strided, shared, momentum, hook, frozen, other_norm]
+
+
+# Each change under one assignment of the phases, by turns.
+@pytest.mark.parametrize(
+    ("change", "learned"),
+    [(change, (ALL_TRITON, ALL_LIBRARY)[i % 2]) for i, change in enumerate(CHANGES)],
+    indirect=["learned"],
+    ids=[change.__name__ for change in CHANGES],
+)
 def test_what_has_changed_is_not_passed_over(change, learned: tuple[ACBlock, torch.Tensor]) -> None:
     block, x = learned
     change(block)
