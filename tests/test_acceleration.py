@@ -85,7 +85,7 @@ def assert_same_step(got, want, x=None, forward=None):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_trains_as_it_did(name):
-    """Two steps, the second of what the first has changed, in float64: in float32 rounding alone moves some apart."""
+    """Two steps, one of what the other has changed, in float64: in float32 rounding alone moves some apart."""
     net = timm.create_model(name, num_classes=5, drop_rate=0.0).double()
     fast = ak.accelerate(copy.deepcopy(net), backend="branches")
     assert len(accelerated(fast)) > 5
