@@ -160,9 +160,9 @@ class _Run:
         """
         error, its = ({name: _distance(found[name], t) for name, t in true.items()} for found in (got, own))
         allowed = {name: max(2 * its[name], self.floor * t.double().norm().item()) for name, t in true.items()}
-        missed = [name for name in true if error[name] > allowed[name]]
+        missed = [name for name in true if not error[name] <= allowed[name]]  # NaN is none
         terms = self.terms(block, x) if missed else {}
-        missed = [name for name in missed if error[name] > self.floor * terms[name].double().norm().item()]
+        missed = [name for name in missed if not error[name] <= self.floor * terms[name].double().norm().item()]
         for near, moved_x in _neighbours(block, x) if missed else ():
             found = self.step(near, moved_x)
             for name in missed:
