@@ -61,7 +61,7 @@ TINY = [
     "--limit",
     "64",
     "--test-limit",
-    "30",
+    "90",
     "--epochs",
     "1",
     "--seeds",
@@ -772,7 +772,7 @@ def test_the_page_needs_no_other_file(everything):
     for study in command.STUDIES.values():
         assert f'<h2 id="{study.name}">{study.title}</h2>' in text
     assert (
-        text.count("study all --quick --nets resnet8 --epochs 1 --limit 64 --test-limit 30 --seeds 2 --prunings 1")
+        text.count("study all --quick --nets resnet8 --epochs 1 --limit 64 --test-limit 90 --seeds 2 --prunings 1")
         == 6
     )
 
@@ -847,7 +847,7 @@ def test_networks_trained_otherwise_stay_apart(tmp_path, capsys):
     # Every command is there, beside what it measured.
     assert re.findall(r"<code>(.*?) --out", text) == [
         f"python -m acnet_kernels study shifted --quick {net}--nets resnet8 --epochs {epochs} --limit 64 "
-        "--test-limit 30 --seeds 1 --prunings 1"
+        "--test-limit 90 --seeds 1 --prunings 1"
         for net, epochs in (("", 1), ("--net resnet14 ", 1), ("", 2))
     ]
     assert len({r.run["command"] for r in results}) == 3
