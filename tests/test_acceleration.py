@@ -85,12 +85,12 @@ def assert_same_step(got, want, x=None, forward=None):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_trains_as_it_did(name):
-    """Three steps in float64: in float32 rounding alone moves some of these networks apart in as many."""
+    """Two steps, one of what the other has changed, in float64: in float32 rounding alone moves some apart."""
     net = timm.create_model(name, num_classes=5, drop_rate=0.0).double()
     fast = ak.accelerate(copy.deepcopy(net), backend="branches")
     assert len(accelerated(fast)) > 5
     images = 8 if name.startswith("mobileone") else 4  # its last batch norms have as many values, in four branches
-    batches = [(torch.randn(images, 3, 32, 32).double(), torch.randint(5, (images,))) for _ in range(3)]
+    batches = [(torch.randn(images, 3, 32, 32).double(), torch.randint(5, (images,))) for _ in range(2)]
     losses = [train(model, batches) for model in (net, fast)]
     torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
     for (key, t), other in zip(fast.state_dict().items(), net.state_dict().values(), strict=True):

@@ -335,13 +335,14 @@ def test_an_adapter_may_be_added(monkeypatch):
 
 class Wrong(PairAdapter):
     def finish(self, block, out, x):
-        return out
+        return out * float("nan")
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda a: setattr(a, "after", ()), "auto, train: out: error"),
+        (lambda a: setattr(a, "__class__", Wrong), "auto, train: out: error nan"),
         (
             lambda a: setattr(a, "branches", lambda block: [branch_in(block, "wide")]),
             "on one side alone: .*narrow.bn.weight",

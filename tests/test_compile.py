@@ -182,7 +182,8 @@ def test_full_graph_with_what_follows_the_sum():
 
 
 def test_compiled_autograd():
-    net = scramble(Finished({name: FOLLOWS[:3] if name == "branches" else FOLLOWS[1:2] for name in NAMED}))
+    # An activation that keeps its output, one that keeps the sum, and none.
+    net = scramble(Finished({name: FOLLOWS[:3:2] if name == "branches" else FOLLOWS[1:2] for name in NAMED}))
     twin, x = through_modules(net), torch.randn(4, 4, 8, 8)
     with torch._dynamo.config.patch(compiled_autograd=True):
         torch.compile(lambda t: net(t).square().mean().backward(), backend="aot_eager")(x)

@@ -83,7 +83,7 @@ def test_a_part_that_hangs_leaves_its_rows_and_the_others_their_time(
     for i in range(3):
         report.add("ours", str(i), "", "", "", "time_ms", float(i))
     parts = [
-        gpu_first_run.Part("first", 3, ("-c", HANGS)),
+        gpu_first_run.Part("first", 1, ("-c", HANGS)),
         gpu_first_run.Part("ends", 15, ("-c", "print('it ran'); raise SystemExit(3)")),
     ]
     monkeypatch.setattr(gpu_first_run, "PARTS", parts)
@@ -91,7 +91,7 @@ def test_a_part_that_hangs_leaves_its_rows_and_the_others_their_time(
     monkeypatch.setattr(gpu_first_run, "compiled", lambda _: True)
     assert gpu_first_run.main([str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "first: 3 of 3 s, status -9" in said
+    assert "first: 1 of 1 s, status -9" in said
     assert "ends: 0 of 15 s, status 3" in said
     assert [row.mode for row in harness.read_csv(tmp_path / gpu_suite.CSV)] == ["0", "1", "2"]
     assert "it ran" in (tmp_path / "gpu_first_run.log").read_text()

@@ -4,6 +4,7 @@ import copy
 import errno
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -69,9 +70,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def trainer(**changes):
+def trainer(test_limit=90, **changes):
     recipe = replace(RECIPE, **changes)
-    return Trainer(recipe, open_data(recipe.data, CPU, limit=recipe.limit), CPU)
+    return Trainer(recipe, open_data(recipe.data, CPU, limit=recipe.limit, test_limit=test_limit), CPU)
 
 
 def noisy_trainer(**changes):
@@ -138,8 +139,15 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_process_resumes_to_the_same_weights(tmp_path, uninterrupted, one_thread, number, capsys):
+def assert_resumes(out, uninterrupted, capsys):
+    """A broken run's directory: the same command with --resume ends as the run that nothing stopped."""
+    assert not (out / "report.json").exists()
+    assert cli.main(["train", *ARGUMENTS, "--out", str(out), "--resume"]) == 0
+    assert "resuming at epoch" in capsys.readouterr().out
+    assert_equal(checkpoints.load(out / LAST), checkpoints.load(uninterrupted / LAST))
+
+
+def test_a_killed_process_resumes_to_the_same_weights(tmp_path, uninterrupted, one_thread, capsys):
     command = [sys.executable, "-m", "acnet_kernels", "train", *ARGUMENTS, "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -148,15 +156,27 @@ def test_a_killed_process_resumes_to_the_same_weights(tmp_path, uninterrupted, o
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.3))
-    process.send_signal(number)
+    process.kill()
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
-    assert ("--resume goes on" in output) == (number != signal.SIGKILL)
-    assert not (tmp_path / "report.json").exists()
-    assert cli.main(["train", *ARGUMENTS, "--out", str(tmp_path), "--resume"]) == 0
-    assert "resuming at epoch" in capsys.readouterr().out
-    ours, theirs = checkpoints.load(tmp_path / LAST), checkpoints.load(uninterrupted / LAST)
-    assert_equal(ours, theirs)
+    assert process.returncode == -signal.SIGKILL
+    assert "--resume goes on" not in output
+    assert_resumes(tmp_path, uninterrupted, capsys)
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path, uninterrupted, one_thread, monkeypatch, capsys):
+    """Ctrl-C at any step after the first epoch's; in this process, as nothing of it dies."""
+    step, left = Trainer.train_step, [random.randrange(4, 30)]
+
+    def interrupted(run, images, labels):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(run, images, labels)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    assert cli.main(["train", *ARGUMENTS, "--out", str(tmp_path)]) == 128 + signal.SIGINT
+    assert "--resume goes on" in capsys.readouterr().out
+    assert_resumes(tmp_path, uninterrupted, capsys)
 
 
 def test_a_second_signal_acts_as_before():
@@ -222,7 +242,7 @@ def test_only_biases_are_in_the_second_group_and_all_decay_alike():
 
 def test_it_learns(tmp_path):
     observer = Silent()
-    trainer(epochs=3, limit=None, batch_size=64).run(tmp_path, observer)
+    trainer(test_limit=None, epochs=3, limit=None, batch_size=64).run(tmp_path, observer)
     first, last = observer.rows[0], observer.rows[-1]
     assert last["train_loss"] < 0.5 * first["train_loss"]
     assert last["test_accuracy"] > 0.7
@@ -409,29 +429,25 @@ def test_train_answers_a_damaged_checkpoint_with_one_sentence(tmp_path, stopped,
     assert os.listdir(tmp_path) == [LAST]
 
 
-LIMITED = """
-import resource, signal, sys
-from acnet_kernels import cli
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-for room in (0, 300_000):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, 300_000))
-    code = cli.main(sys.argv[1:])
-    print("code", code)
-"""
-
-
-def test_a_file_that_cannot_be_written_costs_nothing_of_the_old_one(tmp_path, stopped):
+@pytest.mark.parametrize("room", [0, 300_000])
+def test_a_file_that_cannot_be_written_costs_nothing_of_the_old_one(tmp_path, stopped, capsys, room):
     """No room at all, and room for some of it."""
     (tmp_path / LAST).write_bytes(stopped[1])
     arguments = ["--net=resnet8", "--limit=100", "--batch-size=40", "--epochs=2", "--seed=3", "--resume"]
-    command = [sys.executable, "-c", LIMITED, "train", *arguments, "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
-    assert done.stdout.count("code 1\n") == 2
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        code = cli.main(["train", *arguments, "--out", str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert code == 1
     # Among them may be warnings of packages that wanted a file, too.
-    said = f"python -m acnet_kernels train: {tmp_path / LAST}: File too large"
-    assert done.stderr.splitlines().count(said) == 2
-    assert done.stderr.splitlines()[-1] == said
-    assert "Traceback" not in done.stderr
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"python -m acnet_kernels train: {tmp_path / LAST}: File too large"
+    assert said.count(said[-1]) == 1
+    assert not any("Traceback" in line for line in said)
     assert (tmp_path / LAST).read_bytes() == stopped[1]
     assert os.listdir(tmp_path) == [LAST]
 
@@ -514,15 +530,15 @@ def test_fold_check_sees_what_differs():
     for images, labels in run.data.train_batches(0, 0, 50):
         run.train_step(images, labels)
     folded = fuse(run.model.eval())
-    check = check_fold(run.model, folded, run.data, 100)
-    assert check.images == 360
+    check = check_fold(run.model, folded, run.data, 40)
+    assert check.images == 90
     assert 0 < check.max_relative_difference < 1e-5
     assert check.differing_predictions == 0
     assert check.accuracy_folded == check.accuracy_unfolded == run.evaluate()[1]
     with torch.no_grad():
         folded.classifier.bias[4] += 1e4
-    wrong = check_fold(run.model, folded, run.data, 100)
-    images, labels = next(run.data.test_batches(360))
+    wrong = check_fold(run.model, folded, run.data, 40)
+    images, labels = next(run.data.test_batches(90))
     assert wrong.differing_predictions == int((run.model(images).argmax(1) != 4).sum())
     assert wrong.accuracy_folded == pytest.approx(float((labels == 4).float().mean()))
     assert wrong.accuracy_unfolded == check.accuracy_unfolded
