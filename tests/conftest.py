@@ -9,14 +9,19 @@ import torch
 
 from acnet_kernels.steps import convolution
 
-# The interpreter, code generation, compilers, whole networks, several processes, builds: slow from end to end.
+# The interpreter, code generation, compilers, whole networks, other libraries' blocks, several processes, builds, and
+# many small cases of one thing: slow from end to end.
 SLOW_FILES = {
     *("interpreter", "launch", "codegen", "nvcc", "build", "csrc_host"),
     *("compile", "export", "tracers", "torch_compat", "imports", "hostile"),
     *("architectures", "networks", "observing", "contenders", "studies", "training", "data"),
     *("distributed", "torchrun", "bench", "cli", "docs", "gpu_suite"),
+    *("adapters", "hostile_values", "cuda_waits", "instruction_sets"),
 }
-SLOW_NAMES = ("opcheck", "compile", "inductor", "instruction_sets", "processes", "torchvision")
+SLOW_NAMES = (
+    *("opcheck", "compile", "inductor", "processes", "torchvision", "network_trains"),
+    *("gradients_of_every_tensor", "differentiable_twice", "every_rectangle"),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -312,14 +312,14 @@ def _on_cuda(name: str, plain: Callable[..., Any], checks: Callable[..., None]) 
     return kernel
 
 
+statistics_on_cuda = _on_cuda("bn_sum_statistics", plain_statistics, _check_statistics)  # bn_sum_forward's
 on_cuda = {
-    "bn_sum_statistics": _on_cuda("bn_sum_statistics", plain_statistics, _check_statistics),
     "bn_sum_forward": _on_cuda("bn_sum_forward", _forward, check_forward),
     "bn_sum_backward": _on_cuda("bn_sum_backward", _backward, check_backward),
     "bn_sum_backward_": _on_cuda("bn_sum_backward_", _backward_, check_written),
 }
-for _name in ("bn_sum_forward", "bn_sum_backward", "bn_sum_backward_"):
-    _LIBRARY.impl(_name, on_cuda[_name], "CUDA")
+for _name, _kernel in on_cuda.items():
+    _LIBRARY.impl(_name, _kernel, "CUDA")
 if not LOADED:
     _LIBRARY.impl("bn_sum_forward", _forward, "CPU")
     _LIBRARY.impl("bn_sum_backward", _backward, "CPU")

@@ -26,8 +26,8 @@ from .bn_sum import (
     check_forward,
     empty_statistics,
     fake_parameters,
-    on_cuda,
     plain_statistics,
+    statistics_on_cuda,
 )
 
 _LIBRARY = torch.library.Library("acnet_kernels", "FRAGMENT")
@@ -56,7 +56,7 @@ def _check_slopes(grad: Tensor, ys: list[Tensor], means: Tensor, rstds: Tensor, 
 
 @check.checked(_check_affine)
 def _affine(ys: list[Tensor], gammas: list[Tensor], betas: list[Tensor], eps: list[float]) -> tuple[Tensor, ...]:
-    means, variances, rstds = (on_cuda["bn_sum_statistics"] if ys[0].is_cuda else plain_statistics)(ys, eps)
+    means, variances, rstds = (statistics_on_cuda if ys[0].is_cuda else plain_statistics)(ys, eps)
     wide = accumulation_dtype(ys[0].dtype)
     scales = (rstds * torch.stack(gammas) if gammas else rstds.clone()).to(wide)
     centres = means.clone().to(wide)

@@ -188,7 +188,7 @@ def _without_maps(
     z = F.conv2d(x, folded, None, geometry.stride, place.padding, place.dilation, geometry.groups)
     # The mean that this convolution's own rounding gives: as in a batch norm, a level much larger than the spread
     # cancels exactly.
-    mean = bn_sum.on_cuda["bn_sum_statistics"]([z], [1.0])[0][0]
+    mean = bn_sum.statistics_on_cuda([z], [1.0])[0][0]
     centre = mean.to(wide)
     shift = top * (centre - mean)
     for beta in betas:
@@ -248,7 +248,7 @@ def step_backward(
         if (
             _has_triton(x) and config.is_triton()
         ):  # forward's are of another kernel's maps: what that rounds otherwise, times Σg, is no dγ
-            means, _, rstds = bn_sum.on_cuda["bn_sum_statistics"](ys, eps)
+            means, _, rstds = bn_sum.statistics_on_cuda(ys, eps)
         like = bn_sum.like(grad, ys[0])
         kept = ys if config.is_summed() else [y for y, (_, own) in zip(ys, config.branches, strict=True) if own]
         dys, dgammas, dbeta = config.map_gradients(like, x, kept, means, rstds, gammas, needs_dy, True)
