@@ -9,8 +9,8 @@ import torch
 
 from acnet_kernels.steps import convolution
 
-# The interpreter, code generation, compilers, whole networks, other libraries' blocks, several processes, builds, and
-# many small cases of one thing: slow from end to end.
+# The interpreter, code generation, compilers, whole networks, others' blocks, several processes, builds, and many
+# small cases of one thing: slow from end to end.
 SLOW_FILES = {
     *("interpreter", "launch", "codegen", "nvcc", "build", "csrc_host"),
     *("compile", "export", "tracers", "torch_compat", "imports", "hostile"),
