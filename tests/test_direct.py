@@ -1,15 +1,11 @@
 """Convolutions of our own for all branches at once (csrc/direct.h), through the steps that take them."""
 
-import copy
-
 import oracle
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from oracle import scramble
 from steps import as_eager, saved_by
 from test_branch_lists import SHAPES, Block, modules, truth
-from torch._dynamo.backends.common import aot_autograd
 
 import acnet_kernels as ak
 from acnet_kernels import ACBlock
@@ -147,57 +143,6 @@ def test_the_number_of_threads_changes_no_bit(layout):
     for name, t in found[0].items():
         assert torch.equal(t, found[1][name])
         assert torch.equal(t, found[2][name])
-
-
-@pytest.mark.parametrize(("layout", "autocast"), [(LAYOUTS[0], True), (LAYOUTS[1], False)], ids=str)
-def test_compiled(layout, autocast):
-    """In a compiler's graph they are two operators, and of any number of images."""
-    torch.compiler.reset()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.extend(node.target for node in graph.graph.nodes)
-        return make_boxed_func(graph.forward)
-
-    block = scramble(ACBlock(18, 20, 3, padding=1)).to(memory_format=layout)
-    step = torch.compile(
-        copy.deepcopy(block), fullgraph=True, backend=aot_autograd(fw_compiler=backend, bw_compiler=backend)
-    )
-    for images in (2, 3):
-        x = torch.randn(images, 18, 7, 9).to(memory_format=layout)
-        grad, dtype = torch.randn(images, 20, 7, 9), torch.bfloat16 if autocast else torch.float32
-        found = []
-        for own in (step, block, as_eager(block).double()):
-            given = x.to(next(own.parameters()).dtype, copy=True).requires_grad_()
-            own.zero_grad()
-            with torch.autocast("cpu", dtype, enabled=autocast and given.dtype == torch.float32):
-                out = own(given)
-            out.backward(grad.to(out.dtype))
-            found.append([out, given.grad, *(p.grad for p in own.parameters())])
-        assert found[0][0].stride() == found[1][0].stride()
-        for mine, nodes, true in zip(*found, strict=True):
-            assert mine.dtype == nodes.dtype
-            assert oracle.rel(mine, true) < (1e-5 if dtype == torch.float32 else 3e-2)
-    ours = {str(target) for target in graphs if "direct" in str(target)}
-    assert ours == {"acnet_kernels.direct_maps.default", "acnet_kernels.direct_gradients.default"}
-    assert not any("convolution" in str(target) for target in graphs)
-
-
-@pytest.mark.parametrize("wanted", [["x"], ["square_conv.weight"], ["hor_conv.weight", "ver_bn.weight"]], ids=str)
-def test_gradients_of_some_compiled(wanted):
-    torch.compiler.reset()
-    block, x = scramble(ACBlock(20, 17, 3, padding=1)), torch.randn(2, 20, 9, 11)
-    for name, p in block.named_parameters():
-        p.requires_grad_(name in wanted)
-    found = []
-    for own in (torch.compile(block, backend="aot_eager", fullgraph=True), block):
-        given = x.clone().requires_grad_("x" in wanted)
-        block.zero_grad()
-        own(given).square().sum().backward()
-        found.append([given.grad, *(p.grad for p in block.parameters())])
-    assert [g is None for g in found[0]] == [g is None for g in found[1]]
-    for mine, nodes in zip(*found, strict=True):
-        assert mine is None or oracle.rel(mine, nodes) < 1e-4
 
 
 def test_explained(monkeypatch):

@@ -17,7 +17,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = ("fusion", "bn_sum", "branches", "branch_lists", "autocorrelation", "block", "recompute")
+FILES = (
+    *("fusion", "bn_sum", "open_sum", "direct_operators", "depthwise", "epilogue", "branches", "branch_lists"),
+    *("autocorrelation", "block", "recompute"),
+)
 
 
 def main() -> int:
