@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FILES = (
-    *("fusion", "bn_sum", "open_sum", "direct_operators", "depthwise", "epilogue", "branches", "branch_lists"),
+    *("fusion", "bn_sum", "open_sum", "direct_operators", "epilogue", "branches", "branch_lists"),
     *("autocorrelation", "block", "recompute"),
 )
 
