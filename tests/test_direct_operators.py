@@ -34,7 +34,7 @@ def test_they_are_the_graphs(layout, autocast):
         graphs.extend(node.target for node in graph.graph.nodes)
         return make_boxed_func(graph.forward)
 
-    block = scramble(ACBlock(18, 20, 3, padding=1)).to(memory_format=layout)
+    block = scramble(ACBlock(18, 20, 3, padding=1, backend="branches")).to(memory_format=layout)
     step = torch.compile(
         copy.deepcopy(block), fullgraph=True, backend=aot_autograd(fw_compiler=backend, bw_compiler=backend)
     )
@@ -61,7 +61,8 @@ def test_they_are_the_graphs(layout, autocast):
 @pytest.mark.parametrize("wanted", [["x"], ["square_conv.weight"], ["hor_conv.weight", "ver_bn.weight"]], ids=str)
 def test_gradients_of_some(wanted):
     torch.compiler.reset()
-    block, x = scramble(ACBlock(20, 17, 3, padding=1)), torch.randn(2, 20, 9, 11)
+    block = scramble(ACBlock(20, 17, 3, padding=1, backend="branches"))
+    x = torch.randn(2, 20, 9, 11)
     for name, p in block.named_parameters():
         p.requires_grad_(name in wanted)
     found = []
