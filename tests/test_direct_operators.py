@@ -28,6 +28,10 @@ def _everywhere(monkeypatch):
 def test_they_are_the_graphs(layout, autocast):
     """In a compiler's graph they are two operators, and of any number of images."""
     torch.compiler.reset()
+    if torch.compile(lambda x: x + torch.compiler.is_exporting(), backend="eager")(torch.zeros(1)):
+        pytest.skip(
+            "this torch's compiler takes every graph for an exported one, in which steps stay whole operators"
+        )
     graphs = []
 
     def backend(graph, inputs):
