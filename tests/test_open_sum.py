@@ -8,6 +8,7 @@ from test_bn_sum import LAYOUTS, TOLERANCES, definition, make
 from torch._inductor import metrics
 
 from acnet_kernels.ops import bn_sum
+from acnet_kernels.ops import bn_sum_coefficients as coefficients
 from acnet_kernels.ops.bn_sum_coefficients import bn_sum_affine, bn_sum_slopes
 from acnet_kernels.steps.open_sum import open_sum
 
@@ -110,6 +111,18 @@ def test_inductor_computes_what_follows_in_the_same_pass(dtype):
     bound = 2e-5 if dtype == torch.float32 else 2e-2  # relu's derivative is decided by a rounded sign
     for g, t in zip(got, true, strict=True):
         assert rel(g, t) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+def test_coefficients_in_pytorch_are_the_same(affine, dtype):
+    ys, gammas, betas, eps, grad = make((3, 5, 4, 6), dtype)
+    gammas, betas = (gammas, betas) if affine else ([], [])
+    found = coefficients._affine(ys, gammas, betas, eps)
+    slopes = coefficients._slopes(grad, ys, found[0], found[2], gammas)
+    of_operators = (*bn_sum_affine(ys, gammas, betas, eps), *bn_sum_slopes(grad, ys, found[0], found[2], gammas))
+    for mine, its in zip((*found, *slopes), of_operators, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)
 
 
 def test_opcheck():
