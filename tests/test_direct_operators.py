@@ -10,7 +10,7 @@ from oracle import scramble
 from steps import as_eager
 from torch._dynamo.backends.common import aot_autograd
 
-from acnet_kernels import ACBlock
+from acnet_kernels import ACBlock, RepVGGBlock
 from acnet_kernels.backends import node
 from acnet_kernels.ops import _extension
 
@@ -78,6 +78,22 @@ def test_gradients_of_some(wanted):
     assert [g is None for g in found[0]] == [g is None for g in found[1]]
     for mine, nodes in zip(*found, strict=True):
         assert mine is None or oracle.rel(mine, nodes) < 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_an_identity_beside_them(layout):
+    torch.compiler.reset()
+    block = scramble(RepVGGBlock(18, 18, 3, padding=1, backend="branches")).to(memory_format=layout)
+    step, found = torch.compile(block, backend="aot_eager", fullgraph=True), []
+    for own in (step, as_eager(block).double()):
+        x = torch.randn(2, 18, 7, 9, generator=torch.Generator().manual_seed(1)).to(memory_format=layout)
+        x = x.to(next(own.parameters()).dtype).requires_grad_()
+        block.zero_grad()
+        out = own(x)
+        out.square().sum().backward()
+        found.append([out, x.grad, *(p.grad for p in own.parameters())])
+    for mine, true in zip(*found, strict=True):
+        assert oracle.rel(mine, true) < 1e-4
 
 
 @pytest.mark.parametrize("identity", [False, True])
