@@ -258,10 +258,10 @@ def prefers_channels_last(x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_channels_last(t: Tensor) -> bool:
-    # The common answers first: PyTorch's walk through the strides is one in Python.
-    if t.is_contiguous():
-        if t.stride(1) != 1:
-            return False
-    elif t.is_contiguous(memory_format=torch.channels_last):
-        return True
+    contiguous = t.is_contiguous()
+    if contiguous != t.is_contiguous(memory_format=torch.channels_last):
+        return not contiguous  # the common answers, without PyTorch's walk through the strides, one in Python
+    if torch.compiler.is_dynamo_compiling():
+        # Given both layouts of an input in turn, torch 2.14 fails on the strides of what .to() made of it.
+        t = torch.empty_like(t)
     return suggest_memory_format(t) == torch.channels_last

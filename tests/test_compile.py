@@ -114,6 +114,21 @@ def test_sizes_become_dynamic_by_themselves():
     assert counter.frame_count == 2  # the first size as it is, the second for every size
 
 
+# A map of one channel is dense in both layouts.
+@pytest.mark.parametrize(
+    ("backend", "channels", "groups"), [*((b, c, 1) for b in NAMED for c in (6, 1)), ("moments", 6, 6)]
+)
+def test_both_layouts_in_turn(backend, channels, groups):
+    block = ACBlock(channels, 6, 3, padding=1, groups=groups, backend=backend)
+    twin, compiled = through_modules(block), torch.compile(block, backend="aot_eager", fullgraph=True)
+    for layout in (torch.channels_last, torch.contiguous_format, torch.channels_last):
+        x = torch.randn(3, channels, 8, 9).to(memory_format=layout)
+        got, want = compiled(x), twin(x)
+        got.square().mean().backward()
+        assert rel(got, want) < 1e-5
+        assert got.stride() == want.stride()
+
+
 @every_named_backend
 def test_inference_then_training_then_evaluation(backend):
     net = ACBlock(4, 6, 3, padding=1, backend=backend)
