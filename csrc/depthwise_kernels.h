@@ -61,6 +61,18 @@ struct Window {
   }
 };
 
+// Rows from one on, through all images: a division for each would take as long as a few pixels.
+struct Line {
+  int64_t n, q, lines;
+
+  Line(int64_t at, int64_t of) : n(of > 0 ? at / of : 0), q(of > 0 ? at % of : 0), lines(of) {}
+  void next() {
+    if (++q < lines) return;
+    q = 0;
+    ++n;
+  }
+};
+
 // ---- sums of products: Σ_c fixed[c]·moved_r[c + b], rows r < Rows and pixels b < Runs ----
 
 template <int Rows, int Run, class A>
@@ -191,8 +203,9 @@ void moments(const Plan& plan, const Map<const T>& x, const A* pivot, int64_t be
   };
   const A* from[kMostTaps];
   if (plan.by_kind) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / rows.size, q = i % rows.size;
+    Line line(begin, rows.size);
+    for (int64_t i = begin; i < end; ++i, line.next()) {
+      const int64_t n = line.n, q = line.q;
       int present = 0;
       for (; present < rows.taps && q + present * rows.dilation < rows.size; ++present)
         from[present] = window.row(n, q + present * rows.dilation);
@@ -207,8 +220,9 @@ void moments(const Plan& plan, const Map<const T>& x, const A* pivot, int64_t be
     }
   } else {
     const int taps = columns.taps;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / rows.out, p = i % rows.out, top = p * rows.stride - rows.padding;
+    Line line(begin, rows.out);
+    for (int64_t i = begin; i < end; ++i, line.next()) {
+      const int64_t n = line.n, p = line.q, top = p * rows.stride - rows.padding;
       for (int r = 0; r < rows.taps; ++r) from[r] = window.row(n, top + r * rows.dilation);
       A* to = product.sums;
       for (int t = 0; t < plan.taps; ++t) {
@@ -231,12 +245,13 @@ void moments(const Plan& plan, const Map<const T>& x, const A* pivot, int64_t be
 
 // ---- sums of terms: out[c] = init[kind[c]] + Σ_i weight_i·from_i[c] ----
 
-// A run of terms: each has its pixels and its weight so far behind the one before.
+// A run of terms of one row: each has its pixels and its weight so far behind the one before.
 template <class A>
 struct Term {
-  const A *from, *weight;
+  int row, count;
+  int64_t first;  // from where the row begins
+  const A* weight;
   int64_t from_step, weight_step;
-  int count;
 };
 
 // Terms whose pixels follow each other, then terms whose pixels are Step apart.
@@ -247,9 +262,9 @@ struct TermList {
 };
 
 template <int Pixels, int Step, class A>
-inline __attribute__((always_inline)) void add_run(const Term<A>& run, int64_t first, Vec<A> (&acc)[Pixels]) {
+inline __attribute__((always_inline)) void add_run(const Term<A>& run, const A* const* rows, int64_t first, Vec<A> (&acc)[Pixels]) {
   constexpr int lanes = kLanes<A>;
-  const A *from = run.from + first * Step * lanes, *weights = run.weight;
+  const A *from = rows[run.row] + run.first + first * Step * lanes, *weights = run.weight;
   for (int i = 0; i < run.count; ++i, from += run.from_step, weights += run.weight_step) {
     const Vec<A> weight = load<A>(weights);
 #pragma GCC unroll 16
@@ -258,23 +273,38 @@ inline __attribute__((always_inline)) void add_run(const Term<A>& run, int64_t f
 }
 
 template <int Pixels, int Step, class A>
-void add_terms(const TermList<A>& terms, const A* init, const int* kinds, int64_t kind_step, int64_t first, int64_t blocks,
-               A* to, int64_t to_step) {
+void add_terms(const TermList<A>& terms, const A* const* rows, const A* init, const int* kinds, int64_t kind_step,
+               int64_t first, int64_t blocks, A* to, int64_t to_step) {
   constexpr int lanes = kLanes<A>;
   for (int64_t c = first; blocks > 0; --blocks, c += Pixels) {
     Vec<A> acc[Pixels];
 #pragma GCC unroll 16
     for (int u = 0; u < Pixels; ++u) acc[u] = load<A>(init + kinds[(c + u) * kind_step] * int64_t(lanes));
-    for (int i = 0; i < terms.near; ++i) add_run<Pixels, 1, A>(terms.data[i], c, acc);
-    for (int i = terms.near; i < terms.all; ++i) add_run<Pixels, Step, A>(terms.data[i], c, acc);
+    for (int i = 0; i < terms.near; ++i) add_run<Pixels, 1, A>(terms.data[i], rows, c, acc);
+    for (int i = terms.near; i < terms.all; ++i) add_run<Pixels, Step, A>(terms.data[i], rows, c, acc);
     A* target = to + c * to_step;
 #pragma GCC unroll 16
     for (int u = 0; u < Pixels; ++u) store(target + u * to_step, acc[u]);
   }
 }
 
+// One pixel, of runs of one: in four sums, as each would wait for the one before.
 template <class A>
-using AddTerms = void (*)(const TermList<A>&, const A*, const int*, int64_t, int64_t, int64_t, A*, int64_t);
+Vec<A> add_single(const TermList<A>& terms, const A* const* rows, Vec<A> init) {
+  Vec<A> acc[4] = {init};
+  const auto add = [&](const Term<A>& term, Vec<A>& sum) {
+    sum = multiply_add(load<A>(term.weight), load<A>(rows[term.row] + term.first), sum);
+  };
+  int i = 0;
+  for (; i + 4 <= terms.all; i += 4)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) add(terms.data[i + u], acc[u]);
+  for (; i < terms.all; ++i) add(terms.data[i], acc[0]);
+  return (acc[0] + acc[1]) + (acc[2] + acc[3]);
+}
+
+template <class A>
+using AddTerms = void (*)(const TermList<A>&, const A* const*, const A*, const int*, int64_t, int64_t, int64_t, A*, int64_t);
 
 template <int Step, class A>
 inline AddTerms<A> adder_of(int64_t pixels) {
@@ -288,25 +318,26 @@ inline AddTerms<A> adder_of(int64_t pixels) {
 
 // n pixels: as few blocks of at most ACNET_ROW as there can be, of about one size.
 template <class A>
-void add_all_terms(const TermList<A>& terms, int64_t step, const A* init, const int* kinds, int64_t kind_step, int64_t n,
-                   A* to, int64_t to_step) {
+void add_all_terms(const TermList<A>& terms, const A* const* rows, int64_t step, const A* init, const int* kinds,
+                   int64_t kind_step, int64_t n, A* to, int64_t to_step) {
   if (step > 2 && terms.all > terms.near) {
     Term<A> moved[(kMostMultiplier + 2) * kMostTaps];
     for (int64_t c = 0; c < n; ++c) {
       for (int i = 0; i < terms.all; ++i) {
         moved[i] = terms.data[i];
-        moved[i].from += (i < terms.near ? c : c * step) * kLanes<A>;
+        moved[i].first += (i < terms.near ? c : c * step) * kLanes<A>;
       }
       const TermList<A> one = {moved, terms.near, terms.all};
-      add_terms<1, 1, A>(one, init, kinds + c * kind_step, kind_step, 0, 1, to + c * to_step, to_step);
+      add_terms<1, 1, A>(one, rows, init, kinds + c * kind_step, kind_step, 0, 1, to + c * to_step, to_step);
     }
     return;
   }
-  const int64_t blocks = (n + ACNET_ROW - 1) / ACNET_ROW, size = n / blocks, larger = n - size * blocks;
+  // Of 32 bits, as rows are: a wider division takes as long as a few pixels.
+  const uint32_t all = uint32_t(n), blocks = (all + ACNET_ROW - 1) / ACNET_ROW, size = all / blocks, larger = all - size * blocks;
   const auto add = [&](int64_t pixels, int64_t first, int64_t count) {
     if (count == 0) return;
     const AddTerms<A> adder = step == 2 ? adder_of<2, A>(pixels) : adder_of<1, A>(pixels);
-    adder(terms, init, kinds, kind_step, first, count, to, to_step);
+    adder(terms, rows, init, kinds, kind_step, first, count, to, to_step);
   };
   add(size + 1, 0, larger);
   add(size, larger * (size + 1), blocks - larger);
@@ -325,14 +356,16 @@ void convolve_row(const Plan& plan, Window<T, A>& window, int64_t n, int64_t p, 
   constexpr int lanes = kLanes<A>;
   const Axis &rows = plan.rows, &columns = plan.columns;
   int count = 0;
+  const A* from[kMostTaps];
   for (int r = 0; r < rows.taps; ++r) {
     const int64_t q = p * rows.stride - rows.padding + r * rows.dilation;
     if (q < 0 || q >= rows.size) continue;
-    const A* from = window.row(n, q) - columns.padding * lanes;
-    terms[count++] = {from, weights + int64_t(r) * columns.taps * lanes, columns.dilation * lanes, lanes, columns.taps};
+    from[r] = window.row(n, q);
+    terms[count++] = {r, columns.taps, -columns.padding * lanes, weights + int64_t(r) * columns.taps * lanes,
+                      columns.dilation * lanes, lanes};
   }
   const TermList<A> list = {terms, 0, count};
-  add_all_terms<A>(list, columns.stride, init + int64_t(rows.out_of[p]) * columns.out_kinds * lanes, columns.out_of, 1,
+  add_all_terms<A>(list, from, columns.stride, init + int64_t(rows.out_of[p]) * columns.out_kinds * lanes, columns.out_of, 1,
                    columns.out, to, to_step);
 }
 
@@ -348,8 +381,9 @@ void convolve(const Plan& plan, const Map<const T>& x, const A* pivot, const A* 
   A* packed = memory.take((columns.out + lanes) * lanes);
   const bool follows = after.activation != Activation::none || after.residual.data != nullptr;
   const bool in_place = !follows && writes_in_place<T, A>(out);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t n = i / rows.out, p = i % rows.out;
+  Line line(begin, rows.out);
+  for (int64_t i = begin; i < end; ++i, line.next()) {
+    const int64_t n = line.n, p = line.q;
     const int64_t last = (n + 1) * rows.out < end ? rows.out : end - n * rows.out;
     T* to = out.data + n * out.image + p * out.row;
     const T* limit = out.data + n * out.image + last * out.row;
@@ -375,8 +409,9 @@ void correlate(const Plan& plan, const Map<const T>& x, const A* pivot, const Ma
   if (is_clamp(slope.activation)) gradient.told = {slope.kept, flat_from<A>(slope.activation)};
   Term<A>* terms = memory.template take<Term<A>>(rows.taps);
   A *z = memory.take((columns.out + lanes) * lanes), *added = memory.take(columns.out * lanes);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t n = i / rows.out, p = i % rows.out, top = p * rows.stride - rows.padding;
+  Line line(begin, rows.out);
+  for (int64_t i = begin; i < end; ++i, line.next()) {
+    const int64_t n = line.n, p = line.q, top = p * rows.stride - rows.padding;
     const A* g = gradient.row(n, p);
     if (again) {
       convolve_row<T, A>(plan, window, n, p, slope.weights, slope.init, terms, z, lanes);
@@ -436,20 +471,54 @@ void gradient(const Plan& plan, const Map<const T>& x, const A* pivot, const Map
     gradients[j].open(grads[j], Vec<A>{}, rows.out, columns.out, 0, 0, rows.reach / rows.stride + 2, memory);
     if (is_clamp(clamp)) gradients[j].told = {kept[j], flat_from<A>(clamp)};
   }
-  Term<A>* terms = memory.template take<Term<A>>((plan.multiplier + 2) * rows.taps);
+  // Of each segment of columns, of the last kind of rows where they are few enough to keep, else of one segment.
+  const int kept_segments = columns.coarse.count <= kMostSegments ? columns.coarse.count : 1;
+  const int most = plan.multiplier * plan.taps + (2 * rows.taps - 1) * (2 * columns.taps - 1);
+  Term<A>* terms = memory.template take<Term<A>>(int64_t(kept_segments) * most);
+  TermList<A> lists[kMostSegments];
   A* packed = memory.take((columns.size + lanes) * lanes);
   const bool in_place = writes_in_place<T, A>(dx);
-  const A* near[kMostMultiplier][kMostTaps];
-  const A* far[2 * kMostTaps];
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t n = i / rows.size, q = i % rows.size;
+  // Rows of g, of each output channel by tap, then rows of x by shift.
+  const A* from[(kMostMultiplier + 2) * kMostTaps];
+  const int shifted = plan.multiplier * rows.taps + rows.taps - 1;
+  const auto list = [&](const Segment& seg, int kind, Term<A>* to) {
+    const Terms& own = plan.terms[kind * columns.coarse_kinds + seg.kind];
+    int count = 0;
+    const auto add = [&](Term<A> term) {
+      const int alone = seg.count == 1 ? term.count : 1;
+      if (alone > 1) term.count = 1;
+      for (int i = 0; i < alone; ++i, term.first += term.from_step, term.weight += term.weight_step) to[count++] = term;
+    };
+    for (int j = 0; j < plan.multiplier; ++j)
+      for (int t = 0; t < own.taps.count; ++t) {
+        const Run& run = own.taps.data[t];
+        const int64_t far = seg.first + columns.padding - run.first * columns.dilation, back = run.step * columns.dilation;
+        const int64_t p = columns.stride == 1 ? far : far / columns.stride;
+        add({j * rows.taps + run.row, run.count, p * lanes,
+             weights + (int64_t(j) * plan.taps + run.row * columns.taps + run.first) * lanes,
+             -(columns.stride == 1 ? back : back / columns.stride) * lanes, int64_t(run.step) * lanes});
+      }
+    const int near_count = count;
+    const A* factors = correction + own.first * lanes;
+    for (int t = 0; t < own.shifts.count; ++t) {
+      const Run& run = own.shifts.data[t];
+      add({shifted + run.row, run.count, (seg.first + run.first * columns.dilation) * lanes, factors,
+           run.step * columns.dilation * lanes, lanes});
+      factors += run.count * lanes;
+    }
+    return TermList<A>{to, near_count, count};
+  };
+  int listed = -1;
+  Line line(begin, rows.size);
+  for (int64_t i = begin; i < end; ++i, line.next()) {
+    const int64_t n = line.n, q = line.q;
     const int kind = rows.coarse_of[q];
     for (int r = 0; r < rows.taps; ++r) {
       if (!rows.reads[kind * rows.taps + r]) continue;
       const int64_t far = q + rows.padding - r * rows.dilation, p = rows.stride == 1 ? far : far / rows.stride;
-      for (int j = 0; j < plan.multiplier; ++j) near[j][r] = gradients[j].row(n, p);
+      for (int j = 0; j < plan.multiplier; ++j) from[j * rows.taps + r] = gradients[j].row(n, p);
     }
-    for (int r = 1 - rows.taps; r < rows.taps; ++r) far[r + rows.taps - 1] = window.row(n, q + r * rows.dilation);
+    for (int r = 1 - rows.taps; r < rows.taps; ++r) from[shifted + r] = window.row(n, q + r * rows.dilation);
     const int64_t last = (n + 1) * rows.size < end ? rows.size : end - n * rows.size;
     T* to = dx.data + n * dx.image + q * dx.row;
     const T* limit = dx.data + n * dx.image + last * dx.row;
@@ -458,30 +527,15 @@ void gradient(const Plan& plan, const Map<const T>& x, const A* pivot, const Map
     const int64_t to_step = in_place ? dx.column : lanes;
     for (int s = 0; s < columns.coarse.count; ++s) {
       const Segment& seg = columns.coarse.data[s];
-      const Terms& own = plan.terms[kind * columns.coarse_kinds + seg.kind];
-      int count = 0;
-      for (int j = 0; j < plan.multiplier; ++j)
-        for (int t = 0; t < own.taps.count; ++t) {
-          const Run& run = own.taps.data[t];
-          const int64_t far = seg.first + columns.padding - run.first * columns.dilation, back = run.step * columns.dilation;
-          const int64_t p = columns.stride == 1 ? far : far / columns.stride;
-          terms[count++] = {near[j][run.row] + p * lanes,
-                            weights + (int64_t(j) * plan.taps + run.row * columns.taps + run.first) * lanes,
-                            -(columns.stride == 1 ? back : back / columns.stride) * lanes, int64_t(run.step) * lanes, run.count};
-        }
-      const int near_count = count;
-      const A* shifted = correction + own.first * lanes;
-      for (int t = 0; t < own.shifts.count; ++t) {
-        const Run& run = own.shifts.data[t];
-        terms[count++] = {far[run.row + rows.taps - 1] + (seg.first + run.first * columns.dilation) * lanes, shifted,
-                          run.step * columns.dilation * lanes, lanes, run.count};
-        shifted += run.count * lanes;
-      }
-      const TermList<A> list = {terms, near_count, count};
-      add_all_terms<A>(list, seg.step, init + int64_t(rows.fine_of[q]) * columns.fine_kinds * lanes,
-                       columns.fine_of + seg.first, seg.step, seg.count, target + seg.first * to_step,
-                       seg.step * to_step);
+      const int at = kept_segments == columns.coarse.count ? s : 0;
+      if (at < s || kind != listed) lists[at] = list(seg, kind, terms + int64_t(at) * most);
+      const A* level = init + int64_t(rows.fine_of[q]) * columns.fine_kinds * lanes;
+      const int* kinds = columns.fine_of + seg.first;
+      A* first = target + seg.first * to_step;
+      if (seg.count == 1) store(first, add_single<A>(lists[at], from, load<A>(level + kinds[0] * int64_t(lanes))));
+      else add_all_terms<A>(lists[at], from, seg.step, level, kinds, seg.step, seg.count, first, seg.step * to_step);
     }
+    listed = kept_segments == columns.coarse.count ? kind : -1;
     if (!in_place) unpack_row<T, A>(packed, columns.size, dx, {}, to, limit);
   }
 }

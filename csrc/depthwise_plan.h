@@ -9,6 +9,7 @@ namespace acnet::depthwise {
 constexpr int kMostTaps = 7;        // of a kernel's side
 constexpr int kMostMultiplier = 8;  // output channels an input channel
 constexpr int kMostPadding = 1024;
+constexpr int kMostSegments = 8;    // of a row, whose terms are kept for the next one
 
 // Positions first, first + step, … of one kind.
 struct Segment {

@@ -162,8 +162,10 @@ class PlanTables {
     const int64_t padded = columns.padding + columns.size + columns.after, spread = columns.size + 2 * columns.reach;
     const int64_t row = std::max(columns.size, columns.out) + 64;  // unpacked by whole vectors of pixels
     const int64_t sums = plan.products + plan.sums + plan.taps + int64_t(rows.out_kinds) * columns.out_kinds;
-    // Terms in vectors of 16 bytes: a row has one run of them, of each output channel's taps and of shifts.
-    const int64_t terms = 3 * (plan.multiplier + 2) * int64_t(rows.taps);
+    // Terms in vectors of 16 bytes, of a kernel's rows, and of each segment of columns every output channel's taps and
+    // all shifts.
+    const int64_t of_segment = plan.multiplier * int64_t(plan.taps) + (2 * rows.taps - 1) * (2 * columns.taps - 1);
+    const int64_t terms = 3 * (of_segment * std::clamp(columns.coarse.count, 1, kMostSegments) + rows.taps);
     plan.algebra = std::max(int64_t(rows.fine_kinds) * columns.taps * columns.taps, int64_t(columns.fine_kinds) * rows.taps * rows.taps);
     plan.scratch = sums + terms + 3 * row + window(2 * rows.reach + 1, std::max(padded, spread)) + window(1, columns.out + 64) +
                    plan.multiplier * window(rows.reach / rows.stride + 2, columns.out) + 8;
