@@ -17,6 +17,12 @@ from acnet_kernels.steps import moments_algebra as algebra
 from acnet_kernels.steps import moments_passes as passes
 
 
+def half_of(*values):
+    """Every second combination: any two of the values' own are together in one, where they are three or more."""
+    chosen = itertools.product(*map(enumerate, values))
+    return [tuple(v for _, v in own) for own in chosen if sum(i for i, _ in own) % 2 == 1]
+
+
 def block_of(c=4, k=6, size=3, **options):
     return scramble(ACBlock(c, k, size, padding=size // 2, backend="moments", **options))
 
@@ -65,7 +71,7 @@ IMAGES = ((1, 1), (1, 7), (2, 2), (2, 4), (3, 1), (3, 4), (4, 2), (4, 7), (9, 1)
 @pytest.mark.usefixtures("gradient")
 def test_exact_in_float64_on_images_smaller_and_larger_than_the_kernel(size, groups):
     block = block_of(8, 8, size, groups=groups).double()
-    for h, w in IMAGES[groups == 2 :: 2]:  # half of them with two groups, half with one and with four
+    for h, w in IMAGES[(size // 2 + groups // 2) % 3 :: 3]:  # every image with every size, and with every groups
         check(block, torch.randn(8, 8, h, w, dtype=torch.float64))
 
 
@@ -94,13 +100,16 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(block, (x,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("channels_last", [False, True])
+PROBLEMS = [(16, 19, 3, 1, 11, 13), (8, 8, 5, 2, 9, 4), (6, 5, 3, 1, 2, 1)]  # c, k, size, groups, h, w
+
+
 @pytest.mark.parametrize(
-    ("c", "k", "size", "groups", "h", "w"), [(16, 19, 3, 1, 11, 13), (8, 8, 5, 2, 9, 4), (6, 5, 3, 1, 2, 1)]
+    ("dtype", "channels_last", "problem"),
+    half_of((torch.float32, torch.bfloat16, torch.float16), (False, True), PROBLEMS),
 )
 @pytest.mark.usefixtures("gradient")
-def test_as_good_as_eager(dtype, channels_last, c, k, size, groups, h, w):
+def test_as_good_as_eager(dtype, channels_last, problem):
+    c, k, size, groups, h, w = problem
     layout = torch.channels_last if channels_last else torch.contiguous_format
     block = block_of(c, k - k % groups, size, groups=groups).to(dtype)
     x = torch.randn(7, c, h, w).to(dtype).contiguous(memory_format=layout)
@@ -108,38 +117,29 @@ def test_as_good_as_eager(dtype, channels_last, c, k, size, groups, h, w):
     assert block(x).is_contiguous(memory_format=layout)
 
 
-# Every level in every dtype and of either kind of kernel, and these in every dtype.
 @pytest.mark.parametrize(
-    ("dtype", "mean", "std", "pointwise"),
-    [
-        (dtype, *level, pointwise)
-        for (i, dtype), (j, level), (k, pointwise) in itertools.product(
-            *map(enumerate, ((torch.float32, torch.bfloat16, torch.float16), LEVELS, (False, True)))
-        )
-        if (i + j + k) % 2 == 1
-    ],
+    ("dtype", "level", "pointwise"),
+    half_of((torch.float32, torch.bfloat16, torch.float16), LEVELS, (False, True)),
 )
 @pytest.mark.usefixtures("gradient")
-def test_a_mean_far_above_the_spread_does_not_cancel(dtype, mean, std, pointwise):
-    check_levels(block_of(8, 8), dtype, mean, std, pointwise)
+def test_a_mean_far_above_the_spread_does_not_cancel(dtype, level, pointwise):
+    check_levels(block_of(8, 8), dtype, *level, pointwise)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("mean", "std"), LEVELS)
-@pytest.mark.parametrize("pointwise", [False, True])
-@pytest.mark.usefixtures("gradient", "native_half")
-def test_nor_does_it_in_half_precision_convolutions(dtype, mean, std, pointwise):
-    check_levels(block_of(8, 8), dtype, mean, std, pointwise)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
-    ("c", "k", "size", "groups", "h", "w"), [(16, 19, 3, 1, 11, 13), (8, 8, 5, 2, 9, 4), (6, 5, 3, 1, 2, 1)]
+    ("dtype", "level", "pointwise"), half_of((torch.bfloat16, torch.float16), LEVELS, (False, True))
 )
 @pytest.mark.usefixtures("gradient", "native_half")
-def test_half_precision_convolutions_are_as_good_as_eagers(dtype, channels_last, c, k, size, groups, h, w):
-    test_as_good_as_eager(dtype, channels_last, c, k, size, groups, h, w)
+def test_nor_does_it_in_half_precision_convolutions(dtype, level, pointwise):
+    check_levels(block_of(8, 8), dtype, *level, pointwise)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels_last", "problem"), half_of((torch.bfloat16, torch.float16), (False, True), PROBLEMS)
+)
+@pytest.mark.usefixtures("gradient", "native_half")
+def test_half_precision_convolutions_are_as_good_as_eagers(dtype, channels_last, problem):
+    test_as_good_as_eager(dtype, channels_last, problem)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
@@ -198,7 +198,7 @@ def test_a_branch_that_sees_padding_alone_has_no_variance_and_no_gradient():
 def test_without_the_pivot_the_mean_cancels(monkeypatch):
     monkeypatch.setattr(passes, "pivot_of", lambda x: x.new_zeros(x.shape[1]))
     with pytest.raises(AssertionError, match=r"error .* allowed"), plain_moments():
-        test_a_mean_far_above_the_spread_does_not_cancel(torch.float32, 1e3, 0.1, True)
+        test_a_mean_far_above_the_spread_does_not_cancel(torch.float32, (1e3, 0.1), True)
 
 
 @pytest.mark.parametrize("shape", [(128, 16, 32), (128, 32, 16)])
@@ -383,32 +383,32 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, to
 
 @pytest.mark.skipif(not _extension.LOADED, reason=f"there is one implementation alone: {_extension.WHY_MISSING}")
 @pytest.mark.parametrize(
-    ("dtype", "compute"),
-    [
-        (torch.float64, torch.float64),
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float32),
-    ],
+    ("dtypes", "mean", "total", "problem"),
+    half_of(
+        [
+            (torch.float64, torch.float64),
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.float32),
+            (torch.bfloat16, torch.bfloat16),
+            (torch.float16, torch.float32),
+        ],
+        (0, 30),
+        (False, True),
+        [  # size, groups, n, c, k, h, w
+            (1, 1, 3, 4, 4, 3, 2),
+            (3, 1, 2, 4, 6, 7, 5),
+            (3, 2, 3, 4, 4, 2, 4),
+            (5, 2, 2, 6, 4, 6, 9),
+            (5, 1, 3, 3, 3, 2, 1),
+            (7, 2, 2, 4, 4, 3, 8),
+            (3, 1, 2, 64, 64, 9, 8),  # dx by the branches' maps
+            (3, 2, 2, 128, 64, 5, 4),
+            (3, 1, 9, 16, 16, 33, 40),
+        ],
+    ),
 )
-@pytest.mark.parametrize("mean", [0, 30])
-@pytest.mark.parametrize("total", [False, True])
-@pytest.mark.parametrize(
-    ("size", "groups", "n", "c", "k", "h", "w"),
-    [
-        (1, 1, 3, 4, 4, 3, 2),
-        (3, 1, 2, 4, 6, 7, 5),
-        (3, 2, 3, 4, 4, 2, 4),
-        (5, 2, 2, 6, 4, 6, 9),
-        (5, 1, 3, 3, 3, 2, 1),
-        (7, 2, 2, 4, 4, 3, 8),
-        (3, 1, 2, 64, 64, 9, 8),  # dx by the branches' maps
-        (3, 2, 2, 128, 64, 5, 4),
-        (3, 1, 9, 16, 16, 33, 40),
-    ],
-)
-def test_compiled_and_plain_steps_agree(dtype, compute, mean, total, size, groups, n, c, k, h, w):
+def test_compiled_and_plain_steps_agree(dtypes, mean, total, problem):
+    (dtype, compute), (size, groups, n, c, k, h, w) = dtypes, problem
     r, channels_last = size // 2, n == 3
     branches = [(0, 0, size, size, 1), (r, 0, 1, size, 1), (0, r, size, 1, 1)]
     branches += [(r, r, 1, 1, 0)] if c == k else []  # the identity

@@ -7,8 +7,6 @@ tests launch and fail, for Triton's cache: what they need on a GPU is then compi
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,62 +59,10 @@ def _tf32_as_on_the_device() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _quick_interpreter() -> None:
-    """Leaves out most of the interpreter's time, which finds nothing on these shapes.
+    if _INTERPRETED:
+        import quick_interpreter
 
-    It asserts after every sum and product that its 32 bits held (test_addresses.py is about shapes where they do
-    not), replaces Triton's language anew at each launch, and at each call of one kernel function by another, and
-    works a shape and a dtype of numpy's out anew for every value.
-    """
-    if not _INTERPRETED:
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    from acnet_kernels.kernels import bn_sum
-
-    builder = interpreter.interpreter_builder
-    builder.options = replace(builder.options, sanitize_overflow=False)
-    for function in (bn_sum.apply, tl.zeros):  # kernels see triton.language, its own functions triton.language.core
-        interpreter._patch_lang(function.fn)
-    interpreter._patch_lang = lambda _: SimpleNamespace(restore=lambda: None)
-
-    block_type, tensor = tl.core.block_type.__init__, tl.core.tensor.__init__
-    types: dict[tuple, dict] = {}
-    tensors: dict[str, dict] = {}
-
-    def typed(self, element_ty, shape):
-        key = element_ty.name, *(getattr(n, "value", n) for n in shape)
-        if key in types:
-            vars(self).update(types[key], element_ty=element_ty)
-        else:
-            block_type(self, element_ty, shape)
-            types[key] = dict(vars(self))
-
-    def of_type(self, handle, type):
-        if type.name in tensors:
-            vars(self).update(tensors[type.name], handle=handle, type=type, dtype=type.scalar)
-        else:
-            tensor(self, handle, type)
-            tensors[type.name] = dict(vars(self), handle=None)
-
-    tl.core.block_type.__init__, tl.core.tensor.__init__ = typed, of_type
-    np_dtype, np_dtypes = interpreter._get_np_dtype, {}
-
-    def np_dtype_of(type):
-        name = type.scalar.name
-        if name not in np_dtypes:
-            np_dtypes[name] = np_dtype(type)
-        return np_dtypes[name]
-
-    interpreter._get_np_dtype = np_dtype_of
-    semantic = type(interpreter.interpreter_semantic)
-    broadcast = semantic.broadcast_impl_value
-
-    def of_one_shape(self, left, right):
-        same = left.type.is_block() and right.type.is_block() and left.type.shape.values == right.type.shape.values
-        return (left, right) if same else broadcast(self, left, right)
-
-    semantic.broadcast_impl_value = of_one_shape
+        quick_interpreter.install()
 
 
 @pytest.fixture(autouse=True)
