@@ -10,6 +10,9 @@ import torch
 
 from acnet_kernels.steps import convolution
 
+# As many processes run tests as there are cores: Inductor need not start more, each of which imports torch first.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 # The interpreter, code generation, compilers, whole networks, others' blocks, several processes, builds, and many
 # small cases of one thing: slow from end to end.
 SLOW_FILES = {
