@@ -17,7 +17,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # small cases of one thing: slow from end to end.
 SLOW_FILES = {
     *("interpreter", "launch", "codegen", "nvcc", "build", "csrc_host"),
-    *("compile", "export", "tracers", "torch_compat", "imports", "hostile"),
+    *("compile", "direct_operators", "export", "tracers", "torch_compat", "imports", "hostile"),
     *("architectures", "networks", "observing", "contenders", "studies", "training", "data"),
     *("distributed", "torchrun", "bench", "cli", "docs", "gpu_suite"),
     *("adapters", "hostile_values", "cuda_waits", "instruction_sets"),
