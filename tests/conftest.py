@@ -3,17 +3,21 @@
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from acnet_kernels.steps import convolution
 
+# As many processes run tests as there are cores: Inductor need not start more, each of which imports torch first.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 # The interpreter, code generation, compilers, whole networks, others' blocks, several processes, builds, and many
 # small cases of one thing: slow from end to end.
 SLOW_FILES = {
     *("interpreter", "launch", "codegen", "nvcc", "build", "csrc_host"),
-    *("compile", "export", "tracers", "torch_compat", "imports", "hostile"),
+    *("compile", "direct_operators", "export", "tracers", "torch_compat", "imports", "hostile"),
     *("architectures", "networks", "observing", "contenders", "studies", "training", "data"),
     *("distributed", "torchrun", "bench", "cli", "docs", "gpu_suite"),
     *("adapters", "hostile_values", "cuda_waits", "instruction_sets"),
@@ -28,10 +32,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes seconds; run by `make test`, left out by `make quick`")
 
 
+def is_slow(path: Path) -> bool:
+    return path.stem.removeprefix("test_") in SLOW_FILES
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files that `make quick` leaves out are not even imported, which takes seconds in each process."""
+    return True if config.option.markexpr == "not slow" and is_slow(collection_path) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests come first, the slowest before all: processes that share the rest out then end together."""
     for item in items:
-        if item.path.stem.removeprefix("test_") in SLOW_FILES or any(name in item.name for name in SLOW_NAMES):
+        if is_slow(item.path) or any(name in item.name for name in SLOW_NAMES):
             item.add_marker("slow")
     slowest = {"test_interpreter", "test_hostile", "test_fuzz", "test_torchrun"}  # half a minute and more, each
     items.sort(key=lambda item: (item.path.stem not in slowest, item.get_closest_marker("slow") is None))

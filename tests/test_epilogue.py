@@ -54,17 +54,18 @@ def modules_of(b, x, residual):
     return out if b.activation is None else getattr(F, b.activation)(out)
 
 
-def judge(b, x, residual, forward=block_of):
-    """Output and every gradient within the oracle's rule."""
+def judge(b, x, residual, *forwards):
+    """Output and every gradient within the oracle's rule, by the block and by other ways to call it."""
     doubled = copy.deepcopy(b).double()
     wide = None if residual is None else residual.double()
     sum_alone = copy.deepcopy(doubled)
     sum_alone.activation = None
     z = oracle.reference_block(sum_alone, x.double(), wide).detach()
     grad = torch.randn(z.shape, device=z.device) * away_from_kinks(z, b.activation).float()
-    got, eager = run(b, x, residual, grad, forward), run(b, x, residual, grad, modules_of)
+    eager = run(b, x, residual, grad, modules_of)
     true = run(doubled, x.double(), wide, grad.double(), oracle.reference_block)
-    oracle.assert_as_good_as(got, eager, true)
+    for forward in (block_of, *forwards):
+        oracle.assert_as_good_as(run(b, x, residual, grad, forward), eager, true)
 
 
 NODES = ("C++ node", "Python's node")
@@ -98,12 +99,20 @@ def test_every_step(activation, adds, backend, dtype, either_node):
         residual = torch.randn(3, 6, 9, 7).to(dtype) if adds else None  # in either layout, whatever x has
         if frozen:
             b.eval()
-        judge(b, x, residual)
         judge(b, x, residual, lambda m, t, r: (block_of(m, t, r), block_of(m, t, r))[1])  # the second by a lane
 
 
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("activation", "adds"), FOLLOWS)
+@pytest.mark.parametrize(
+    ("activation", "adds", "narrow", "either_node"),
+    [
+        (*follows, narrow, NODES[(i + j) % 2])
+        for (i, narrow), (j, follows) in itertools.product(
+            enumerate((torch.bfloat16, torch.float16)), enumerate(FOLLOWS)
+        )
+    ],
+    ids=str,
+    indirect=["either_node"],
+)
 def test_under_autocast(activation, adds, narrow, either_node):
     def cast(forward):
         def call(b, x, residual):
@@ -178,9 +187,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2}
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(("dtype", "narrow"), DTYPES, ids=str)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_the_operators(implementation, dtype, narrow, layout):
-    forward, backward_ = IMPLEMENTATIONS[implementation]
+def test_the_operators(dtype, narrow, layout):
     for shape, (activation, adds) in itertools.product(SHAPES, FOLLOWS):
         number, outer = epilogue.ACTIVATIONS.index(activation or ""), narrow or dtype
 
@@ -197,21 +204,23 @@ def test_the_operators(implementation, dtype, narrow, layout):
         grad = like(torch.randn(shape) * away_from_kinks(z.detach(), activation).float(), outer)
         true_out = z if activation is None else reference.ACTIVATIONS[activation](z)
         true = torch.autograd.grad(true_out, leaves, grad.double())
-        out, means, _, rstds = forward(ys, gammas, betas, [1e-4] * 2, narrow, residual, number)
-        assert out.dtype == outer
-        assert rel(out, true_out) < TOLERANCES[outer]
-        if activation is None:
-            continue
-        kept = out if epilogue.is_clamp(activation) else residual
-        for dresidual in (None, torch.full_like(grad, torch.nan)):
-            targets = [ys[0].clone(memory_format=torch.preserve_format), torch.full_like(ys[1], torch.nan)]
-            maps = [targets[0], ys[1]]  # one dy over its map, one apart
-            dgammas, dbeta = backward_(
-                grad, maps, means, rstds, gammas, betas, [True] * 2, kept, number, targets, dresidual
-            )
-            found = [*targets, *dgammas, dbeta, dbeta, *([] if dresidual is None else [dresidual])]
-            for a, e in zip(found, true, strict=dresidual is not None and adds):
-                assert (a.double() - e).norm() < TOLERANCES[outer] * max(e.norm(), 1), (shape, activation)
+        for implementation, (forward, backward_) in IMPLEMENTATIONS.items():
+            out, means, _, rstds = forward(ys, gammas, betas, [1e-4] * 2, narrow, residual, number)
+            assert out.dtype == outer
+            assert rel(out, true_out) < TOLERANCES[outer], (implementation, shape, activation)
+            if activation is None:
+                continue
+            kept = out if epilogue.is_clamp(activation) else residual
+            for dresidual in (None, torch.full_like(grad, torch.nan)):
+                targets = [ys[0].clone(memory_format=torch.preserve_format), torch.full_like(ys[1], torch.nan)]
+                maps = [targets[0], ys[1]]  # one dy over its map, one apart
+                dgammas, dbeta = backward_(
+                    grad, maps, means, rstds, gammas, betas, [True] * 2, kept, number, targets, dresidual
+                )
+                found = [*targets, *dgammas, dbeta, dbeta, *([] if dresidual is None else [dresidual])]
+                for a, e in zip(found, true, strict=dresidual is not None and adds):
+                    error, allowed = (a.double() - e).norm(), TOLERANCES[outer] * max(e.norm(), 1)
+                    assert error < allowed, (implementation, shape, activation)
 
 
 @pytest.mark.skipif(not _extension.LOADED, reason=f"needs the C++ kernels: {_extension.WHY_MISSING}")
@@ -282,8 +291,14 @@ def test_gradcheck():
 # --- autograd -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("backend", ["branches", "recompute", "moments"])
+@pytest.mark.parametrize(
+    ("activation", "backend", "either_node"),
+    [
+        (activation, backend, NODES[(i + j) % 2])
+        for (i, activation), (j, backend) in itertools.product(enumerate(ACTIVATIONS), enumerate(BACKENDS[:3]))
+    ],
+    indirect=["either_node"],
+)
 def test_twice_differentiable_and_batched(backend, activation, either_node):
     b = scramble(ACBlock(4, 6, 3, padding=1, activation=activation, backend=backend)).double()
     x, residual = (torch.randn(2, c, 5, 6, dtype=torch.float64, requires_grad=True) for c in (4, 6))

@@ -1,7 +1,10 @@
 """Training by several processes: what each is given, and a run that torchrun starts, loses and starts again."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,8 +15,10 @@ import distributed
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from acnet_kernels import cli
 from acnet_kernels.errors import UserError
 from acnet_kernels.paper.training import checkpoints
 from acnet_kernels.paper.training.data import Part, open_data, used_images
@@ -138,10 +143,10 @@ def test_half_an_environment_is_one_sentence(monkeypatch):
         pass
 
 
-def torchrun(out, *more):
+def torchrun(out):
     """The running command, in two processes."""
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*starter, "-m", "acnet_kernels", "train", *ARGUMENTS, "--out", str(out), *more]
+    command = [*starter, "-m", "acnet_kernels", "train", *ARGUMENTS, "--out", str(out)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -149,6 +154,14 @@ def workers(process):
     """Process numbers of the two that torchrun started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(number) for number in children.read_text().split()]
+
+
+def as_torchrun_starts_it(rank, port, arguments, printed):
+    """The command in one of two processes that need not import everything anew."""
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in where.items()})
+    with open(f"{printed}-{rank}", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        assert cli.main(["train", *arguments]) == 0
 
 
 def unbroken(rank, world, out):
@@ -183,9 +196,12 @@ def test_a_run_that_lost_a_process_goes_on_to_the_same_weights(tmp_path):
     first.communicate(timeout=120)
     assert first.returncode != 0
     assert not (broken / "report.json").exists()
-    second = torchrun(broken, "--resume")
-    output, _ = second.communicate(timeout=120)
-    assert second.returncode == 0, output
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    multiprocessing.set_forkserver_preload(distributed.PRELOADED)
+    arguments = port, (*ARGUMENTS, "--out", str(broken), "--resume"), str(tmp_path / "printed")
+    mp.start_processes(as_torchrun_starts_it, arguments, 2, start_method="forkserver")
+    output = "".join(path.read_text() for path in sorted(tmp_path.glob("printed-*")))
     assert "resuming at epoch" in output
     assert "on cpu, processes 2, threads 1" in output
     assert output.count("test accuracy") == 1

@@ -127,7 +127,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, stop_after, amp, block):
         assert_equal(checkpoints.load(part / name), checkpoints.load(whole / name), name)
 
 
-ARGUMENTS = ["--net=resnet8", "--limit=96", "--batch-size=32", "--epochs=12", "--seed=5", "--threads=1"]
+ARGUMENTS = ["--net=resnet8", "--limit=96", "--batch-size=32", "--epochs=8", "--seed=5", "--threads=1"]
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_a_killed_process_resumes_to_the_same_weights(tmp_path, uninterrupted, o
 
 def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path, uninterrupted, one_thread, monkeypatch, capsys):
     """Ctrl-C at any step after the first epoch's; in this process, as nothing of it dies."""
-    step, left = Trainer.train_step, [random.randrange(4, 30)]
+    step, left = Trainer.train_step, [random.randrange(4, 20)]
 
     def interrupted(run, images, labels):
         left[0] -= 1
@@ -384,10 +384,10 @@ FREE = {"param_groups", "history", "best", "random", "cuda"}
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_checkpoint_of_wrong_types_is_refused_and_changes_nothing(tmp_path, stopped, wrong):
     state, _ = stopped
-    rng, run = random.Random(11), trainer()
+    rng, run = random.Random(wrong), trainer()  # other places for each
     before, draws = copy.deepcopy(run.state_dict()), checkpoints.random_state()
     every = list(places(state))[1:]
-    for place in [*(p for p in every if len(p) == 1), *rng.sample(every, 40)]:
+    for place in [*(p for p in every if len(p) == 1), *rng.sample(every, 15)]:
         spoilt = with_another(state, place, WRONG[wrong])
         said = what_is_said(run.load_state_dict, spoilt)
         if said is None:
@@ -493,21 +493,18 @@ def test_files_follow_the_umask(tmp_path):
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
-KILLED = """
-import os, signal, sys, torch
-from pathlib import Path
-from acnet_kernels.paper.training import checkpoints
-os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
-checkpoints.save({"a": torch.zeros(9)}, Path(sys.argv[1]))
-"""
-
-
-def test_what_a_killed_process_leaves_is_gone_after_the_next_write(tmp_path):
+def test_what_a_killed_process_leaves_is_gone_after_the_next_write(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
     checkpoints.save({"a": torch.ones(3)}, path)
-    command = [sys.executable, "-c", KILLED, str(path)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=False)
-    assert done.returncode == -signal.SIGKILL
+    child = os.fork()  # a process of its own would import for seconds what this one has
+    if child == 0:
+        monkeypatch.setattr(os, "fsync", lambda handle: os.kill(os.getpid(), signal.SIGKILL))
+        try:
+            checkpoints.save({"a": torch.zeros(9)}, path)
+        finally:
+            os._exit(1)  # what follows is the parent's
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
     assert len(os.listdir(tmp_path)) == 2
     assert torch.equal(checkpoints.load(path)["a"], torch.ones(3))
     checkpoints.save({"a": torch.ones(3)}, path)
