@@ -270,10 +270,11 @@ def test_inductor_keeps_channels_last(training):
 
 
 @pytest.mark.slow
-def test_inductor_of_one_size_at_its_utmost():
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_inductor_modes(mode):
     net = scramble(Net("auto")).to(memory_format=torch.channels_last)
     twin = through_modules(net)
-    compiled = torch.compile(net, mode="max-autotune", fullgraph=True)
+    compiled = torch.compile(net, mode=mode, fullgraph=True)
     for _ in range(2):
         assert_same_step(net, twin, torch.randn(4, 4, 8, 8).to(memory_format=torch.channels_last), compiled)
 
