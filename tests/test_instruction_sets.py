@@ -28,7 +28,7 @@ def of_every_kernel():
         test_bn_sum.check("operators", shape, dtype, layout, (3, 6)[(i + j + k) % 2])
     for layout in LAYOUTS:
         for dtype, narrow in ((torch.float32, torch.bfloat16), (torch.float64, None)):
-            test_epilogue.test_the_operators("operators", dtype, narrow, layout)
+            test_epilogue.test_the_operators(dtype, narrow, layout)
     test_epilogue.test_values_of_every_size()
     dtypes = itertools.cycle(test_depthwise_epilogue.DTYPES)
     for (activation, adds), dtype in zip(FOLLOWS, dtypes, strict=False):
